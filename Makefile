@@ -1,0 +1,47 @@
+# make demo   everything from nothing: environment, data, training, a table of results
+# make test   the test suite
+# make smoke  every stage on a few steps, and one question: under three minutes
+# make lint   check the style; make format mends it
+# make bench  speed, as ratios
+
+# The first of these that is Python 3.11 or newer; or say: make PYTHON=/path/to/python3
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: demo smoke test lint format bench clean
+.DEFAULT_GOAL := demo
+
+# A pip that was killed half-way leaves no stamp, so the next make goes on with it.
+.venv/.installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "error: expected Python 3.11 or newer with the venv module, found none"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: .venv/.installed
+	$(BIN)/python scripts/demo.py
+
+smoke: .venv/.installed
+	$(BIN)/python scripts/demo.py --smoke
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --diff .
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed-dev
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache

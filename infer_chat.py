@@ -1,0 +1,168 @@
+"""Talk to a trained model: ``python infer_chat.py --ckpt_dir checkpoints/thinker_demo --text "Hello"``.
+
+With ``--text`` it answers once, and stdout holds the answer and nothing else. Without it, it holds a conversation:
+``/reset`` forgets it, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from omni.checkpoint import load_stage
+from omni.config import TextConfig
+from omni.errors import UserError
+from omni.runtime import launch, pick_device
+from omni.thinker import Thinker
+from omni.tokenizer import StreamDecoder, Tokenizer
+
+
+class OneLineErrors(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A: thinker.pt, tokenizer.json")
+    parser.add_argument("--text", help="answer this and exit; without it: a conversation")
+    parser.add_argument("--system", help="a system message to begin the conversation with")
+    parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (128)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that together have this share")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same answer")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    for name, holds, expected in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100, "0, or 0.01 to 100"),
+        ("top_k", args.top_k is None or args.top_k >= 1, "at least 1"),
+        ("top_p", args.top_p is None or 0 < args.top_p <= 1, "more than 0, at most 1"),
+        ("seed", args.seed is None or 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
+    ):
+        if not holds:
+            raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
+    if args.complete and args.system is not None:
+        raise UserError("--system: expected a chat, but --complete continues the text as it stands")
+    return args
+
+
+def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer]:
+    device = pick_device(device_name)
+    checkpoint = load_stage(folder, prefix="thinker", final="thinker.pt")
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    config = TextConfig.model_validate(checkpoint["config"])
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{folder / 'tokenizer.json'}: expected {config.vocab_size} entries as in the model, found "
+            f"{tokenizer.vocab_size}. The two files are not of one run"
+        )
+    thinker = Thinker(config, use_flash=config.use_flash)
+    thinker.load_state_dict(checkpoint["model"])
+    return thinker.to(device).eval(), tokenizer
+
+
+def fit_chat(tokenizer: Tokenizer, messages: list[dict], ctx_len: int, max_new_tokens: int) -> list[int]:
+    """Prompt ids of ``messages``. Oldest turns are deleted from the list, in place, until there is room to answer."""
+    room = ctx_len - min(max_new_tokens, ctx_len // 2)
+    first = 1 if messages[0]["role"] == "system" else 0
+    for oldest in range(first, len(messages), 2):  # a turn is a question and its answer; the last has none yet
+        ids = tokenizer.chat_prompt(messages[:first] + messages[oldest:])
+        if len(ids) <= room:
+            break
+    if len(ids) < ctx_len:  # else nothing helps: keep the turns for a shorter question
+        del messages[first:oldest]
+    return ids
+
+
+def answer(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace) -> Iterator[str]:
+    """Yield the pieces of text that follow ``ids``."""
+    if len(ids) >= thinker.arch.ctx_len:
+        raise UserError(
+            f"the text has {len(ids)} tokens, and the model's context holds {thinker.arch.ctx_len}, answer included"
+        )
+    decoder = StreamDecoder(tokenizer, skip_special=True)
+    for token_id in thinker.generate(
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
+    ):
+        yield decoder.push(token_id)
+    yield decoder.flush()
+
+
+def respond(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace) -> str:
+    """Print the answer on stdout, piece by piece on a terminal, and return it. In a conversation, Ctrl-C ends it."""
+    streaming = sys.stdout.isatty()
+    pieces = []
+    try:
+        for piece in answer(thinker, tokenizer, ids, args):
+            pieces.append(piece)
+            if streaming:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        if args.text is not None:
+            raise
+    print("" if streaming else "".join(pieces), flush=True)
+    return "".join(pieces)
+
+
+def read_line() -> str | None:
+    """The user's next line; None at the end of the input. Ctrl-C clears the line."""
+    while True:
+        try:
+            if sys.stdout.isatty():
+                return clean(input("you> "))
+            print("you> ", end="", file=sys.stderr, flush=True)
+            return clean(input())
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+
+
+def clean(text: str) -> str:
+    """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    thinker, tokenizer = load_model(args.ckpt_dir, args.device)
+    system = [{"role": "system", "content": clean(args.system)}] if args.system else []
+    messages = list(system)
+
+    def prompt(text: str) -> list[int]:
+        if args.complete:  # in training, a text follows the end of the one before it
+            return [tokenizer.eos_id, *tokenizer.encode(text)]
+        messages.append({"role": "user", "content": text})
+        return fit_chat(tokenizer, messages, thinker.arch.ctx_len, args.max_new_tokens)
+
+    if args.text is not None:
+        respond(thinker, tokenizer, prompt(clean(args.text)), args)
+        return
+
+    print(f"{args.ckpt_dir}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
+    while (line := read_line()) is not None and line.strip() != "/quit":
+        if line.strip() == "/reset":
+            messages[:] = system
+        elif line.strip():
+            try:
+                text = respond(thinker, tokenizer, prompt(line), args)
+            except UserError as error:  # this line is too long; the conversation goes on without it
+                print(f"error: {error}", file=sys.stderr)
+                del messages[-1:]
+                continue
+            if not args.complete:
+                messages.append({"role": "assistant", "content": text})
+
+
+if __name__ == "__main__":
+    launch(main)

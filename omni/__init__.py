@@ -1,0 +1,1 @@
+"""The shared package behind μOmni's seven training scripts."""

@@ -1,0 +1,240 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+A checkpoint is an ordinary ``torch.save`` file, so ``torch.load(path, weights_only=True)`` opens it anywhere. It
+carries its own SHA-256 in the zip archive's comment field (APPNOTE.TXT 4.3.16), the one place where a digest can
+travel inside the file without changing what other readers see. Every load checks the digest first: torch itself
+returns wrong tensors for a flipped bit without a word.
+
+Saving never touches an existing file before its successor is complete on disk:
+temporary file, fsync, rename, fsync of the folder, verification, and only then the deletion of older files.
+"""
+
+import hashlib
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from omni.errors import RunError, UserError
+
+FORMAT_VERSION = 1
+TEMPORARY_SUFFIX = ".partial"
+DAMAGED_SUFFIX = ".damaged"
+
+_TAG = b"sha256:"
+_COMMENT_BYTES = len(_TAG) + 64
+_BLOCK_BYTES = 8 << 20
+
+
+class DamagedCheckpoint(Exception):
+    """The file is not what was saved: truncated, altered, or holding more than plain data."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+class _SealingFile:
+    """Passes bytes through to ``file`` while hashing them, and ends the archive with its digest as the comment.
+
+    The last two bytes of a zip archive without comment are the comment's length, 0; they are held back until
+    ``seal`` writes the true length. An ``OSError`` (disk full) is kept for ``seal`` to raise: thrown through torch's
+    C++ writer it would come out as another error, or end the process.
+    """
+
+    def __init__(self, file) -> None:
+        self.file, self.digest, self.tail, self.error = file, hashlib.sha256(), b"", None
+
+    def write(self, data) -> int:
+        if self.error is None:
+            view = memoryview(self.tail + data if len(data) < 2 else data)
+            try:
+                if len(data) >= 2:
+                    self._put(self.tail)
+                self._put(view[:-2])
+                self.tail = bytes(view[-2:])
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def _put(self, data) -> None:
+        self.digest.update(data)
+        self.file.write(data)
+
+    def flush(self) -> None:
+        """Part of the file protocol that ``torch.save`` asks for; the bytes are flushed by ``seal``."""
+
+    def seal(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self._put(struct.pack("<H", _COMMENT_BYTES))
+        self.file.write(_TAG + self.digest.hexdigest().encode())
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+# The temporary file being written, so that a second Ctrl-C can remove it before the process ends at once.
+temporary_in_progress: Path | None = None
+
+
+def replace_file(path: Path, write: Callable) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path`` and move it into place, all or nothing."""
+    global temporary_in_progress
+    temporary = temporary_in_progress = path.with_name(path.name + TEMPORARY_SUFFIX)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        temporary_in_progress = None
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def save(path: Path, payload: dict) -> None:
+    """Write ``payload`` (tensors, numbers, strings, lists, dicts) to ``path`` atomically, sealed and verified.
+
+    Raises:
+        RunError: the disk is full or the write failed; the previous file stands.
+    """
+
+    def write(file) -> None:
+        sealing = _SealingFile(file)
+        torch.save(payload, sealing)
+        sealing.seal()
+
+    try:
+        replace_file(path, write)
+        verify(path)
+    except OSError as error:
+        raise RunError(f"{path}: could not save the checkpoint: {error.strerror}. Earlier files are intact") from error
+    except DamagedCheckpoint as error:
+        raise RunError(f"{path}: read back otherwise than written ({error}): check the disk") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def verify(path: Path) -> None:
+    """Compare the file with its own digest.
+
+    Raises:
+        DamagedCheckpoint: any byte differs from what was saved, or is missing.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        remaining = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
+        while remaining > 0:
+            block = file.read(min(_BLOCK_BYTES, remaining))
+            digest.update(block)
+            remaining -= len(block)
+        comment = file.read()
+    if comment != _TAG + digest.hexdigest().encode():
+        raise DamagedCheckpoint("the checksum does not match")
+
+
+def load(path: Path) -> dict:
+    """Read a verified checkpoint to CPU; plain data only, so no code in the file can run.
+
+    Raises:
+        DamagedCheckpoint: see ``verify``; or the file holds pickled objects other than tensors and plain data.
+    """
+    verify(path)
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise DamagedCheckpoint(f"refused by torch.load: {str(error).splitlines()[0]}") from error
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT_VERSION:
+        raise DamagedCheckpoint(f"expected format {FORMAT_VERSION} of this project")
+    return payload
+
+
+def step_files(folder: Path, prefix: str) -> list[tuple[int, Path]]:
+    """The ``<prefix>_step_<N>.pt`` files of ``folder``, newest first by number: file times play no part."""
+    pattern = re.compile(re.escape(prefix) + r"_step_(\d+)\.pt")
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.glob(f"{prefix}_step_*.pt")]
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def step_path(folder: Path, prefix: str, step: int) -> Path:
+    return folder / f"{prefix}_step_{step}.pt"
+
+
+def newest(folder: Path, prefix: str, warn: Callable[[str], None]) -> dict | None:
+    """The newest step file that loads; damaged ones are renamed to ``*.damaged`` with a warning.
+
+    Returns:
+        The payload, or None in a folder that never held a step file.
+
+    Raises:
+        RunError: there were checkpoints, and none of them loads. Training never starts over by itself.
+    """
+    for _, path in step_files(folder, prefix):
+        try:
+            return load(path)
+        except DamagedCheckpoint as error:
+            path.rename(path.with_name(path.name + DAMAGED_SUFFIX))
+            warn(f"{path}: {error}. Set aside as {path.name}{DAMAGED_SUFFIX}; trying the one before")
+    damaged = sorted(folder.glob(f"{prefix}_step_*.pt{DAMAGED_SUFFIX}"))
+    if damaged:
+        raise RunError(
+            f"{folder}: every checkpoint is damaged ({', '.join(path.name for path in damaged)}). "
+            "Restore one from a backup, or move these files away to start over"
+        )
+    return None
+
+
+def load_stage(folder: str | Path, prefix: str, final: str) -> dict:
+    """A stage's weights: its final file, or, while it still trains, its newest step file.
+
+    Returns:
+        A dict with ``stage, config, step, metrics, model``, the last being a state dict on CPU.
+
+    Raises:
+        UserError: nothing there, or damaged; the message names the file.
+    """
+    folder = Path(folder)
+    steps = step_files(folder, prefix)
+    path = folder / final
+    if not path.exists():
+        if not steps:
+            raise UserError(
+                f"{folder}: expected {final} or {prefix}_step_<N>.pt, found neither. Train this stage first"
+            )
+        path = steps[0][1]
+    try:
+        payload = load(path)
+    except DamagedCheckpoint as error:
+        raise UserError(f"{path}: {error}") from error
+    if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
+        payload["model"] = list(payload["phases"].values())[-1]["module"]
+    return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keeping order
+
+
+def prune(folder: Path, prefix: str, keep: int, best_step: int | None) -> None:
+    """Delete step files but the ``keep`` newest and the best. Called only after a newer file was verified."""
+    for step, path in step_files(folder, prefix)[keep:]:
+        if step != best_step:
+            path.unlink()
+
+
+def remove_temporary(folder: Path) -> None:
+    """Clear what a kill in mid-write left behind. The caller holds the folder's lock."""
+    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+        path.unlink()

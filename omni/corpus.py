@@ -1,0 +1,280 @@
+"""A text file of any size, as packed token sequences in a memory-mapped cache.
+
+The corpus is UTF-8, one sample a line. It is read once, in chunks: each line's tokens are appended to ``train.bin``
+or ``val.bin``, each sample closed by the end-of-text token. A kill in the middle costs one chunk. Memory stays
+bounded whatever the size, and a training sequence is a slice of the file: nothing is padded.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from omni.checkpoint import replace_file
+from omni.errors import UserError
+from omni.runtime import FolderLock, Run
+from omni.tokenizer import Tokenizer
+
+IGNORE = -100  # target value that the loss leaves out
+_VERSION = 1
+_CHUNK_BYTES = 16 << 20
+_PIECE_BYTES = 64 << 10
+_TOKENIZER_SAMPLE_BYTES = 256 << 20  # merges stop changing long before; training needs the sample's words in memory
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Consecutive chunks of about 16 MiB from byte ``start`` on, cut after a newline where one is near.
+
+    Where the cuts fall depends on the content alone, so an interrupted pass can be taken up at any of them.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk + file.readline(_PIECE_BYTES)
+
+
+def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
+    """The samples of a chunk: its non-empty lines; a line over 64 KiB becomes several, cut before a space.
+
+    Raises:
+        UserError: a line is not UTF-8; the message names file and row.
+    """
+    for number, line in enumerate(chunk.split(b"\n"), start=first_row):
+        line = line.rstrip(b"\r")
+        while len(line) > _PIECE_BYTES:
+            cut = line.rfind(b" ", 1, _PIECE_BYTES)
+            if cut <= 0:
+                cut = _PIECE_BYTES
+                while line[cut] & 0xC0 == 0x80:  # not inside a character
+                    cut -= 1
+            yield line[:cut]
+            line = line[cut:]
+        if not line.strip():
+            continue
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: row {number}: expected UTF-8 text, found byte {line[error.start]:#x}. "
+                f"Convert the file, for example with iconv -f LATIN1 -t UTF-8"
+            ) from error
+        yield line
+
+
+def sample_lines(run: Run, path: Path) -> Iterator[str]:
+    """Lines to train a tokenizer on: the whole file, or chunks spread evenly over a large one."""
+    size = path.stat().st_size
+    every = max(1, round(size / _TOKENIZER_SAMPLE_BYTES))
+    row = 1
+    for number, chunk in enumerate(read_chunks(path)):
+        run.check_stop()
+        if number % every == 0:
+            for sample in split_samples(chunk, path, row):
+                yield sample.decode("utf-8")
+        row += chunk.count(b"\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Tokens of one split on disk: ``<end> sample <end> sample <end> ...``."""
+
+    path: Path
+    dtype: str
+    tokens: int
+    samples: int
+    text_bytes: int  # UTF-8 bytes of the samples, each with its newline: what bits per byte are counted over
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    train: TokenFile
+    val: TokenFile
+    sha256: str  # of the corpus
+    dialogues: int  # samples in the chat format
+
+
+def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
+    """Tokenise ``path`` once; later calls open what is there.
+
+    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer, split and seed. It is trusted while
+    the corpus has the size and time that it had; otherwise the corpus is hashed, and tokenised again if it changed.
+    A sample goes to the validation split by a hash of its text, so that a repeated line never stands in both.
+
+    Raises:
+        UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
+        Interrupted: asked to stop; a later call goes on from the last chunk.
+    """
+    corpus = Path(path)
+    key = hashlib.sha256(
+        json.dumps([_VERSION, tokenizer.fingerprint, val_split, run.config.seed]).encode()
+    ).hexdigest()[:12]
+    folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
+    with run.main_process_first():
+        if run.is_main:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = FolderLock(folder)
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"
+                ) from error
+            try:
+                if not _is_current(corpus, folder):
+                    _tokenise(run, corpus, folder, tokenizer, val_split)
+            finally:
+                lock.release()
+        meta = json.loads((folder / "meta.json").read_text())
+    splits = {name: TokenFile(path=folder / f"{name}.bin", **meta[name]) for name in ("train", "val")}
+    return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
+
+
+def _stat(corpus: Path) -> dict:
+    stat = corpus.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _chain(digest: str, chunk: bytes) -> str:
+    """Next link of the corpus digest. Chained per chunk, because an interrupted SHA-256 cannot be stored."""
+    return hashlib.sha256(digest.encode() + chunk).hexdigest()
+
+
+def _is_current(corpus: Path, folder: Path) -> bool:
+    path = folder / "meta.json"
+    if not path.exists():
+        return False
+    meta = json.loads(path.read_text())
+    if meta["corpus"] == _stat(corpus):
+        return True
+    digest = ""
+    if meta["corpus"]["size"] == corpus.stat().st_size:
+        for chunk in read_chunks(corpus):
+            digest = _chain(digest, chunk)
+    if digest != meta["sha256"]:
+        path.unlink()
+        return False
+    _write_json(path, meta | {"corpus": _stat(corpus)})  # copied or touched: the same text at another time
+    return True
+
+
+def _write_json(path: Path, value: dict) -> None:
+    replace_file(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+    """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` says which bytes are safely done."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    stat = _stat(corpus)
+    # "done" counts are in units of the corpus (bytes, rows) and of each split (tokens, samples, text bytes)
+    fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "dialogues": 0}
+    fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
+    progress_path = folder / "progress.json"
+    done = json.loads(progress_path.read_text()) if progress_path.exists() else fresh
+    if done["corpus"] != stat:
+        done = fresh
+    run.log(f"tokenising {corpus} ({stat['size'] / 1e6:.1f} MB) into {folder}")
+    files = {name: open(folder / f"{name}.bin", "r+b" if done["bytes"] else "wb") for name in ("train", "val")}
+    bar = tqdm(total=stat["size"], initial=done["bytes"], unit="B", unit_scale=True, desc="tokenise", disable=None)
+    with bar, files["train"], files["val"]:
+        for name, file in files.items():
+            file.truncate(done[name]["tokens"] * np.dtype(dtype).itemsize)
+            file.seek(0, os.SEEK_END)
+            if done[name]["tokens"] == 0:  # the first sample's first token is predicted from this one
+                np.array([tokenizer.eos_id], dtype=dtype).tofile(file)
+                done[name]["tokens"] = 1
+        for chunk in read_chunks(corpus, done["bytes"]):
+            run.check_stop()
+            samples = list(split_samples(chunk, corpus, done["rows"] + 1))
+            # bytes, not str: what came in is what is hashed
+            held_out = [zlib.crc32(s, run.config.seed) < val_split * 2**32 for s in samples]
+            encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
+            for name, is_val in (("train", False), ("val", True)):
+                ids = [[*ids, tokenizer.eos_id] for ids, held in zip(encoded, held_out, strict=True) if held == is_val]
+                flat = np.fromiter((token for sample in ids for token in sample), dtype=dtype)
+                flat.tofile(files[name])
+                files[name].flush()
+                os.fsync(files[name].fileno())
+                count = done[name]
+                count["tokens"] += len(flat)
+                count["samples"] += len(ids)
+                count["text_bytes"] += sum(
+                    len(s) + 1 for s, held in zip(samples, held_out, strict=True) if held == is_val
+                )
+            done["dialogues"] += sum(b"<|assistant|>" in sample for sample in samples)
+            done["sha256"] = _chain(done["sha256"], chunk)
+            done["bytes"] += len(chunk)
+            done["rows"] += chunk.count(b"\n")
+            _write_json(progress_path, done)
+            bar.update(len(chunk))
+    if _stat(corpus) != stat:
+        raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
+    if not done["train"]["samples"]:
+        raise UserError(f"{corpus}: expected lines of text for training, found none")
+    _write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
+    progress_path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+class PackedTokens:
+    """The tokens of a split as sequences of ``ctx_len`` inputs and targets; sequence ``i`` is a slice of the file.
+
+    Args:
+        keep_tail: also yield the last, shorter sequence, padded with ignored targets. Validation does, so that it
+            covers every token; training leaves it out.
+
+    Raises:
+        UserError: the split does not fill one sequence.
+    """
+
+    def __init__(self, tokens: TokenFile, ctx_len: int, *, keep_tail: bool = False) -> None:
+        self.tokens, self.ctx_len = tokens, ctx_len
+        targets = tokens.tokens - 1
+        self.sequences = -(-targets // ctx_len) if keep_tail else targets // ctx_len
+        if not keep_tail and self.sequences == 0:
+            raise UserError(
+                f"{tokens.path}: expected at least ctx_len + 1 = {ctx_len + 1} tokens, found {tokens.tokens}. "
+                "Lower ctx_len, or give a longer corpus"
+            )
+        self._array: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_array": None}  # a worker opens its own map; pickled, it would be the whole file
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict:
+        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows."""
+        if self._array is None:
+            self._array = self.tokens.open()
+        window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE, dtype=np.int64)
+        for line, row in zip(window, rows, strict=False):
+            piece = self._array[row * self.ctx_len : (row + 1) * self.ctx_len + 1]
+            line[: len(piece)] = piece
+        window = torch.from_numpy(window)
+        targets = window[:, 1:]
+        return {
+            "tokens": window[:, :-1].clamp(min=0),
+            "targets": targets.contiguous(),
+            "weight": int((targets != IGNORE).sum()),
+        }

@@ -1,0 +1,168 @@
+"""Which row comes when: an order that is a pure function of (seed, epoch, position).
+
+Positions are absolute. One step consumes ``samples_per_step`` positions, step ``s`` those from
+``s * samples_per_step`` on, so a resumed run computes where it stands and reads no row that it skips.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from omni.config import StageConfig
+from omni.errors import UserError
+
+_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
+_FEISTEL_ROUNDS = 6
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The order
+
+
+def mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele et al. 2014): a bijection of 64-bit words with good avalanche."""
+    value = np.asarray(value, dtype=np.uint64)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        value = value + np.uint64(0x9E3779B97F4A7C15)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return value ^ (value >> np.uint64(31))
+
+
+def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
+    """Where a keyed permutation of ``range(size)`` sends ``positions``, in O(1) memory.
+
+    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; results outside the range are sent
+    through again until they fall inside ("cycle walking", Black & Rogaway 2002), which keeps it a bijection.
+
+    Args:
+        positions: integers in [0, size), any shape.
+
+    Returns:
+        int64 array of the same shape.
+    """
+    half_bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
+    half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    round_keys = mix(np.arange(_FEISTEL_ROUNDS, dtype=np.uint64) ^ mix(np.uint64(key)))
+    values = np.array(positions, dtype=np.uint64)
+    pending = np.ones(values.shape, dtype=bool)
+    while pending.any():
+        left, right = values[pending] >> half_bits, values[pending] & half_mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right ^ round_key) & half_mask)
+        values[pending] = (left << half_bits) | right
+        pending = values >= size
+    return values.astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The dataset
+
+
+class Source(Protocol):
+    """Rows that can be read in any order. What a stage brings."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict:
+        """The rows as one micro-batch: tensors, and ``weight``, the number of targets the loss is a mean over.
+
+        For no rows: any well-formed batch with ``weight`` 0. Random augmentation is keyed by (seed, epoch, row).
+        """
+
+
+class ResumableDataset(IterableDataset):
+    """Yields ready micro-batches from ``skip_samples`` on, to the end of that epoch.
+
+    ``skip_samples`` counts samples since the beginning of training, over all epochs and processes. The last step of
+    an epoch may be incomplete (``drop_last`` false); it still takes up ``samples_per_step`` positions.
+
+    Args:
+        source: the rows.
+        batch_size: rows per micro-batch and process.
+        accumulation: micro-batches per step and process.
+        rank, world: this process among how many.
+        shuffle: False reads in order: validation.
+
+    Raises:
+        UserError: fewer rows than one step takes, with ``drop_last``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
+        drop_last: bool = False,
+        shuffle: bool = True,
+    ) -> None:
+        self.source, self.seed, self.shuffle = source, seed, shuffle
+        self.batch_size, self.accumulation, self.rank, self.world = batch_size, accumulation, rank, world
+        self.samples_per_step = batch_size * accumulation * world
+        full, rest = divmod(len(source), self.samples_per_step)
+        self.steps_per_epoch = full if drop_last else full + bool(rest)
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"the training set has {len(source)} samples, expected at least one step of "
+                f"{self.samples_per_step} (batch_size x gradient_accumulation_steps x processes). "
+                "Lower batch_size, or give more data"
+            )
+        self.skip_samples = 0
+
+    def rows(self, epoch: int, micro_batch: int) -> np.ndarray:
+        """Row numbers of this process's ``micro_batch``-th micro-batch of ``epoch``."""
+        step, part = divmod(micro_batch, self.accumulation)
+        first = step * self.samples_per_step + (part * self.world + self.rank) * self.batch_size
+        positions = np.arange(first, min(first + self.batch_size, len(self.source)))
+        if not self.shuffle:
+            return positions
+        return permute(positions, len(self.source), key=self.seed * 0x1_0000_0000 + epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = get_worker_info()
+        index, count = (worker.id, worker.num_workers) if worker else (0, 1)
+        epoch, first_step = divmod(self.skip_samples // self.samples_per_step, self.steps_per_epoch)
+        start, stop = first_step * self.accumulation, self.steps_per_epoch * self.accumulation
+        # the loader asks its workers in turn, so dealing the micro-batches out in turn keeps their order
+        for micro_batch in range(start + index, stop, count):
+            rows = self.rows(epoch, micro_batch)
+            yield self.source.batch(rows, epoch) | {"rows": rows.tolist()}
+
+
+def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.device) -> DataLoader:
+    """A fresh loader: its workers copy the dataset, so they see the present ``skip_samples``."""
+    return DataLoader(
+        dataset,
+        batch_size=None,  # the dataset yields whole micro-batches
+        num_workers=config.num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_signals,
+        generator=torch.Generator(),  # a loader draws a seed when it starts: not from the generator of the training
+    )
+
+
+def _ignore_signals(_worker: int) -> None:
+    import signal
+
+    # a Ctrl-C reaches the whole process group; the main process decides when its workers end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@contextmanager
+def from_the_start(dataset: ResumableDataset):
+    """``skip_samples`` is 0 inside the block, and what it was before afterwards, also when the block raises."""
+    skipped = dataset.skip_samples
+    dataset.skip_samples = 0
+    try:
+        yield dataset
+    finally:
+        dataset.skip_samples = skipped

@@ -1,0 +1,26 @@
+"""The three ways in which a run ends early, each with its exit code.
+
+A message is one line: what is wrong, where, what was expected, what to do next.
+"""
+
+EXIT_FAILED = 1  # the run could not go on: disk full, loss not finite, every checkpoint damaged
+EXIT_BAD_INPUT = 2  # config, data or arguments are wrong; nothing was written
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same line again
+
+
+class UserError(Exception):
+    """Something that the user gave is wrong: a config key, a file, a row, an argument."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RunError(Exception):
+    """The run cannot continue; the last good checkpoint stands."""
+
+    exit_code = EXIT_FAILED
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived, and the state is saved."""
+
+    exit_code = EXIT_INTERRUPTED

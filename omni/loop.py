@@ -1,0 +1,530 @@
+"""The one training loop, for all seven stages.
+
+A step is one optimizer update per phase. Most stages have one phase; a GAN has two (discriminator, then generator)
+that see the same micro-batches. Everything that must be the same in every stage is here: position, accumulation,
+mixed precision, clipping, the policy for losses that are not finite, validation, checkpoints, resume, progress.
+
+The host never waits for the device except where it prints, validates or saves: what is only logged stays on the
+device, and an update that must not happen is skipped there.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from omni import checkpoint
+from omni.config import StageConfig, drift
+from omni.data import ResumableDataset, build_loader, from_the_start
+from omni.errors import Interrupted, RunError, UserError
+from omni.optim import set_lr, warmup_cosine
+from omni.runtime import Run, peak_memory_gb, rng_state, set_rng_state, untouched_rng
+
+# (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
+LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
+
+
+@dataclass
+class Phase:
+    """One module with its optimizer: what one optimizer update belongs to.
+
+    ``loss`` is called with the module to run (under torchrun its DDP wrapper) and a micro-batch. It may read other
+    phases' modules; only this phase's parameters are updated.
+    """
+
+    name: str
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: LossFunction
+    peak_lr: float
+
+
+@dataclass
+class Validation:
+    """How a stage is judged.
+
+    ``sums`` maps (module, batch on the device) to scalars that add up over batches and processes; ``metrics`` turns
+    their totals into what is reported, among it the stage's ``best_metric``.
+    """
+
+    dataset: ResumableDataset
+    sums: Callable[[nn.Module, dict], dict[str, Tensor]]
+    metrics: Callable[[dict[str, float]], dict[str, float]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands, beyond its modules: all of it is in the checkpoint."""
+
+    step: int = 0
+    validated_step: int = -1
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
+    best_step: int | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    skipped_updates: int = 0  # losses that were not finite, over the whole run
+    skipped_in_a_row: int = 0
+
+
+def train(
+    run: Run,
+    phases: list[Phase],
+    dataset: ResumableDataset,
+    *,
+    fingerprint: dict[str, str],
+    validation: Validation | None = None,
+    summary: dict[str, float] | None = None,
+) -> dict[str, float]:
+    """Train to ``max_steps`` (or ``max_epochs``), from wherever ``save_dir`` says the run stands.
+
+    Args:
+        phases: in the order in which each step runs them. The last one's module goes into the final file.
+        fingerprint: digests of the data; a resumed run must have the same.
+        summary: facts to keep beside the metrics in the final file.
+
+    Returns:
+        The metrics of the final file: those of the best validated step.
+
+    Raises:
+        UserError: the folder holds another training (other data, sizes, seed ...).
+        RunError: losses that are not finite, a full disk, checkpoints all damaged.
+        Interrupted: asked to stop; everything is saved.
+    """
+    return _Training(run, phases, dataset, fingerprint, validation, summary or {}).run_to_the_end()
+
+
+class _Training:
+    def __init__(self, run, phases, dataset, fingerprint, validation, summary) -> None:
+        self.run: Run = run
+        self.config: StageConfig = run.config
+        self.phases: list[Phase] = phases
+        self.dataset: ResumableDataset = dataset
+        self.fingerprint = fingerprint | {"samples": str(len(dataset.source))}
+        self.validation: Validation | None = validation
+        self.summary = summary
+        self.progress = Progress()
+        self.total_steps = self.config.max_steps or self.config.max_epochs * dataset.steps_per_epoch
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
+        self.meter = _Meter(run.device)
+        self.models = {phase.name: run.distribute(phase.module) for phase in phases}
+        self.final_path = run.save_dir / run.stage.final
+        self.saved_step = -1
+
+    # The story ---------------------------------------------------------------------------------------------------
+
+    def run_to_the_end(self) -> dict[str, float]:
+        run, config, progress = self.run, self.config, self.progress
+        harmless = self._resume()
+        if progress.step >= self.total_steps and (final := self._existing_final()):
+            run.log(f"already finished at step {progress.step}: {self.final_path}")
+            return final["metrics"]
+        run.open_logs(progress.step)
+        self._announce(harmless)
+        run.start_bar(self.total_steps, progress.step)
+        self._tick()
+        self._validate_and_save()  # a run that was stopped in its validation takes it up again
+        for micro_batches in self._steps():
+            self._train_step(micro_batches)
+            progress.step += 1
+            if run.bar is not None:
+                run.bar.update()
+            if progress.step % config.print_freq == 0 or progress.step == self.total_steps:
+                self._report()
+            elif run.device.type == "cpu":
+                self._check_finite()  # costs nothing where there is no device to wait for
+            self._validate_and_save()
+            if run.stop_agreed():
+                self._stop()
+        return self._finish()
+
+    def _steps(self) -> Iterator[list[dict]]:
+        """The micro-batches of each step from the present one on, with a new loader for every epoch."""
+        dataset, progress, accumulation = self.dataset, self.progress, self.dataset.accumulation
+        while progress.step < self.total_steps:
+            dataset.skip_samples = progress.step * dataset.samples_per_step
+            batches = iter(build_loader(dataset, self.config, self.run.device))
+            start_batch_idx = progress.step % dataset.steps_per_epoch
+            for _ in range(start_batch_idx, dataset.steps_per_epoch):
+                yield [next(batches) for _ in range(accumulation)]
+                if progress.step >= self.total_steps:
+                    return
+
+    # One step ----------------------------------------------------------------------------------------------------
+
+    def _train_step(self, micro_batches: list[dict]) -> None:
+        run, world = self.run, self.run.world
+        rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
+        # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
+        total = run.sum_over_ranks(torch.tensor(float(sum(batch["weight"] for batch in micro_batches)))).item()
+        shares = [batch["weight"] / total for batch in micro_batches]
+        micro_batches = [to_device(batch, run.device) for batch in micro_batches]
+        finite = torch.ones((), device=run.device)
+        for phase in self.phases:
+            model = self.models[phase.name]
+            phase.module.train()
+            phase.optimizer.zero_grad(set_to_none=True)
+            lr = self._learning_rate(phase)
+            set_lr(phase.optimizer, lr)
+            label = f"{phase.name}_" if len(self.phases) > 1 else ""
+            loss_sum = torch.zeros((), device=run.device)
+            logged = []
+            for index, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
+                if share == 0 and world == 1:
+                    continue  # the unfilled end of an epoch's last step
+                if run.stop_requested and index > 0 and phase is self.phases[0] and world == 1:
+                    # nothing was updated yet: give up this step, as if it had not begun
+                    phase.optimizer.zero_grad(set_to_none=True)
+                    set_rng_state(rng_before, run.device)
+                    self._stop()
+                last = index == len(micro_batches) - 1
+                if world > 1:
+                    model.require_backward_grad_sync = last
+                with run.autocast():
+                    loss, scalars = phase.loss(model, batch)
+                # DDP averages over processes; the shares are of the sum over all of them
+                self.scaler.scale(loss * (share * world)).backward()
+                loss_sum += loss.detach() * share
+                logged.append(({f"{label}{name}": value for name, value in scalars.items()}, share))
+            loss_sum = run.sum_over_ranks(loss_sum)
+            norm, ok = self._update(phase, loss_sum)
+            finite = finite * ok
+            # an update that was not made leaves no mark in the averages either
+            for scalars, share in [
+                *logged,
+                ({f"{label}loss": loss_sum / world, f"{label}grad_norm": norm / world}, 1.0),
+            ]:
+                self.meter.add(scalars, share * ok)
+        self.scaler.update()
+        self.meter.count(finite, total, sum(len(batch["rows"]) for batch in micro_batches) * world)
+
+    def _update(self, phase: Phase, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and apply the gradients, unless loss or gradient is not finite; all of it on the device.
+
+        Returns:
+            The gradient's norm before clipping, and 1.0 if the update was made, else 0.0.
+        """
+        parameters = [p for group in phase.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        if self.scaler.is_enabled():
+            # an infinite loss can have finite gradients: spoil them, so that the scaler skips the update as well
+            torch._foreach_mul_(gradients, torch.where(torch.isfinite(loss), 1.0, float("nan")))
+            self.scaler.unscale_(phase.optimizer)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm, foreach=True)
+        ok = (torch.isfinite(norm) & torch.isfinite(loss)).float()
+        if self.scaler.is_enabled():
+            self.scaler.step(phase.optimizer)
+        else:
+            phase.optimizer.found_inf = 1.0 - ok  # a fused optimizer reads this: 1.0 leaves everything as it is
+            phase.optimizer.step()
+        return norm, ok
+
+    def _learning_rate(self, phase: Phase) -> float:
+        config = self.config
+        return warmup_cosine(
+            self.progress.step,
+            peak=phase.peak_lr,
+            warmup_steps=config.warmup_steps,
+            total_steps=self.total_steps,
+            min_ratio=config.min_lr_ratio,
+        )
+
+    # What is due after a step ------------------------------------------------------------------------------------
+
+    def _validate_and_save(self) -> None:
+        """Validation and checkpoint, if due at this step and not yet done: safe to call twice."""
+        config, progress, step = self.config, self.progress, self.progress.step
+        if step == 0:
+            return
+        at_end = step == self.total_steps
+        improved = False
+        if self.validation and (step % config.val_freq == 0 or at_end) and progress.validated_step != step:
+            improved = self._validate()
+        epoch_ends = step % self.dataset.steps_per_epoch == 0
+        due = epoch_ends or at_end or step % config.checkpoint_freq == 0
+        if improved or (due and self.saved_step != step):
+            self._save()
+            self._tick()
+
+    def _validate(self) -> bool:
+        """Judge the model on the whole validation set, leaving no trace in training. Returns whether it is best."""
+        run, progress, name = self.run, self.progress, self.run.stage.best_metric
+        module = self.phases[-1].module
+        totals: dict[str, Tensor] = {}
+        module.eval()
+        with from_the_start(self.validation.dataset) as dataset, untouched_rng(run.device), torch.no_grad():
+            for batch in build_loader(dataset, self.config, run.device):
+                if run.world == 1 and run.stop_requested:
+                    self._stop()
+                with run.autocast():
+                    sums = self.validation.sums(module, to_device(batch, run.device))
+                for key, value in sums.items():
+                    totals[key] = totals.get(key, 0.0) + value.double().cpu()
+        keys = sorted(totals)
+        values = run.sum_over_ranks(torch.stack([totals[key] for key in keys])).tolist()
+        progress.metrics = self.validation.metrics(dict(zip(keys, values, strict=True)))
+        progress.validated_step = progress.step
+        best = progress.best_metrics.get(name)
+        improved = best is None or progress.metrics[name] < best
+        if improved:
+            progress.best_step, progress.best_metrics = progress.step, progress.metrics
+        epoch = (progress.step - 1) // self.dataset.steps_per_epoch
+        run.record("val", progress.step, epoch, progress.metrics)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in progress.metrics.items())
+        run.log(f"step {progress.step}  validation: {shown}" + ("  (best)" if improved else ""))
+        self._tick()
+        return improved
+
+    # Reports -----------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """Start the throughput clock anew, so that validation and saving do not count as training time."""
+        self.clock = (time.perf_counter(), self.progress.step, self.meter.samples, self.meter.targets)
+
+    def _report(self) -> None:
+        """The one place where the host waits for the device: averages since the last report, speed, time left."""
+        run, progress = self.run, self.progress
+        averages = self.meter.averages(run)
+        self._check_finite()
+        started, step, samples, targets = self.clock
+        elapsed, steps = time.perf_counter() - started, max(1, progress.step - step)
+        rates = {
+            "samples_per_s": (self.meter.samples - samples) / elapsed,
+            f"{run.stage.unit}_per_s": (self.meter.targets - targets) / elapsed,
+        }
+        self._tick()
+        epoch = (progress.step - 1) // self.dataset.steps_per_epoch
+        progress.step -= 1  # the rate that the last step was made with
+        lr = {f"{p.name}_lr" if len(self.phases) > 1 else "lr": self._learning_rate(p) for p in self.phases}
+        progress.step += 1
+        values = averages | lr | rates | {"peak_memory_gb": peak_memory_gb(run.device)}
+        run.record("train", progress.step, epoch, values | {"skipped_updates": progress.skipped_updates})
+        left = tqdm.format_interval(elapsed / steps * (self.total_steps - progress.step))
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in (averages | lr).items())
+        speed = f"{rates[f'{run.stage.unit}_per_s']:,.0f} {run.stage.unit}/s  {values['peak_memory_gb']:.2f} GB"
+        run.log(f"step {progress.step}/{self.total_steps}  epoch {epoch}  {shown}  {speed}  left {left}")
+        if run.bar is not None:
+            run.bar.set_postfix({key: f"{value:.3g}" for key, value in averages.items() if "loss" in key})
+
+    def _check_finite(self) -> None:
+        progress, limit = self.progress, self.config.max_nonfinite_steps
+        skipped, in_a_row = self.meter.skipped_counts()
+        if skipped > progress.skipped_updates:
+            self.run.log(f"step {progress.step}: loss or gradient not finite, no update ({skipped} so far)")
+        progress.skipped_updates, progress.skipped_in_a_row = skipped, in_a_row
+        if in_a_row >= limit:
+            files = checkpoint.step_files(self.run.save_dir, self.run.stage.prefix)
+            good = files[0][1] if files else "none"
+            raise RunError(
+                f"step {progress.step}: loss not finite in {in_a_row} steps in a row (max_nonfinite_steps {limit}). "
+                f"Last good checkpoint: {good}. Try a lower lr, more warmup_steps, or use_amp false"
+            )
+
+    def _announce(self, harmless: list[str]) -> None:
+        run, dataset, progress = self.run, self.dataset, self.progress
+        sizes = ", ".join(f"{p.name} {sum(w.numel() for w in p.module.parameters()) / 1e6:.2f} M" for p in self.phases)
+        run.log(
+            f"{run.stage.name}: parameters {sizes}; {len(dataset.source)} samples, {dataset.steps_per_epoch} steps per "
+            f"epoch of {dataset.samples_per_step} samples; {self.total_steps} steps on {run.device} in "
+            f"{str(run.amp_dtype or torch.float32).removeprefix('torch.')}, {run.world} process(es)"
+        )
+        if progress.step:
+            start_epoch, start_batch_idx = divmod(progress.step, dataset.steps_per_epoch)
+            run.log(f"resumed at step {progress.step}: epoch {start_epoch}, batch {start_batch_idx}")
+        for line in harmless:
+            run.log(f"config changed since the checkpoint: {line}")
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        run, progress = self.run, self.progress
+        progress.skipped_updates, progress.skipped_in_a_row = self.meter.skipped_counts()
+        rng = run.gather(rng_state(run.device))
+        meter = run.gather(self.meter.state_dict())
+        if run.is_main:
+            path = checkpoint.step_path(run.save_dir, run.stage.prefix, progress.step)
+            payload = {
+                "format": checkpoint.FORMAT_VERSION,
+                "stage": run.stage.name,
+                "config": self.config.model_dump(),
+                "data": self.fingerprint,
+                "world": run.world,
+                "samples_per_step": self.dataset.samples_per_step,
+                **vars(progress),
+                "phases": {
+                    phase.name: {
+                        "module": phase.module.state_dict(),
+                        "optimizer": phase.optimizer.state_dict(),
+                        "schedule": {"peak_lr": phase.peak_lr, "lr": self._learning_rate(phase)},
+                    }
+                    for phase in self.phases
+                },
+                "scaler": self.scaler.state_dict(),
+                "rng": rng,
+                "meter": meter,
+            }
+            checkpoint.save(path, payload)
+            checkpoint.prune(run.save_dir, run.stage.prefix, self.config.keep_checkpoints, progress.best_step)
+        self.saved_step = progress.step
+        run.barrier()
+
+    def _resume(self) -> list[str]:
+        """Take up the newest checkpoint, if any. Returns the harmless config changes, to be logged."""
+        run, progress = self.run, self.progress
+        with run.main_process_first():
+            payload = checkpoint.newest(run.save_dir, run.stage.prefix, run.log)
+        if payload is None:
+            if self.final_path.exists():
+                return self._resume_from_final()
+            return []
+        path = checkpoint.step_path(run.save_dir, run.stage.prefix, payload["step"])
+        harmless = self._refuse_drift(path, payload)
+        for phase in self.phases:
+            saved = payload["phases"][phase.name]
+            phase.module.load_state_dict(saved["module"])
+            phase.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(payload["scaler"])
+        for name in vars(progress):
+            setattr(progress, name, payload[name])
+        self.saved_step = progress.step
+        if run.world == payload["world"]:
+            set_rng_state(payload["rng"][run.rank], run.device)
+            self.meter.load_state_dict(payload["meter"][run.rank])
+        return harmless
+
+    def _resume_from_final(self) -> list[str]:
+        """Only the final file is left: the run is finished, or can no longer be extended."""
+        final = checkpoint.load_stage(self.run.save_dir, self.run.stage.prefix, self.run.stage.final)
+        done = int(final["metrics"]["trained_steps"])
+        if done < self.total_steps:
+            raise UserError(
+                f"{self.final_path}: finished at step {done}, and its step files are gone, so it cannot be extended "
+                f"to {self.total_steps}. Use a new save_dir"
+            )
+        self.progress.step = done
+        return self._refuse_drift(self.final_path, final)
+
+    def _refuse_drift(self, path, payload: dict) -> list[str]:
+        """
+        Raises:
+            UserError: the checkpoint belongs to another training; the message lists each key, old and new.
+        """
+        run = self.run
+        if payload["stage"] != run.stage.name:
+            raise UserError(f"{path}: expected a checkpoint of stage {run.stage.name}, found {payload['stage']}")
+        refused, harmless = drift(type(self.config), payload["config"], self.config.model_dump())
+        per_step = payload.get("samples_per_step", self.dataset.samples_per_step)
+        if payload.get("world", run.world) != run.world and per_step == self.dataset.samples_per_step:
+            # other processes, the same samples per step: the same training, dealt out otherwise
+            dealt = ("batch_size:", "gradient_accumulation_steps:")
+            harmless += [line for line in refused if line.startswith(dealt)]
+            refused = [line for line in refused if not line.startswith(dealt)]
+        elif per_step != self.dataset.samples_per_step:
+            refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")
+        for key, value in payload.get("data", self.fingerprint).items():
+            if self.fingerprint.get(key) != value:
+                refused.append(f"data ({key}): {value[:12]} -> {self.fingerprint.get(key, 'absent')[:12]}")
+        if refused:
+            raise UserError(
+                f"{path} is of another training: {'; '.join(refused)}. Use a new save_dir, or put these back"
+            )
+        return harmless
+
+    # Ends --------------------------------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        step = self.progress.step
+        if step > 0 and self.saved_step != step:
+            self._save()
+        raise Interrupted(f"stopped at step {step}, saved in {self.run.save_dir}. Run the same command to go on")
+
+    def _existing_final(self) -> dict | None:
+        """The final file, unless it is missing or damaged and must be written again."""
+        try:
+            return checkpoint.load(self.final_path)
+        except FileNotFoundError:
+            return None
+        except checkpoint.DamagedCheckpoint as error:
+            self.run.log(f"{self.final_path}: {error}. Writing it again from the last checkpoint")
+            return None
+
+    def _finish(self) -> dict[str, float]:
+        """Write the final file, with the weights of the best validated step."""
+        run, progress, phase = self.run, self.progress, self.phases[-1]
+        step, metrics = progress.step, progress.metrics
+        if progress.best_step not in (None, progress.step):
+            path = checkpoint.step_path(run.save_dir, run.stage.prefix, progress.best_step)
+            try:
+                best = checkpoint.load(path)
+            except (FileNotFoundError, checkpoint.DamagedCheckpoint) as error:
+                run.log(f"{path}: the best checkpoint cannot be read ({error}); keeping the last step's weights")
+            else:
+                phase.module.load_state_dict(best["phases"][phase.name]["module"])
+                step, metrics = progress.best_step, progress.best_metrics
+        metrics = metrics | self.summary | {"trained_steps": progress.step}
+        if run.is_main:
+            payload = {
+                "format": checkpoint.FORMAT_VERSION,
+                "stage": run.stage.name,
+                "config": self.config.model_dump(),
+                "step": step,
+                "metrics": metrics,
+                "model": phase.module.state_dict(),
+            }
+            checkpoint.save(self.final_path, payload)
+        run.barrier()
+        run.log(f"finished: {self.final_path} holds the weights of step {step}")
+        return metrics
+
+
+class _Meter:
+    """Running averages on the device; read only where the host has to wait anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.updates = torch.zeros((), device=device)  # made since the last report
+        self.samples = self.targets = 0  # since this process started
+        self.skipped = torch.zeros((), device=device)
+        self.in_a_row = torch.zeros((), device=device)
+
+    def add(self, scalars: dict[str, Tensor], share: Tensor) -> None:
+        for name, value in scalars.items():
+            value = torch.where(share > 0, value.detach() * share, 0.0)
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def count(self, finite: Tensor, targets: float, samples: int) -> None:
+        self.targets += targets
+        self.samples += samples
+        self.updates = self.updates + finite
+        self.skipped = self.skipped + (1 - finite)
+        self.in_a_row = (self.in_a_row + 1) * (1 - finite)
+
+    def skipped_counts(self) -> tuple[int, int]:
+        return int(self.skipped), int(self.in_a_row)
+
+    def averages(self, run: Run) -> dict[str, float]:
+        """Means over the updates made since the last call, over all processes; starts anew."""
+        if not self.sums:
+            return {}
+        names = sorted(self.sums)
+        values = run.sum_over_ranks(torch.stack([self.sums[name] for name in names]).float()).tolist()
+        updates = max(1.0, float(self.updates))
+        self.sums, self.updates = {}, torch.zeros_like(self.updates)
+        return {name: value / updates for name, value in zip(names, values, strict=True)}
+
+    def state_dict(self) -> dict:
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"sums": sums} | {name: float(getattr(self, name)) for name in ("updates", "skipped", "in_a_row")}
+
+    def load_state_dict(self, state: dict) -> None:
+        device = self.skipped.device
+        self.sums = {name: torch.tensor(value, device=device) for name, value in state["sums"].items()}
+        for name in ("updates", "skipped", "in_a_row"):
+            setattr(self, name, torch.tensor(state[name], device=device))
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Tensors to the device without waiting for them; everything else as it is."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -1,0 +1,391 @@
+"""What a run needs around its loop: command line, device, seeds, lock, signals, logs, progress bar, processes.
+
+``launch(main)`` turns the project's errors into one line and an exit code; ``Run`` owns one ``save_dir`` for as long
+as the process lives. Nothing here knows which stage it serves.
+"""
+
+import argparse
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from omni import checkpoint
+from omni.config import StageConfig, load_config
+from omni.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What distinguishes a stage to its surroundings: names and units, no behaviour."""
+
+    name: str  # "text": stands in the checkpoint, so that another stage's file is refused
+    prefix: str  # step files are <prefix>_step_<N>.pt
+    final: str  # the final file
+    unit: str  # what the throughput counts beside samples: "tokens"
+    best_metric: str  # the validation metric that chooses the best checkpoint; smaller is better
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
+    try:
+        main()
+    except (UserError, RunError, Interrupted) as error:
+        label = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{label}{error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] | None = None):
+    """The command line that all stage scripts share.
+
+    Returns:
+        The config, and the notices to log once the log is open.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Interrupt it when you like (Ctrl-C, SIGTERM, even SIGKILL): the same line goes on where it stopped.\n"
+        "Several GPUs: torchrun --nproc_per_node=N SCRIPT --config FILE.\n"
+        "Exit codes: 0 finished, 1 failed, 2 bad config or data, 75 interrupted and saved.\n\n"
+        "Config keys (default):\n" + _describe_keys(cls),
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config, see configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the config; repeatable"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    config, notices = load_config(cls, args.config, args.set)
+    return config, notices, args.device
+
+
+def _describe_keys(cls: type[StageConfig]) -> str:
+    lines = []
+    for name, field in cls.model_fields.items():
+        default = "required" if field.is_required() else json.dumps(field.default)
+        lines.append(f"  {name} ({default})" + (f": {field.description}" if field.description else ""))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Device and numerics
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the first GPU (under torchrun, this process's own), else the CPU."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise UserError(f"--device {name}: expected a device of this machine: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
+    """bf16 where the hardware computes in it, fp16 on older GPUs, None (float32) elsewhere."""
+    if not use_amp:
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else None
+    return None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict:
+    """State of every generator that training may draw from, as tensors and plain data."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)  # seed and offset live on the host: no wait
+    return state
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def untouched_rng(device: torch.device):
+    """Whatever the block draws, the generators stand afterwards where they stood before."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux kibibytes
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Lock
+
+
+class FolderLock:
+    """At most one process trains in a folder.
+
+    A POSIX record lock (``fcntl.lockf``) belongs to this process alone: data loader workers do not inherit it, so
+    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / ".lock"
+        while True:
+            self.file = open(self.path, "a+", encoding="utf-8")
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.file.seek(0)
+                holder = self.file.read().strip() or "unknown"
+                self.file.close()
+                raise UserError(f"{folder}: already in use by process {holder}. Wait for it, or stop it") from None
+            # the previous holder may have removed the file between our open and our lock
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(self.file.fileno()).st_ino == self.path.stat().st_ino:
+                    break
+            self.file.close()
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def release(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Run:
+    """One process's part in one training: its folder, device, rank, logs and stop signal. A context manager.
+
+    Entering creates ``save_dir`` and takes its lock (rank 0), starts ``torch.distributed`` under torchrun, and
+    catches SIGINT and SIGTERM. Log files are opened by ``open_logs`` only, so that a finished run changes no file.
+
+    Raises:
+        UserError: ``save_dir`` cannot be written, or another process works in it.
+    """
+
+    def __init__(self, config: StageConfig, stage: Stage, notices: list[str] = (), device: str = "auto") -> None:
+        self.config, self.stage, self.save_dir = config, stage, Path(config.save_dir)
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.is_main = self.rank == 0
+        self.device = pick_device(device)
+        self.amp_dtype = pick_amp_dtype(config.use_amp, self.device)
+        self.stop_requested = False
+        self.bar: tqdm | None = None
+        self.lock: FolderLock | None = None
+        self._log_file = self._metrics_file = self._tensorboard = None
+        self._pending = list(notices)  # lines that wait for training.log to be opened
+        if config.use_amp and self.amp_dtype is None:
+            self._pending.append(f"use_amp: {self.device} has no fast half-precision arithmetic, using float32")
+
+    def __enter__(self) -> "Run":
+        if self.is_main:
+            try:
+                self.save_dir.mkdir(parents=True, exist_ok=True)
+                self.lock = FolderLock(self.save_dir)
+                checkpoint.remove_temporary(self.save_dir)
+            except OSError as error:
+                raise UserError(f"{self.save_dir}: cannot write to save_dir: {error.strerror}") from error
+        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        if self.world > 1:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            # the first process may prepare data for hours while the others wait
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=2))
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+            if self.config.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+                torch.use_deterministic_algorithms(True, warn_only=True)
+                torch.utils.deterministic.fill_uninitialized_memory = False
+        seed_everything(self.config.seed)
+        notices, self._pending = self._pending, []
+        for line in notices:
+            self.log(line)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        if self.bar is not None:
+            self.bar.close()
+        for stream in (self._tensorboard, self._metrics_file, self._log_file):
+            if stream is not None:
+                stream.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    # Signals -----------------------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int, _frame) -> None:
+        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing
+        if self.stop_requested and self.world == 1:
+            if checkpoint.temporary_in_progress is not None:
+                checkpoint.temporary_in_progress.unlink(missing_ok=True)
+            os.write(2, b"stopped at once; the last saved checkpoint stands\n")
+            os._exit(EXIT_INTERRUPTED)
+        self.stop_requested = True
+        os.write(2, f"\n{signal.Signals(number).name}: saving at the next safe point, then stopping\n".encode())
+
+    def check_stop(self) -> None:
+        """For work outside the loop that can be taken up again: leave now if asked to."""
+        if self.stop_requested:
+            raise Interrupted("stopped while preparing. Run the same command to go on")
+
+    def stop_agreed(self) -> bool:
+        """Whether any process was asked to stop; all get the same answer. A host-side exchange, no device wait."""
+        if self.world == 1:
+            return self.stop_requested
+        flag = torch.tensor(int(self.stop_requested))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # Processes ---------------------------------------------------------------------------------------------------
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))  # on the host; dist.barrier would occupy the GPU
+
+    def gather(self, value) -> list:
+        """Every process's ``value``, in rank order."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def main_process_first(self):
+        """The block runs on rank 0 while the others wait, then on the others, which find its result on disk."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    # Numerics ----------------------------------------------------------------------------------------------------
+
+    def autocast(self):
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Move to the device and compile in place, so that the state dict's keys stay plain."""
+        module.to(self.device)
+        if self.config.use_compile:
+            module.compile(dynamic=False)
+        return module
+
+    def distribute(self, module: nn.Module) -> nn.Module:
+        """The callable to train with: the module itself, or its DDP wrapper under torchrun."""
+        if self.world == 1:
+            return module
+        return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    # Logs --------------------------------------------------------------------------------------------------------
+
+    def open_logs(self, step: int) -> None:
+        """Open training.log, metrics.jsonl and TensorBoard; rows after ``step`` are of a lost future and go."""
+        if not self.is_main:
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and a finished run does not need it
+
+        self._log_file = open(self.save_dir / "training.log", "a", encoding="utf-8", buffering=1)
+        path = self.save_dir / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_row_until(line, step)]
+            checkpoint.replace_file(path, lambda file: file.writelines(kept))
+        self._metrics_file = open(path, "a", encoding="utf-8", buffering=1)
+        self._tensorboard = SummaryWriter(self.save_dir / "tensorboard", purge_step=step + 1)
+        for line in self._pending:
+            self._write_log(line)
+
+    def log(self, message: str) -> None:
+        """One line to stdout, and to training.log once that is open. Rank 0 only."""
+        if not self.is_main:
+            return
+        with tqdm.external_write_mode(file=sys.stdout):
+            print(message, flush=True)
+        if self._log_file is None:
+            self._pending.append(message)
+        else:
+            self._write_log(message)
+
+    def _write_log(self, message: str) -> None:
+        self._log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
+        """One row of metrics.jsonl, and the same values to TensorBoard under ``kind/``. Rank 0 only."""
+        if not self.is_main:
+            return
+        row = {"kind": kind, "step": step, "epoch": epoch} | values
+        self._metrics_file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def start_bar(self, total_steps: int, step: int) -> None:
+        """A progress bar that stands where the run stands; none where nobody watches."""
+        if self.is_main and sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+
+def _is_row_until(line: bytes, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # the row that a kill cut short
+        return False

@@ -1,0 +1,191 @@
+"""Text to token ids and back: byte-level BPE with chat tokens, kept in one ``tokenizer.json``.
+
+Every byte is in the vocabulary, and nothing is normalised or stripped, so ``decode(encode(text)) == text`` for any
+text that UTF-8 can hold. The file opens as it is in ``tokenizers`` and ``transformers``.
+
+Source: byte-level BPE as in GPT-2 (Radford et al. 2019), on BPE for words (Sennrich et al. 2016).
+"""
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from omni.checkpoint import replace_file
+from omni.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+END = "<|end|>"
+SPECIAL_TOKENS = (  # the position is the id, in every vocabulary that is trained here
+    END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END,
+    "<|image_start|>", "<|image|>", "<|image_end|>",
+    "<|audio_start|>", "<|audio|>", "<|audio_end|>", "<|speech|>",
+    "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",
+)  # fmt: skip
+ROLES = ("system", "user", "assistant")
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def _byte_of_symbol() -> dict[str, int]:
+    """How byte-level BPE writes a byte as one visible character: itself if it prints, else the next one from 256."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+class Tokenizer:
+    """Byte-level BPE. Build one with ``train`` or ``load``."""
+
+    def __init__(self, serialized: str):
+        """``serialized``: the text of a ``tokenizer.json``."""
+        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        # A second one, as the switch is a state of the tokenizer, and a shared state would be a race.
+        self._plain = tokenizers.Tokenizer.from_str(serialized)
+        self._plain.encode_special_tokens = True
+        self.eos_id = self.token_id(END_OF_TEXT)
+        self.end_id = self.token_id(END)
+
+    @classmethod
+    def train(cls, lines: Iterator[str], vocab_size: int) -> Self:
+        """Learn merges from ``lines``, read once as a stream.
+
+        Args:
+            vocab_size: upper bound; a small corpus has fewer merges to give.
+        """
+        if vocab_size < MIN_VOCAB_SIZE:
+            raise UserError(
+                f'key "vocab_size": expected at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special '
+                f"tokens), found {vocab_size}"
+            )
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(lines, trainer)
+        return cls(tokenizer.to_str())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a ``tokenizer.json``.
+
+        Raises:
+            UserError: the file is missing, damaged, or not a tokenizer of this kind.
+        """
+        try:
+            serialized = Path(path).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: damaged tokenizer: byte {error.start} is not UTF-8") from error
+        try:
+            tokenizer = cls(serialized)
+            for name in SPECIAL_TOKENS:
+                tokenizer.token_id(name)
+        except KeyError as error:
+            raise UserError(f"{path}: not a tokenizer of μOmni: it has no token {error.args[0]}") from error
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: damaged tokenizer: {' '.join(str(error).split())}") from error
+        if not isinstance(tokenizer._tokenizer.decoder, decoders.ByteLevel):
+            raise UserError(f"{path}: expected a byte-level tokenizer, as train_text.py writes it")
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` whole or not at all: a reader, or a killed run, never sees half a file."""
+        serialized = self._tokenizer.to_str(pretty=True).encode()
+        replace_file(Path(path), lambda file: file.write(serialized))
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries there really are, special tokens included."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's canonical JSON: the same for every file that encodes the same way."""
+        canonical = json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def token_id(self, name: str) -> int:
+        """The id of a token given as text, for example ``<|audio|>``. KeyError if there is none."""
+        token_id = self._tokenizer.token_to_id(name)
+        if token_id is None:
+            raise KeyError(name)
+        return token_id
+
+    def encode(self, text: str, allow_special: bool = True) -> list[int]:
+        """Token ids of ``text``.
+
+        Args:
+            allow_special: whether ``<|user|>`` and the like in the text become their token. False spells them out as
+                ordinary text: what a user types can then never pass for a role.
+        """
+        return (self._tokenizer if allow_special else self._plain).encode(text).ids
+
+    def encode_batch(self, texts: list[str], allow_special: bool = True) -> list[list[int]]:
+        """``encode`` of many texts, on all cores."""
+        tokenizer = self._tokenizer if allow_special else self._plain
+        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """Text of ``ids``. Bytes that are not UTF-8 (a cut character) come out as U+FFFD."""
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+
+    def chat_prompt(self, messages: list[dict[str, str]], generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation, as ``CHAT_TEMPLATE`` writes it.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": text}``, oldest first. Contents are text
+                only: special tokens in them are spelled out.
+            generation_prompt: end with ``<|assistant|>``, which asks for an answer. False for training rows.
+        """
+        ids = []
+        for message in messages:
+            if message["role"] not in ROLES:
+                raise ValueError(f"expected a role of {ROLES}, found {message['role']!r}")
+            ids.append(self.token_id(f"<|{message['role']}|>"))
+            ids += self.encode(message["content"], allow_special=False)
+            if message["role"] == "assistant":
+                ids.append(self.end_id)
+        return ids + [self.token_id("<|assistant|>")] if generation_prompt else ids
+
+
+class StreamDecoder:
+    """Turns ids into text as they come. A character spread over several tokens waits until it is whole.
+
+    The pieces of ``push`` and the one of ``flush``, joined, are ``tokenizer.decode(ids, skip_special)``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
+        self._tokenizer = tokenizer._tokenizer
+        self._skipped = set(self._tokenizer.get_added_tokens_decoder()) if skip_special else set()
+        self._byte_of_symbol = _byte_of_symbol()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """The text that ``token_id`` completes; often a word, sometimes nothing yet."""
+        if token_id in self._skipped:
+            return ""
+        symbols = self._tokenizer.id_to_token(token_id)
+        return self._utf8.decode(bytes(self._byte_of_symbol[symbol] for symbol in symbols))
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that never became whole, else nothing."""
+        return self._utf8.decode(b"", final=True)

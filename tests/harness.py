@@ -1,0 +1,229 @@
+"""Run the real stage scripts as processes: start, signal, kill, wait, and compare what they leave behind."""
+
+import atexit
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One line per step and process: which rows it trained on. Rank and step make a line unique.
+TRACE = """
+import os, omni.loop
+_train_step = omni.loop._Training._train_step
+def traced(self, micro_batches):
+    rows = [batch["rows"] for batch in micro_batches]
+    with open(os.environ["TRACE"], "a") as file:
+        file.write(f"{self.progress.step} {self.run.rank} {rows}\\n")
+    _train_step(self, micro_batches)
+omni.loop._Training._train_step = traced
+"""
+
+# Slow enough for kills at random instants to fall into training; a sleep changes no bit.
+SLOW = """
+import time, omni.loop
+_slow_step = omni.loop._Training._train_step
+def slow(self, micro_batches):
+    time.sleep(0.02)
+    _slow_step(self, micro_batches)
+omni.loop._Training._train_step = slow
+"""
+
+
+def kill_at(call: str, count: int, *, after: bool = False) -> str:
+    """Prelude: the process SIGKILLs itself at the ``count``-th call of ``module:qualified.name``."""
+    module, name = call.split(":")
+    return f"""
+import importlib, os, signal
+_owner = importlib.import_module("{module}")
+*_path, _name = "{name}".split(".")
+for _part in _path:
+    _owner = getattr(_owner, _part)
+_original, _calls = getattr(_owner, _name), [0]
+def _killing(*args, **kwargs):
+    _calls[0] += 1
+    if _calls[0] == {count} and not {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = _original(*args, **kwargs)
+    if _calls[0] == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+setattr(_owner, _name, _killing)
+"""
+
+
+class Zygote:
+    """See zygote.py. One per test process, started when first needed."""
+
+    _instance = None
+
+    def __init__(self) -> None:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "zygote.py"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, bufsize=1,
+        )  # fmt: skip
+        atexit.register(self.process.kill)
+        assert self._answer() == "ready"
+
+    @classmethod
+    def get(cls) -> "Zygote":
+        cls._instance = cls._instance or cls()
+        return cls._instance
+
+    def ask(self, request: dict):
+        self.process.stdin.write(json.dumps(request) + "\n")
+        return self._answer()
+
+    def _answer(self):
+        return json.loads(self.process.stdout.readline())
+
+
+@dataclass
+class Process:
+    """A started script. ``wait`` fills in the exit code and the output."""
+
+    pid: int
+    output: Path
+    returncode: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+
+    def wait(self) -> "Process":
+        if self.returncode is None:
+            self.returncode = Zygote.get().ask({"wait": self.pid})
+            self.stdout = self.output.with_suffix(".out").read_text()
+            self.stderr = self.output.with_suffix(".err").read_text()
+        return self
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> "Process":
+        """SIGKILL, to the main process only: its workers are left behind, as after a crash."""
+        self.send(signal.SIGKILL)
+        return self.wait()
+
+    def wait_for(self, text: str, timeout: float = 60) -> None:
+        """Until ``text`` stands in what the process printed so far."""
+        deadline = time.monotonic() + timeout
+        while text not in self.output.with_suffix(".out").read_text():
+            assert time.monotonic() < deadline, f"{text!r} was not printed in {timeout} s"
+            time.sleep(0.005)
+
+
+@dataclass
+class Training:
+    """A stage with its config, in a folder of its own. Each ``start`` is the shell line of a user."""
+
+    script: str
+    prefix: str
+    final: str
+    folder: Path
+    config: dict
+    prelude: str = ""
+    _count: int = field(default=0)
+
+    @property
+    def save_dir(self) -> Path:
+        return Path(self.config["save_dir"])
+
+    def changed(self, save_dir: str | None = None, prelude: str | None = None, **keys) -> "Training":
+        """The same training with other keys, and in another folder if ``save_dir`` (a name) is given."""
+        config = self.config | keys
+        if save_dir:
+            config["save_dir"] = str(self.folder / save_dir)
+        prelude = self.prelude if prelude is None else prelude
+        return Training(self.script, self.prefix, self.final, self.folder, config, prelude, self._count + 100)
+
+    def start(self, prelude: str = "", env: dict | None = None) -> Process:
+        self._count += 1
+        stem = f"{self.save_dir.name}_{self._count}"
+        config_path = self.folder / f"{stem}.json"
+        config_path.write_text(json.dumps(self.config))
+        output = self.folder / stem
+        output.with_suffix(".out").write_text("")
+        request = {
+            "argv": [str(ROOT / self.script), "--config", str(config_path), "--device", "cpu"],
+            "cwd": str(self.folder),
+            "env": {"TRACE": str(self.trace_path)} | (env or {}),
+            "prelude": self.prelude + prelude,
+            "stdout": str(output.with_suffix(".out")),
+            "stderr": str(output.with_suffix(".err")),
+        }
+        return Process(Zygote.get().ask(request), output)
+
+    def run(self, prelude: str = "", env: dict | None = None) -> Process:
+        return self.start(prelude, env).wait()
+
+    def finish(self, **kwargs) -> Process:
+        """Run to the end, which must succeed."""
+        process = self.run(**kwargs)
+        assert process.returncode == 0, process.stderr + process.stdout
+        return process
+
+    # What a run leaves behind ------------------------------------------------------------------------------------
+
+    @property
+    def trace_path(self) -> Path:
+        return self.folder / f"{self.save_dir.name}.trace"
+
+    def trace(self) -> dict[tuple[int, int], str]:
+        """(step, rank) -> rows. A step that a kill made necessary again must have had the same rows."""
+        rows = {}
+        for line in self.trace_path.read_text().splitlines():
+            step, rank, value = line.split(" ", 2)
+            key = int(step), int(rank)
+            assert rows.setdefault(key, value) == value, f"step {step} was trained on other rows the second time"
+        return rows
+
+    def steps(self) -> list[int]:
+        """Numbers of the step files, ascending."""
+        names = self.save_dir.glob(f"{self.prefix}_step_*.pt")
+        return sorted(int(path.stem.rsplit("_", 1)[1]) for path in names)
+
+    def step_path(self, step: int) -> Path:
+        return self.save_dir / f"{self.prefix}_step_{step}.pt"
+
+    def newest(self) -> dict:
+        return torch.load(self.step_path(self.steps()[-1]), weights_only=True)
+
+    def final_file(self) -> dict:
+        return torch.load(self.save_dir / self.final, weights_only=True)
+
+    def metrics(self, kind: str = "train") -> list[dict]:
+        """Rows of metrics.jsonl without what depends on the machine's speed."""
+        rows = [json.loads(line) for line in (self.save_dir / "metrics.jsonl").read_text().splitlines()]
+        speed = ("per_s", "memory_gb")
+        return [{k: v for k, v in row.items() if not k.endswith(speed)} for row in rows if row["kind"] == kind]
+
+    def state(self) -> dict:
+        """Everything that must be the same bits however often the run was killed."""
+        newest, final = self.newest(), self.final_file()
+        for payload in (newest, final):
+            payload["config"] = {k: v for k, v in payload["config"].items() if k not in ("save_dir", "num_workers")}
+        return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
+
+
+def differences(one, other, where: str = "") -> list[str]:
+    """Paths at which two nested structures differ, tensors by ``torch.equal``."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        found = [f"{where}/{key} is in one only" for key in one.keys() ^ other.keys()]
+        for key in one.keys() & other.keys():
+            found += differences(one[key], other[key], f"{where}/{key}")
+        return found
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return [
+            line for i, (a, b) in enumerate(zip(one, other, strict=True)) for line in differences(a, b, f"{where}/{i}")
+        ]
+    same = (
+        torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
+    )
+    return [] if same else [where or "/"]

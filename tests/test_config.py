@@ -1,0 +1,142 @@
+"""Bad configs are refused in one line before anything is written; a changed config never mixes two trainings."""
+
+import json
+
+import pytest
+from harness import ROOT, kill_at
+from stages import STAGES
+
+from omni.config import StageConfig, TextConfig, load_config
+from omni.errors import UserError
+
+BAD = {
+    "unknown key": ({"chekpoint_freq": 5}, ['unknown key "chekpoint_freq"', 'Did you mean "checkpoint_freq"?']),
+    "wrong type": ({"batch_size": "eight"}, ['"batch_size"', "integer", '"eight"']),
+    "float for int": ({"batch_size": 2.5}, ['"batch_size"', "integer", "2.5"]),
+    "out of range": ({"val_split": 1.5}, ['"val_split"', "less than 1", "1.5"]),
+    "bool for number": ({"lr": True}, ['"lr"', "number", "true"]),
+    "no duration": ({"max_epochs": None}, ["max_steps", "max_epochs"]),
+    "batch larger than the data": ({"batch_size": 100_000}, ["samples", "100000", "batch_size"]),
+}
+
+
+def only_error(process, *fragments: str) -> None:
+    """The process ended with code 2 and one line that holds every fragment."""
+    assert process.returncode == 2, process.stderr
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1, process.stderr
+    assert "Traceback" not in process.stderr
+    for fragment in fragments:
+        assert fragment in process.stderr, process.stderr
+
+
+@pytest.mark.parametrize(("keys", "fragments"), BAD.values(), ids=BAD.keys())
+def test_bad_keys(stage, tmp_path, keys, fragments):
+    training = stage.training(tmp_path, **keys)
+    only_error(training.run(), *fragments)
+    assert not training.save_dir.exists() or list(training.save_dir.glob("*.pt")) == []
+    if "batch" not in fragments[-1]:  # the others are seen before the data are
+        assert not training.save_dir.exists()
+
+
+def test_a_missing_data_file(stage, tmp_path):
+    training = stage.training(tmp_path, **{stage.data_key: str(tmp_path / "absent.txt")})
+    only_error(training.run(), f'"{stage.data_key}"', "absent.txt", ".json: ")
+    assert not training.save_dir.exists()
+
+
+def test_impossible_sizes(tmp_path):
+    text = next(case for case in STAGES if case.name == "text")
+    for keys, fragments in (
+        ({"d_model": 18, "n_heads": 4}, ['"d_model"', "multiple of n_heads 4", "18"]),
+        ({"use_gqa": True, "kv_groups": 3, "n_heads": 4}, ['"kv_groups"', "divisor", "3"]),
+        ({"use_moe": True, "num_experts": 2, "num_experts_per_tok": 3}, ['"num_experts_per_tok"', "at most", "3"]),
+        ({"ctx_len": 100_000}, ["ctx_len", "100001 tokens"]),
+    ):
+        only_error(text.training(tmp_path, **keys).run(), *fragments)
+
+
+def test_files_that_are_no_config(tmp_path):
+    path = tmp_path / "config.json"
+    for content, fragment in ((b"{", "line 1"), (b"[]", "JSON object"), (b"\xff{}", "UTF-8"), (None, "cannot read")):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=fragment) as caught:
+            load_config(TextConfig, str(path))
+        assert str(path) in str(caught.value)
+
+
+def test_overrides_and_obsolete_keys(tmp_path):
+    corpus, path = tmp_path / "corpus.txt", tmp_path / "config.json"
+    corpus.touch()
+    keys = {"save_dir": "x", "train_text": str(corpus), "max_steps": 3, "shuffle_buffer_size": 9, "use_swiglu": True}
+    path.write_text(json.dumps(keys))
+    config, notices = load_config(TextConfig, str(path), ["lr=0.5", "save_dir=other", "use_gqa=true"])
+    assert (config.lr, config.save_dir, config.use_gqa) == (0.5, "other", True)
+    assert len(notices) == 2 and "no effect" in notices[0]
+    with pytest.raises(UserError, match="key=value"):
+        load_config(TextConfig, str(path), ["lr"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(StageConfig, "check_files", lambda self: None)
+    config, notices = load_config(TextConfig, str(path))
+    assert notices == [] and config.about
+
+
+# Drift -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_training_is_refused_with_the_differences(stage, tmp_path):
+    training = stage.training(tmp_path)
+    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    steps = training.steps()
+    for key, value in {
+        "batch_size": 3,
+        "seed": 7,
+        "gradient_accumulation_steps": 2,
+        "val_split": 0.4,
+        stage.size_key: 48,
+    }.items():
+        other = training.changed(**{key: value})
+        only_error(other.run(), f"{key}: ", f" -> {value}", "new save_dir")
+        assert training.steps() == steps
+    training.finish()
+
+
+def test_changed_data_are_refused(stage, tmp_path):
+    training = stage.training(tmp_path)
+    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    path = tmp_path / training.config[stage.data_key]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"cat", b"dog"))
+    only_error(training.run(), "data (train)", "new save_dir")
+    path.write_bytes(content)
+    training.finish()
+
+
+def test_harmless_keys_may_change_and_max_steps_extends(stage, tmp_path):
+    training = stage.training(tmp_path, max_steps=10)
+    training.finish()
+    longer = training.changed(max_steps=14, print_freq=1, checkpoint_freq=3, lr=5e-3, about="longer")
+    process = longer.finish()
+    assert "resumed at step 10" in process.stdout and "max_steps: 10 -> 14" in process.stdout
+    assert longer.newest()["step"] == 14 and longer.final_file()["metrics"]["trained_steps"] == 14
+
+
+def test_a_final_file_without_step_files_is_not_overwritten(stage, tmp_path):
+    training = stage.training(tmp_path, max_steps=10)
+    training.finish()
+    for step in training.steps():
+        training.step_path(step).unlink()
+    assert "already finished" in training.finish().stdout
+    only_error(training.changed(max_steps=14).run(), training.final, "step files are gone")
+
+
+def test_another_stage_s_checkpoint_is_refused(stage, tmp_path):
+    training = stage.training(tmp_path, max_steps=6)
+    training.finish()
+    rename = "import omni.runtime, dataclasses; _Stage = omni.runtime.Stage\n"
+    rename += "omni.runtime.Stage = lambda name, **keys: _Stage(name='other', **keys)\n"
+    only_error(training.run(prelude=rename), "expected a checkpoint of stage other", f"found {stage.name}")

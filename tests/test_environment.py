@@ -1,0 +1,109 @@
+"""Awkward folders, finished runs, losses that are not finite."""
+
+import os
+
+import torch
+from harness import differences, kill_at
+from test_config import only_error
+
+
+def snapshot(folder) -> dict:
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_rerun_changes_no_file(stage, tmp_path):
+    training = stage.training(tmp_path)
+    training.finish()
+    before = snapshot(tmp_path)
+    process = training.finish()
+    after = snapshot(tmp_path)
+    assert "already finished" in process.stdout
+    new = {path.name for path in after.keys() - before.keys()}
+    assert all(name.startswith("run_2.") for name in new), "only this test's own config and output"
+    assert {path: after[path] for path in before} == before
+
+
+def test_paths_with_spaces_and_non_ascii_letters(stage, tmp_path):
+    folder = tmp_path / "mein Ordner µ 音声"
+    folder.mkdir()
+    training = stage.training(folder, save_dir="läuft gut", max_steps=8)
+    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 7)).returncode == -9
+    training.finish()
+
+
+def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for where in ("/proc/omni", str(tmp_path / "file" / "below")):
+        training = stage.training(tmp_path, save_dir=where)
+        process = training.changed(save_dir=where).run()
+        only_error(process, "cannot write to save_dir")
+        assert "step" not in process.stdout
+
+
+def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
+    training = stage.training(tmp_path)
+    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
+    steps = training.steps()
+    for age, step in enumerate(steps):
+        os.utime(training.step_path(step), (1e9 - age, 1e9 - age))
+    assert f"resumed at step {steps[-1]}" in training.finish().stdout
+
+
+# NaN ---------------------------------------------------------------------------------------------------------------
+
+
+def bad_loss(first: int, last: int, factor: str = "nan") -> str:
+    """Prelude: the loss is not finite in steps first..last."""
+    return f"""
+import omni.loop
+_bad_step = omni.loop._Training._train_step
+def train_step(self, micro_batches):
+    for phase in self.phases:
+        if not hasattr(phase, "honest"):
+            phase.honest = phase.loss
+        honest, bad = phase.honest, {first} <= self.progress.step <= {last}
+        def loss(model, batch):
+            value, scalars = honest(model, batch)
+            return (value * float("{factor}") if bad else value), scalars
+        phase.loss = loss
+    _bad_step(self, micro_batches)
+omni.loop._Training._train_step = train_step
+"""
+
+
+def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_path):
+    for factor in ("nan", "inf"):
+        training = stage.training(tmp_path, save_dir=factor, max_steps=10, checkpoint_freq=1, keep_checkpoints=20)
+        training.prelude = bad_loss(5, 6, factor)
+        assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+        process = training.finish()
+        assert "no update (2 so far)" in process.stdout + (training.save_dir / "training.log").read_text()
+        module = lambda step: torch.load(training.step_path(step), weights_only=True)["phases"]  # noqa: B023, E731
+        for step in (6, 7):
+            assert differences(*({n: [p["module"], p["optimizer"]["state"]] for n, p in module(s).items()}
+                                 for s in (5, step))) == []  # fmt: skip
+        assert differences(module(5), module(8)) != []
+        assert training.newest()["step"] == 10 and training.newest()["skipped_updates"] == 2
+        assert all(torch.isfinite(value).all() for value in training.final_file()["model"].values())
+
+
+def test_many_in_a_row_stop_the_run(stage, tmp_path):
+    training = stage.training(tmp_path, max_nonfinite_steps=4)
+    process = training.run(prelude=bad_loss(6, 1000))
+    assert process.returncode == 1
+    assert "4 steps in a row" in process.stderr and process.stderr.count("\n") == 1
+    assert str(training.step_path(training.steps()[-1])) in process.stderr
+    assert "resumed" in training.finish().stdout  # a cause that is gone leaves nothing behind
+
+
+def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
+    # what an older GPU does, on the CPU: overflow makes the scaler skip updates, and its scale is part of the state
+    fp16 = "import omni.runtime, torch\nomni.runtime.pick_amp_dtype = lambda use_amp, device: torch.float16\n"
+    reference = stage.training(tmp_path, save_dir="reference", use_amp=True)
+    reference.prelude = fp16
+    reference.finish()
+    killed = reference.changed(save_dir="killed")
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    killed.finish()
+    assert killed.newest()["scaler"]["scale"] > 1
+    assert differences(killed.state(), reference.state()) == []

@@ -1,0 +1,171 @@
+"""A run that is killed and run again ends with the same bits as a run that was never killed."""
+
+import random
+import time
+
+import pytest
+from harness import SLOW, TRACE, differences, kill_at
+
+GRID = [
+    {"num_workers": workers, "gradient_accumulation_steps": accumulation}
+    for workers in (0, 2)
+    for accumulation in (1, 3)
+]
+
+
+def grid_id(keys: dict) -> str:
+    return ",".join(f"{name.split('_')[-1]}={value}" for name, value in keys.items())
+
+
+@pytest.mark.parametrize("keys", GRID, ids=grid_id)
+def test_sigkill_at_20_random_instants(stage, tmp_path, keys):
+    reference = stage.training(tmp_path, save_dir="reference", max_steps=60, **keys)
+    reference.prelude = TRACE
+    reference.finish()
+    killed = reference.changed(save_dir="killed", prelude=TRACE + SLOW)
+    rng, landed = random.Random(1), 0
+    for _ in range(20):
+        process = killed.start()
+        time.sleep(rng.uniform(0.05, 0.5))
+        landed += process.kill().returncode == -9
+    killed.finish()
+    assert landed >= 10, "most of the kills came after the end: the test shows nothing"
+    assert killed.trace() == reference.trace()
+    assert differences(killed.state(), reference.state()) == []
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"drop_last": False},
+        {"drop_last": False, "gradient_accumulation_steps": 3, "num_workers": 2},
+        {"use_amp": True, "num_workers": 2},
+        {"use_amp": True, "gradient_accumulation_steps": 3, "drop_last": False},
+    ],
+    ids=grid_id,
+)
+def test_resume_is_exact_with_partial_steps_and_bf16(stage, tmp_path, keys):
+    reference = stage.training(tmp_path, save_dir="reference", **keys)
+    reference.prelude = TRACE
+    reference.finish()
+    killed = reference.changed(save_dir="killed")
+    for at_step in (4, 6, 9):
+        assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", at_step)).returncode == -9
+    killed.finish()
+    assert killed.trace() == reference.trace()
+    assert differences(killed.state(), reference.state()) == []
+
+
+BOUNDARIES = {
+    "first batch": [kill_at("omni.loop:_Training._train_step", 1)],
+    "after the first batch": [kill_at("omni.loop:_Training._train_step", 1, after=True)],
+    "last batch": [kill_at("omni.loop:_Training._finish", 1)],
+    "before an epoch's loader": [kill_at("omni.loop:build_loader", 3)],
+    "during validation": [
+        kill_at("omni.loop:_Training._validate", 1),
+        kill_at("omni.loop:untouched_rng", 2, after=True),
+    ],
+    "during a save": [kill_at("torch:save", 2), kill_at("torch:save", 2, after=True)],
+    "before and after the rename": [kill_at("os:replace", 4), kill_at("os:replace", 5, after=True)],
+    "three times in one epoch": [kill_at("omni.loop:_Training._train_step", n) for n in (3, 2, 4)],
+}
+
+
+@pytest.mark.parametrize("kills", BOUNDARIES.values(), ids=BOUNDARIES.keys())
+def test_kills_at_boundaries(stage, tmp_path, kills):
+    reference = stage.training(tmp_path, save_dir="reference")
+    reference.prelude = TRACE
+    reference.finish()
+    killed = reference.changed(save_dir="killed", checkpoint_freq=2)
+    reference = reference.changed(save_dir="same cadence", checkpoint_freq=2)
+    reference.finish()
+    for kill in kills:
+        assert killed.run(prelude=kill).returncode == -9
+    killed.finish()
+    assert killed.trace() == reference.trace()
+    assert differences(killed.state(), reference.state()) == []
+
+
+MUTATIONS = {
+    "skip_samples never set": """
+import omni.data
+omni.data.ResumableDataset.skip_samples = property(lambda self: 0, lambda self, value: None)
+""",
+    "random state not restored": """
+import omni.loop
+omni.loop.set_rng_state = lambda state, device: None
+""",
+    "optimizer not restored": """
+import torch
+torch.optim.AdamW.load_state_dict = lambda self, state: None
+""",
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
+    reference = stage.training(tmp_path, save_dir="reference")
+    reference.finish()
+    killed = reference.changed(save_dir="killed")
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 7)).returncode == -9
+    killed.finish(prelude=mutation)
+    assert differences(killed.state()["newest"]["phases"], reference.state()["newest"]["phases"]) != []
+
+
+def test_another_num_workers_between_runs_changes_nothing(stage, tmp_path):
+    reference = stage.training(tmp_path, save_dir="reference", num_workers=0)
+    reference.prelude = TRACE
+    reference.finish()
+    killed = reference.changed(save_dir="killed")
+    for workers, at_step in ((0, 4), (3, 6), (1, 5)):
+        killed.config["num_workers"] = workers
+        assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", at_step)).returncode == -9
+    killed.config["num_workers"] = 2
+    killed.finish()
+    assert killed.trace() == reference.trace()
+    assert differences(killed.state(), reference.state()) == []
+
+
+def test_validation_changes_nothing_in_training(stage, tmp_path):
+    often = stage.training(tmp_path, save_dir="often", val_freq=1)
+    never = stage.training(tmp_path, save_dir="never", val_freq=10_000)
+    for training in (often, never):
+        training.finish()
+    assert len(often.metrics("val")) > len(never.metrics("val"))
+    assert differences(often.newest()["phases"], never.newest()["phases"]) == []
+    assert differences(often.newest()["rng"], never.newest()["rng"]) == []
+
+
+def test_progress_of_a_resumed_run(stage, tmp_path):
+    reference = stage.training(tmp_path, save_dir="reference", print_freq=1)
+    reference.finish()
+    killed = reference.changed(save_dir="killed")
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+    bar = """
+import omni.runtime, sys
+class Bar(omni.runtime.tqdm):
+    def __init__(self, *args, **kwargs):
+        print("BAR", kwargs["initial"], kwargs["total"], flush=True)
+        super().__init__(*args, **kwargs)
+omni.runtime.tqdm = Bar
+sys.stderr.isatty = lambda: True
+"""
+    process = killed.finish(prelude=bar)
+    steps = reference.newest()["step"]
+    assert f"BAR 7 {steps}" in process.stdout  # killed in its 8th step; validation 7 was the best so far
+    assert "resumed at step 7" in process.stdout
+    assert killed.metrics() == reference.metrics()
+    assert [row["step"] for row in killed.metrics()] == list(range(1, steps + 1))
+
+
+def test_every_sample_once_per_epoch_in_another_order(stage, tmp_path):
+    training = stage.training(tmp_path, drop_last=False, num_workers=2)
+    training.prelude = TRACE
+    training.finish()
+    payload, trace = training.newest(), training.trace()
+    samples = int(payload["data"]["samples"])
+    steps_per_epoch = len(trace) // 3
+    epochs = [[row for s in range(e * steps_per_epoch, (e + 1) * steps_per_epoch) for row in sum(eval(trace[s, 0]), [])]
+              for e in range(3)]  # fmt: skip
+    assert all(sorted(rows) == list(range(samples)) for rows in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]

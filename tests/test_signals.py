@@ -1,0 +1,121 @@
+"""SIGTERM and Ctrl-C save and stop; two processes never share a folder."""
+
+import os
+import signal
+import time
+
+import pytest
+from harness import SLOW, differences
+
+SLOW_VALIDATION = """
+import time, omni.loop
+_build_loader = omni.loop.build_loader
+def build_loader(dataset, config, device):
+    loader = _build_loader(dataset, config, device)
+    if dataset.shuffle:
+        return loader
+    print("validating", flush=True)
+    def slowly():
+        for batch in loader:
+            time.sleep(0.2)
+            yield batch
+    return slowly()
+omni.loop.build_loader = build_loader
+"""
+
+# Between two micro-batches of one step: the safe point is the step before, and dropout has already drawn numbers.
+SLOW_MICRO_STEP = """
+import time, omni.loop
+_to_device, _calls = omni.loop.to_device, [0]
+_autocast = omni.loop.Run.autocast
+def autocast(self):
+    _calls[0] += 1
+    if _calls[0] == 8:
+        print("second micro-step", flush=True)
+        time.sleep(1.0)
+    return _autocast(self)
+omni.loop.Run.autocast = autocast
+"""
+
+SLOW_SAVE = """
+import time, torch
+_save, _calls = torch.save, [0]
+def save(payload, file):
+    _save(payload, file)
+    _calls[0] += 1
+    if _calls[0] >= 2:
+        file.file.flush()
+        print("saving", flush=True)
+        time.sleep(1.0)
+torch.save = save
+"""
+
+MOMENTS = {
+    "in training": (SLOW, "step 6/", {}),
+    "in validation": (SLOW_VALIDATION, "validating", {}),
+    "between micro-steps": (SLOW_MICRO_STEP, "second micro-step", {"gradient_accumulation_steps": 3}),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
+def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):
+    prelude, text, keys = moment
+    reference = stage.training(tmp_path, save_dir="reference", num_workers=2, **keys)
+    reference.finish()
+    stopped = reference.changed(save_dir="stopped")
+    process = stopped.start(prelude=prelude)
+    process.wait_for(text)
+    sent = time.monotonic()
+    process.send(number)
+    process.wait()
+    assert time.monotonic() - sent < 5
+    assert process.returncode == 75
+    assert "saved in" in process.stderr and "Traceback" not in process.stderr
+    step = stopped.steps()[-1]
+    assert f"stopped at step {step}" in process.stderr
+    again = stopped.finish()
+    assert f"resumed at step {step}" in again.stdout
+    assert differences(stopped.state(), reference.state()) == []
+
+
+def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
+    reference = stage.training(tmp_path, save_dir="reference")
+    reference.finish()
+    stopped = reference.changed(save_dir="stopped")
+    process = stopped.start(prelude=SLOW_SAVE)
+    process.wait_for("saving")
+    assert list(stopped.save_dir.glob("*.partial"))
+    process.send(signal.SIGINT)
+    time.sleep(0.2)
+    process.send(signal.SIGINT)
+    assert process.wait().returncode == 75
+    assert not list(stopped.save_dir.glob("*.partial"))
+    stopped.finish()
+    assert differences(stopped.state(), reference.state()) == []
+
+
+def test_a_partial_file_of_a_killed_save_is_cleared(stage, tmp_path):
+    training = stage.training(tmp_path)
+    process = training.start(prelude=SLOW_SAVE)
+    process.wait_for("saving")
+    process.kill()
+    assert list(training.save_dir.glob("*.partial"))
+    training.finish()
+    assert not list(training.save_dir.glob("*.partial"))
+
+
+def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tmp_path):
+    training = stage.training(tmp_path, num_workers=2)
+    first = training.start(prelude=SLOW)
+    first.wait_for("step 3/")
+    started = time.monotonic()
+    second = training.run()
+    assert time.monotonic() - started < 2
+    assert second.returncode == 2
+    assert f"already in use by process {first.pid}" in second.stderr and second.stderr.count("\n") == 1
+    # the first one's workers outlive it for a moment; they must not hold the folder
+    first.kill()
+    assert os.path.exists(training.save_dir / ".lock")
+    training.finish()
+    assert not os.path.exists(training.save_dir / ".lock")

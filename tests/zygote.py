@@ -1,0 +1,69 @@
+"""Starts stage scripts without paying for ``import torch`` each time.
+
+Reads requests as JSON lines from stdin. For each it forks a process that has the heavy modules imported already and
+runs the real script as ``__main__``; that process can be signalled and killed like any other. This process itself
+computes nothing, so that the children start with fresh random state and no threads.
+"""
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import sys
+import traceback
+
+import numpy  # noqa: F401
+import torch
+import torch._dynamo
+import torch.utils.tensorboard
+
+import omni.corpus
+import omni.loop
+import omni.thinker  # noqa: F401
+
+
+def child(request: dict) -> None:
+    os.setsid()
+    for number, name in ((0, os.devnull), (1, request["stdout"]), (2, request["stderr"])):
+        flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        os.dup2(os.open(name, flags, 0o644), number)
+    sys.stdin = open(0)
+    sys.stdout = open(1, "w", buffering=1)
+    sys.stderr = open(2, "w", buffering=1)
+    os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    sys.argv = request["argv"]
+    torch.set_num_threads(1)
+    exec(compile(request["prelude"], "<prelude>", "exec"), {"__name__": "prelude"})
+    try:
+        runpy.run_path(request["argv"][0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # taking a thousand torch modules apart would take longer than the run
+
+
+def main() -> None:
+    gc.freeze()  # the children share these pages as long as nobody writes to them
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            child(request)
+        print(json.dumps(pid), flush=True)
+
+
+if __name__ == "__main__":
+    main()

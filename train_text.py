@@ -1,0 +1,113 @@
+"""Stage A: train the Thinker, a Qwen3 language model, on a text corpus.
+
+    python train_text.py --config configs/thinker_tiny.json
+
+The corpus is UTF-8 text, one sample a line. The first run trains a tokenizer and tokenises the corpus into a
+memory-mapped cache beside it; every run after that starts at once.
+"""
+
+import math
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from omni.config import TextConfig
+from omni.corpus import PackedTokens, prepare_corpus, sample_lines
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.loop import Phase, Validation, train
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.thinker import Thinker
+from omni.tokenizer import Tokenizer
+
+STAGE = Stage(name="text", prefix="thinker", final="thinker.pt", unit="tokens", best_metric="loss")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    config, notices, device = parse_stage_args(TextConfig, __doc__, argv)
+    with Run(config, STAGE, notices, device) as run:
+        # --- Data: lines -> tokens -> sequences of ctx_len -------------------------------------------------------
+        tokenizer = prepare_tokenizer(run, config)
+        # the model is as large as the vocabulary really is, and the checkpoint says so
+        config = run.config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+        if config.val_text:
+            corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=0.0)
+            held_out_corpus = prepare_corpus(run, config.val_text, tokenizer, val_split=0.0)
+            held_out, held_out_sha256 = held_out_corpus.train, held_out_corpus.sha256
+        else:
+            corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=config.val_split)
+            held_out, held_out_sha256 = corpus.val, corpus.sha256
+        train_set = ResumableDataset(
+            PackedTokens(corpus.train, config.ctx_len),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=run.rank,
+            world=run.world,
+            drop_last=config.drop_last,
+        )
+
+        # --- Model -----------------------------------------------------------------------------------------------
+        model = run.prepare(Thinker(config, use_flash=config.use_flash))
+
+        def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            nats, balance = model(batch["tokens"], targets=batch["targets"])
+            if not config.use_moe:
+                return nats, {}
+            return nats + config.router_aux_loss_coef * balance, {"cross_entropy": nats, "balance": balance}
+
+        # --- Validation: perplexity per token, and bits per byte, which no choice of tokenizer can flatter ---------
+        def sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+            nats, _ = model(batch["tokens"], targets=batch["targets"])
+            targets = (batch["targets"] >= 0).sum()
+            return {"nats": nats * targets, "targets": targets}
+
+        def metrics(totals: dict[str, float]) -> dict[str, float]:
+            loss = totals["nats"] / totals["targets"]
+            bits = totals["nats"] / math.log(2)
+            return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / held_out.text_bytes}
+
+        validation = None
+        if held_out.samples:
+            tail = PackedTokens(held_out, config.ctx_len, keep_tail=True)
+            split = ResumableDataset(
+                tail, seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
+            )
+            validation = Validation(split, sums, metrics)
+        else:
+            run.log("no held-out text (val_split is 0, or the corpus is very small): nothing will be validated")
+
+        # --- Train -----------------------------------------------------------------------------------------------
+        return train(
+            run,
+            [Phase("thinker", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            train_set,
+            fingerprint={"train": corpus.sha256, "validation": held_out_sha256, "tokenizer": tokenizer.fingerprint},
+            validation=validation,
+            # whether chatting with this model makes sense, or only continuing a text
+            summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},
+        )
+
+
+def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:
+    """The tokenizer in ``save_dir``; if there is none, a copy of ``tokenizer_path``, or one trained on the corpus."""
+    path = Path(config.save_dir) / "tokenizer.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            if config.tokenizer_path:
+                Tokenizer.load(config.tokenizer_path).save(path)
+            else:
+                run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {config.train_text}")
+                Tokenizer.train(sample_lines(run, Path(config.train_text)), config.vocab_size).save(path)
+        tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {config.vocab_size}. '
+            "Use a new save_dir, or raise vocab_size"
+        )
+    return tokenizer
+
+
+if __name__ == "__main__":
+    launch(main)
