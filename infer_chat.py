@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from omni.checkpoint import load_stage
+from omni.checkpoint import load_stage, load_weights
 from omni.config import TextConfig
 from omni.errors import UserError
 from omni.runtime import launch, pick_device
@@ -60,7 +60,7 @@ def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer]:
             f"{tokenizer.vocab_size}. The two files are not of one run"
         )
     thinker = Thinker(config, use_flash=config.use_flash)
-    thinker.load_state_dict(checkpoint["model"])
+    load_weights(thinker, checkpoint["model"], folder)
     return thinker.to(device).eval(), tokenizer
 
 

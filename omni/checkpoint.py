@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from omni.errors import RunError, UserError
 
@@ -221,6 +222,20 @@ def load_stage(folder: str | Path, prefix: str, final: str) -> dict:
     if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
         payload["model"] = list(payload["phases"].values())[-1]["module"]
     return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
+
+
+def load_weights(module: nn.Module, state_dict: dict, path: Path) -> None:
+    """``module.load_state_dict``, strict.
+
+    Raises:
+        UserError: a weight is missing, extra or of another shape; the message names the file and the first one.
+    """
+    try:
+        module.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        raise UserError(f"{path}: does not fit the model: {reasons[0]}{more}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -383,7 +383,7 @@ class _Training:
         harmless = self._refuse_drift(path, payload)
         for phase in self.phases:
             saved = payload["phases"][phase.name]
-            phase.module.load_state_dict(saved["module"])
+            checkpoint.load_weights(phase.module, saved["module"], path)
             phase.optimizer.load_state_dict(saved["optimizer"])
         self.scaler.load_state_dict(payload["scaler"])
         for name in vars(progress):

@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from omni import world  # noqa: E402
-from omni.errors import Interrupted, RunError, UserError  # noqa: E402
+from omni import world
+from omni.errors import Interrupted, RunError, UserError
 
 GENERATOR_VERSION = 1  # raise it with every change of omni/world.py or of this file that changes what is written
 TEXT_LINES = {"smoke": 2_000, "demo": 100_000, "large": 1_000_000}

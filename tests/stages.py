@@ -29,7 +29,7 @@ def make_text(folder: Path, lines: int = 24) -> dict:
     path = folder / "corpus.txt"
     if not path.exists():
         rng = random.Random(5)
-        words = "one two three red green blue round square big small cat dog runs sits near under".split()
+        words = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
         path.write_text("".join(" ".join(rng.choices(words, k=rng.randint(6, 14))) + "\n" for _ in range(lines)))
     return {"train_text": str(path)}
 

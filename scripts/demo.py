@@ -1,0 +1,141 @@
+"""The whole of μOmni on a laptop: make the built-in data, train every stage, judge it, ask it something.
+
+    python scripts/demo.py            the demo configs, to their targets
+    python scripts/demo.py --smoke    the same on a few steps, in a temporary folder: does everything run?
+
+Interrupt it when you like and run it again: what is finished is skipped, what is half-done goes on. The figures, all
+on held-out data, are written to checkpoints/demo_results.json.
+"""
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omni.checkpoint import load_stage, replace_file
+from omni.errors import EXIT_INTERRUPTED
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "checkpoints" / "demo_results.json"
+
+
+@dataclass(frozen=True)
+class DemoStage:
+    """One row of the demo: a script with its config, and what its final metrics are measured against."""
+
+    name: str  # in demo_results.json
+    script: str
+    config: str
+    prefix: str
+    final: str
+    metrics: dict[str, float | None]  # name -> upper bound to stay below, None: reported only
+    smoke: tuple[str, ...] = ()  # overrides that make it a matter of seconds
+
+
+STAGES = [
+    DemoStage(
+        name="thinker",
+        script="train_text.py",
+        config="configs/thinker_demo.json",
+        prefix="thinker",
+        final="thinker.pt",
+        metrics={"perplexity": 10.0, "bits_per_byte": None},
+        smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
+    ),
+]
+
+QUESTIONS = [
+    "Hello!",
+    "What is your name?",
+    "What is the opposite of hot?",
+    "Three small red circles are left of a big blue star. How many circles are there?",
+    "Paul has a white cat that likes fish. What does the cat like?",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in a temporary folder")
+    args = parser.parse_args()
+    if not args.smoke:
+        return demo()
+    with tempfile.TemporaryDirectory(prefix="omni_smoke_") as folder:
+        return smoke(Path(folder))
+
+
+def demo() -> int:
+    run("scripts/make_synthetic_datasets.py")
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    minutes = results.setdefault("minutes", {})
+    for stage in STAGES:
+        folder = ROOT / json.loads((ROOT / stage.config).read_text())["save_dir"]
+        finished = (folder / stage.final).exists()
+        print(f"\n=== {stage.name}: python {stage.script} --config {stage.config}", flush=True)
+        started = time.monotonic()
+        try:
+            run(stage.script, "--config", stage.config)
+            metrics = load_stage(folder, stage.prefix, stage.final)["metrics"]
+            results[stage.name] = {name: round(metrics[name], 4) for name in stage.metrics}
+        finally:
+            if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing
+                minutes[stage.name] = round(minutes.get(stage.name, 0.0) + (time.monotonic() - started) / 60, 2)
+            replace_file(RESULTS, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
+    ask("checkpoints/thinker_demo", QUESTIONS)
+    print_table(results)
+    print("\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir checkpoints/thinker_demo")
+    return 0
+
+
+def smoke(folder: Path) -> int:
+    started = time.monotonic()
+    run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
+    for stage in STAGES:
+        overrides = [f"save_dir={folder / stage.name}", f"train_text={folder / 'data/text/tiny_corpus.txt'}"]
+        overrides += [f"val_text={folder / 'data/text/tiny_corpus.val.txt'}", *stage.smoke]
+        run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
+    ask(str(folder / "thinker"), QUESTIONS[:1])
+    print(f"\nsmoke: every stage ran in {time.monotonic() - started:.0f} s; so short a training answers at random")
+    return 0
+
+
+def run(script: str, *arguments: str) -> None:
+    """Run a script of this repository; if it does not end well, neither does the demo, with the same exit code."""
+    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT)
+    # The child saves and ends by itself: a Ctrl-C reaches it from the terminal, a SIGTERM is passed on. Waiting for it
+    # (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    code = process.wait()
+    if code:
+        sys.exit(code if code > 0 else EXIT_INTERRUPTED)
+
+
+def ask(folder: str, questions: list[str]) -> None:
+    print(f"\n=== Questions to {folder}", flush=True)
+    for question in questions:
+        print(f"you>  {question}\nomni> ", end="", flush=True)
+        run("infer_chat.py", "--ckpt_dir", folder, "--text", question)
+
+
+def print_table(results: dict) -> None:
+    print(f"\n{'stage':<12}{'held-out figure':<22}{'value':>10}{'target':>10}   {'':<18}{'minutes':>8}")
+    for stage in STAGES:
+        for row, (name, bound) in enumerate(stage.metrics.items()):
+            value = results[stage.name][name]
+            verdict = "" if bound is None else "reached" if value < bound else f"missed by {value - bound:.3g}"
+            target = "" if bound is None else f"< {bound:g}"
+            minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
+            label = stage.name if row == 0 else ""
+            print(f"{label:<12}{name:<22}{value:>10.3f}{target:>10}   {verdict:<18}{minutes:>8}")
+    print(f"written to {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

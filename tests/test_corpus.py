@@ -1,0 +1,193 @@
+"""A text file becomes packed sequences: once, bounded, resumable, without losing a byte."""
+
+import json
+import os
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from harness import kill_at
+from stages import STAGES
+
+from omni import corpus
+from omni.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, split_samples
+from omni.errors import Interrupted, UserError
+from omni.tokenizer import Tokenizer
+
+
+class FakeRun:
+    """The part of a run that preparation uses."""
+
+    def __init__(self, stop_after: int = 10**9) -> None:
+        self.config = SimpleNamespace(cache_dir=None, seed=1)
+        self.is_main, self.lines, self.chunks_left = True, [], stop_after
+
+    def log(self, line: str) -> None:
+        self.lines.append(line)
+
+    def check_stop(self) -> None:
+        self.chunks_left -= 1
+        if self.chunks_left < 0:
+            raise Interrupted("stopped")
+
+    def main_process_first(self):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(iter(["the cat sat on the mat"] * 20), 300)
+
+
+@pytest.fixture
+def text(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 500)
+    rng = random.Random(0)
+    lines = [" ".join(rng.choices(["cat", "sät", "on", "猫"], k=rng.randint(1, 12))) for _ in range(400)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8", newline="")
+    return path, lines
+
+
+def decoded(file: TokenFile, tokenizer: Tokenizer) -> list[str]:
+    return tokenizer.decode(file.open().tolist()).split("<|endoftext|>")[1:-1]
+
+
+def test_every_line_is_in_exactly_one_split_and_duplicates_stay_together(text, tokenizer):
+    path, lines = text
+    cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    train, val = decoded(cache.train, tokenizer), decoded(cache.val, tokenizer)
+    assert sorted(train + val) == sorted(lines)
+    assert not set(train) & set(val)
+    assert (len(train), len(val)) == (cache.train.samples, cache.val.samples)
+    assert 0.15 < len(val) / len(lines) < 0.45
+    assert cache.train.text_bytes + cache.val.text_bytes == sum(len(line.encode()) + 1 for line in lines)
+
+
+def test_an_interrupted_preparation_goes_on_and_ends_the_same(text, tokenizer, tmp_path):
+    path, _ = text
+    whole = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    expected = {name: (whole.train.path.parent / f"{name}.bin").read_bytes() for name in ("train", "val")}
+    meta = json.loads((whole.train.path.parent / "meta.json").read_text())
+    (whole.train.path.parent / "meta.json").unlink()
+    for _ in range(5):
+        with pytest.raises(Interrupted):
+            prepare_corpus(FakeRun(stop_after=3), str(path), tokenizer, val_split=0.3)
+        with open(whole.train.path, "ab") as file:
+            file.write(b"the half of a chunk that a kill left behind")
+    again = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    assert {name: (again.train.path.parent / f"{name}.bin").read_bytes() for name in ("train", "val")} == expected
+    assert json.loads((again.train.path.parent / "meta.json").read_text()) == meta
+
+
+def test_the_cache_follows_the_text_and_not_its_time(text, tokenizer):
+    path, _ = text
+    first, run = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3), FakeRun()
+    assert prepare_corpus(run, str(path), tokenizer, val_split=0.3) == first and run.lines == []
+    os.utime(path, (1e9, 1e9))
+    assert prepare_corpus(run, str(path), tokenizer, val_split=0.3) == first and run.lines == []
+    path.write_bytes(path.read_bytes().replace(b"cat", b"dog", 1))
+    other = prepare_corpus(run, str(path), tokenizer, val_split=0.3)
+    assert other.sha256 != first.sha256 and "tokenising" in run.lines[0]
+
+
+def test_a_killed_script_prepares_the_same(tmp_path):
+    case = next(case for case in STAGES if case.name == "text")
+    training = case.training(tmp_path, max_steps=2)
+    small_chunks = "import omni.corpus; omni.corpus._CHUNK_BYTES = 100\n"
+    for count in (2, 3, 4):
+        kill = kill_at("omni.corpus:_write_json", count, after=count == 3)
+        assert training.run(prelude=small_chunks + kill).returncode == -9
+    training.finish(prelude=small_chunks)
+    (cache,) = tmp_path.glob("*.tokens-*")
+    files = {name: (cache / f"{name}.bin").read_bytes() for name in ("train", "val")}
+    for path in cache.iterdir():
+        path.unlink()
+    training.changed(save_dir="again").finish(prelude=small_chunks)
+    assert {name: (cache / f"{name}.bin").read_bytes() for name in ("train", "val")} == files
+
+
+def test_a_line_that_is_not_utf8_is_named_by_its_row(tmp_path, tokenizer):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"good\n" * 6 + "schön\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt: row 7: expected UTF-8 text, found byte 0xf6"):
+        prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
+
+
+def test_an_empty_corpus_is_refused(tmp_path, tokenizer):
+    path = tmp_path / "empty.txt"
+    for content in ("", "\n \n\r\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="expected lines of text"):
+            prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
+
+
+def test_a_giant_line_becomes_samples_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "_PIECE_BYTES", 50)
+    for line in ("wörd " * 100, "ä" * 333, "a" * 50, "x " * 25):
+        pieces = list(split_samples(line.encode(), tmp_path, 1))
+        assert b"".join(pieces).decode() == line.rstrip() + line[len(line.rstrip()) :]
+        assert max(map(len, pieces)) <= 50
+
+
+def test_memory_stays_bounded_however_long_the_file(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 4000)
+    path, largest = tmp_path / "long.txt", 0
+    path.write_text("the cat sat\n" * 20_000)
+    encode = Tokenizer.encode_batch
+
+    def measured(self, texts, **keys):
+        nonlocal largest
+        largest = max(largest, sum(map(len, texts)))
+        return encode(self, texts, **keys)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", measured)
+    prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
+    assert largest < 5000
+
+
+@pytest.mark.parametrize("tokens", [9, 16, 17, 18, 40])
+def test_packing_predicts_every_token_once(tmp_path, tokens):
+    path = tmp_path / "tokens.bin"
+    np.arange(100, 100 + tokens, dtype="uint16").tofile(path)
+    file = TokenFile(path, "uint16", tokens=tokens, samples=1, text_bytes=1)
+    whole = PackedTokens(file, ctx_len=8, keep_tail=True)
+    batch = whole.batch(np.arange(len(whole)), epoch=0)
+    kept = batch["targets"] != IGNORE
+    assert batch["targets"][kept].tolist() == list(range(101, 100 + tokens))
+    assert batch["tokens"][kept].tolist() == list(range(100, 99 + tokens))
+    assert batch["weight"] == tokens - 1
+    train = PackedTokens(file, ctx_len=8)
+    batch = train.batch(np.arange(len(train)), epoch=0)
+    assert (batch["targets"] != IGNORE).all(), "nothing is padded in training"
+    assert len(train) == (tokens - 1) // 8
+    assert train.batch(np.array([], dtype=np.int64), epoch=0)["weight"] == 0
+
+
+def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_path):
+    import math
+
+    import torch
+
+    from omni.config import TextConfig
+    from omni.thinker import Thinker
+
+    case = next(case for case in STAGES if case.name == "text")
+    training = case.training(tmp_path, max_steps=6, batch_size=3)
+    training.finish()
+    final = training.final_file()
+    model = Thinker(TextConfig.model_validate(final["config"])).eval()
+    model.load_state_dict(final["model"])
+    (meta,) = tmp_path.glob("*.tokens-*/meta.json")
+    count = json.loads(meta.read_text())["val"]
+    tokens = torch.from_numpy(np.fromfile(meta.parent / "val.bin", dtype=count["dtype"]).astype(np.int64))
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        window = tokens[start : start + 17][None]
+        log_probabilities = model(window[:, :-1]).log_softmax(-1)
+        nats -= log_probabilities.gather(-1, window[:, 1:, None]).sum().item()
+    assert final["metrics"]["perplexity"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)
+    assert final["metrics"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / count["text_bytes"], rel=1e-4)

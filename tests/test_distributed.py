@@ -1,0 +1,159 @@
+"""Two processes train what one process trains, and resume exactly; compiled and plain checkpoints interchange."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import ROOT, SLOW, TRACE, Training, differences, kill_at
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def start_pair(training: Training, prelude: str = "") -> list:
+    """What torchrun --nproc_per_node=2 starts: two processes that find each other through the environment."""
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [training.start(prelude, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+
+
+def finish_pair(training: Training) -> None:
+    for process in start_pair(training):
+        assert process.wait().returncode == 0, process.stderr
+
+
+def test_two_processes_agree_with_one(stage, tmp_path):
+    keys = {"dropout": 0.0, "drop_last": False, "print_freq": 1}
+    one = stage.training(tmp_path, save_dir="one", batch_size=4, **keys)
+    two = stage.training(tmp_path, save_dir="two", batch_size=2, **keys)
+    one.prelude = two.prelude = TRACE
+    one.finish()
+    finish_pair(two)
+    # each sample once per epoch, and in each step the same ones
+    steps = one.newest()["step"]
+    trace = two.trace()
+    for step in range(steps):
+        halves = sum(eval(trace[step, 0]) + eval(trace[step, 1]), [])
+        assert sorted(halves) == sorted(sum(eval(one.trace()[step, 0]), []))
+    for a, b in zip(one.metrics() + one.metrics("val"), two.metrics() + two.metrics("val"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+    for name, weight in one.final_file()["model"].items():
+        torch.testing.assert_close(weight, two.final_file()["model"][name], rtol=5e-3, atol=5e-4)
+
+
+def test_two_processes_resume_exactly(stage, tmp_path):
+    keys = {"gradient_accumulation_steps": 2, "num_workers": 2, "batch_size": 1}
+    reference = stage.training(tmp_path, save_dir="reference", **keys)
+    reference.prelude = TRACE
+    finish_pair(reference)
+    killed = reference.changed(save_dir="killed")
+    for at_step in (6, 8):
+        pair = start_pair(killed, kill_at("omni.loop:_Training._train_step", at_step))
+        assert [process.wait().returncode for process in pair] == [-9, -9]
+    finish_pair(killed)
+    assert killed.trace() == reference.trace()
+    assert differences(killed.state(), reference.state()) == []
+
+
+def test_a_signal_to_one_of_two_stops_both(stage, tmp_path):
+    reference = stage.training(tmp_path, save_dir="reference")
+    finish_pair(reference)
+    stopped = reference.changed(save_dir="stopped")
+    pair = start_pair(stopped, SLOW)
+    pair[0].wait_for("step 6/")
+    pair[1].send(signal.SIGTERM)
+    assert [process.wait().returncode for process in pair] == [75, 75]
+    finish_pair(stopped)
+    assert differences(stopped.state(), reference.state()) == []
+
+
+def test_from_two_processes_to_one_in_mid_run(stage, tmp_path):
+    two = stage.training(tmp_path, batch_size=2, gradient_accumulation_steps=1, print_freq=1)
+    two.prelude = TRACE
+    pair = start_pair(two, kill_at("omni.loop:_Training._train_step", 8))
+    assert [process.wait().returncode for process in pair] == [-9, -9]
+    refused = two.run()
+    assert refused.returncode == 2 and "samples per step: 4 -> 2" in refused.stderr
+    one = two.changed(gradient_accumulation_steps=2)
+    assert "resumed at step 7" in one.finish().stdout
+
+
+def test_torchrun_itself(tmp_path, stage):
+    training = stage.training(tmp_path, max_steps=4)
+    config = tmp_path / "config.json"
+    import json
+
+    config.write_text(json.dumps(training.config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, str(ROOT / training.script), "--config", str(config)],
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 process(es)" in result.stdout and result.stdout.count("finished:") == 1
+
+
+def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
+    plain = stage.training(tmp_path, max_steps=12)
+    assert plain.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    keys = plain.newest()["phases"]
+    # traced and differentiated as for inductor, but not translated to C++, which would take a minute
+    backend = "import functools, torch\ntorch.nn.Module.compile = functools.partialmethod("
+    backend += "torch.nn.Module.compile, backend='aot_eager')\n"
+    compiled = plain.changed(use_compile=True)
+    process = compiled.finish(prelude=backend)
+    assert "resumed at step 7" in process.stdout
+    after = compiled.newest()["phases"]
+    assert {n: list(p["module"]) for n, p in after.items()} == {n: list(p["module"]) for n, p in keys.items()}
+    assert "resumed at step 12" in plain.changed(max_steps=14).finish().stdout
+
+
+def test_a_missing_or_extra_weight_is_an_error(stage, tmp_path):
+    from omni import checkpoint
+
+    for change in ("missing", "extra"):
+        training = stage.training(tmp_path, save_dir=change)
+        assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+        for step in training.steps():
+            payload = checkpoint.load(training.step_path(step))
+            module = list(payload["phases"].values())[-1]["module"]
+            name = next(iter(module))
+            if change == "missing":
+                del module[name]
+            else:
+                module["surplus"] = module[name]
+            checkpoint.save(training.step_path(step), payload)
+        process = training.run()
+        assert process.returncode == 2 and ("surplus" if change == "extra" else name) in process.stderr
+        assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("use_compile", [False, True])
+def test_resume_is_exact_on_a_gpu(stage, tmp_path, use_compile):
+    keys = {"use_amp": True, "use_compile": use_compile, "num_workers": 2}
+    states = []
+    for name, kills in (("reference", 0), ("killed", 1)):
+        training = stage.training(tmp_path, save_dir=name, **keys)
+        config = tmp_path / f"{name}.json"
+        import json
+
+        config.write_text(json.dumps(training.config))
+        command = [sys.executable, str(ROOT / training.script), "--config", str(config), "--device", "cuda"]
+        for _ in range(kills):
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+            for line in process.stdout:
+                if line.startswith("step 9/"):
+                    process.kill()
+            process.wait()
+        subprocess.run(command, cwd=tmp_path, check=True)
+        states.append(training.state())
+    assert differences(*states) == []
