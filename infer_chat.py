@@ -49,7 +49,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer]:
+def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer, dict[str, float]]:
+    """The model in evaluation mode, its tokenizer, and the metrics it was saved with."""
     device = pick_device(device_name)
     checkpoint = load_stage(folder, prefix="thinker", final="thinker.pt")
     tokenizer = Tokenizer.load(folder / "tokenizer.json")
@@ -61,7 +62,7 @@ def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer]:
         )
     thinker = Thinker(config, use_flash=config.use_flash)
     load_weights(thinker, checkpoint["model"], folder)
-    return thinker.to(device).eval(), tokenizer
+    return thinker.to(device).eval(), tokenizer, checkpoint["metrics"]
 
 
 def fit_chat(tokenizer: Tokenizer, messages: list[dict], ctx_len: int, max_new_tokens: int) -> list[int]:
@@ -135,7 +136,9 @@ def clean(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    thinker, tokenizer = load_model(args.ckpt_dir, args.device)
+    thinker, tokenizer, metrics = load_model(args.ckpt_dir, args.device)
+    if metrics.get("dialogue_share") == 0 and not args.complete:
+        print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
     system = [{"role": "system", "content": clean(args.system)}] if args.system else []
     messages = list(system)
 

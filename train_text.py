@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def metrics(totals: dict[str, float]) -> dict[str, float]:
             loss = totals["nats"] / totals["targets"]
             bits = totals["nats"] / math.log(2)
-            return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / held_out.text_bytes}
+            # a diverged model must not end the run here: exp overflows above 709
+            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / held_out.text_bytes}
 
         validation = None
         if held_out.samples:

@@ -16,7 +16,7 @@ from omni.errors import UserError
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
 
-_SYNTHETIC = "python scripts/make_synthetic_datasets.py"
+_TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
 
 
 def free(default=..., **constraints):
@@ -24,9 +24,9 @@ def free(default=..., **constraints):
     return Field(default, json_schema_extra={"free": True}, **constraints)
 
 
-def input_file(default=..., *, make_with: str = "", **constraints):
+def input_file(default=..., *, hint: str = "", **constraints):
     """A path that must exist when the config is loaded; free to change, since the data's digest is compared anyway."""
-    return Field(default, json_schema_extra={"free": True, "file": True, "make_with": make_with}, **constraints)
+    return Field(default, json_schema_extra={"free": True, "file": True, "hint": hint}, **constraints)
 
 
 class StageConfig(BaseModel):
@@ -90,7 +90,7 @@ class StageConfig(BaseModel):
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
             if extra.get("file") and path is not None and not Path(path).is_file():
-                hint = f". Make it with: {extra['make_with']}" if extra["make_with"] else ""
+                hint = f" ({extra['hint']})" if extra["hint"] else ""
                 raise UserError(f'key "{name}": expected a file, found none at {path}{hint}')
 
 
@@ -152,9 +152,9 @@ class TextConfig(ThinkerArchitecture, StageConfig):
         "use_swiglu": "the MLP is always SwiGLU, as in Qwen3",
     }
 
-    train_text: str = input_file(make_with=_SYNTHETIC, description="UTF-8 corpus, one sample a line")
+    train_text: str = input_file(hint=_TEXT_HINT, description="UTF-8 corpus, one sample a line")
     val_text: str | None = input_file(
-        None, make_with=_SYNTHETIC, description="held-out corpus; default: val_split of train_text's lines"
+        None, hint=_TEXT_HINT, description="held-out corpus; default: val_split of train_text's lines"
     )
     tokenizer_path: str | None = input_file(None, description="tokenizer.json to use; default: trained into save_dir")
 

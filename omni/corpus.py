@@ -114,18 +114,17 @@ class TokenCache:
 def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
     """Tokenise ``path`` once; later calls open what is there.
 
-    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer, split and seed. It is trusted while
+    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while
     the corpus has the size and time that it had; otherwise the corpus is hashed, and tokenised again if it changed.
-    A sample goes to the validation split by a hash of its text, so that a repeated line never stands in both.
+    A sample goes to the validation split by a hash of its text alone: a repeated line never stands in both, and runs
+    with other seeds are judged on the same text.
 
     Raises:
         UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
         Interrupted: asked to stop; a later call goes on from the last chunk.
     """
     corpus = Path(path)
-    key = hashlib.sha256(
-        json.dumps([_VERSION, tokenizer.fingerprint, val_split, run.config.seed]).encode()
-    ).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
     folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
     with run.main_process_first():
         if run.is_main:
@@ -203,7 +202,7 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
             run.check_stop()
             samples = list(split_samples(chunk, corpus, done["rows"] + 1))
             # bytes, not str: what came in is what is hashed
-            held_out = [zlib.crc32(s, run.config.seed) < val_split * 2**32 for s in samples]
+            held_out = [zlib.crc32(s) < val_split * 2**32 for s in samples]
             encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
             for name, is_val in (("train", False), ("val", True)):
                 ids = [[*ids, tokenizer.eos_id] for ids, held in zip(encoded, held_out, strict=True) if held == is_val]

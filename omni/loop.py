@@ -8,6 +8,7 @@ The host never waits for the device except where it prints, validates or saves: 
 device, and an update that must not happen is skipped there.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from omni.config import StageConfig, drift
 from omni.data import ResumableDataset, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
 from omni.optim import set_lr, warmup_cosine
-from omni.runtime import Run, peak_memory_gb, rng_state, set_rng_state, untouched_rng
+from omni.runtime import Run, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
 # (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
 LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
@@ -116,6 +117,8 @@ class _Training:
 
     def run_to_the_end(self) -> dict[str, float]:
         run, config, progress = self.run, self.config, self.progress
+        if run.rank > 0:
+            seed_everything(config.seed + run.rank)  # the same weights everywhere, but other dropout
         harmless = self._resume()
         if progress.step >= self.total_steps and (final := self._existing_final()):
             run.log(f"already finished at step {progress.step}: {self.final_path}")
@@ -165,8 +168,7 @@ class _Training:
             model = self.models[phase.name]
             phase.module.train()
             phase.optimizer.zero_grad(set_to_none=True)
-            lr = self._learning_rate(phase)
-            set_lr(phase.optimizer, lr)
+            set_lr(phase.optimizer, self._learning_rate(phase))
             label = f"{phase.name}_" if len(self.phases) > 1 else ""
             loss_sum = torch.zeros((), device=run.device)
             logged = []
@@ -191,10 +193,8 @@ class _Training:
             norm, ok = self._update(phase, loss_sum)
             finite = finite * ok
             # an update that was not made leaves no mark in the averages either
-            for scalars, share in [
-                *logged,
-                ({f"{label}loss": loss_sum / world, f"{label}grad_norm": norm / world}, 1.0),
-            ]:
+            logged.append(({f"{label}loss": loss_sum / world, f"{label}grad_norm": norm / world}, 1.0))
+            for scalars, share in logged:
                 self.meter.add(scalars, share * ok)
         self.scaler.update()
         self.meter.count(finite, total, sum(len(batch["rows"]) for batch in micro_batches) * world)
@@ -257,17 +257,19 @@ class _Training:
         with from_the_start(self.validation.dataset) as dataset, untouched_rng(run.device), torch.no_grad():
             for batch in build_loader(dataset, self.config, run.device):
                 if run.world == 1 and run.stop_requested:
-                    self._stop()
+                    break
                 with run.autocast():
                     sums = self.validation.sums(module, to_device(batch, run.device))
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + value.double().cpu()
+        if run.world == 1 and run.stop_requested:
+            self._stop()  # out here, where the random states are those of training; the next run validates again
         keys = sorted(totals)
         values = run.sum_over_ranks(torch.stack([totals[key] for key in keys])).tolist()
         progress.metrics = self.validation.metrics(dict(zip(keys, values, strict=True)))
         progress.validated_step = progress.step
         best = progress.best_metrics.get(name)
-        improved = best is None or progress.metrics[name] < best
+        improved = best is None or math.isnan(best) or progress.metrics[name] < best
         if improved:
             progress.best_step, progress.best_metrics = progress.step, progress.metrics
         epoch = (progress.step - 1) // self.dataset.steps_per_epoch

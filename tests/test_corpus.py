@@ -20,7 +20,7 @@ class FakeRun:
     """The part of a run that preparation uses."""
 
     def __init__(self, stop_after: int = 10**9) -> None:
-        self.config = SimpleNamespace(cache_dir=None, seed=1)
+        self.config = SimpleNamespace(cache_dir=None)
         self.is_main, self.lines, self.chunks_left = True, [], stop_after
 
     def log(self, line: str) -> None:

@@ -1,0 +1,92 @@
+"""What is particular to stage A: experts, held-out files, tokenizers, and chatting with the result."""
+
+import json
+
+import pytest
+from harness import ROOT, Process, Zygote, differences, kill_at
+from stages import TEXT
+from test_config import only_error
+
+
+def test_mixture_of_experts_trains_and_resumes_exactly(tmp_path):
+    keys = {"use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_d_ff": 16, "max_steps": 14}
+    reference = TEXT.training(tmp_path, save_dir="reference", **keys)
+    reference.finish()
+    assert {"loss", "cross_entropy", "balance"} <= reference.metrics()[0].keys()
+    killed = reference.changed(save_dir="killed")
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    killed.finish()
+    assert differences(killed.state(), reference.state()) == []
+
+
+def test_a_held_out_file_takes_the_place_of_a_split(tmp_path):
+    (tmp_path / "held_out.txt").write_text("one red cat near two blue squares\n" * 20)
+    training = TEXT.training(tmp_path, max_steps=4, val_text=str(tmp_path / "held_out.txt"))
+    training.finish()
+    counts = {}
+    for meta in tmp_path.glob("*.tokens-*/meta.json"):
+        counts[meta.parent.name.split(".tokens")[0]] = json.loads(meta.read_text())
+    assert counts["corpus.txt"]["val"]["samples"] == 0, "nothing is taken from the training text"
+    assert counts["held_out.txt"]["train"]["samples"] == 20
+    assert training.metrics("val")[-1]["step"] == 4
+
+
+def test_nothing_held_out_is_said_and_trains(tmp_path):
+    training = TEXT.training(tmp_path, max_steps=4, val_split=0.0)
+    assert "nothing will be validated" in training.finish().stdout
+    assert training.final_file()["step"] == 4
+
+
+def test_a_given_tokenizer_is_used_and_must_fit(tmp_path):
+    first = TEXT.training(tmp_path, save_dir="first", max_steps=4)
+    first.finish()
+    path = first.save_dir / "tokenizer.json"
+    second = TEXT.training(tmp_path, save_dir="second", max_steps=4, tokenizer_path=str(path))
+    second.finish()
+    assert (second.save_dir / "tokenizer.json").read_bytes() == path.read_bytes()
+    only_error(second.changed(vocab_size=280).run(), "tokenizer.json", "vocab_size", "280")
+    path.write_text("{")
+    only_error(TEXT.training(tmp_path, save_dir="third", tokenizer_path=str(path)).run(), "damaged tokenizer")
+
+
+def chat(folder, *arguments: str) -> Process:
+    output = folder / "chat"
+    request = {
+        "argv": [str(ROOT / "infer_chat.py"), *arguments],
+        "cwd": str(folder),
+        "env": {},
+        "prelude": "",
+        "stdout": str(output.with_suffix(".out")),
+        "stderr": str(output.with_suffix(".err")),
+    }
+    return Process(Zygote.get().ask(request), output).wait()
+
+
+def test_chat_with_a_finished_and_with_a_half_trained_stage(tmp_path):
+    training = TEXT.training(tmp_path, max_steps=8)
+    training.finish()
+    line = ("--ckpt_dir", str(training.save_dir), "--text", "one red cat", "--complete", "--max_new_tokens", "5")
+    answer = chat(tmp_path, *line)
+    assert answer.returncode == 0 and answer.stderr == "" and answer.stdout.count("\n") == 1
+    assert "without dialogues" in chat(tmp_path, *line[:4], "--max_new_tokens", "5").stderr
+    (training.save_dir / training.final).unlink()
+    assert chat(tmp_path, *line).stdout == answer.stdout  # from the newest step file
+    for step in training.steps():
+        training.step_path(step).unlink()
+    nothing = chat(tmp_path, *line)
+    only_error(nothing, "thinker.pt", "Train this stage first")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragment"),
+    [
+        (["--temperature", "-1"], "--temperature"),
+        (["--top_p", "2"], "--top_p"),
+        (["--max_new_tokens", "0"], "--max_new_tokens"),
+        (["--ckpt_dir", "absent"], "absent"),
+        (["--image", "x.png"], "unrecognized arguments"),
+        (["--device", "cuda:99"], "--device"),
+    ],
+)
+def test_bad_arguments_are_one_line(tmp_path, arguments, fragment):
+    only_error(chat(tmp_path, "--ckpt_dir", str(tmp_path), "--text", "x", *arguments), fragment)
