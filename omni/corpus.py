@@ -160,6 +160,11 @@ def _is_current(corpus: Path, folder: Path) -> bool:
     if not path.exists():
         return False
     meta = json.loads(path.read_text())
+    for name in ("train", "val"):
+        file, size = folder / f"{name}.bin", meta[name]["tokens"] * np.dtype(meta[name]["dtype"]).itemsize
+        if not file.exists() or file.stat().st_size != size:
+            path.unlink()  # somebody deleted or cut it: made again from the corpus
+            return False
     if meta["corpus"] == _stat(corpus):
         return True
     digest = ""
@@ -196,7 +201,7 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
             file.truncate(done[name]["tokens"] * np.dtype(dtype).itemsize)
             file.seek(0, os.SEEK_END)
             if done[name]["tokens"] == 0:  # the first sample's first token is predicted from this one
-                np.array([tokenizer.eos_id], dtype=dtype).tofile(file)
+                file.write(np.array([tokenizer.eos_id], dtype=dtype))
                 done[name]["tokens"] = 1
         for chunk in read_chunks(corpus, done["bytes"]):
             run.check_stop()
@@ -207,7 +212,7 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
             for name, is_val in (("train", False), ("val", True)):
                 ids = [[*ids, tokenizer.eos_id] for ids, held in zip(encoded, held_out, strict=True) if held == is_val]
                 flat = np.fromiter((token for sample in ids for token in sample), dtype=dtype)
-                flat.tofile(files[name])
+                files[name].write(flat)
                 files[name].flush()
                 os.fsync(files[name].fileno())
                 count = done[name]

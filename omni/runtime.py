@@ -7,6 +7,7 @@ as the process lives. Nothing here knows which stage it serves.
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, load_config
-from omni.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from omni.errors import EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
         sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

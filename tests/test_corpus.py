@@ -94,6 +94,17 @@ def test_the_cache_follows_the_text_and_not_its_time(text, tokenizer):
     assert other.sha256 != first.sha256 and "tokenising" in run.lines[0]
 
 
+def test_a_cut_or_missing_cache_file_is_made_again(text, tokenizer):
+    path, _ = text
+    cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    expected = cache.train.path.read_bytes()
+    cache.train.path.write_bytes(expected[:-2])
+    assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) == cache
+    assert cache.train.path.read_bytes() == expected
+    cache.val.path.unlink()
+    assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) == cache
+
+
 def test_a_killed_script_prepares_the_same(tmp_path):
     case = next(case for case in STAGES if case.name == "text")
     training = case.training(tmp_path, max_steps=2)

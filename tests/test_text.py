@@ -90,3 +90,25 @@ def test_chat_with_a_finished_and_with_a_half_trained_stage(tmp_path):
 )
 def test_bad_arguments_are_one_line(tmp_path, arguments, fragment):
     only_error(chat(tmp_path, "--ckpt_dir", str(tmp_path), "--text", "x", *arguments), fragment)
+
+
+def test_a_corpus_that_is_not_utf8_is_one_line_through_the_tokenizer_s_training_too(tmp_path):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"good line\n" * 6 + "sch\xf6n\n".encode("latin-1"))
+    process = TEXT.training(tmp_path, train_text=str(path)).run()
+    only_error(process, "latin.txt: row 7: expected UTF-8 text, found byte 0xf6")
+
+
+def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
+    reference = TEXT.training(tmp_path, save_dir="reference", max_steps=4)
+    reference.finish()
+    training = TEXT.training(tmp_path, max_steps=4, cache_dir=str(tmp_path / "cache"))
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))\n"
+    limit += (
+        "import omni.tokenizer; omni.tokenizer.Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
+    )
+    process = training.run(prelude=limit)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "File too large" in process.stderr
+    training.finish()
+    assert differences(training.state()["newest"]["phases"], reference.state()["newest"]["phases"]) == []
