@@ -126,8 +126,21 @@ def test_another_num_workers_between_runs_changes_nothing(stage, tmp_path):
     assert differences(killed.state(), reference.state()) == []
 
 
+# A validation that draws random numbers, as one that generates samples does.
+DRAWING_VALIDATION = """
+import random, numpy, torch, omni.loop
+_to_device = omni.loop.to_device
+def to_device(batch, device):
+    if not torch.is_grad_enabled():
+        torch.rand(1), numpy.random.rand(), random.random()
+    return _to_device(batch, device)
+omni.loop.to_device = to_device
+"""
+
+
 def test_validation_changes_nothing_in_training(stage, tmp_path):
     often = stage.training(tmp_path, save_dir="often", val_freq=1)
+    often.prelude = DRAWING_VALIDATION
     never = stage.training(tmp_path, save_dir="never", val_freq=10_000)
     for training in (often, never):
         training.finish()
