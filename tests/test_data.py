@@ -119,7 +119,7 @@ def test_fewer_rows_than_a_step_is_refused():
 
 def test_micro_batches_equal_one_batch(stage, tmp_path):
     """(batch 6, accumulation 1) is (2, 3), up to rounding, also in the unfilled last step of an epoch."""
-    keys = {"dropout": 0.0, "drop_last": False, "max_steps": 7}
+    keys = {"dropout": 0.0, "drop_last": False, "max_steps": 7, "print_freq": 1}
     one = stage.training(tmp_path, save_dir="one", batch_size=6, **keys)
     many = stage.training(tmp_path, save_dir="many", batch_size=2, gradient_accumulation_steps=3, **keys)
     for training in (one, many):
@@ -130,4 +130,4 @@ def test_micro_batches_equal_one_batch(stage, tmp_path):
     for name, weight in one.final_file()["model"].items():
         torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=2e-4)
     for a, b in zip(one.metrics(), many.metrics(), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
