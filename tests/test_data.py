@@ -118,15 +118,17 @@ def test_fewer_rows_than_a_step_is_refused():
 
 
 def test_micro_batches_equal_one_batch(stage, tmp_path):
-    """(batch 6, accumulation 1) is (2, 3), up to rounding, also in the unfilled last step of an epoch."""
+    """(batch 14, accumulation 1) is (7, 2), up to rounding, also in the unfilled last step of an epoch."""
     keys = {"dropout": 0.0, "drop_last": False, "max_steps": 7, "print_freq": 1}
-    one = stage.training(tmp_path, save_dir="one", batch_size=6, **keys)
-    many = stage.training(tmp_path, save_dir="many", batch_size=2, gradient_accumulation_steps=3, **keys)
+    one = stage.training(tmp_path, save_dir="one", batch_size=14, **keys)
+    many = stage.training(tmp_path, save_dir="many", batch_size=7, gradient_accumulation_steps=2, **keys)
     for training in (one, many):
         training.prelude = TRACE
         training.finish()
     flat = [{step: sum(eval(rows), []) for (step, _), rows in training.trace().items()} for training in (one, many)]
     assert flat[0] == flat[1]
+    sizes = {len(rows) for rows in flat[0].values()}
+    assert len(sizes) == 2 and 7 < min(sizes) < 14, "the last step of an epoch has micro-batches of unequal size"
     for name, weight in one.final_file()["model"].items():
         torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=2e-4)
     for a, b in zip(one.metrics(), many.metrics(), strict=True):

@@ -17,7 +17,7 @@ def build_loader(dataset, config, device):
     print("validating", flush=True)
     def slowly():
         for batch in loader:
-            time.sleep(0.2)
+            time.sleep(2)  # a whole validation takes longer than a user has to wait
             yield batch
     return slowly()
 omni.loop.build_loader = build_loader
