@@ -12,14 +12,9 @@ from pathlib import Path
 from omni.checkpoint import load_stage, load_weights
 from omni.config import TextConfig
 from omni.errors import UserError
-from omni.runtime import launch, pick_device
+from omni.runtime import OneLineErrors, launch, pick_device
 from omni.thinker import Thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
-
-
-class OneLineErrors(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise UserError(message)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -44,6 +39,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     ):
         if not holds:
             raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
+    for name in ("top_k", "top_p"):
+        if getattr(args, name) is not None and args.temperature == 0:
+            raise UserError(f"--{name}: expected a --temperature above 0 with it, to draw from what it leaves")
     if args.complete and args.system is not None:
         raise UserError("--system: expected a chat, but --complete continues the text as it stands")
     return args

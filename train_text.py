@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: lines -> tokens -> sequences of ctx_len -------------------------------------------------------
         tokenizer = prepare_tokenizer(run, config)
         # the model is as large as the vocabulary really is, and the checkpoint says so
+        requested_vocab_size = config.vocab_size
         config = run.config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
         if config.val_text:
             corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=0.0)
@@ -84,7 +85,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run,
             [Phase("thinker", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
             train_set,
-            fingerprint={"train": corpus.sha256, "validation": held_out_sha256, "tokenizer": tokenizer.fingerprint},
+            fingerprint={
+                "train": corpus.sha256,
+                "validation": held_out_sha256,
+                "tokenizer": tokenizer.fingerprint,
+                "requested vocab_size": str(requested_vocab_size),
+            },
             validation=validation,
             # whether chatting with this model makes sense, or only continuing a text
             summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},
@@ -100,8 +106,11 @@ def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:
                 Tokenizer.load(config.tokenizer_path).save(path)
             else:
                 run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {config.train_text}")
-                Tokenizer.train(sample_lines(run, Path(config.train_text)), config.vocab_size).save(path)
+                lines = sample_lines(run, Path(config.train_text))
+                run.wait_for(lambda: Tokenizer.train(lines, config.vocab_size)).save(path)
         tokenizer = Tokenizer.load(path)
+    if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path}: is another tokenizer than tokenizer_path {config.tokenizer_path}. Use a new save_dir")
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {config.vocab_size}. '

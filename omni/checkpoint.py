@@ -24,7 +24,7 @@ from torch import nn
 from omni.errors import RunError, UserError
 
 FORMAT_VERSION = 1
-TEMPORARY_SUFFIX = ".partial"
+TEMPORARY_SUFFIX = ".omni-partial"  # like nobody else's, since leftovers are deleted
 DAMAGED_SUFFIX = ".damaged"
 
 _TAG = b"sha256:"
@@ -157,8 +157,10 @@ def load(path: Path) -> dict:
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"refused by torch.load: {str(error).splitlines()[0]}") from error
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT_VERSION:
-        raise DamagedCheckpoint(f"expected format {FORMAT_VERSION} of this project")
+    if not isinstance(payload, dict) or "format" not in payload:
+        raise DamagedCheckpoint("not a checkpoint of this project")
+    if payload["format"] != FORMAT_VERSION:
+        raise UserError(f"{path}: written in format {payload['format']}, this version reads format {FORMAT_VERSION}")
     return payload
 
 

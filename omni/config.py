@@ -7,6 +7,7 @@ code reads ``config.lr``.
 
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
 
@@ -89,7 +90,7 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
-            if extra.get("file") and path is not None and not Path(path).is_file():
+            if extra.get("file") and path is not None and not os.path.isfile(path):
                 hint = f" ({extra['hint']})" if extra["hint"] else ""
                 raise UserError(f'key "{name}": expected a file, found none at {path}{hint}')
 
@@ -186,9 +187,10 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"--set {override}: expected key=value")
-        try:
-            raw[key] = json.loads(value)
-        except json.JSONDecodeError:
+        field = cls.model_fields.get(key)
+        try:  # a text key takes the words as they are: save_dir=5 is a folder
+            raw[key] = value if field and field.annotation is str else json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
             raw[key] = value
     notices = [f'{path}: key "{key}" has no effect: {cls.OBSOLETE[key]}' for key in raw if key in cls.OBSOLETE]
     try:
@@ -213,6 +215,7 @@ def _describe(cls: type[StageConfig], detail: dict) -> str:
     if detail["type"] == "value_error":  # our own checks: the message is complete
         return str(detail["ctx"]["error"])
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    expected = expected.replace("String should have", "text of")
     found = json.dumps(detail["input"], ensure_ascii=False, default=str)
     return f'key "{key.split(".")[0]}": expected {expected}, found {found}'
 

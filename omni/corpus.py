@@ -41,7 +41,23 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(start)
         while chunk := file.read(_CHUNK_BYTES):
-            yield chunk + file.readline(_PIECE_BYTES)
+            chunk += file.readline(_PIECE_BYTES)
+            cut = _incomplete_character(chunk)
+            if 0 < cut < len(chunk):  # a giant line, cut inside a character: leave its first bytes to the next chunk
+                file.seek(-cut, os.SEEK_CUR)
+                chunk = chunk[:-cut]
+            yield chunk
+
+
+def _incomplete_character(chunk: bytes) -> int:
+    """How many bytes at the end begin a UTF-8 character without completing it: 0 to 3."""
+    for back in range(1, min(4, len(chunk) + 1)):
+        byte = chunk[-back]
+        if byte >= 0xC0:  # a leading byte: 110..., 1110... and 11110... announce 2, 3 and 4 bytes
+            return back if back < (2 + (byte >= 0xE0) + (byte >= 0xF0)) else 0
+        if byte < 0x80:
+            break
+    return 0
 
 
 def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
@@ -67,7 +83,7 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{path}: row {number}: expected UTF-8 text, found byte {line[error.start]:#x}. "
-                f"Convert the file, for example with iconv -f LATIN1 -t UTF-8"
+                "If it is text in another encoding, convert it with iconv"
             ) from error
         yield line
 
@@ -127,7 +143,7 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
     folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
     with run.main_process_first():
-        if run.is_main:
+        if run.is_main and not _is_current(run, corpus, folder):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder)
@@ -136,17 +152,20 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
                     f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"
                 ) from error
             try:
-                if not _is_current(corpus, folder):
-                    _tokenise(run, corpus, folder, tokenizer, val_split)
+                _tokenise(run, corpus, folder, tokenizer, val_split)
             finally:
                 lock.release()
         meta = json.loads((folder / "meta.json").read_text())
-    splits = {name: TokenFile(path=folder / f"{name}.bin", **meta[name]) for name in ("train", "val")}
+    counts = ("dtype", "tokens", "samples", "text_bytes")
+    splits = {
+        name: TokenFile(path=folder / f"{name}.bin", **{key: meta[name][key] for key in counts})
+        for name in ("train", "val")
+    }
     return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
 
 
-def _stat(corpus: Path) -> dict:
-    stat = corpus.stat()
+def _stat(path: Path) -> dict:
+    stat = path.stat()
     return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
@@ -155,26 +174,38 @@ def _chain(digest: str, chunk: bytes) -> str:
     return hashlib.sha256(digest.encode() + chunk).hexdigest()
 
 
-def _is_current(corpus: Path, folder: Path) -> bool:
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_current(run: Run, corpus: Path, folder: Path) -> bool:
+    """Whether the cache is whole and of this corpus. What has kept size and time is trusted, the rest is hashed."""
     path = folder / "meta.json"
     if not path.exists():
         return False
-    meta = json.loads(path.read_text())
-    for name in ("train", "val"):
-        file, size = folder / f"{name}.bin", meta[name]["tokens"] * np.dtype(meta[name]["dtype"]).itemsize
-        if not file.exists() or file.stat().st_size != size:
-            path.unlink()  # somebody deleted or cut it: made again from the corpus
-            return False
-    if meta["corpus"] == _stat(corpus):
-        return True
-    digest = ""
-    if meta["corpus"]["size"] == corpus.stat().st_size:
-        for chunk in read_chunks(corpus):
-            digest = _chain(digest, chunk)
-    if digest != meta["sha256"]:
-        path.unlink()
+    try:
+        meta = json.loads(path.read_text())
+        touched = {name: _stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
+    except (OSError, ValueError, KeyError) as error:
+        run.log(f"{folder}: the token cache is damaged ({error}); making it again")
         return False
-    _write_json(path, meta | {"corpus": _stat(corpus)})  # copied or touched: the same text at another time
+    for name in (name for name in touched if touched[name]):
+        file = folder / f"{name}.bin"
+        if _digest(file) != meta[name]["sha256"]:
+            run.log(f"{file}: not what was written; making the token cache again")
+            return False
+        meta[name]["stat"] = _stat(file)
+    if meta["corpus"] != _stat(corpus):
+        digest = ""
+        if meta["corpus"]["size"] == corpus.stat().st_size:
+            for chunk in read_chunks(corpus):
+                digest = _chain(digest, chunk)
+        if digest != meta["sha256"]:
+            run.log(f"{corpus}: has changed since it was tokenised")
+            return False
+    if any(touched.values()) or meta["corpus"] != _stat(corpus):  # copied: the same bytes at another time
+        _write_json(path, meta | {"corpus": _stat(corpus)})
     return True
 
 
@@ -191,14 +222,18 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
     fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
     progress_path = folder / "progress.json"
     done = json.loads(progress_path.read_text()) if progress_path.exists() else fresh
-    if done["corpus"] != stat:
+    width = np.dtype(dtype).itemsize
+    sizes = {path.stem: path.stat().st_size for path in folder.glob("*.bin")}
+    kept = all(sizes.get(name, -1) >= done[name]["tokens"] * width for name in ("train", "val"))
+    if done["corpus"] != stat or not kept:
         done = fresh
+    (folder / "meta.json").unlink(missing_ok=True)
     run.log(f"tokenising {corpus} ({stat['size'] / 1e6:.1f} MB) into {folder}")
     files = {name: open(folder / f"{name}.bin", "r+b" if done["bytes"] else "wb") for name in ("train", "val")}
     bar = tqdm(total=stat["size"], initial=done["bytes"], unit="B", unit_scale=True, desc="tokenise", disable=None)
     with bar, files["train"], files["val"]:
         for name, file in files.items():
-            file.truncate(done[name]["tokens"] * np.dtype(dtype).itemsize)
+            file.truncate(done[name]["tokens"] * width)
             file.seek(0, os.SEEK_END)
             if done[name]["tokens"] == 0:  # the first sample's first token is predicted from this one
                 file.write(np.array([tokenizer.eos_id], dtype=dtype))
@@ -231,6 +266,9 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
     if not done["train"]["samples"]:
         raise UserError(f"{corpus}: expected lines of text for training, found none")
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        done[name] |= {"sha256": _digest(path), "stat": _stat(path)}
     _write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
     progress_path.unlink()
 

@@ -138,7 +138,7 @@ class _Training:
             elif run.device.type == "cpu":
                 self._check_finite()  # costs nothing where there is no device to wait for
             self._validate_and_save()
-            if run.stop_agreed():
+            if progress.step < self.total_steps and run.stop_agreed():
                 self._stop()
         return self._finish()
 
@@ -256,13 +256,13 @@ class _Training:
         module.eval()
         with from_the_start(self.validation.dataset) as dataset, untouched_rng(run.device), torch.no_grad():
             for batch in build_loader(dataset, self.config, run.device):
-                if run.world == 1 and run.stop_requested:
+                if stopping := run.stop_agreed():
                     break
                 with run.autocast():
                     sums = self.validation.sums(module, to_device(batch, run.device))
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + value.double().cpu()
-        if run.world == 1 and run.stop_requested:
+        if stopping:
             self._stop()  # out here, where the random states are those of training; the next run validates again
         keys = sorted(totals)
         values = run.sum_over_ranks(torch.stack([totals[key] for key in keys])).tolist()
@@ -394,6 +394,8 @@ class _Training:
         if run.world == payload["world"]:
             set_rng_state(payload["rng"][run.rank], run.device)
             self.meter.load_state_dict(payload["meter"][run.rank])
+        else:  # other processes: random states and averages have no owner, the count goes on
+            self.meter.skipped += progress.skipped_updates
         return harmless
 
     def _resume_from_final(self) -> list[str]:
@@ -440,12 +442,14 @@ class _Training:
         step = self.progress.step
         if step > 0 and self.saved_step != step:
             self._save()
-        raise Interrupted(f"stopped at step {step}, saved in {self.run.save_dir}. Run the same command to go on")
+        saved = f"saved in {self.run.save_dir}" if step > 0 else "before the first step was made"
+        raise Interrupted(f"stopped at step {step}, {saved}. Run the same command to go on")
 
     def _existing_final(self) -> dict | None:
-        """The final file, unless it is missing or damaged and must be written again."""
+        """The final file of the present step, unless it is missing, damaged or older and must be written again."""
         try:
-            return checkpoint.load(self.final_path)
+            final = checkpoint.load(self.final_path)
+            return final if final["metrics"]["trained_steps"] == self.progress.step else None
         except FileNotFoundError:
             return None
         except checkpoint.DamagedCheckpoint as error:

@@ -10,11 +10,13 @@ import datetime
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +54,17 @@ def launch(main: Callable[[], None]) -> None:
         main()
     except (UserError, RunError, Interrupted) as error:
         label = "" if isinstance(error, Interrupted) else "error: "
-        print(f"{label}{error}", file=sys.stderr, flush=True)
+        if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # the others say the same
+            print(f"{label}{error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        print(f"error: {reason} (often out of memory). Run the same command to go on", file=sys.stderr, flush=True)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # they ignore SIGTERM, by which Python would end them, and would then wait for ever
+        os._exit(EXIT_FAILED)
     except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool
@@ -69,13 +80,20 @@ def launch(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser whose errors are those of the rest: one line, exit code 2."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
 def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] | None = None):
     """The command line that all stage scripts share.
 
     Returns:
         The config, and the notices to log once the log is open.
     """
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Interrupt it when you like (Ctrl-C, SIGTERM, even SIGKILL): the same line goes on where it stopped.\n"
@@ -112,6 +130,8 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device {name}: expected cpu, cuda or mps")
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise UserError(f"--device {name}: expected a device of this machine: {str(error).splitlines()[0]}") from error
     return device
@@ -241,8 +261,9 @@ class Run:
                 self.save_dir.mkdir(parents=True, exist_ok=True)
                 self.lock = FolderLock(self.save_dir)
                 checkpoint.remove_temporary(self.save_dir)
-            except OSError as error:
-                raise UserError(f"{self.save_dir}: cannot write to save_dir: {error.strerror}") from error
+            except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+                reason = getattr(error, "strerror", None) or error
+                raise UserError(f"{self.save_dir}: cannot write to save_dir: {reason}") from error
         self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         if self.world > 1:
             if self.device.type == "cuda":
@@ -289,6 +310,26 @@ class Run:
         """For work outside the loop that can be taken up again: leave now if asked to."""
         if self.stop_requested:
             raise Interrupted("stopped while preparing. Run the same command to go on")
+
+    def wait_for(self, function: Callable):
+        """``function()``, computed in a thread: while a library works for minutes, a signal is heard all the same."""
+        results: list = []
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                results.append(function())
+            except BaseException as error:  # handed to the caller, below
+                failures.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+            self.check_stop()
+        if failures:
+            raise failures[0]
+        return results[0]
 
     def stop_agreed(self) -> bool:
         """Whether any process was asked to stop; all get the same answer. A host-side exchange, no device wait."""
@@ -368,8 +409,11 @@ class Run:
         """One line to stdout, and to training.log once that is open. Rank 0 only."""
         if not self.is_main:
             return
-        with tqdm.external_write_mode(file=sys.stdout):
-            print(message, flush=True)
+        try:
+            with tqdm.external_write_mode(file=sys.stdout):
+                print(message, flush=True)
+        except BrokenPipeError:  # the reader of a pipe has left: training.log still tells everything
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if self._log_file is None:
             self._pending.append(message)
         else:
@@ -396,5 +440,5 @@ class Run:
 def _is_row_until(line: bytes, step: int) -> bool:
     try:
         return json.loads(line)["step"] <= step
-    except ValueError:  # the row that a kill cut short
+    except (ValueError, KeyError, TypeError):  # the row that a kill cut short, or no row of ours
         return False

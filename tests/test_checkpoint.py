@@ -152,7 +152,7 @@ omni.checkpoint.save = save
     process = full.run(prelude=prelude)
     assert process.returncode == 1
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
-    assert len(full.steps()) == 2 and not list(full.save_dir.glob("*.partial"))
+    assert len(full.steps()) == 2 and not list(full.save_dir.glob("*.omni-partial"))
     full.finish()
     assert differences(full.state(), reference.state()) == []
 

@@ -105,6 +105,42 @@ def test_a_cut_or_missing_cache_file_is_made_again(text, tokenizer):
     assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) == cache
 
 
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_a_cache_file_with_other_content_is_noticed_and_made_again(text, tokenizer, name):
+    path, _ = text
+    cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    file, run = cache.train.path.with_name(name), FakeRun()
+    expected = {path: path.read_bytes() for path in file.parent.glob("*.bin")}
+    file.write_bytes(b"\x05" * file.stat().st_size)
+    again = prepare_corpus(run, str(path), tokenizer, val_split=0.3)
+    assert again.sha256 == cache.sha256 and {p: p.read_bytes() for p in expected} == expected
+    assert "making" in run.lines[0]
+
+
+def test_a_cut_file_of_an_interrupted_preparation_is_not_filled_with_zeros(text, tokenizer):
+    path, _ = text
+    whole = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    expected = whole.train.path.read_bytes()
+    whole.train.path.with_name("meta.json").unlink()
+    for damage in (lambda: whole.train.path.write_bytes(expected[:10]), whole.val.path.unlink):
+        with pytest.raises(Interrupted):
+            prepare_corpus(FakeRun(stop_after=3), str(path), tokenizer, val_split=0.3)
+        damage()
+        assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) == whole
+        assert whole.train.path.read_bytes() == expected
+        whole.train.path.with_name("meta.json").unlink()
+
+
+@pytest.mark.parametrize("letter", ["a", "ä", "€", "𝄞"])
+def test_a_line_longer_than_a_chunk_is_never_cut_inside_a_character(tmp_path, tokenizer, monkeypatch, letter):
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 501)
+    monkeypatch.setattr(corpus, "_PIECE_BYTES", 50)
+    path = tmp_path / "giant.txt"
+    path.write_text(letter * 1000 + "\nend", encoding="utf-8")
+    cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
+    assert "".join(decoded(cache.train, tokenizer)) == letter * 1000 + "end"
+
+
 def test_a_killed_script_prepares_the_same(tmp_path):
     case = next(case for case in STAGES if case.name == "text")
     training = case.training(tmp_path, max_steps=2)

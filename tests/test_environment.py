@@ -1,9 +1,12 @@
 """Awkward folders, finished runs, losses that are not finite."""
 
 import os
+import signal
+import time
+from pathlib import Path
 
 import torch
-from harness import differences, kill_at
+from harness import SLOW, differences, kill_at
 from test_config import only_error
 
 
@@ -47,6 +50,38 @@ def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     for age, step in enumerate(steps):
         os.utime(training.step_path(step), (1e9 - age, 1e9 - age))
     assert f"resumed at step {steps[-1]}" in training.finish().stdout
+
+
+def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stage, tmp_path):
+    training = stage.training(tmp_path, max_steps=10)
+    training.finish()
+    longer = training.changed(max_steps=14)
+    assert longer.run(prelude=kill_at("omni.loop:_Training._finish", 1)).returncode == -9
+    assert longer.final_file()["metrics"]["trained_steps"] == 10
+    assert "finished:" in longer.finish().stdout
+    assert longer.final_file()["metrics"]["trained_steps"] == 14
+    assert "already finished at step 14" in longer.finish().stdout
+
+
+def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
+    training = stage.training(tmp_path, num_workers=2)
+    process = training.start(prelude=SLOW)
+    process.wait_for("step 3/")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    killed = time.monotonic()
+    os.kill(int(children[0]), signal.SIGKILL)
+    process.wait()
+    assert time.monotonic() - killed < 10
+    assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
+    assert "DataLoader worker" in process.stderr and "Run the same command" in process.stderr
+    training.finish()
+
+
+def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
+    training = stage.training(tmp_path)
+    closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
+    training.run(prelude=closed)
+    assert "finished:" in (training.save_dir / "training.log").read_text()
 
 
 # NaN ---------------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def test_sigkill_at_20_random_instants(stage, tmp_path, keys):
     ids=grid_id,
 )
 def test_resume_is_exact_with_partial_steps_and_bf16(stage, tmp_path, keys):
-    reference = stage.training(tmp_path, save_dir="reference", **keys)
+    reference = stage.training(tmp_path, save_dir="reference", max_epochs=6, **keys)
     reference.prelude = TRACE
     reference.finish()
     killed = reference.changed(save_dir="killed")

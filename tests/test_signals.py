@@ -87,12 +87,12 @@ def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
     stopped = reference.changed(save_dir="stopped")
     process = stopped.start(prelude=SLOW_SAVE)
     process.wait_for("saving")
-    assert list(stopped.save_dir.glob("*.partial"))
+    assert list(stopped.save_dir.glob("*.omni-partial"))
     process.send(signal.SIGINT)
     time.sleep(0.2)
     process.send(signal.SIGINT)
     assert process.wait().returncode == 75
-    assert not list(stopped.save_dir.glob("*.partial"))
+    assert not list(stopped.save_dir.glob("*.omni-partial"))
     stopped.finish()
     assert differences(stopped.state(), reference.state()) == []
 
@@ -102,10 +102,10 @@ def test_a_partial_file_of_a_killed_save_is_cleared(stage, tmp_path):
     process = training.start(prelude=SLOW_SAVE)
     process.wait_for("saving")
     process.kill()
-    (partial,) = training.save_dir.glob("*.partial")
-    partial.rename(f"{training.step_path(999)}.partial")  # one that nobody will overwrite
+    (partial,) = training.save_dir.glob("*.omni-partial")
+    partial.rename(f"{training.step_path(999)}.omni-partial")  # one that nobody will overwrite
     training.finish()
-    assert not list(training.save_dir.glob("*.partial"))
+    assert not list(training.save_dir.glob("*.omni-partial"))
 
 
 def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tmp_path):

@@ -1,6 +1,8 @@
 """What is particular to stage A: experts, held-out files, tokenizers, and chatting with the result."""
 
 import json
+import signal
+import time
 
 import pytest
 from harness import ROOT, Process, Zygote, differences, kill_at
@@ -112,3 +114,30 @@ def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
     assert "File too large" in process.stderr
     training.finish()
     assert differences(training.state()["newest"]["phases"], reference.state()["newest"]["phases"]) == []
+
+
+def test_another_vocabulary_in_the_same_folder_is_refused(tmp_path):
+    training = TEXT.training(tmp_path, max_steps=4)
+    training.finish()
+    only_error(training.changed(vocab_size=290, max_steps=6).run(), "requested vocab_size", "300 -> 290")
+    other = TEXT.training(tmp_path, save_dir="other", max_steps=4, vocab_size=280)
+    other.finish()
+    path = str(other.save_dir / "tokenizer.json")
+    only_error(training.changed(tokenizer_path=path, max_steps=6).run(), "another tokenizer", "new save_dir")
+
+
+def test_a_signal_is_heard_while_the_tokenizer_is_trained(tmp_path):
+    training = TEXT.training(tmp_path)
+    slow = """
+import time, omni.tokenizer
+def train(lines, vocab_size):
+    print("training it", flush=True)
+    time.sleep(60)
+omni.tokenizer.Tokenizer.train = train
+"""
+    process = training.start(prelude=slow)
+    process.wait_for("training it")
+    sent = time.monotonic()
+    process.send(signal.SIGTERM)
+    assert process.wait().returncode == 75 and time.monotonic() - sent < 5
+    training.finish()
