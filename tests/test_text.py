@@ -119,7 +119,7 @@ def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
 def test_another_vocabulary_in_the_same_folder_is_refused(tmp_path):
     training = TEXT.training(tmp_path, max_steps=4)
     training.finish()
-    only_error(training.changed(vocab_size=290, max_steps=6).run(), "requested vocab_size", "300 -> 290")
+    only_error(training.changed(vocab_size=310, max_steps=6).run(), "requested vocab_size", "300 -> 310")
     other = TEXT.training(tmp_path, save_dir="other", max_steps=4, vocab_size=280)
     other.finish()
     path = str(other.save_dir / "tokenizer.json")
