@@ -140,7 +140,9 @@ def bench_resume() -> None:
 
         def first_step(save_dir: str) -> int:
             """Start, wait for the first step, kill; returns that step."""
-            process = subprocess.Popen([*command, "--set", f"save_dir={save_dir}"], stdout=subprocess.PIPE, text=True)
+            line = [*command, "--set", f"save_dir={save_dir}"]
+            # stderr: what the orphaned workers have to say about the kill
+            process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             for line in process.stdout:
                 if line.startswith("step "):
                     process.kill()
@@ -149,7 +151,7 @@ def bench_resume() -> None:
             raise SystemExit("the run ended before its first step")
 
         def total_steps() -> int:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             for line in process.stdout:
                 if line.startswith("step "):
                     process.terminate()  # saves: the checkpoint to be moved to 99 %
