@@ -143,7 +143,7 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
     folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
     with run.main_process_first():
-        if run.is_main and not _is_current(run, corpus, folder):
+        if run.is_main and _why_stale(corpus, folder) is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock(folder)
@@ -152,7 +152,11 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
                     f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"
                 ) from error
             try:
-                _tokenise(run, corpus, folder, tokenizer, val_split)
+                # asked again: another process may have finished the cache before this one got the lock
+                if (reason := _why_stale(corpus, folder)) is not None:
+                    if reason:
+                        run.log(reason)
+                    _tokenise(run, corpus, folder, tokenizer, val_split)
             finally:
                 lock.release()
         meta = json.loads((folder / "meta.json").read_text())
@@ -179,22 +183,23 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _is_current(run: Run, corpus: Path, folder: Path) -> bool:
-    """Whether the cache is whole and of this corpus. What has kept size and time is trusted, the rest is hashed."""
+def _why_stale(corpus: Path, folder: Path) -> str | None:
+    """Why the cache must be made ("" where there is none yet), or None if it is whole and of this corpus.
+
+    What has kept size and time is trusted, the rest is hashed.
+    """
     path = folder / "meta.json"
     if not path.exists():
-        return False
+        return ""
     try:
         meta = json.loads(path.read_text())
         touched = {name: _stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
     except (OSError, ValueError, KeyError) as error:
-        run.log(f"{folder}: the token cache is damaged ({error}); making it again")
-        return False
+        return f"{folder}: the token cache is damaged ({error}); making it again"
     for name in (name for name in touched if touched[name]):
         file = folder / f"{name}.bin"
         if _digest(file) != meta[name]["sha256"]:
-            run.log(f"{file}: not what was written; making the token cache again")
-            return False
+            return f"{file}: not what was written; making the token cache again"
         meta[name]["stat"] = _stat(file)
     if meta["corpus"] != _stat(corpus):
         digest = ""
@@ -202,11 +207,10 @@ def _is_current(run: Run, corpus: Path, folder: Path) -> bool:
             for chunk in read_chunks(corpus):
                 digest = _chain(digest, chunk)
         if digest != meta["sha256"]:
-            run.log(f"{corpus}: has changed since it was tokenised")
-            return False
+            return f"{corpus}: has changed since it was tokenised"
     if any(touched.values()) or meta["corpus"] != _stat(corpus):  # copied: the same bytes at another time
         _write_json(path, meta | {"corpus": _stat(corpus)})
-    return True
+    return None
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -228,6 +232,9 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
     if done["corpus"] != stat or not kept:
         done = fresh
     (folder / "meta.json").unlink(missing_ok=True)
+    if not done["bytes"]:
+        for path in folder.glob("*.bin"):
+            path.unlink()  # not truncated: a run that still trains on the old tokens keeps them
     run.log(f"tokenising {corpus} ({stat['size'] / 1e6:.1f} MB) into {folder}")
     files = {name: open(folder / f"{name}.bin", "r+b" if done["bytes"] else "wb") for name in ("train", "val")}
     bar = tqdm(total=stat["size"], initial=done["bytes"], unit="B", unit_scale=True, desc="tokenise", disable=None)

@@ -145,6 +145,20 @@ def test_a_line_longer_than_a_chunk_is_never_cut_inside_a_character(tmp_path, to
     assert "".join(decoded(cache.train, tokenizer)) == letter * 1000 + "end"
 
 
+def test_tokens_that_a_run_has_open_are_never_written_over(text, tokenizer, monkeypatch):
+    path, _ = text
+    cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    opened, before = cache.train.open(), cache.train.path.read_bytes()
+    why_stale, answers = corpus._why_stale, iter(["not yet"])
+    monkeypatch.setattr(corpus, "_why_stale", lambda *keys: next(answers, None) or why_stale(*keys))
+    run = FakeRun()
+    assert prepare_corpus(run, str(path), tokenizer, val_split=0.3) == cache
+    assert run.lines == [], "finished by another process while this one waited for the lock"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) != cache
+    assert opened.tobytes() == before
+
+
 def test_a_killed_script_prepares_the_same(tmp_path):
     case = next(case for case in STAGES if case.name == "text")
     training = case.training(tmp_path, max_steps=2)
