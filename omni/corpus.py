@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import file_sha256, file_stat, write_json
 from omni.runtime import FolderLock, Run
 from omni.tokenizer import Tokenizer
 
@@ -168,19 +168,9 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
 
 
-def _stat(path: Path) -> dict:
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-
-
 def _chain(digest: str, chunk: bytes) -> str:
     """Next link of the corpus digest. Chained per chunk, because an interrupted SHA-256 cannot be stored."""
     return hashlib.sha256(digest.encode() + chunk).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _why_stale(corpus: Path, folder: Path) -> str | None:
@@ -193,34 +183,30 @@ def _why_stale(corpus: Path, folder: Path) -> str | None:
         return ""
     try:
         meta = json.loads(path.read_text())
-        touched = {name: _stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
+        touched = {name: file_stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
     except (OSError, ValueError, KeyError) as error:
         return f"{folder}: the token cache is damaged ({error}); making it again"
     for name in (name for name in touched if touched[name]):
         file = folder / f"{name}.bin"
-        if _digest(file) != meta[name]["sha256"]:
+        if file_sha256(file) != meta[name]["sha256"]:
             return f"{file}: not what was written; making the token cache again"
-        meta[name]["stat"] = _stat(file)
-    if meta["corpus"] != _stat(corpus):
+        meta[name]["stat"] = file_stat(file)
+    if meta["corpus"] != file_stat(corpus):
         digest = ""
         if meta["corpus"]["size"] == corpus.stat().st_size:
             for chunk in read_chunks(corpus):
                 digest = _chain(digest, chunk)
         if digest != meta["sha256"]:
             return f"{corpus}: has changed since it was tokenised"
-    if any(touched.values()) or meta["corpus"] != _stat(corpus):  # copied: the same bytes at another time
-        _write_json(path, meta | {"corpus": _stat(corpus)})
+    if any(touched.values()) or meta["corpus"] != file_stat(corpus):  # copied: the same bytes at another time
+        write_json(path, meta | {"corpus": file_stat(corpus)})
     return None
-
-
-def _write_json(path: Path, value: dict) -> None:
-    replace_file(path, lambda file: file.write(json.dumps(value).encode()))
 
 
 def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
     """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` says which bytes are safely done."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-    stat = _stat(corpus)
+    stat = file_stat(corpus)
     # "done" counts are in units of the corpus (bytes, rows) and of each split (tokens, samples, text bytes)
     fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "dialogues": 0}
     fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
@@ -267,16 +253,16 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
             done["sha256"] = _chain(done["sha256"], chunk)
             done["bytes"] += len(chunk)
             done["rows"] += chunk.count(b"\n")
-            _write_json(progress_path, done)
+            write_json(progress_path, done)
             bar.update(len(chunk))
-    if _stat(corpus) != stat:
+    if file_stat(corpus) != stat:
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
     if not done["train"]["samples"]:
         raise UserError(f"{corpus}: expected lines of text for training, found none")
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
-        done[name] |= {"sha256": _digest(path), "stat": _stat(path)}
-    _write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
+        done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}
+    write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
     progress_path.unlink()
 
 

@@ -17,6 +17,7 @@ from omni.errors import UserError
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
+_POOL_STEPS = 64  # among whose samples those of similar length are put together
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +73,10 @@ class Source(Protocol):
         """The rows as one micro-batch: tensors, and ``weight``, the number of targets the loss is a mean over.
 
         For no rows: any well-formed batch with ``weight`` 0. Random augmentation is keyed by (seed, epoch, row).
+        Under ``bad_rows`` it may name rows that cannot be used: where -> why.
         """
+
+    # Optional: ``lengths``, (rows,) numbers. Training batches are then made of samples of similar length.
 
 
 class ResumableDataset(IterableDataset):
@@ -116,15 +120,39 @@ class ResumableDataset(IterableDataset):
                 "Lower batch_size, or give more data"
             )
         self.skip_samples = 0
+        self.lengths = getattr(source, "lengths", None) if shuffle else None
+        self._pool: tuple[tuple[int, int], list[np.ndarray]] | None = None
 
     def rows(self, epoch: int, micro_batch: int) -> np.ndarray:
         """Row numbers of this process's ``micro_batch``-th micro-batch of ``epoch``."""
         step, part = divmod(micro_batch, self.accumulation)
-        first = step * self.samples_per_step + (part * self.world + self.rank) * self.batch_size
-        positions = np.arange(first, min(first + self.batch_size, len(self.source)))
+        first = (part * self.world + self.rank) * self.batch_size
+        return self._rows_of_step(epoch, step)[first : first + self.batch_size]
+
+    def _rows_of_step(self, epoch: int, step: int) -> np.ndarray:
+        """Row numbers of a whole step, over all processes: the same however they are dealt out.
+
+        With lengths, the samples of ``_POOL_STEPS`` steps in a row are sorted by length and cut into steps, whose
+        order is random again. Still a pure function of (seed, epoch, position), still each sample once an epoch.
+        """
+        pool, index = divmod(step, 1 if self.lengths is None else _POOL_STEPS)
+        if self._pool is None or self._pool[0] != (epoch, pool):
+            self._pool = (epoch, pool), self._steps_of_pool(epoch, pool)
+        return self._pool[1][index]
+
+    def _steps_of_pool(self, epoch: int, pool: int) -> list[np.ndarray]:
+        key, size = self.seed * 0x1_0000_0000 + epoch, self.samples_per_step
+        span = size * (1 if self.lengths is None else _POOL_STEPS)
+        positions = np.arange(pool * span, min((pool + 1) * span, len(self.source), self.steps_per_epoch * size))
         if not self.shuffle:
-            return positions
-        return permute(positions, len(self.source), key=self.seed * 0x1_0000_0000 + epoch)
+            return [positions]
+        rows = permute(positions, len(self.source), key)
+        if self.lengths is None:
+            return [rows]
+        rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+        full = len(rows) // size
+        steps = [rows[step * size : (step + 1) * size] for step in permute(np.arange(full), full, key ^ (pool + 1))]
+        return steps + ([rows[full * size :]] if len(rows) > full * size else [])  # an epoch's last, incomplete step
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()

@@ -67,6 +67,7 @@ class Progress:
     best_metrics: dict[str, float] = field(default_factory=dict)
     skipped_updates: int = 0  # losses that were not finite, over the whole run
     skipped_in_a_row: int = 0
+    bad_rows: dict[str, str] = field(default_factory=dict)  # rows that cannot be used: where -> why
 
 
 def train(
@@ -112,6 +113,7 @@ class _Training:
         self.models = {phase.name: run.distribute(phase.module) for phase in phases}
         self.final_path = run.save_dir / run.stage.final
         self.saved_step = -1
+        self.new_bad_rows: dict[str, str] = {}  # of this process, not yet told to the others
 
     # The story ---------------------------------------------------------------------------------------------------
 
@@ -158,6 +160,11 @@ class _Training:
 
     def _train_step(self, micro_batches: list[dict]) -> None:
         run, world = self.run, self.run.world
+        for batch in micro_batches:
+            self._note_bad_rows(batch)
+            if batch["rows"] and not batch["weight"]:
+                where, why = list(batch["bad_rows"].items())[-1]
+                raise UserError(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
         total = run.sum_over_ranks(torch.tensor(float(sum(batch["weight"] for batch in micro_batches)))).item()
@@ -258,14 +265,21 @@ class _Training:
             for batch in build_loader(dataset, self.config, run.device):
                 if stopping := run.stop_agreed():
                     break
+                self._note_bad_rows(batch)
+                if not batch["weight"]:
+                    continue
                 with run.autocast():
                     sums = self.validation.sums(module, to_device(batch, run.device))
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + value.double().cpu()
         if stopping:
             self._stop()  # out here, where the random states are those of training; the next run validates again
-        keys = sorted(totals)
-        values = run.sum_over_ranks(torch.stack([totals[key] for key in keys])).tolist()
+        self._share_bad_rows()
+        keys = sorted(set().union(*run.gather(list(totals))))  # a process may have had no batch of its own
+        if not keys:
+            raise UserError("validation: not one row of the held-out data can be used")
+        zero = torch.zeros((), dtype=torch.float64)
+        values = run.sum_over_ranks(torch.stack([totals.get(key, zero) for key in keys])).tolist()
         progress.metrics = self.validation.metrics(dict(zip(keys, values, strict=True)))
         progress.validated_step = progress.step
         best = progress.best_metrics.get(name)
@@ -290,6 +304,7 @@ class _Training:
         run, progress = self.run, self.progress
         averages = self.meter.averages(run)
         self._check_finite()
+        self._share_bad_rows()
         started, step, samples, targets = self.clock
         elapsed, steps = time.perf_counter() - started, max(1, progress.step - step)
         rates = {
@@ -302,7 +317,8 @@ class _Training:
         lr = {f"{p.name}_lr" if len(self.phases) > 1 else "lr": self._learning_rate(p) for p in self.phases}
         progress.step += 1
         values = averages | lr | rates | {"peak_memory_gb": peak_memory_gb(run.device)}
-        run.record("train", progress.step, epoch, values | {"skipped_updates": progress.skipped_updates})
+        counts = {"skipped_updates": progress.skipped_updates, "bad_rows": len(progress.bad_rows)}
+        run.record("train", progress.step, epoch, values | counts)
         left = tqdm.format_interval(elapsed / steps * (self.total_steps - progress.step))
         shown = "  ".join(f"{key} {value:.4g}" for key, value in (averages | lr).items())
         speed = f"{rates[f'{run.stage.unit}_per_s']:,.0f} {run.stage.unit}/s  {values['peak_memory_gb']:.2f} GB"
@@ -324,6 +340,30 @@ class _Training:
                 f"Last good checkpoint: {good}. Try a lower lr, more warmup_steps, or use_amp false"
             )
 
+    def _note_bad_rows(self, batch: dict) -> None:
+        self.new_bad_rows |= batch.get("bad_rows", {})
+        if self.new_bad_rows and self.run.world == 1:
+            self._share_bad_rows()
+
+    def _share_bad_rows(self) -> None:
+        """Name each bad row once, whichever process met it.
+
+        Raises:
+            UserError: more of them than ``max_bad_rows``.
+        """
+        run, known, limit = self.run, self.progress.bad_rows, self.config.max_bad_rows
+        for found in run.gather(self.new_bad_rows):
+            for where, why in found.items():
+                if where not in known:
+                    known[where] = why
+                    run.log(f"{where}: {why}. Not used ({len(known)} so far)")
+        self.new_bad_rows = {}
+        if len(known) > limit:
+            raise UserError(
+                f"{len(known)} rows of the data cannot be used, more than max_bad_rows {limit}; the first is "
+                f"{next(iter(known))}: {next(iter(known.values()))}. Mend the data, or raise max_bad_rows"
+            )
+
     def _announce(self, harmless: list[str]) -> None:
         run, dataset, progress = self.run, self.dataset, self.progress
         sizes = ", ".join(f"{p.name} {sum(w.numel() for w in p.module.parameters()) / 1e6:.2f} M" for p in self.phases)
@@ -342,6 +382,7 @@ class _Training:
 
     def _save(self) -> None:
         run, progress = self.run, self.progress
+        self._share_bad_rows()
         progress.skipped_updates, progress.skipped_in_a_row = self.meter.skipped_counts()
         rng = run.gather(rng_state(run.device))
         meter = run.gather(self.meter.state_dict())

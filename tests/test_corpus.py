@@ -164,7 +164,7 @@ def test_a_killed_script_prepares_the_same(tmp_path):
     training = case.training(tmp_path, max_steps=2)
     small_chunks = "import omni.corpus; omni.corpus._CHUNK_BYTES = 100\n"
     for count in (2, 3, 4):
-        kill = kill_at("omni.corpus:_write_json", count, after=count == 3)
+        kill = kill_at("omni.corpus:write_json", count, after=count == 3)
         assert training.run(prelude=small_chunks + kill).returncode == -9
     training.finish(prelude=small_chunks)
     (cache,) = tmp_path.glob("*.tokens-*")

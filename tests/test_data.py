@@ -133,3 +133,50 @@ def test_micro_batches_equal_one_batch(stage, tmp_path):
         torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=2e-4)
     for a, b in zip(one.metrics(), many.metrics(), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+class Clips(Rows):
+    """Rows of different lengths."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(count)
+        self.lengths = np.random.default_rng(0).integers(1, 1000, count)
+
+
+@pytest.mark.parametrize("drop_last", [True, False])
+def test_batches_of_similar_lengths_still_have_every_row_once(drop_last):
+    clips = Clips(1003)
+    dataset = ResumableDataset(clips, seed=1, batch_size=4, accumulation=2, drop_last=drop_last)
+    epochs = []
+    for epoch in range(2):
+        dataset.skip_samples = epoch * dataset.steps_per_epoch * dataset.samples_per_step
+        epochs.append(read(dataset))
+        rows = sum(epochs[-1], [])
+        assert len(set(rows)) == len(rows) == (1000 if drop_last else 1003)
+    assert epochs[0] != epochs[1]
+    padded = sum(len(rows) * clips.lengths[rows].max() for rows in epochs[0] if rows)
+    plain = ResumableDataset(Rows(1003), seed=1, batch_size=4, accumulation=2, drop_last=drop_last)
+    padded_plain = sum(len(rows) * clips.lengths[rows].max() for rows in read(plain) if rows)
+    assert padded < 1.1 * clips.lengths.sum() < 0.8 * padded_plain
+    longest = [clips.lengths[rows].max() for rows in epochs[0] if rows]
+    assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.2, "the lengths come in random order"
+
+
+def test_batches_of_similar_lengths_resume_anywhere():
+    dataset = ResumableDataset(Clips(1003), seed=1, batch_size=4, accumulation=2)
+    whole = read(dataset, num_workers=2)
+    for step in (1, 63, 64, 100, dataset.steps_per_epoch - 1):
+        dataset.skip_samples = step * dataset.samples_per_step
+        assert read(dataset) == whole[step * 2 :]
+
+
+def test_a_step_of_similar_lengths_has_the_same_rows_however_it_is_dealt_out():
+    def steps(**deal) -> list[set[int]]:
+        shares = [ResumableDataset(Clips(500), seed=1, rank=r, **deal) for r in range(deal.get("world", 1))]
+        parts = deal.get("accumulation", 1)
+        return [
+            {row for share in shares for part in range(parts) for row in share.rows(0, step * parts + part).tolist()}
+            for step in range(shares[0].steps_per_epoch)
+        ]
+
+    assert steps(batch_size=8) == steps(batch_size=4, accumulation=2) == steps(batch_size=4, world=2)
