@@ -1,0 +1,485 @@
+"""Download public datasets and write the files that configs/*_tiny.json train on.
+
+    python scripts/prepare_data.py tinystories librispeech ljspeech coco mjsynth   # all stages: a download of 42 GB
+    python scripts/prepare_data.py librispeech --subset dev-clean --limit 500      # a small try
+
+Interrupt it when you like, the same line goes on. Archives go to <out>/downloads, are compared with their published
+checksum, unpacked, and deleted.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omni.download import Archive, Store, gigabytes, log, read_checksums, replacing
+from omni.errors import Interrupted, RunError, UserError
+
+Items = dict[str, list[str]]  # name of an archive -> names of its unpacked items, relative to the dataset's folder
+Rows = Iterable[dict[str, str]]
+
+# --- what is written: rows from the files as they are published -------------------------------------------------------
+
+
+def librispeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
+    """Transcripts stay in upper case: the speech recogniser normalises its text itself."""
+    rows: dict[str, list] = {}
+    for archive, names in items.items():
+        output = "production_asr.csv" if archive.startswith("train") else "production_asr.val.csv"
+        texts: dict[str, str] = {}  # utterance -> transcript
+        for transcript in {librispeech_transcript(name) for name in names}:
+            lines = (folder / transcript).read_text(encoding="utf-8").splitlines()
+            texts.update(line.split(" ", 1) for line in lines)
+        rows.setdefault(output, []).extend({"wav": name, "text": text_of(name, texts)} for name in names)
+    return {output: sorted(of_output, key=lambda row: row["wav"]) for output, of_output in rows.items()}
+
+
+def text_of(name: str, texts: dict[str, str]) -> str:
+    """
+    Raises:
+        RunError: a recording without a transcript.
+    """
+    if (utterance := Path(name).stem) not in texts:
+        raise RunError(f"{name}: expected its transcript in the archive, found none")
+    return texts[utterance]
+
+
+def librispeech_transcript(name: str) -> str:
+    """``.../19/198/19-198-0000.flac`` -> ``.../19/198/19-198.trans.txt``"""
+    folder, _, utterance = name.rpartition("/")
+    return f"{folder}/{utterance.rpartition('-')[0]}.trans.txt"
+
+
+def ljspeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
+    """The normalised column, in which numbers are spelled out as they are spoken."""
+    with open(folder / "LJSpeech-1.1/metadata.csv", newline="", encoding="utf-8") as file:
+        texts = {line[0]: line[2] for line in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE)}
+    (names,) = items.values()
+    return {"production_tts.csv": ({"text": text_of(name, texts), "wav": name} for name in sorted(names))}
+
+
+def coco_rows(folder: Path, items: Items) -> dict[str, Rows]:
+    rows: dict[str, Rows] = {}
+    for split, output in (("train2017", "production_annotations.json"), ("val2017", "production_annotations.val.json")):
+        if f"{split}.zip" in items:
+            published = json.loads((folder / f"annotations/captions_{split}.json").read_text(encoding="utf-8"))
+            files = {image["id"]: f"{split}/{image['file_name']}" for image in published["images"]}
+            captions = sorted((files[a["image_id"]], a["id"], a["caption"]) for a in published["annotations"])
+            rows[output] = caption_rows(((name, caption) for name, _, caption in captions), items[f"{split}.zip"])
+    return rows
+
+
+def flickr8k_rows(folder: Path, items: Items) -> dict[str, Rows]:
+    """The published training and development images; the test images are in neither file."""
+    text = folder / "Flickr8k_text"
+    lines = (text / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
+    captions = sorted(line.split("\t", 1) for line in lines)  # "1000268201_693b08cb0e.jpg#0", a caption
+    rows: dict[str, Rows] = {}
+    for split, output in (("train", "production_annotations.json"), ("dev", "production_annotations.val.json")):
+        images = set((text / f"Flickr_8k.{split}Images.txt").read_text(encoding="utf-8").split())
+        names = [name for name in items["Flickr8k_Dataset.zip"] if Path(name).name in images]
+        pairs = ((f"Flicker8k_Dataset/{key.partition('#')[0]}", caption) for key, caption in captions)
+        rows[output] = caption_rows(pairs, names)
+    return rows
+
+
+def caption_rows(captions: Iterable[tuple[str, str]], images: list[str]) -> Rows:
+    """One row per caption, so an image with five captions stands in five rows."""
+    present = set(images)
+    return ({"image": name, "caption": " ".join(text.split())} for name, text in captions if name in present)
+
+
+def mjsynth_rows(folder: Path, items: Items) -> dict[str, Rows]:
+    """The word stands in the file's name, ``1_pintle_58130.jpg``. The OCR stage holds out words by ``val_split``: the
+    published split holds out images, whose words are all in the training images, too."""
+    (names,) = items.values()
+    return {"production_ocr.csv": ({"image": name, "text": Path(name).stem.split("_")[1]} for name in sorted(names))}
+
+
+def wikitext_lines(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
+    """Paragraphs and headings, one a line, without the empty lines between them."""
+    lines = filter(None, (line.strip() for line in file))
+    return (line + b"\n" for line in itertools.islice(lines, limit))
+
+
+def tinystories_lines(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
+    """One story a line, its paragraphs joined."""
+
+    def stories() -> Iterator[bytes]:
+        story: list[bytes] = []
+        for line in file:
+            before, end, after = line.partition(b"<|endoftext|>")
+            story += before.split()
+            if end:
+                yield b" ".join(story)
+                story = after.split()
+        yield b" ".join(story)
+
+    return (story + b"\n" for story in itertools.islice(filter(None, stories()), limit))
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+# Where sizes and checksums come from: LibriSpeech and LJSpeech: torchaudio and tensorflow-datasets; COCO:
+# tensorflow-datasets; TinyStories: its pages at Hugging Face; WikiText: several loaders of it agree; MJSynth: mmocr.
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One row of DATASETS."""
+
+    folder: str  # below --out; names in the manifests are relative to it
+    about: str
+    licence: str
+    archives: tuple[Archive, ...]
+    rows: Callable[[Path, Items], dict[str, Rows]] | None = None  # None: unpacking writes what is trained on
+    subsets: tuple[str, ...] = ()  # taken without --subset
+    limit: int | None = None  # without --limit
+    size: str = ""  # of the download, where it is not published to the byte
+
+
+def _librispeech(subset: str, size: int, count: int, checksum: str) -> Archive:
+    speech = rf"LibriSpeech/{subset}/\d+/\d+/[\d-]+"
+    return Archive(
+        name=f"{subset}.tar.gz", url=f"https://www.openslr.org/resources/12/{subset}.tar.gz",
+        size=size, checksum=checksum, count=count, growth=1.05, subset=subset, root=f"LibriSpeech/{subset}",
+        items=rf"({speech}\.flac)", extras=rf"({speech}\.trans\.txt)", extra_of=librispeech_transcript,
+        outputs=("production_asr.csv" if subset.startswith("train") else "production_asr.val.csv",),
+    )  # fmt: skip
+
+
+def _coco(split: str, size: int, count: int, output: str, checksum: str) -> Archive:
+    return Archive(
+        name=f"{split}.zip", url=f"http://images.cocodataset.org/zips/{split}.zip", size=size, checksum=checksum,
+        count=count, growth=1.02, subset=split, root=split, items=rf"({split}/\d+\.jpg)", outputs=(output,),
+    )  # fmt: skip
+
+
+def _tinystories(split: str, size: int, checksum: str, output: str) -> Archive:
+    name = f"TinyStoriesV2-GPT4-{split}.txt"
+    return Archive(
+        name=name, url=f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/{name}", size=size,
+        checksum=checksum, items=rf"({name})", rename={name: output}, convert=tinystories_lines, outputs=(output,),
+    )  # fmt: skip
+
+
+def _flickr8k(name: str, **fields) -> Archive:
+    url = f"https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/{name}"
+    return Archive(name=name, url=url, size=None, checksum="", **fields)
+
+
+DATASETS = {
+    "tinystories": Dataset(
+        "text", "2.7 million short stories", "CDLA-Sharing-1.0",
+        (
+            _tinystories("train", 2_227_753_162, "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
+                         "production_corpus.txt"),
+            _tinystories("valid", 22_502_601, "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
+                         "production_corpus.val.txt"),
+        ),
+    ),
+    "wikitext": Dataset(
+        "text", "WikiText-103 raw, 100 million words of Wikipedia", "CC BY-SA",
+        (
+            Archive(
+                name="wikitext-103-raw-v1.zip", url="https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+                size=191_984_949, checksum="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+                growth=2.9, root="wikitext-103-raw", items=r"(wikitext-103-raw/wiki\.(?:train|valid)\.raw)",
+                rename={"wikitext-103-raw/wiki.train.raw": "production_corpus.txt",
+                        "wikitext-103-raw/wiki.valid.raw": "production_corpus.val.txt"},
+                convert=wikitext_lines, outputs=("production_corpus.txt", "production_corpus.val.txt"),
+            ),
+        ),
+    ),
+    "librispeech": Dataset(
+        "audio", "read English speech, 16 kHz; train-clean-100 is 100 hours", "CC BY 4.0",
+        (
+            _librispeech("train-clean-100", 6_387_309_499, 28_539,
+                         "d4ddd1d5a6ab303066f14971d768ee43278a5f2a0aa43dc716b0e64ecbbbf6e2"),
+            _librispeech("train-clean-360", 23_049_477_885, 104_014,
+                         "146a56496217e96c14334a160df97fffedd6e0a04e66b9c5af0d40be3c792ecf"),
+            _librispeech("train-other-500", 30_593_501_606, 148_688,
+                         "ddb22f27f96ec163645d53215559df6aa36515f26e01dd70798188350adcb6d2"),
+            _librispeech("dev-clean", 337_926_286, 2_703,
+                         "76f87d090650617fca0cac8f88b9416e0ebf80350acb97b343a85fa903728ab3"),
+            _librispeech("dev-other", 314_305_928, 2_864,
+                         "12661c48e8c3fe1de2c1caa4c3e135193bfb1811584f11f569dd12645aa84365"),
+            _librispeech("test-clean", 346_663_984, 2_620,
+                         "39fde525e59672dc6d1551919b1478f724438a95aa55f874b576be21967e6c23"),
+            _librispeech("test-other", 328_757_843, 2_939,
+                         "d09c181bba5cf717b3dee7d4d592af11a3ee3a09e08ae025c5506f6ebe961c29"),
+        ),
+        librispeech_rows, subsets=("train-clean-100", "dev-clean"),
+    ),
+    "ljspeech": Dataset(
+        "audio", "24 hours of one English speaker, 22.05 kHz", "public domain",
+        (
+            Archive(
+                name="LJSpeech-1.1.tar.bz2", url="https://data.keithito.com/data/speech/LJSpeech-1.1.tar.bz2",
+                size=2_748_572_632, checksum="be1a30453f28eb8dd26af4101ae40cbf2c50413b1bb21936cbcdc6fae3de8aa5",
+                count=13_100, growth=1.4, root="LJSpeech-1.1", items=r"(LJSpeech-1\.1/wavs/LJ\d+-\d+\.wav)",
+                extras=r"(LJSpeech-1\.1/metadata\.csv)", extra_of=lambda name: "LJSpeech-1.1/metadata.csv",
+                outputs=("production_tts.csv",),
+            ),
+        ),
+        ljspeech_rows,
+    ),
+    "coco": Dataset(
+        "images", "COCO 2017, 123 thousand photos with five captions each",
+        "captions CC BY 4.0; each photo has its own, from Flickr",
+        (
+            Archive(
+                name="annotations_trainval2017.zip",
+                url="http://images.cocodataset.org/annotations/annotations_trainval2017.zip", size=252_907_541,
+                checksum="113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268", growth=0.4,
+                root="annotations", items=r"(annotations/captions_(?:train|val)2017\.json)",
+            ),
+            _coco("train2017", 19_336_861_798, 118_287, "production_annotations.json",
+                  "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+            _coco("val2017", 815_585_330, 5_000, "production_annotations.val.json",
+                  "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+        ),
+        coco_rows, subsets=("train2017", "val2017"),
+    ),
+    "flickr8k": Dataset(
+        "images", "8 thousand photos with five captions each", "research and education only",
+        (
+            _flickr8k("Flickr8k_text.zip", growth=2.0, root="Flickr8k_text",
+                      items=r"(?:Flickr8k_text/)?(Flickr8k\.token\.txt|Flickr_8k\.(?:train|dev)Images\.txt)",
+                      rename={name: f"Flickr8k_text/{name}" for name in (
+                          "Flickr8k.token.txt", "Flickr_8k.trainImages.txt", "Flickr_8k.devImages.txt")}),
+            _flickr8k("Flickr8k_Dataset.zip", count=8_091, growth=1.02, root="Flicker8k_Dataset",
+                      items=r"(Flicker8k_Dataset/[^/]+\.jpg)",
+                      outputs=("production_annotations.json", "production_annotations.val.json")),
+        ),
+        flickr8k_rows, size="about 1.1 GB",
+    ),
+    "mjsynth": Dataset(
+        "ocr", "MJSynth, 8.9 million pictures of one word each", "research only",
+        (
+            Archive(
+                name="mjsynth.tar.gz", url="https://thor.robots.ox.ac.uk/~vgg/data/text/mjsynth.tar.gz",
+                size=None, checksum="7bf2b60ad935eaf64e5b606f782d68e5", count=8_919_273, growth=3.7,
+                root="90kDICT32px",
+                items=r"(?:mnt/ramdisk/max/)?(90kDICT32px/\d+/\d+/\d+_[^_/]+_\d+\.jpg)",
+                outputs=("production_ocr.csv",),
+            ),
+        ),
+        mjsynth_rows, size="about 10 GB", limit=1_000_000,  # all of them are more files than many file systems can hold
+    ),
+}  # fmt: skip
+
+
+# --- getting it -------------------------------------------------------------------------------------------------------
+
+
+def prepare(store: Store, name: str, args: argparse.Namespace) -> None:
+    """Bring one dataset to the disk, and write what is trained on."""
+    dataset = DATASETS[name]
+    folder = Path(args.out) / dataset.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    archives = chosen_archives(dataset, args)
+    if dataset.rows is None:
+        claim(store, [folder / output for archive in archives for output in archive.outputs])
+    items = {archive.name: store.settle(archive, folder, args.limit or dataset.limit) for archive in archives}
+    if dataset.rows is None:
+        for output in itertools.chain(*items.values()):
+            log(f"{folder / output}: {gigabytes((folder / output).stat().st_size)}")
+        return
+    for output, rows in dataset.rows(folder, items).items():
+        path = folder / output
+        claim(store, [path])
+        with replacing(path) as file:
+            n_rows = (write_csv if path.suffix == ".csv" else write_json)(file, rows)
+        log(f"{path}: {n_rows:,} rows")
+
+
+def chosen_archives(dataset: Dataset, args: argparse.Namespace) -> list[Archive]:
+    """Those of the chosen subsets, or of the usual ones if none of this dataset was chosen."""
+    available = {archive.subset for archive in dataset.archives}
+    chosen = available & set(args.subset or ()) or set(dataset.subsets)
+    return [archive for archive in dataset.archives if not archive.subset or archive.subset in chosen]
+
+
+def claim(store: Store, outputs: list[Path]) -> None:
+    """Remember which files this script made: others it will not overwrite."""
+    made = read_claims(store) | {str(path.resolve()) for path in outputs}
+    with replacing(store.folder / "made.json") as file:
+        file.write(json.dumps(sorted(made), indent=2).encode())
+
+
+def read_claims(store: Store) -> set[str]:
+    path = store.folder / "made.json"
+    return set(json.loads(path.read_text())) if path.exists() else set()
+
+
+def write_csv(file: BinaryIO, rows: Rows) -> int:
+    rows = iter(rows)
+    first = next(rows)
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, first, lineterminator="\n")
+    writer.writeheader()
+    n_rows = 0
+    for n_rows, row in enumerate(itertools.chain([first], rows), 1):  # noqa: B007
+        writer.writerow(row)
+    text.detach()  # flushes, and leaves the file open
+    return n_rows
+
+
+def write_json(file: BinaryIO, rows: Rows) -> int:
+    """An array of objects, one a line."""
+    n_rows = 0
+    for n_rows, row in enumerate(rows, 1):
+        file.write((b"[\n" if n_rows == 1 else b",\n") + json.dumps(row, ensure_ascii=False).encode())
+    file.write(b"\n]\n" if n_rows else b"[]\n")
+    return n_rows
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def describe_datasets() -> str:
+    lines = []
+    for name, dataset in DATASETS.items():
+        usual = [archive for archive in dataset.archives if not archive.subset or archive.subset in dataset.subsets]
+        size = dataset.size or gigabytes(sum(archive.size for archive in usual))
+        outputs = sorted({output for archive in dataset.archives for output in archive.outputs})
+        lines += [
+            f"  {name}: {dataset.about}",
+            f"      download {size}; licence: {dataset.licence}",
+            f"      writes <out>/{dataset.folder}/ {', '.join(outputs)}",
+        ]
+        if dataset.subsets:
+            available = ", ".join(f"{a.subset} ({a.size / 1e9:.1f} GB)" for a in dataset.archives if a.subset)
+            words = f"subsets {available}; without --subset: {' and '.join(dataset.subsets)}"
+            lines.append(textwrap.fill(words, 118, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        if dataset.limit:
+            lines.append(f"      the first {dataset.limit:,}, unless --limit says otherwise")
+    return "\n".join(lines)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, found {text}")
+    return value
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 3600:
+        raise argparse.ArgumentTypeError(f"expected 0 to 3600 seconds, found {text}")
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"datasets (text and image datasets write the same files: one of each):\n{describe_datasets()}\n\n"
+        "Archives are compared with their published checksum. For flickr8k none is published: the digest of the first\n"
+        "download is recorded, and later ones are compared with it. Licences in brief; the publishers' pages bind.\n"
+        "Exit codes: 0 done, 1 failed (network, disk, checksum), 2 bad arguments, 75 interrupted.",
+    )
+    parser.add_argument("datasets", nargs="+", choices=DATASETS, metavar="DATASET", help=", ".join(DATASETS))
+    parser.add_argument("--out", default="data", metavar="DIR", help="folder to write to (default: data)")
+    parser.add_argument("--subset", action="append", metavar="NAME", help="part of librispeech or coco; repeatable")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        metavar="N",
+        help="the first N recordings, images or texts of each archive",
+    )
+    parser.add_argument(
+        "--from",
+        dest="from_dir",
+        metavar="DIR",
+        help="download nothing: the archives, or what they hold, are in DIR",
+    )
+    parser.add_argument("--mirror", metavar="URL", help="download URL/<archive> instead of the publisher's address")
+    parser.add_argument(
+        "--checksums", metavar="FILE", help="as written by sha256sum or md5sum; wins over the published checksums"
+    )
+    parser.add_argument("--keep_archives", action="store_true", help="do not delete archives after unpacking")
+    parser.add_argument("--force", action="store_true", help="overwrite files that this script did not make")
+    parser.add_argument(
+        "--retry_wait", type=seconds, default=1.0, metavar="S", help="seconds before the first retry (default: 1)"
+    )
+    return parser.parse_args()
+
+
+def check(store: Store, args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: the arguments contradict each other, --from lacks something, or a file is not ours to overwrite.
+    """
+    datasets = {name: DATASETS[name] for name in args.datasets}
+    subsets = {archive.subset for dataset in datasets.values() for archive in dataset.archives} - {""}
+    for subset in args.subset or ():
+        if subset not in subsets:
+            expected = f"one of {', '.join(sorted(subsets))}" if subsets else "none for these datasets"
+            raise UserError(f"--subset {subset}: expected {expected}")
+    if store.mirror and not store.mirror.startswith(("http://", "https://")):
+        raise UserError(f"--mirror {store.mirror}: expected an address that begins with http:// or https://")
+    if store.from_dir and not store.from_dir.is_dir():
+        raise UserError(f"--from {store.from_dir}: expected a folder, found none")
+    claims, writers, lacking = read_claims(store), {}, []
+    for name, dataset in datasets.items():
+        for archive in chosen_archives(dataset, args):
+            for output in archive.outputs:
+                path = Path(args.out) / dataset.folder / output
+                if writers.setdefault(output, name) != name:
+                    raise UserError(
+                        f"{writers[output]} and {name} both write {path}. Choose one, or give each its --out"
+                    )
+                if path.exists() and str(path.resolve()) not in claims and not args.force:
+                    raise UserError(f"{path}: exists, and was not made by this script. --force overwrites it")
+            if store.from_dir and (words := store.missing(archive)):
+                lacking.append(words)
+    if lacking:
+        raise UserError(f"--from {store.from_dir}: missing {'; '.join(lacking)}")
+
+
+def interrupt(signum: int, frame) -> None:
+    raise Interrupted("interrupted. Run the same line again to go on")
+
+
+def main() -> None:
+    args = parse_args()
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
+    store = Store(
+        Path(args.out) / "downloads",
+        from_dir=args.from_dir and Path(args.from_dir),
+        mirror=args.mirror,
+        checksums=read_checksums(Path(args.checksums)) if args.checksums else {},
+        keep_archives=args.keep_archives,
+        retry_wait_s=args.retry_wait,
+    )
+    check(store, args)
+    store.lock()
+    for name in dict.fromkeys(args.datasets):
+        log(f"{name}: {DATASETS[name].about}. Licence: {DATASETS[name].licence}")
+        try:
+            prepare(store, name, args)
+        except OSError as error:
+            where = error.filename or args.out
+            raise RunError(f"{where}: {error.strerror}. What is complete stays; the same line goes on") from error
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (UserError, RunError, Interrupted) as error:
+        label = "" if isinstance(error, Interrupted) else "error: "
+        print(f"{label}{error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,683 @@
+"""scripts/prepare_data.py against a server on this machine, with archives of the published layouts in miniature."""
+
+import csv
+import hashlib
+import http.server
+import importlib.util
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from harness import ROOT, Process, Zygote, kill_at
+
+from omni.errors import RunError
+
+SCRIPT = ROOT / "scripts" / "prepare_data.py"
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+
+
+def tar_bytes(files: dict[str, bytes], mode: str = "w:gz", links: dict[str, str] | None = None) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+        for name, target in (links or {}).items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, target
+            tar.addfile(member)
+    return buffer.getvalue()
+
+
+def zip_bytes(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def audio_bytes(seed: int, sample_rate: int, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.random.default_rng(seed).normal(0, 0.1, sample_rate // 20), sample_rate, format=kind)
+    return buffer.getvalue()
+
+
+def librispeech(subset: str, chapters: list[str], utterances: int) -> dict[str, bytes]:
+    """As published: the transcript stands behind the recordings of its chapter; the chapters are in no order."""
+    files = {"LibriSpeech/README.TXT": b"not wanted"}
+    for speaker, chapter in (chapter.split("-") for chapter in chapters):
+        stem = f"LibriSpeech/{subset}/{speaker}/{chapter}/{speaker}-{chapter}"
+        for i in reversed(range(utterances)):
+            files[f"{stem}-{i:04}.flac"] = audio_bytes(i, 16000, "FLAC")
+        lines = [f"{speaker}-{chapter}-{i:04} SENTENCE {i} OF, {chapter}\n" for i in range(utterances)]
+        files[f"{stem}.trans.txt"] = "".join(lines).encode()
+    return files
+
+
+def captions_json(images: list[int]) -> bytes:
+    return json.dumps(
+        {
+            "images": [{"id": i, "file_name": f"{i:012}.jpg"} for i in images],
+            "annotations": [
+                {"image_id": i, "id": 10 * i + k, "caption": f" A “{i}”,\n again {k}. "} for k in (1, 0) for i in images
+            ],
+        }
+    ).encode()
+
+
+CONTENT = {
+    "train-clean-100.tar.gz": librispeech("train-clean-100", ["26-495", "19-198", "19-227"], 3),
+    "dev-clean.tar.gz": librispeech("dev-clean", ["84-121"], 2),
+    "LJSpeech-1.1.tar.bz2": {"LJSpeech-1.1/README": b"not wanted"}
+    | {f"LJSpeech-1.1/wavs/LJ00{i}-0001.wav": audio_bytes(i, 22050, "WAV") for i in (3, 1, 2)}
+    | {
+        "LJSpeech-1.1/metadata.csv": "".join(
+            f'LJ00{i}-0001|In 14{i}, "he" said|In fourteen {i}, "he" said\n' for i in (1, 2, 3)
+        ).encode()
+    },
+    "annotations_trainval2017.zip": {
+        "annotations/instances_train2017.json": b"not wanted",
+        "annotations/captions_train2017.json": captions_json([9, 25, 30]),
+        "annotations/captions_val2017.json": captions_json([139]),
+    },
+    "train2017.zip": {f"train2017/{i:012}.jpg": b"picture %d" % i for i in (30, 9, 25)},
+    "val2017.zip": {f"val2017/{139:012}.jpg": b"picture 139"},
+    "mjsynth.tar.gz": {
+        f"./mnt/ramdisk/max/90kDICT32px/{1 + i}/{i % 2}/{i}_Word{i}_{70 + i}.jpg": b"word %d" % i
+        for i in (3, 0, 4, 1, 2)
+    }
+    | {"./mnt/ramdisk/max/90kDICT32px/annotation_train.txt": b"not wanted"},
+    "TinyStoriesV2-GPT4-train.txt": b"\nOnce.\n\nThe end.\n<|endoftext|>\nTwo\nlines<|endoftext|>\n\nThree.\n",
+    "TinyStoriesV2-GPT4-valid.txt": b"Four.\n<|endoftext|>\n",
+    "wikitext-103-raw-v1.zip": {
+        "wikitext-103-raw/wiki.train.raw": b" \n = Title = \n \n A paragraph @-@ one . \n Two .\n",
+        "wikitext-103-raw/wiki.valid.raw": b" \n Held out . \n",
+        "wikitext-103-raw/wiki.test.raw": b"not wanted",
+    },
+    "Flickr8k_text.zip": {
+        "Flickr8k.token.txt": b"1_a.jpg#0\tA dog .\n1_a.jpg#1\tOne dog .\n2_b.jpg#0\tA cat .\n3_c.jpg#0\tA cow .\n"
+        b"4_gone.jpg#0\tNo picture .\n",
+        "Flickr_8k.trainImages.txt": b"1_a.jpg\n4_gone.jpg\n",
+        "Flickr_8k.devImages.txt": b"2_b.jpg\n",
+        "__MACOSX/._Flickr8k.token.txt": b"not wanted",
+    },
+    "Flickr8k_Dataset.zip": {f"Flicker8k_Dataset/{name}.jpg": name.encode() for name in ("1_a", "2_b", "3_c")},
+}
+
+
+def pack(name: str, files: bytes | dict[str, bytes]) -> bytes:
+    if isinstance(files, bytes):
+        return files
+    return zip_bytes(files) if name.endswith(".zip") else tar_bytes(files, f"w:{name.rpartition('.')[2]}")
+
+
+ARCHIVES = {name: pack(name, files) for name, files in CONTENT.items()}
+
+# --- the server -------------------------------------------------------------------------------------------------------
+
+
+class Server:
+    """Serves ``files`` with ranges and ETags; ``faults`` says what goes wrong, one entry a request.
+
+    A fault is ``"cut"`` (half of the rest, then the connection closes), ``"stall"`` (half of the rest, then nothing
+    until ``release``), an HTTP status, or None.
+    """
+
+    def __init__(self) -> None:
+        self.files, self.etags = dict(ARCHIVES), {}
+        self.faults, self.ranges, self.requests, self.sent = [], True, [], 0
+        self.release = threading.Event()
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.answer(self)
+
+            def log_message(self, *_) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, request) -> None:
+        if request.path.startswith("/moved/"):
+            request.send_response(302)
+            request.send_header("Location", request.path.removeprefix("/moved"))
+            return request.end_headers()
+        name, wanted = request.path.strip("/"), request.headers.get("Range")
+        self.requests.append((name, wanted))
+        fault = self.faults.pop(0) if self.faults else None
+        if name not in self.files or isinstance(fault, int):
+            return request.send_error(fault or 404)
+        content = self.files[name]
+        etag = self.etags.get(name) or f'"{hashlib.md5(content).hexdigest()}"'
+        start = 0
+        if wanted and self.ranges and request.headers.get("If-Range") == etag:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                request.send_response(416)
+                request.send_header("Content-Range", f"bytes */{len(content)}")
+                return request.end_headers()
+        request.send_response(206 if start else 200)
+        if start:
+            request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        request.send_header("ETag", etag)
+        request.send_header("Content-Length", str(len(content) - start))
+        request.end_headers()
+        rest = content[start:] if fault is None else content[start : (start + len(content)) // 2]
+        request.wfile.write(rest)
+        request.wfile.flush()
+        self.sent += len(rest)
+        if fault == "stall":
+            self.release.wait(20)
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    yield server
+    server.release.set()
+    server.http.shutdown()
+    server.http.server_close()
+
+
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
+class Preparation:
+    """The script in a folder of its own, with the server as mirror."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.folder, self.server, self.out, self.runs = folder, server, folder / "data", 0
+        # as in a private mirror: the archives in miniature have other digests than the published ones
+        checksums = {name: hashlib.sha256(content).hexdigest() for name, content in ARCHIVES.items()}
+        self.checksums = folder / "checksums.txt"
+        self.checksums.write_text(
+            "".join(f"{digest}  {name}\n" for name, digest in checksums.items() if "Flickr8k" not in name)
+        )
+
+    def start(self, *args: str, prelude: str = "") -> Process:
+        argv = [str(SCRIPT), "--out", str(self.out), "--retry_wait", "0.01", "--checksums", str(self.checksums), *args]
+        if "--from" not in args and "--mirror" not in args:
+            argv += ["--mirror", self.server.url]
+        self.runs += 1
+        output = self.folder / f"run_{self.runs}"
+        request = {
+            "argv": argv,
+            "cwd": str(self.folder),
+            "env": {"no_proxy": "127.0.0.1"},
+            "prelude": prelude,
+            "stdout": str(output.with_suffix(".out")),
+            "stderr": str(output.with_suffix(".err")),
+        }
+        return Process(Zygote.get().ask(request), output)
+
+    def run(self, *args: str, prelude: str = "") -> Process:
+        return self.start(*args, prelude=prelude).wait()
+
+    def finish(self, *args: str) -> Process:
+        result = self.run(*args)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result
+
+    def fail(self, code: int, *args: str) -> str:
+        """The one line with which it ends."""
+        result = self.run(*args)
+        assert result.returncode == code, result.stdout + result.stderr
+        assert len(result.stderr.splitlines()) == 1, result.stderr
+        return result.stderr
+
+    def files(self) -> dict[str, bytes]:
+        """Everything below --out, apart from the records."""
+        paths = [path for path in self.out.rglob("*") if path.is_file() and path.name not in (".lock", "made.json")]
+        return {str(p.relative_to(self.out)): p.read_bytes() for p in paths if p.suffix not in (".files", ".sha256")}
+
+    def rows(self, name: str) -> list[dict[str, str]]:
+        path = self.out / name
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def preparation(tmp_path, server):
+    return Preparation(tmp_path, server)
+
+
+def expected_librispeech() -> dict[str, bytes]:
+    """What is on disk when train-clean-100 and dev-clean are prepared."""
+    files = {}
+    for archive, output in (("train-clean-100", "production_asr.csv"), ("dev-clean", "production_asr.val.csv")):
+        content = {n: c for n, c in CONTENT[f"{archive}.tar.gz"].items() if "README" not in n}
+        files |= {f"audio/{name}": data for name, data in content.items()}
+        rows = ["wav,text"]
+        for name in sorted(name for name in content if name.endswith(".flac")):
+            _, chapter, i = Path(name).stem.split("-")
+            rows.append(f'{name},"SENTENCE {int(i)} OF, {chapter}"')
+        files[f"audio/{output}"] = "".join(f"{row}\n" for row in rows).encode()
+    return files
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_every_dataset_in_one_line_and_nothing_twice(preparation):
+    line = ("tinystories", "librispeech", "ljspeech", "coco", "mjsynth")
+    preparation.finish(*line)
+    files = preparation.files()
+    assert {name: files[name] for name in files if "audio/" in name and "LJ" not in name and "tts" not in name} == (
+        expected_librispeech()
+    )
+    assert files["text/production_corpus.txt"] == b"Once. The end.\nTwo lines\nThree.\n"
+    assert files["text/production_corpus.val.txt"] == b"Four.\n"
+    assert preparation.rows("audio/production_tts.csv") == [
+        {"text": f'In fourteen {i}, "he" said', "wav": f"LJSpeech-1.1/wavs/LJ00{i}-0001.wav"} for i in (1, 2, 3)
+    ]
+    assert preparation.rows("images/production_annotations.json") == [
+        {"image": f"train2017/{i:012}.jpg", "caption": f"A “{i}”, again {k}."} for i in (9, 25, 30) for k in (0, 1)
+    ]
+    assert len(preparation.rows("images/production_annotations.val.json")) == 2
+    assert preparation.rows("ocr/production_ocr.csv") == [
+        {"image": f"90kDICT32px/{1 + i}/{i % 2}/{i}_Word{i}_{70 + i}.jpg", "text": f"Word{i}"} for i in range(5)
+    ]
+    for folder, manifest, column in (
+        ("audio", "production_asr.csv", "wav"),
+        ("audio", "production_tts.csv", "wav"),
+        ("images", "production_annotations.json", "image"),
+        ("ocr", "production_ocr.csv", "image"),
+    ):
+        for row in preparation.rows(f"{folder}/{manifest}"):
+            assert f"{folder}/{row[column]}" in files
+    assert not [name for name in files if "README" in name or b"not wanted" in files[name]]
+    assert not [name for name in files if name.startswith("downloads/")], "archives stay on disk"
+
+    requests = len(preparation.server.requests)
+    before = {path: path.stat().st_mtime_ns for path in preparation.out.rglob("*") if path.name != "made.json"}
+    preparation.finish(*line)
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert len(preparation.server.requests) == requests
+    assert {p for p in before if p.is_file() and before[p] != after[p]} == set()
+
+
+def test_manifests_and_layouts_are_what_others_read(preparation):
+    """omni.manifest opens the manifests, soundfile the recordings; torchaudio's readers find the same rows."""
+    from torchaudio.datasets import LIBRISPEECH, LJSPEECH
+
+    from omni.manifest import load_manifest
+
+    preparation.finish("librispeech", "ljspeech", "coco")
+    audio = preparation.out / "audio"
+    for path, columns in (
+        (audio / "production_asr.csv", ("wav", "text")),
+        (audio / "production_tts.csv", ("text", "wav")),
+        (preparation.out / "images/production_annotations.json", ("image", "caption")),
+    ):
+        manifest = load_manifest(path, columns, columns[-1], log=lambda line: None)
+        assert [manifest[i] for i in range(len(manifest))] == preparation.rows(str(path.relative_to(preparation.out)))
+        for i in range(len(manifest)):
+            file = manifest.file(manifest[i][next(c for c in columns if c in ("wav", "image"))], str(path.parent))
+            assert path.suffix == ".json" or soundfile.info(file).frames > 0
+    theirs = LIBRISPEECH(audio, "train-clean-100")
+    metadata = [theirs.get_metadata(i) for i in range(len(theirs))]
+    ours = preparation.rows("audio/production_asr.csv")
+    assert sorted((row["wav"], row["text"]) for row in ours) == sorted(
+        (f"LibriSpeech/train-clean-100/{Path(m[0]).relative_to('train-clean-100')}", m[2]) for m in metadata
+    )
+    ours = {Path(row["wav"]).stem: row["text"] for row in preparation.rows("audio/production_tts.csv")}
+    assert ours == {name: normalized for name, _, normalized in LJSPEECH(audio)._flist}
+
+
+def test_small_datasets(preparation):
+    preparation.finish("wikitext", "flickr8k")
+    files = preparation.files()
+    assert files["text/production_corpus.txt"] == b"= Title =\nA paragraph @-@ one .\nTwo .\n"
+    assert files["text/production_corpus.val.txt"] == b"Held out .\n"
+    assert preparation.rows("images/production_annotations.json") == [
+        {"image": "Flicker8k_Dataset/1_a.jpg", "caption": "A dog ."},
+        {"image": "Flicker8k_Dataset/1_a.jpg", "caption": "One dog ."},
+    ]
+    assert preparation.rows("images/production_annotations.val.json") == [
+        {"image": "Flicker8k_Dataset/2_b.jpg", "caption": "A cat ."}
+    ]
+
+
+def test_limit(preparation):
+    """The first N of the archive; fewer later cost nothing, more are fetched; leftovers of more are not in the rows."""
+    line = ("librispeech", "--subset", "train-clean-100", "--limit")
+    preparation.finish(*line, "2")
+    in_order = [name for name in CONTENT["train-clean-100.tar.gz"] if name.endswith(".flac")]
+    assert {row["wav"] for row in preparation.rows("audio/production_asr.csv")} == set(in_order[:2])
+    assert not [name for name in preparation.files() if "/19/" in name], "read on after the limit"
+    preparation.finish(*line, "5")
+    assert {row["wav"] for row in preparation.rows("audio/production_asr.csv")} == set(in_order[:5])
+    requests = len(preparation.server.requests)
+    preparation.finish(*line, "3")
+    assert {row["wav"] for row in preparation.rows("audio/production_asr.csv")} == set(in_order[:3])
+    assert len(preparation.server.requests) == requests
+    preparation.finish("tinystories", "--limit", "2")
+    assert preparation.files()["text/production_corpus.txt"] == b"Once. The end.\nTwo lines\n"
+    preparation.finish("coco", "--limit", "1")
+    assert {row["image"] for row in preparation.rows("images/production_annotations.json")} == {
+        "train2017/000000000030.jpg"
+    }
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "faults", [["cut"], ["cut", "cut", "cut"], [500, 503, None], [500, "cut", 500, "cut"]], ids=lambda f: str(f)
+)
+def test_a_bad_connection_costs_only_time(preparation, faults):
+    preparation.server.faults = list(faults)
+    preparation.finish("librispeech")
+    assert preparation.files() == expected_librispeech()
+    size = sum(len(ARCHIVES[name]) for name in ("train-clean-100.tar.gz", "dev-clean.tar.gz"))
+    assert preparation.server.sent == size, "bytes were sent twice"
+
+
+@pytest.mark.parametrize("reason", ["no ranges", "weak ETag"])
+def test_a_server_that_cannot_go_on_in_mid_file(preparation, reason):
+    preparation.server.ranges, preparation.server.faults = reason != "no ranges", ["cut", None]
+    if reason == "weak ETag":  # promises no equal bytes
+        preparation.server.etags["train-clean-100.tar.gz"] = 'W/"x"'
+    preparation.finish("librispeech")
+    assert preparation.files() == expected_librispeech()
+
+
+def test_a_redirection_keeps_the_range(preparation):
+    preparation.server.faults = ["cut"]
+    preparation.finish("ljspeech", "--mirror", f"{preparation.server.url}/moved")
+    assert preparation.server.sent == len(ARCHIVES["LJSpeech-1.1.tar.bz2"])
+    assert len(preparation.rows("audio/production_tts.csv")) == 3
+
+
+def test_a_file_that_changes_in_between_starts_anew(preparation):
+    """Half of the old file and half of the new one would be neither."""
+    name = "Flickr8k_text.zip"  # without a known checksum, so that nothing else would notice
+    new = pack(name, CONTENT[name] | {"Flickr_8k.devImages.txt": b"3_c.jpg\n", "padding": bytes(500)})
+    preparation.server.faults = ["stall"]
+    process = preparation.start("flickr8k")
+    wait_until(lambda: (preparation.out / f"downloads/{name}.part").stat().st_size > 0)
+    process.kill()
+    preparation.server.files[name] = new
+    assert "starting over" in preparation.finish("flickr8k").stdout
+    assert preparation.rows("images/production_annotations.val.json")[0]["image"] == "Flicker8k_Dataset/3_c.jpg"
+
+
+def test_killed_between_the_last_byte_and_the_renaming(preparation):
+    assert preparation.run("ljspeech", prelude=kill_at("os:replace", 1)).returncode == -9
+    assert (preparation.out / "downloads/LJSpeech-1.1.tar.bz2.part").exists()
+    preparation.finish("ljspeech")
+    assert preparation.server.sent == len(ARCHIVES["LJSpeech-1.1.tar.bz2"])
+
+
+def test_it_gives_up_with_one_line(preparation):
+    preparation.server.faults = ["cut"] + [503] * 20
+    line = preparation.fail(1, "ljspeech")
+    assert "503" in line and "--mirror" in line
+    sent, preparation.server.faults = preparation.server.sent, []
+    preparation.finish("ljspeech")
+    assert sent > 0 and preparation.server.sent == len(ARCHIVES["LJSpeech-1.1.tar.bz2"]), "what had arrived was lost"
+    del preparation.server.files["wikitext-103-raw-v1.zip"]
+    assert "404" in preparation.fail(1, "wikitext")
+
+
+def test_a_wrong_checksum(preparation):
+    good = ARCHIVES["dev-clean.tar.gz"]
+    preparation.server.files["dev-clean.tar.gz"] = good[:50] + bytes([good[50] ^ 1]) + good[51:]
+    line = preparation.fail(1, "librispeech")
+    assert "dev-clean.tar.gz" in line and "expected sha256 " in line
+    assert not (preparation.out / "audio/production_asr.csv").exists()
+    assert (preparation.out / "downloads/dev-clean.tar.gz.damaged").exists()
+    preparation.server.files["dev-clean.tar.gz"] = good
+    preparation.finish("librispeech")
+    assert expected_librispeech().items() <= preparation.files().items()
+
+
+def test_without_a_published_checksum_the_first_download_sets_it(preparation):
+    preparation.finish("flickr8k")
+    name = "Flickr8k_text.zip"
+    preparation.server.files[name] = pack(name, CONTENT[name] | {"new": b""})
+    (preparation.out / "images/Flickr8k_text/Flickr8k.token.txt").unlink()  # so that it is needed again
+    assert hashlib.sha256(ARCHIVES[name]).hexdigest() in preparation.fail(1, "flickr8k")
+
+
+def test_another_size_than_published_is_refused_before_the_download(preparation):
+    preparation.checksums.write_text("")  # the published sizes count again
+    line = preparation.fail(1, "librispeech")
+    assert "6,387,309,499" in line and preparation.server.requests == [("train-clean-100.tar.gz", None)]
+
+
+# --- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def wait_until(condition, timeout: float = 20) -> None:
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            if condition():
+                return
+        except FileNotFoundError:
+            pass
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 75), (signal.SIGTERM, 75)])
+def test_interrupted_in_mid_download(preparation, number, code):
+    preparation.server.faults = ["stall"]
+    process = preparation.start("librispeech")
+    half = len(ARCHIVES["train-clean-100.tar.gz"]) // 2
+    part = preparation.out / "downloads/train-clean-100.tar.gz.part"
+    wait_until(lambda: part.stat().st_size == half)
+    process.send(number)
+    assert process.wait().returncode == code
+    assert code != 75 or process.stderr == "interrupted. Run the same line again to go on\n"
+    preparation.finish("librispeech")
+    assert preparation.files() == expected_librispeech()
+    assert preparation.server.requests[1] == ("train-clean-100.tar.gz", f"bytes={half}-")
+
+
+def test_killed_at_every_renaming(preparation):
+    """Every run gets one file further than the one before, and the end is the same."""
+    for count in itertools.count(1):
+        result = preparation.run("librispeech", "--subset", "dev-clean", prelude=kill_at("os:replace", 2))
+        if result.returncode == 0:
+            break
+        assert result.returncode == -9, result.stderr
+        assert count < 40
+    assert count > 5
+    expected = {name: content for name, content in expected_librispeech().items() if "train" not in name}
+    assert preparation.files() == {name: content for name, content in expected.items() if not name.endswith("asr.csv")}
+    assert preparation.server.sent == len(ARCHIVES["dev-clean.tar.gz"])
+
+
+def test_killed_before_the_archive_is_deleted(preparation):
+    kill = kill_at("pathlib:Path.unlink", 1)
+    preparation.finish("ljspeech", "--keep_archives")
+    before = preparation.files()
+    assert preparation.run("ljspeech", prelude=kill).returncode == -9
+    preparation.finish("ljspeech")
+    assert before.keys() - preparation.files().keys() == {"downloads/LJSpeech-1.1.tar.bz2"}
+    assert len(preparation.server.requests) == 1
+
+
+def test_killed_before_the_files_are_safe_on_disk(preparation):
+    assert preparation.run("coco", prelude=kill_at("os:sync", 2)).returncode == -9
+    assert "train2017.zip.files" not in os.listdir(preparation.out / "downloads")
+    assert len(os.listdir(preparation.out / "images/train2017")) == 3
+    preparation.finish("coco")
+    assert len(preparation.rows("images/production_annotations.json")) == 6
+
+
+def test_one_process_at_a_time(preparation):
+    preparation.server.faults = ["stall"]
+    process = preparation.start("librispeech")
+    wait_until(lambda: (preparation.out / "downloads/train-clean-100.tar.gz.part").exists())
+    assert "another process" in preparation.fail(2, "librispeech")
+    process.kill()
+
+
+# --- archives that cannot be trusted, disks that are too small --------------------------------------------------------
+
+SPEECH, IMAGES = CONTENT["dev-clean.tar.gz"], CONTENT["val2017.zip"]
+HOSTILE = {  # the first five hold all that is wanted, too
+    "tar that leaves the folder": ("dev-clean.tar.gz", tar_bytes({"../../evil": b"x"} | SPEECH)),
+    "tar with a link": ("dev-clean.tar.gz", tar_bytes(SPEECH, links={"LibriSpeech/tmp": "/tmp"})),
+    "tar with a link inside": ("dev-clean.tar.gz", tar_bytes(SPEECH, links={"LibriSpeech/a": "dev-clean"})),
+    "zip that leaves the folder": ("val2017.zip", zip_bytes({"val2017/../../../evil": b"x"} | IMAGES)),
+    "zip with an absolute name": ("val2017.zip", zip_bytes({"/evil": b"x"} | IMAGES)),
+    "truncated tar": ("dev-clean.tar.gz", ARCHIVES["dev-clean.tar.gz"][:-200]),
+    "no zip at all": ("val2017.zip", b"<html>login</html>"),
+    "nothing wanted in it": ("val2017.zip", zip_bytes({"readme": b"x"})),
+    "transcript missing": ("dev-clean.tar.gz", tar_bytes({"LibriSpeech/dev-clean/1/2/1-2-0000.flac": b"x"})),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_and_broken_archives(preparation, case):
+    name, content = HOSTILE[case]
+    preparation.server.files[name] = content
+    preparation.checksums.write_text(
+        preparation.checksums.read_text() + f"{hashlib.sha256(content).hexdigest()}  {name}\n"
+    )
+    dataset = "librispeech" if "dev" in name else "coco"
+    line = preparation.fail(1, dataset, "--subset", name.partition(".")[0])
+    assert name in line
+    assert not list(preparation.folder.rglob("evil")) and not list(preparation.folder.parent.glob("evil"))
+    assert not list(preparation.out.rglob("production_*"))
+
+
+def test_too_little_disk_is_known_before_the_download(preparation, monkeypatch):
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    prepare_data = importlib.util.module_from_spec(spec)
+    sys.modules["prepare_data"] = prepare_data
+    spec.loader.exec_module(prepare_data)
+    argv = ["--out", str(preparation.out), "--mirror", preparation.server.url, "librispeech", "--subset", "dev-clean"]
+    argv += ["--checksums", str(preparation.checksums)]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    size = len(ARCHIVES["dev-clean.tar.gz"])
+    usage = shutil.disk_usage(preparation.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size))
+    with pytest.raises(RunError, match="of free disk, found"):
+        prepare_data.main()
+    assert preparation.files().keys() == {
+        "downloads/dev-clean.tar.gz.part", "downloads/dev-clean.tar.gz.part.validator"
+    }  # fmt: skip
+    assert preparation.files()["downloads/dev-clean.tar.gz.part"] == b""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=3 * size))
+    prepare_data.main()
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def unpacked(folder: Path, *names: str) -> Path:
+    for name in names:
+        for member, content in CONTENT[name].items():
+            path = folder / member
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return folder
+
+
+def test_from_archives(preparation, tmp_path):
+    for name in ("train-clean-100.tar.gz", "dev-clean.tar.gz"):
+        (tmp_path / name).write_bytes(ARCHIVES[name])
+    preparation.finish("librispeech", "--from", str(tmp_path))
+    assert preparation.files() == expected_librispeech() and not preparation.server.requests
+    assert (tmp_path / "dev-clean.tar.gz").exists(), "the user's file was deleted"
+    downloads = preparation.out / "downloads"  # those that somebody put there by hand are as much theirs
+    (downloads / "LJSpeech-1.1.tar.bz2").write_bytes(ARCHIVES["LJSpeech-1.1.tar.bz2"])
+    preparation.finish("ljspeech", "--from", str(downloads))
+    assert (downloads / "LJSpeech-1.1.tar.bz2").exists()
+
+
+def test_from_text_in_either_form(preparation, tmp_path):
+    unpacked(tmp_path, "wikitext-103-raw-v1.zip")
+    preparation.finish("wikitext", "--from", str(tmp_path))
+    assert preparation.files()["text/production_corpus.txt"] == b"= Title =\nA paragraph @-@ one .\nTwo .\n"
+    for split in ("train", "valid"):
+        name = f"TinyStoriesV2-GPT4-{split}.txt"
+        (tmp_path / name).write_bytes(ARCHIVES[name])
+    preparation.finish("tinystories", "--from", str(tmp_path))
+    assert preparation.files()["text/production_corpus.txt"] == b"Once. The end.\nTwo lines\nThree.\n"
+    assert not preparation.server.requests
+
+
+def test_from_a_damaged_archive(preparation, tmp_path):
+    (tmp_path / "LJSpeech-1.1.tar.bz2").write_bytes(ARCHIVES["LJSpeech-1.1.tar.bz2"][:-1])
+    assert "expected sha256" in preparation.fail(2, "ljspeech", "--from", str(tmp_path))
+    assert (tmp_path / "LJSpeech-1.1.tar.bz2").exists()
+
+
+def test_from_unpacked_folders(preparation, tmp_path):
+    place = unpacked(tmp_path / "mine", "train-clean-100.tar.gz", "dev-clean.tar.gz")
+    preparation.finish("librispeech", "--from", str(place))
+    assert preparation.files() == expected_librispeech() and not preparation.server.requests
+    name = "LibriSpeech/dev-clean/84/121/84-121-0000.flac"
+    assert (place / name).samefile(preparation.out / "audio" / name), "copied, though one disk holds both"
+
+
+def test_from_the_very_folder_it_writes_to(preparation):
+    place = unpacked(preparation.out / "audio", "train-clean-100.tar.gz", "dev-clean.tar.gz")
+    preparation.finish("librispeech", "--from", str(place))
+    assert preparation.files() == expected_librispeech() | {"audio/LibriSpeech/README.TXT": b"not wanted"}
+
+
+def test_from_names_what_is_missing(preparation, tmp_path):
+    (tmp_path / "dev-clean.tar.gz").write_bytes(ARCHIVES["dev-clean.tar.gz"])
+    line = preparation.fail(2, "librispeech", "tinystories", "--from", str(tmp_path))
+    assert "train-clean-100.tar.gz" in line and "LibriSpeech/train-clean-100/" in line
+    assert "TinyStoriesV2-GPT4-train.txt" in line and "dev-clean" not in line
+
+
+def test_a_file_of_the_user_is_not_overwritten(preparation):
+    mine = preparation.out / "audio/production_tts.csv"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert "--force" in preparation.fail(2, "ljspeech")
+    assert mine.read_text() == "mine" and not preparation.server.requests
+    preparation.finish("ljspeech", "--force")
+    assert len(preparation.rows("audio/production_tts.csv")) == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("coco", "flickr8k"), "both write"),
+        (("librispeech", "--subset", "train-clean"), "train-clean-100"),
+        (("ljspeech", "--subset", "dev-clean"), "expected none"),
+        (("ljspeech", "--from", "nowhere"), "expected a folder"),
+        (("ljspeech", "--checksums", "nowhere"), "nowhere"),
+        (("ljspeech", "--mirror", "mirror.example.org"), "http://"),
+    ],
+)
+def test_bad_arguments(preparation, args, words):
+    assert words in preparation.fail(2, *args)
+    assert not preparation.out.exists()
+
+
+def test_archives_are_kept_on_request(preparation):
+    preparation.finish("ljspeech", "--keep_archives")
+    assert preparation.files()["downloads/LJSpeech-1.1.tar.bz2"] == ARCHIVES["LJSpeech-1.1.tar.bz2"]
