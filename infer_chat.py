@@ -9,11 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from omni.checkpoint import load_stage, load_weights
-from omni.config import TextConfig
 from omni.errors import UserError
 from omni.runtime import OneLineErrors, launch, pick_device
-from omni.thinker import Thinker
+from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -45,22 +43,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     if args.complete and args.system is not None:
         raise UserError("--system: expected a chat, but --complete continues the text as it stands")
     return args
-
-
-def load_model(folder: Path, device_name: str) -> tuple[Thinker, Tokenizer, dict[str, float]]:
-    """The model in evaluation mode, its tokenizer, and the metrics it was saved with."""
-    device = pick_device(device_name)
-    checkpoint = load_stage(folder, prefix="thinker", final="thinker.pt")
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
-    config = TextConfig.model_validate(checkpoint["config"])
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{folder / 'tokenizer.json'}: expected {config.vocab_size} entries as in the model, found "
-            f"{tokenizer.vocab_size}. The two files are not of one run"
-        )
-    thinker = Thinker(config, use_flash=config.use_flash)
-    load_weights(thinker, checkpoint["model"], folder)
-    return thinker.to(device).eval(), tokenizer, checkpoint["metrics"]
 
 
 def fit_chat(tokenizer: Tokenizer, messages: list[dict], ctx_len: int, max_new_tokens: int) -> list[int]:
@@ -134,7 +116,7 @@ def clean(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    thinker, tokenizer, metrics = load_model(args.ckpt_dir, args.device)
+    thinker, tokenizer, metrics = load_thinker(args.ckpt_dir, pick_device(args.device))
     if metrics.get("dialogue_share") == 0 and not args.complete:
         print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
     system = [{"role": "system", "content": clean(args.system)}] if args.system else []

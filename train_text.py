@@ -7,12 +7,13 @@ memory-mapped cache beside it; every run after that starts at once.
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from omni.config import TextConfig
-from omni.corpus import PackedTokens, prepare_corpus, sample_lines
+from omni.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
 from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
@@ -59,24 +60,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return nats + config.router_aux_loss_coef * balance, {"cross_entropy": nats, "balance": balance}
 
         # --- Validation: perplexity per token, and bits per byte, which no choice of tokenizer can flatter ---------
-        def sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-            nats, _ = model(batch["tokens"], targets=batch["targets"])
-            targets = (batch["targets"] >= 0).sum()
-            return {"nats": nats * targets, "targets": targets}
-
-        def metrics(totals: dict[str, float]) -> dict[str, float]:
-            loss = totals["nats"] / totals["targets"]
-            bits = totals["nats"] / math.log(2)
-            # a diverged model must not end the run here: exp overflows above 709
-            return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / held_out.text_bytes}
-
         validation = None
         if held_out.samples:
             tail = PackedTokens(held_out, config.ctx_len, keep_tail=True)
             split = ResumableDataset(
                 tail, seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
             )
-            validation = Validation(split, sums, metrics)
+            validation = Validation(split, text_sums, partial(text_metrics, text_bytes=held_out.text_bytes))
         else:
             run.log("no held-out text (val_split is 0, or the corpus is very small): nothing will be validated")
 
@@ -95,6 +85,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             # whether chatting with this model makes sense, or only continuing a text
             summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},
         )
+
+
+def text_sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    nats, _ = model(batch["tokens"], targets=batch["targets"])
+    targets = (batch["targets"] != IGNORE).sum()
+    return {"nats": nats * targets, "targets": targets}
+
+
+def text_metrics(totals: dict[str, float], text_bytes: int) -> dict[str, float]:
+    loss = totals["nats"] / totals["targets"]
+    bits = totals["nats"] / math.log(2)
+    # a diverged model must not end the run here: exp overflows above 709
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / text_bytes}
 
 
 def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:

@@ -3,14 +3,18 @@
 # B batch, T new tokens, D model width, V vocabulary, E experts
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.config import ThinkerArchitecture
+from omni.checkpoint import load_stage, load_weights
+from omni.config import TextConfig, ThinkerArchitecture
+from omni.errors import UserError
 from omni.layers import RMS_EPS, Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
+from omni.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that has no loss
 INIT_STD = 0.02
@@ -253,6 +257,24 @@ def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Te
         before = likeliest.cumsum(dim=0) - likeliest  # the likeliest has 0 before it, so it always stays
         probabilities = torch.zeros_like(probabilities).scatter(0, order, likeliest.where(before < top_p, 0))
     return probabilities  # multinomial scales them to sum to 1
+
+
+def load_thinker(folder: str | Path, device: torch.device) -> tuple[Thinker, Tokenizer, dict[str, float]]:
+    """What stage A left in ``folder``: the model in evaluation mode, its tokenizer, and the metrics it was saved with.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of one run.
+    """
+    saved, path = load_stage(folder, prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
+    config, tokenizer = TextConfig.model_validate(saved["config"]), Tokenizer.load(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{path}: expected {config.vocab_size} entries as in the model, found {tokenizer.vocab_size}. "
+            "The two files are not of one run"
+        )
+    thinker = Thinker(config, use_flash=config.use_flash)
+    load_weights(thinker, saved["model"], Path(folder))
+    return thinker.to(device).eval(), tokenizer, saved["metrics"]
 
 
 def to_qwen3_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

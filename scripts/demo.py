@@ -35,8 +35,14 @@ class DemoStage:
     config: str
     prefix: str
     final: str
-    metrics: dict[str, float | None]  # name -> upper bound to stay below, None: reported only
+    metrics: dict[str, str | None]  # name -> target ("< 10", "> 0.7"), None: reported only
+    data: dict[str, str]  # config key -> file below the data folder, for a smoke run with data of its own
     smoke: tuple[str, ...] = ()  # overrides that make it a matter of seconds
+    held_out: str | None = None  # data to show a few items of, beside what the model makes of them
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / json.loads((ROOT / self.config).read_text())["save_dir"]
 
 
 STAGES = [
@@ -46,8 +52,46 @@ STAGES = [
         config="configs/thinker_demo.json",
         prefix="thinker",
         final="thinker.pt",
-        metrics={"perplexity": 10.0, "bits_per_byte": None},
+        metrics={"perplexity": "< 10", "bits_per_byte": None},
+        data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
         smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
+    ),
+    DemoStage(
+        name="audio_enc",
+        script="train_audio_enc.py",
+        config="configs/audio_enc_demo.json",
+        prefix="audio_enc",
+        final="audio_enc.pt",
+        metrics={"wer": "< 0.2", "wer_unseen_voices": "< 0.2", "cer": None},
+        data={
+            "train_csv": "audio/asr.csv",
+            "val_csv": "audio/asr.val.csv",
+            "val_voices_csv": "audio/asr.val_voices.csv",
+        },
+        smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=4"),
+        held_out="audio/asr.val_voices.csv",
+    ),
+    DemoStage(
+        name="vision",
+        script="train_vision.py",
+        config="configs/vision_demo.json",
+        prefix="vision",
+        final="vision.pt",
+        metrics={"top1_of_64": "> 0.7", "zero_shot": "> 0.7"},
+        data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
+        smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=8"),
+        held_out="images/annotations.val.json",
+    ),
+    DemoStage(
+        name="ocr",
+        script="train_ocr.py",
+        config="configs/ocr_demo.json",
+        prefix="ocr",
+        final="ocr.pt",
+        metrics={"cer": "< 0.1", "exact": None},
+        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
+        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
+        held_out="ocr/ocr.val.csv",
     ),
 ]
 
@@ -75,19 +119,21 @@ def demo() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     minutes = results.setdefault("minutes", {})
     for stage in STAGES:
-        folder = ROOT / json.loads((ROOT / stage.config).read_text())["save_dir"]
-        finished = (folder / stage.final).exists()
+        finished = (stage.folder / stage.final).exists()
         print(f"\n=== {stage.name}: python {stage.script} --config {stage.config}", flush=True)
         started = time.monotonic()
         try:
             run(stage.script, "--config", stage.config)
-            metrics = load_stage(folder, stage.prefix, stage.final)["metrics"]
+            metrics = load_stage(stage.folder, stage.prefix, stage.final)["metrics"]
             results[stage.name] = {name: round(metrics[name], 4) for name in stage.metrics}
         finally:
             if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing
                 minutes[stage.name] = round(minutes.get(stage.name, 0.0) + (time.monotonic() - started) / 60, 2)
             replace_file(RESULTS, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
     ask("checkpoints/thinker_demo", QUESTIONS)
+    for stage in STAGES:
+        if stage.held_out:
+            show(stage, stage.folder, ROOT / "data" / stage.held_out, items=5)
     print_table(results)
     print("\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir checkpoints/thinker_demo")
     return 0
@@ -97,10 +143,13 @@ def smoke(folder: Path) -> int:
     started = time.monotonic()
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
     for stage in STAGES:
-        overrides = [f"save_dir={folder / stage.name}", f"train_text={folder / 'data/text/tiny_corpus.txt'}"]
-        overrides += [f"val_text={folder / 'data/text/tiny_corpus.val.txt'}", *stage.smoke]
+        overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
+        overrides += [f"{key}={folder / 'data' / name}" for key, name in stage.data.items()]
         run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
     ask(str(folder / "thinker"), QUESTIONS[:1])
+    for stage in STAGES:
+        if stage.held_out:
+            show(stage, folder / stage.name, folder / "data" / stage.held_out, items=1)
     print(f"\nsmoke: every stage ran in {time.monotonic() - started:.0f} s; so short a training answers at random")
     return 0
 
@@ -124,17 +173,30 @@ def ask(folder: str, questions: list[str]) -> None:
         run("infer_chat.py", "--ckpt_dir", folder, "--text", question)
 
 
+def show(stage: DemoStage, folder: Path, data: Path, items: int) -> None:
+    """A few held-out items beside what the model makes of them."""
+    print(f"\n=== {stage.name} on {data.name}", flush=True)
+    evaluate = ("scripts/evaluate.py", stage.name, "--ckpt_dir", str(folder), "--data", str(data))
+    run(*evaluate, "--limit", "64", "--show", str(items))
+
+
 def print_table(results: dict) -> None:
     print(f"\n{'stage':<12}{'held-out figure':<22}{'value':>10}{'target':>10}   {'':<18}{'minutes':>8}")
     for stage in STAGES:
-        for row, (name, bound) in enumerate(stage.metrics.items()):
+        for row, (name, target) in enumerate(stage.metrics.items()):
             value = results[stage.name][name]
-            verdict = "" if bound is None else "reached" if value < bound else f"missed by {value - bound:.3g}"
-            target = "" if bound is None else f"< {bound:g}"
             minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
             label = stage.name if row == 0 else ""
-            print(f"{label:<12}{name:<22}{value:>10.3f}{target:>10}   {verdict:<18}{minutes:>8}")
+            print(f"{label:<12}{name:<22}{value:>10.3f}{target or '':>10}   {verdict(value, target):<18}{minutes:>8}")
     print(f"written to {RESULTS.relative_to(ROOT)}")
+
+
+def verdict(value: float, target: str | None) -> str:
+    if target is None:
+        return ""
+    sign, bound = target.split()
+    missed_by = value - float(bound) if sign == "<" else float(bound) - value
+    return "reached" if missed_by < 0 else f"missed by {missed_by:.3g}"
 
 
 if __name__ == "__main__":

@@ -1,44 +1,95 @@
-"""Make μOmni's built-in data: no download, the same bytes for the same settings on every machine.
+"""Make μOmni's built-in data: no download, the same files for the same settings.
 
-    python scripts/make_synthetic_datasets.py                  # what the demo configs train on, under a minute
-    python scripts/make_synthetic_datasets.py --size smoke     # a few hundred kB, to try things out
+    python scripts/make_synthetic_datasets.py                  # what the demo configs train on, under three minutes
+    python scripts/make_synthetic_datasets.py --size smoke     # a few MB, to try things out
+    python scripts/make_synthetic_datasets.py --only audio     # one part
 
-Text: data/text/tiny_corpus.txt to train on, and data/text/tiny_corpus.val.txt, whose every line shows a combination
-that training never shows (omni/world.py lists them). One sample a line; dialogues carry the chat tokens literally.
+text:   data/text/tiny_corpus.txt, one sample a line; dialogues carry the chat tokens literally
+audio:  data/audio/asr.csv (wav,text,voice), many voices, some noise; tts.csv (text,wav,voice), one voice
+images: data/images/annotations.json ([{"image", "caption", "questions", "groups"}, ...])
+ocr:    data/ocr/ocr.csv (image,text)
+
+Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
+combination that training never shows (omni/world.py lists them); asr.val_voices.csv has voices that asr.csv has not,
+ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
+
+Interrupt it when you like: the same line goes on where it was.
 """
 
 import argparse
+import contextlib
+import csv
+import fcntl
 import hashlib
+import io
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import connection
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from PIL import Image
 from tqdm import tqdm
 
 from omni import world
 from omni.errors import Interrupted, RunError, UserError
+from omni.synthetic import pictures, signs, speech
 
-GENERATOR_VERSION = 1  # raise it with every change of omni/world.py or of this file that changes what is written
 TEXT_LINES = {"smoke": 2_000, "demo": 100_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
+CLIPS = {  # collection -> clips; a clip lasts about 2 s
+    "smoke": {"asr": 48, "asr.val": 16, "asr.val_voices": 16, "tts": 48, "tts.val": 16},
+    "demo": {"asr": 16_000, "asr.val": 300, "asr.val_voices": 300, "tts": 7_200, "tts.val": 300},
+    "large": {"asr": 80_000, "asr.val": 300, "asr.val_voices": 300, "tts": 36_000, "tts.val": 300},
+}
+PICTURES = {"smoke": (96, 32), "demo": (20_000, 1_000), "large": (100_000, 1_000)}  # training, held out
+SIGNS = {"smoke": (96, 32), "demo": (30_000, 1_000), "large": (150_000, 1_000)}
+IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
 
 # --- parts: what can be made ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Part:
-    """One row of PARTS: a set of files that are made, and made again, together."""
+class Lines:
+    """A text file."""
 
+    name: str
+    lines: Iterator[str]
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A folder of wavs or images, and the manifest that lists them."""
+
+    manifest: str  # a CSV or JSON file
+    columns: tuple[str, ...]  # of the manifest; "wav" or "image" is the file, relative to the manifest's folder
+    folder: str
+    suffix: str  # of the files
+    count: int  # files
+    group: int  # files that one process makes
+    # (index of the first, of the last + 1) of a group -> for each file its contents, and the manifest's other columns.
+    # Called in a new process; the result depends on the arguments only.
+    make: Callable[[int, int], Iterator[tuple[bytes, dict]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of PARTS: files that are made, and made again, together."""
+
+    version: int  # raise it with every change of what is written
     stamp: str  # file under --out that records how the others were made
-    settings: Callable[[argparse.Namespace], dict]  # all that decides the bytes
-    files: Callable[[dict], dict[str, Iterator[str]]]  # settings -> {file name beside the stamp: its lines}
+    settings: Callable[[argparse.Namespace], dict]  # with the version, all that decides the bytes
+    outputs: Callable[[dict], list[Lines] | list[Collection]]  # settings -> what is made, beside the stamp
 
 
 def text_settings(args: argparse.Namespace) -> dict:
@@ -53,46 +104,102 @@ def text_lines(seed: int, n_lines: int, unseen: bool) -> Iterator[str]:
         yield world.text_line(random.Random(f"text {split} {seed} {i}"), unseen)
 
 
-def text_files(settings: dict) -> dict[str, Iterator[str]]:
-    return {
-        "tiny_corpus.txt": text_lines(settings["seed"], settings["lines"], unseen=False),
-        "tiny_corpus.val.txt": text_lines(settings["seed"], settings["held_out_lines"], unseen=True),
-    }
+def text_files(settings: dict) -> list[Lines]:
+    return [
+        Lines("tiny_corpus.txt", text_lines(settings["seed"], settings["lines"], unseen=False)),
+        Lines("tiny_corpus.val.txt", text_lines(settings["seed"], settings["held_out_lines"], unseen=True)),
+    ]
+
+
+def audio_settings(args: argparse.Namespace) -> dict:
+    return {"seed": args.seed, "clips": CLIPS[args.size]}
+
+
+def audio_collections(settings: dict) -> list[Collection]:
+    def collection(name: str, count: int) -> Collection:
+        columns = ("text", "wav") if name.startswith("tts") else ("wav", "text", "voice")
+        texts = speech.sentences(name, settings["seed"], count)
+        make = partial(speech.make_clips, name, settings["seed"], texts)
+        return Collection(f"{name}.csv", columns, name.replace(".", "_"), ".wav", count, speech.GROUP, make)
+
+    return [collection(name, count) for name, count in settings["clips"].items()]
+
+
+def image_settings(sizes: dict[str, tuple[int, int]], args: argparse.Namespace) -> dict:
+    train, held_out = sizes[args.size]
+    return {"seed": args.seed, "train": train, "held_out": held_out}
+
+
+def picture_collections(settings: dict) -> list[Collection]:
+    columns = ("image", "caption", "questions", "groups")
+    seen, unseen = (partial(make_pictures, settings["seed"], unseen) for unseen in (False, True))
+    return [
+        Collection("annotations.json", columns, "pictures", ".png", settings["train"], IMAGE_GROUP, seen),
+        Collection("annotations.val.json", columns, "pictures_val", ".png", settings["held_out"], IMAGE_GROUP, unseen),
+    ]
+
+
+def make_pictures(seed: int, unseen: bool, start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
+    for index in range(start, stop):
+        image, annotation = pictures.picture(seed, index, unseen)
+        yield image_bytes(image, pictures.SAVE), annotation
+
+
+def sign_collections(settings: dict) -> list[Collection]:
+    columns = ("image", "text")
+    seen, unseen = (partial(make_signs, settings["seed"], unseen) for unseen in (False, True))
+    return [
+        Collection("ocr.csv", columns, "signs", ".png", settings["train"], IMAGE_GROUP, seen),
+        Collection("ocr.val.csv", columns, "signs_val", ".png", settings["held_out"], IMAGE_GROUP, unseen),
+    ]
+
+
+def make_signs(seed: int, unseen: bool, start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
+    for index in range(start, stop):
+        image, text = signs.sign(seed, index, unseen)
+        yield image_bytes(image, signs.SAVE), {"text": text}
+
+
+def image_bytes(image: Image.Image, save: dict) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **save)
+    return file.getvalue()
 
 
 PARTS = {
-    "text": Part("text/tiny_corpus.json", text_settings, text_files),
+    "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
+    "audio": Part(1, "audio/speech.json", audio_settings, audio_collections),
+    "images": Part(1, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
+    "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
 }
 
-# --- writing --------------------------------------------------------------------------------------------------------
+# --- what is there already ------------------------------------------------------------------------------------------
 
 
-def write_lines(path: Path, lines: Iterator[str]) -> dict:
-    """Write a UTF-8 file to disk and return what the stamp says about it."""
-    digest, n_lines = hashlib.sha256(), 0
-    with path.open("wb") as file:
-        for line in lines:
-            data = line.encode() + b"\n"
-            digest.update(data)
-            file.write(data)
-            n_lines += 1
-        file.flush()
-        os.fsync(file.fileno())
-    return {"lines": n_lines, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def describe_file(path: Path) -> dict:
+    """What the stamp says about a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def is_current(stamp: dict, settings: dict, folder: Path) -> bool:
-    """Whether the files are there, were made with these settings, and are still the bytes that were written."""
-    if stamp.get("generator_version") != GENERATOR_VERSION or stamp.get("settings") != settings:
+def describe_folder(path: Path) -> dict:
+    """What the stamp says about a folder: names and sizes, since reading gigabytes would take minutes."""
+    sizes = sorted((entry.name, entry.stat().st_size) for entry in os.scandir(path))
+    digest = hashlib.sha256(repr(sizes).encode()).hexdigest()
+    return {"files": len(sizes), "bytes": sum(size for _, size in sizes), "sha256_of_sizes": digest}
+
+
+def is_current(stamp: dict, part: Part, settings: dict, folder: Path) -> bool:
+    """Whether the files are there, were made with these settings, and are still what was written."""
+    if stamp.get("generator_version") != part.version or stamp.get("settings") != settings:
         return False
-    for name, made in stamp["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != made["bytes"]:
-            return False
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != made["sha256"]:
-                return False
-    return True
+    return all(
+        (folder / name).is_file() and describe_file(folder / name) == {key: made[key] for key in ("bytes", "sha256")}
+        for name, made in stamp["files"].items()
+    ) and all(
+        (folder / name).is_dir() and describe_folder(folder / name) == made
+        for name, made in stamp.get("folders", {}).items()
+    )
 
 
 def read_stamp(path: Path) -> dict | None:
@@ -110,42 +217,285 @@ def read_stamp(path: Path) -> dict | None:
 def make(part: Part, args: argparse.Namespace) -> None:
     """Make one part, or find it made already.
 
-    All files are complete in temporary files before the first one gets its name. The stamp gets its name first: a
-    kill among the renames leaves files that do not match the stamp, and the next run makes them again.
+    Everything is complete under temporary names before the first file or folder gets its own. The stamp gets its name
+    first: a kill among the renames leaves files that do not match the stamp, and the next run makes them again.
     """
     stamp_path = Path(args.out) / part.stamp
     folder = stamp_path.parent
     settings = part.settings(args)
-    files = part.files(settings)
-    if not args.force:
-        stamp = read_stamp(stamp_path)
-        if stamp is not None and is_current(stamp, settings, folder):
-            print(f"{folder}: up to date ({', '.join(files)})")
-            return
-        foreign = [folder / name for name in files if stamp is None and (folder / name).exists()]
+    header = {"generator_version": part.version, "settings": settings}
+    work = folder / f".{stamp_path.stem}.part"
+    stamp = None if args.force else read_stamp(stamp_path)
+    if stamp is not None and is_current(stamp, part, settings, folder):
+        if work.exists():  # left by a kill after the last rename, or by --force
+            with Journal(work, header):
+                shutil.rmtree(work)
+        print(f"{folder}: up to date ({', '.join(stamp['files'])})")
+        return
+    outputs = part.outputs(settings)
+    if stamp is None and not args.force:
+        names = [name for o in outputs for name in ([o.name] if isinstance(o, Lines) else [o.manifest, o.folder])]
+        foreign = [folder / name for name in names if (folder / name).exists()]
         if foreign:
             raise UserError(f"{foreign[0]}: exists, and was not made by this script. --force overwrites it")
 
-    temporary = {name: folder / f".{name}.tmp" for name in (stamp_path.name, *files)}
+    started = time.monotonic()
+    try:
+        if isinstance(outputs[0], Lines):
+            stamp = make_lines(outputs, stamp_path, header)
+        else:
+            stamp = make_collections(outputs, stamp_path, work, header, args.processes)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror}. The files that were there before are as they were") from error
+    for name, made in stamp["files"].items():
+        print(f"{folder / name}: {made['lines']:,} lines, {made['bytes'] / 1e6:.1f} MB")
+    for name, made in stamp.get("folders", {}).items():
+        print(f"{folder / name}/: {made['files']:,} files, {made['bytes'] / 1e6:.1f} MB")
+    print(f"{folder}: made in {time.monotonic() - started:.0f} s")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises UserError if files cannot be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in temporary.values():
-            path.write_bytes(b"")
+        probe = folder / ".probe.tmp"
+        probe.write_bytes(b"")
+        probe.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot write there: {error.strerror}. Choose another --out") from error
+
+
+# --- text files -----------------------------------------------------------------------------------------------------
+
+
+def make_lines(outputs: list[Lines], stamp_path: Path, header: dict) -> dict:
+    """Write text files and their stamp; the temporary files go whatever happens."""
+    folder = stamp_path.parent
+    make_folder(folder)
+    temporary = {name: folder / f".{name}.tmp" for name in (stamp_path.name, *(output.name for output in outputs))}
     try:
-        made = {name: write_lines(temporary[name], lines) for name, lines in files.items()}
-        stamp = {"generator_version": GENERATOR_VERSION, "settings": settings, "files": made}
+        stamp = header | {"files": {o.name: write_lines(temporary[o.name], o.lines) for o in outputs}}
         write_lines(temporary[stamp_path.name], iter([json.dumps(stamp, indent=2)]))
         for name, path in temporary.items():  # the stamp is the first of them
             os.replace(path, folder / name)
-    except OSError as error:
-        raise RunError(f"{folder}: {error.strerror}. The files that were there before are as they were") from error
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    for name, info in made.items():
-        print(f"{folder / name}: {info['lines']:,} lines, {info['bytes'] / 1e6:.1f} MB")
+    return stamp
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> dict:
+    """Write a UTF-8 file to disk and return what the stamp says about it."""
+    n_lines = 0
+    with path.open("wb") as file:
+        for line in lines:
+            file.write(line.encode() + b"\n")
+            n_lines += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return {"lines": n_lines} | describe_file(path)
+
+
+# --- wavs and images ------------------------------------------------------------------------------------------------
+
+
+def make_collections(outputs: list[Collection], stamp_path: Path, work: Path, header: dict, n_processes: int) -> dict:
+    """Write collections and their stamp, going on where an interrupted run with the same settings stopped."""
+    folder = stamp_path.parent
+    make_folder(work)
+    with Journal(work, header) as journal:
+        for output in outputs:
+            (work / output.folder).mkdir(exist_ok=True)
+        groups = [
+            (output, start, min(start + output.group, output.count))
+            for output in outputs
+            for start in range(0, output.count, output.group)
+        ]
+        left = [group for group in groups if not journal.has(work, *group)]
+        total = sum(stop - start for _, start, stop in groups)
+        done = total - sum(stop - start for _, start, stop in left)
+        quiet = not sys.stderr.isatty()
+        bar = tqdm(total=total, initial=done, desc=folder.name, unit="file", disable=quiet, smoothing=0.02)
+        results = in_processes(partial(make_group, work), left, n_processes)
+        with bar, contextlib.closing(results):
+            for (output, start, stop), rows in results:
+                journal.add(output, start, rows)
+                bar.update(stop - start)
+
+        stamp = header | {"files": {}, "folders": {}}
+        for output in outputs:
+            rows = [row for start in range(0, output.count, output.group) for row in journal.rows(output, start)]
+            stamp["files"][output.manifest] = write_lines(work / output.manifest, manifest_lines(output, rows))
+            stamp["folders"][output.folder] = describe_folder(work / output.folder)
+        write_lines(work / stamp_path.name, [json.dumps(stamp, indent=2)])
+        for name in (stamp_path.name, *stamp["folders"], *stamp["files"]):
+            if (folder / name).is_dir():
+                os.replace(folder / name, work / f"{name}.old")
+            os.replace(work / name, folder / name)
+        shutil.rmtree(work)
+    return stamp
+
+
+def make_group(work: Path, output: Collection, start: int, stop: int) -> list[dict]:
+    """Write the files of one group; its rows, each with the file's name and its size in bytes."""
+    rows = []
+    for index, (contents, row) in zip(range(start, stop), output.make(start, stop), strict=True):
+        name = f"{output.folder}/{index:06d}{output.suffix}"
+        (work / name).write_bytes(contents)
+        rows.append({"file": name, "bytes": len(contents), "row": row})
+    return rows
+
+
+def manifest_lines(output: Collection, rows: list[dict]) -> Iterator[str]:
+    """A manifest, line by line: CSV with a header, or a JSON array."""
+    records = [[row["row"].get(column, row["file"]) for column in output.columns] for row in rows]
+    if output.manifest.endswith(".json"):
+        yield "["
+        for number, record in enumerate(records, 1):
+            comma = "," if number < len(records) else ""
+            yield json.dumps(dict(zip(output.columns, record, strict=True))) + comma
+        yield "]"
+        return
+    for record in (output.columns, *records):
+        line = io.StringIO()
+        csv.writer(line, lineterminator="").writerow(record)
+        yield line.getvalue()
+
+
+class Journal:
+    """Which groups are finished: one line each in a file in the folder of the unfinished part.
+
+    A file counts once its group stands here, with the size that it has here; so one that a kill or a power cut left
+    half-written never does. The file's lock keeps a second process out.
+    """
+
+    def __init__(self, work: Path, header: dict) -> None:
+        self.file = open(work / "journal.jsonl", "a+b")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{work}: another process is making these files. Wait for it, or stop it") from None
+        self.file.seek(0)
+        entries, end = [], 0
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                break  # cut short by a kill
+            end += len(line)
+        self.file.truncate(end)
+        if entries[:1] != [header]:
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+            self.file.truncate(0)
+            entries = [header]
+            self._write(header)
+        self.groups = {(entry["folder"], entry["start"]): entry["rows"] for entry in entries[1:]}
+
+    def _write(self, entry: dict) -> None:
+        self.file.write(json.dumps(entry).encode() + b"\n")
+        self.file.flush()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+    def add(self, output: Collection, start: int, rows: list[dict]) -> None:
+        self.groups[output.folder, start] = rows
+        self._write({"folder": output.folder, "start": start, "rows": rows})
+
+    def rows(self, output: Collection, start: int) -> list[dict]:
+        return self.groups[output.folder, start]
+
+    def has(self, work: Path, output: Collection, start: int, stop: int) -> bool:
+        """Whether the group is finished and its files are still there."""
+        rows = self.groups.get((output.folder, start), [])
+        sizes = [(work / row["file"], row["bytes"]) for row in rows]
+        return bool(sizes) and all(path.is_file() and path.stat().st_size == size for path, size in sizes)
+
+
+class Interrupt:
+    """Handler of SIGINT and SIGTERM: raises Interrupted, but not in the midst of a fork.
+
+    Python calls the hooks of `os.register_at_fork` there, and an exception inside one is printed and lost.
+    """
+
+    def __init__(self) -> None:
+        self.holding = self.wanted = False
+
+    def __call__(self, signum: int, frame) -> None:
+        self.wanted = True
+        if not self.holding:
+            self._stop()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.holding = True
+        yield
+        self.holding = False
+        if self.wanted:
+            self._stop()
+
+    def _stop(self) -> None:
+        raise Interrupted("interrupted: what is finished is kept. Run the same line again")
+
+
+interrupt = Interrupt()
+
+
+def in_processes(function: Callable, tasks: list[tuple], n_processes: int) -> Iterator[tuple[tuple, object]]:
+    """Yield (task, function(*task)) as they finish, each from a process that was forked for this task alone.
+
+    Closing the generator kills the processes.
+
+    Raises:
+        OSError: a task's.
+        RunError: a process ended without a result.
+    """
+    context = multiprocessing.get_context("fork")
+    waiting, running = iter(tasks), {}
+    try:
+        while True:
+            while len(running) < n_processes and (task := next(waiting, None)) is not None:
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_task_process, args=(function, task, sender))
+                with interrupt.held():
+                    process.start()
+                    running[receiver] = task, process
+                sender.close()
+            if not running:
+                return
+            for receiver in connection.wait(list(running)):
+                task, process = running[receiver]
+                try:
+                    result = receiver.recv()
+                except EOFError:
+                    process.join()
+                    raise RunError(f"the process for {task[1:]} ended with code {process.exitcode}") from None
+                process.join()
+                receiver.close()
+                del running[receiver]
+                if isinstance(result, OSError):
+                    raise result
+                yield task, result
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def _task_process(function: Callable, task: tuple, sender: connection.Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the main one ends this
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        result = function(*task)
+    except OSError as error:
+        result = error
+    with contextlib.suppress(BrokenPipeError):  # the main process was killed
+        sender.send(result)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -165,18 +515,16 @@ def parse_args() -> argparse.Namespace:
         epilog="Files that are there already, made with the same settings, are left alone.\n"
         "Exit codes: 0 made or up to date, 1 failed, 2 bad arguments, 75 interrupted.",
     )
-    sizes = ", ".join(f"{size} {lines:,} lines" for size, lines in TEXT_LINES.items())
     parser.add_argument("--out", default="data", metavar="DIR", help="folder to write to (default: data)")
-    parser.add_argument("--size", choices=TEXT_LINES, default="demo", help=f"how much: {sizes} of text (default: demo)")
+    parser.add_argument("--size", choices=TEXT_LINES, default="demo", help="how much of everything (default: demo)")
     parser.add_argument("--text_samples", type=positive, metavar="N", help="lines of training text, instead of --size")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another sample (default: 0)")
     parser.add_argument("--only", choices=PARTS, help="make one part (default: all of them)")
     parser.add_argument("--force", action="store_true", help="make the files again, also over other files")
+    parser.add_argument(
+        "--processes", type=positive, default=os.cpu_count(), metavar="N", help="(default: all cores; changes no file)"
+    )
     return parser.parse_args()
-
-
-def interrupt(signum: int, frame) -> None:
-    raise Interrupted("interrupted: no file has changed. Run the same line again")
 
 
 def main() -> None:

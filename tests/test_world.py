@@ -348,7 +348,7 @@ def test_script_twice_changes_nothing_and_force_gives_the_same_bytes(tmp_path):
 
 
 def test_script_repairs_its_own_files_and_spares_those_of_others(tmp_path):
-    args = ("--out", tmp_path, "--text_samples", 50)
+    args = ("--out", tmp_path, "--text_samples", 50, "--only", "text")
     corpus = tmp_path / "text" / "tiny_corpus.txt"
     corpus.parent.mkdir()
     corpus.write_text("my own text\n")
@@ -360,7 +360,7 @@ def test_script_repairs_its_own_files_and_spares_those_of_others(tmp_path):
     corpus.write_bytes(made[:1000])
     assert run_script(*args).returncode == 0
     assert corpus.read_bytes() == made
-    assert run_script("--out", tmp_path, "--text_samples", 20).returncode == 0
+    assert run_script("--out", tmp_path, "--text_samples", 20, "--only", "text").returncode == 0
     assert json.loads((tmp_path / "text" / "tiny_corpus.json").read_text())["settings"]["lines"] == 20
     assert made.startswith(corpus.read_bytes())  # a smaller corpus is the beginning of a larger one
 

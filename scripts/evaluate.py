@@ -1,0 +1,257 @@
+"""Judge a trained stage on any file in the format that the stage trains on.
+
+    python scripts/evaluate.py text      --ckpt_dir checkpoints/thinker_demo   --data data/text/tiny_corpus.val.txt
+    python scripts/evaluate.py audio_enc --ckpt_dir checkpoints/audio_enc_demo --data data/audio/asr.val_voices.csv
+    python scripts/evaluate.py vision    --ckpt_dir checkpoints/vision_demo    --data data/images/annotations.val.json
+    python scripts/evaluate.py ocr       --ckpt_dir checkpoints/ocr_demo       --data data/ocr/ocr.val.csv
+
+The figures are computed by the code that validates in training. A row that cannot be used is left out, named on
+stderr and counted; nothing is written. --show prints some items beside what the model makes of them.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omni.asr import COLUMNS, Utterances, error_counts
+from omni.audio_encoder import load_audio_encoder, transcribe
+from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.checkpoint import load_stage
+from omni.config import StageConfig
+from omni.corpus import IGNORE, read_chunks, split_samples
+from omni.data import ResumableDataset, build_loader
+from omni.errors import UserError
+from omni.images import normalise
+from omni.loop import to_device
+from omni.manifest import Rows, load_manifest
+from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
+from omni.runtime import OneLineErrors, launch, pick_device
+from omni.thinker import Thinker, load_thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import load_vision_encoder
+from train_text import text_metrics, text_sums
+
+
+@dataclass
+class Judgement:
+    """What a stage makes of the data."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: int = 0  # judged
+    left_out: dict[str, str] = field(default_factory=dict)  # where -> why
+    shown: list[tuple[str, str]] = field(default_factory=list)  # what is true, what the model says
+
+
+# --- one function per stage -----------------------------------------------------------------------------------------
+
+
+def judge_text(args: argparse.Namespace, device: torch.device) -> Judgement:
+    thinker, tokenizer, _ = load_thinker(args.ckpt_dir, device)
+    judgement, totals, text_bytes = Judgement(), {}, 0
+    for batch in text_batches(args, thinker, tokenizer):
+        judgement.rows += batch["lines"]
+        text_bytes += batch["bytes"]
+        add(totals, text_sums(thinker, to_device(batch, device)))
+    if not judgement.rows:
+        raise UserError(f"{args.data}: expected lines of text, found none")
+    judgement.metrics = text_metrics(totals, text_bytes)
+    return judgement
+
+
+def text_batches(args: argparse.Namespace, thinker: Thinker, tokenizer: Tokenizer) -> Iterator[dict]:
+    """The file as packed sequences, as in training: ``<end> line <end> line <end> ...`` cut every ``ctx_len``."""
+    size = args.batch_size * thinker.arch.ctx_len
+    tokens, counts = [tokenizer.eos_id], {"lines": 0, "bytes": 0}
+
+    def batch(pieces: list[int]) -> dict:
+        window = np.full(size + 1, IGNORE)
+        window[: len(pieces)] = pieces
+        shape = (args.batch_size, thinker.arch.ctx_len)
+        inputs = torch.from_numpy(window[:-1]).clamp(min=0).view(shape)
+        whole = {"tokens": inputs, "targets": torch.from_numpy(window[1:]).view(shape), **counts}
+        counts.update(lines=0, bytes=0)
+        return whole
+
+    for sample in itertools.islice(text_lines(Path(args.data)), args.limit):
+        tokens += [*tokenizer.encode(sample.decode("utf-8")), tokenizer.eos_id]
+        counts["lines"] += 1
+        counts["bytes"] += len(sample) + 1
+        while len(tokens) > size:
+            yield batch(tokens[: size + 1])
+            tokens = tokens[size:]
+    if len(tokens) > 1:
+        yield batch(tokens)
+
+
+def text_lines(path: Path) -> Iterator[bytes]:
+    row = 1
+    for chunk in read_chunks(path):
+        yield from split_samples(chunk, path, row)
+        row += chunk.count(b"\n")
+
+
+def judge_audio_enc(args: argparse.Namespace, device: torch.device) -> Judgement:
+    model, tokenizer, config = load_audio_encoder(args.ckpt_dir, device)
+    manifest = load_manifest(args.data, COLUMNS, "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = Utterances(manifest, first_rows(len(manifest), args), config, tokenizer, training=False)
+    texts: list[str] = []
+    said: list[str] = []
+
+    def sums(batch: dict) -> dict[str, Tensor]:
+        texts.extend(batch["texts"])
+        said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"], args.beam)[: len(batch["texts"])])
+        return {}
+
+    judgement, _ = judge_rows(rows, config, args, device, sums, args.batch_size)
+    (word_errors, words), (character_errors, characters) = error_counts(texts, said)
+    judgement.metrics = {"wer": word_errors / words, "cer": character_errors / characters}
+    judgement.shown = list(zip(texts, said, strict=True))[: args.show]
+    return judgement
+
+
+def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
+    model, tokenizer, config = load_vision_encoder(args.ckpt_dir, device, args.thinker_ckpt)
+    config = config.model_copy(update={"image_root": args.image_root})
+    manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
+    order = in_distinct_groups(manifest, first_rows(len(manifest), args))
+    rows = CaptionRows(manifest, order, tokenizer, config, training=False)
+    ranking = CaptionRanking(tokenizer, config.ctx_len)
+    judgement, totals = judge_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
+    judgement.metrics = ranking.metrics(totals)
+    if args.show:
+        batch = to_device(rows.batch(np.arange(min(GROUP, len(rows))), epoch=0), device)
+        pictures, captions, _ = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
+        texts = [tokenizer.decode(ids[:end].tolist()) for ids, end in zip(batch["tokens"], batch["ends"], strict=True)]
+        nearest = (pictures @ captions.T).argmax(dim=1).tolist()
+        judgement.shown = [(texts[row], texts[found]) for row, found in enumerate(nearest)][: args.show]
+    return judgement
+
+
+def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
+    model = load_ocr(args.ckpt_dir, device)
+    config = model.arch.model_copy(update={"image_root": args.image_root})
+    manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
+    judgement, totals = judge_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
+    judgement.metrics = ocr_metrics(totals)
+    if args.show:
+        batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
+        judgement.shown = list(zip(batch["texts"], read_text(model, batch["images"]), strict=True))
+    return judgement
+
+
+STAGES = {
+    "text": (judge_text, "thinker", "thinker.pt"),
+    "audio_enc": (judge_audio_enc, "audio_enc", "audio_enc.pt"),
+    "vision": (judge_vision, "vision", "vision.pt"),
+    "ocr": (judge_ocr, "ocr", "ocr.pt"),
+}
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def judge_rows(
+    rows: Rows,
+    config: StageConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+    sums: Callable[[dict], dict[str, Tensor]],
+    batch_size: int,
+) -> tuple[Judgement, dict[str, float]]:
+    """All rows in order, in batches: the totals of ``sums``, and which rows could not be used.
+
+    Raises:
+        UserError: not one row could be used.
+    """
+    judgement, totals = Judgement(), {}
+    config = config.model_copy(update={"num_workers": args.num_workers})
+    dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
+    for batch in tqdm(build_loader(dataset, config, device), total=dataset.steps_per_epoch, disable=None):
+        judgement.left_out |= batch["bad_rows"]
+        judgement.rows += len(batch["rows"]) - len(batch["bad_rows"])
+        if batch["weight"]:
+            add(totals, sums(to_device(batch, device)))
+    if not judgement.rows:
+        where, why = next(iter(judgement.left_out.items()))
+        raise UserError(f"{args.data}: not one of its {len(rows)} rows can be used. {where}: {why}")
+    return judgement, totals
+
+
+def add(totals: dict[str, float], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+
+
+def first_rows(count: int, args: argparse.Namespace) -> np.ndarray:
+    return np.arange(min(count, args.limit or count))
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
+    parser.add_argument("--data", required=True, type=Path, help="text lines, CSV, JSON or JSONL, as in training")
+    parser.add_argument("--image_root", help="folder of the pictures (default: that of --data)")
+    parser.add_argument("--thinker_ckpt", help="vision: where the Thinker that reads the captions is now")
+    parser.add_argument("--beam", type=int, default=1, help="audio_enc: width of the beam search (1: greedy)")
+    parser.add_argument("--limit", type=int, help="judge the first N rows only")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    for name, least in (("beam", 1), ("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
+    if not args.data.is_file():
+        raise UserError(f"--data {args.data}: expected a file, found none")
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    judge, prefix, final = STAGES[args.stage]
+    device = pick_device(args.device)
+    with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
+        args.cache_dir = folder  # the index of somebody else's file does not stay beside it
+        judgement = judge(args, device)
+    step = load_stage(args.ckpt_dir, prefix, final)["step"]
+    for where, why in list(judgement.left_out.items())[:10]:
+        to_stderr(f"{where}: {why}. Left out")
+    if args.json:
+        facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": step, "data": str(args.data)}
+        counts = {"rows": judgement.rows, "rows_left_out": len(judgement.left_out)}
+        print(json.dumps(facts | counts | judgement.metrics))
+        return
+    for truth, said in judgement.shown:
+        print(f"true   {truth}\nmodel  {said}\n")
+    left_out = f", {len(judgement.left_out)} left out" if judgement.left_out else ""
+    print(f"{args.ckpt_dir} (step {step}) on {args.data}: {judgement.rows} rows{left_out}")
+    for name, value in judgement.metrics.items():
+        print(f"  {name:<24}{value:.4f}")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,261 @@
+"""The built-in data: speech, and the script that makes all parts. tests/test_pictures.py has the pictures and signs."""
+
+import csv
+import fcntl
+import json
+import multiprocessing
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from omni.manifest import load_manifest
+from omni.synthetic import speech
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
+AUDIO = ("--size", "smoke", "--only", "audio")
+MANIFESTS = {f"{name}.csv" for name in speech.COLLECTIONS}
+
+
+def command(out: Path, *args) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--out", str(out), *map(str, args)]
+
+
+def run_script(out: Path, *args, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(command(out, *args), capture_output=True, text=True, timeout=60, **kwargs)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def in_new_process(function, *args):
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, args)
+
+
+def clips(name: str, seed: int, count: int, start: int, stop: int) -> list[tuple[bytes, dict]]:
+    return list(speech.make_clips(name, seed, speech.sentences(name, seed, count), start, stop))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The smoke size of everything, made by one process."""
+    out = tmp_path_factory.mktemp("made")
+    process = run_script(out, "--size", "smoke", "--processes", 1)
+    assert process.returncode == 0, process.stderr
+    return out
+
+
+# --- sentences and voices -------------------------------------------------------------------------------------------
+
+
+def test_no_held_out_sentence_is_ever_trained_on():
+    trained = {text for name in ("asr", "tts") for text in speech.sentences(name, 0, 3_000)}
+    for name in ("asr.val", "asr.val_voices", "tts.val"):
+        texts = speech.sentences(name, 0, 300)
+        assert len(set(texts)) == 300
+        assert not trained & set(texts)
+
+
+def test_fewer_sentences_are_the_beginning_of_more_and_seeds_differ():
+    for name in speech.COLLECTIONS:
+        longer = speech.sentences(name, 0, 100)
+        assert speech.sentences(name, 0, 40) == longer[:40]
+        assert speech.sentences(name, 1, 100) != longer
+
+
+def test_unseen_voices_share_no_variant_with_the_others_and_bring_an_accent():
+    def parts(voices):
+        pairs = [voice.partition("+") for voice in voices]
+        return {accent for accent, _, _ in pairs}, {variant for _, _, variant in pairs}
+
+    accents, variants = parts(speech.VOICES)
+    unseen_accents, unseen_variants = parts(speech.UNSEEN_VOICES)
+    assert not variants & unseen_variants
+    assert unseen_accents - accents
+    assert speech.READER in speech.VOICES
+
+
+# --- clips ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["asr", "tts"])
+def test_a_clip_depends_on_its_seed_and_index_only(name):
+    start = speech.GROUP
+    whole = in_new_process(clips, name, 3, 2 * speech.GROUP, start, start + 8)
+    alone = in_new_process(clips, name, 3, start + 3, start, start + 3)  # fewer are wanted, nothing was said before
+    assert alone == whole[:3]
+    assert in_new_process(clips, name, 4, start + 3, start, start + 3) != alone
+
+
+def test_clips_are_trimmed_speech_in_the_format_that_is_promised(made):
+    for name in speech.COLLECTIONS:
+        for index, row in enumerate(rows_of(made / "audio" / f"{name}.csv")):
+            path = made / "audio" / row["wav"]
+            info = soundfile.info(path)
+            assert (info.samplerate, info.channels, info.subtype) == (16_000, 1, "PCM_16")
+            audio, _ = soundfile.read(path)
+            assert 0.03 < np.abs(audio).max() <= 1.0
+            assert np.mean(np.abs(audio) > 0.999) < 1e-3, "clipped"
+            assert 0.15 < info.duration / len(row["text"].split()) < 0.8, row
+            if speech.speaking(name, 0, index).snr_db is None:
+                lead, tail = silence_s(audio, 0.008)  # a little more sensitive than what trims
+                assert lead < 0.11 and tail < 0.11, row
+                lead, tail = silence_s(audio, 0.02)
+                assert lead > 0.045 and tail > 0.045, row
+
+
+def silence_s(audio: np.ndarray, threshold: float) -> tuple[float, float]:
+    """Seconds before and after all that is louder than `threshold` times the peak."""
+    audible = np.flatnonzero(np.abs(audio) > threshold * np.abs(audio).max())
+    return audible[0] / speech.SAMPLE_RATE, (len(audio) - 1 - audible[-1]) / speech.SAMPLE_RATE
+
+
+def test_noise_is_as_strong_as_asked():
+    tone = (10_000 * np.sin(np.arange(44_100) * 0.1)).astype(np.int16)
+    clean = speech.Speaking("en", 160, 50)
+    for smoothing in (1, 16):
+        noisy = speech.Speaking("en", 160, 50, snr_db=20.0, noise_smoothing=smoothing)
+        one, other = (speech.finish(tone, 22_050, how, seed=1).astype(float) for how in (clean, noisy))
+        snr_db = 10 * np.log10(np.mean(one**2) / np.mean((other - one) ** 2))
+        assert snr_db == pytest.approx(20.0, abs=0.1)
+
+
+def test_recognition_hears_variety_and_noise_only_in_training_and_the_reader_reads_evenly():
+    for name in speech.COLLECTIONS:
+        ways = [speech.speaking(name, 0, index) for index in range(1_000)]
+        noisy = np.mean([how.snr_db is not None for how in ways])
+        assert (0.35 < noisy < 0.45) if name == "asr" else noisy == 0
+        if name.startswith("tts"):
+            assert len(set(ways)) == 1
+        else:
+            assert len({(how.words_per_minute, how.pitch) for how in ways}) > 500
+            assert min(sum(how.voice == voice for how in ways) for voice in {how.voice for how in ways}) > 50
+
+
+# --- manifests ------------------------------------------------------------------------------------------------------
+
+
+def test_manifests_open_as_the_stages_open_them(made, tmp_path):
+    for path, columns in {
+        **{made / "audio" / name: ("wav", "text") for name in MANIFESTS},
+        made / "images" / "annotations.json": ("image", "caption"),
+        made / "images" / "annotations.val.json": ("image", "caption"),
+        made / "ocr" / "ocr.csv": ("image", "text"),
+        made / "ocr" / "ocr.val.csv": ("image", "text"),
+    }.items():
+        manifest = load_manifest(path, columns, columns[1], cache_dir=tmp_path, log=lambda line: None)
+        names = [manifest[row][columns[0]] for row in range(len(manifest))]
+        assert len(set(names)) == len(names) > 10
+        for name in names:
+            assert manifest.file(name, root=str(path.parent)).is_file()
+
+
+def test_images_carry_their_questions(made):
+    for row in json.loads((made / "images" / "annotations.json").read_text()):
+        assert set(row) == {"image", "caption", "questions", "groups"}
+        assert row["questions"] and all(question and answer for question, answer in row["questions"])
+
+
+# --- the script -----------------------------------------------------------------------------------------------------
+
+
+def test_the_number_of_processes_changes_nothing_and_a_second_run_neither(made, tmp_path):
+    assert run_script(tmp_path, *AUDIO, "--processes", 3).returncode == 0
+    first = contents(tmp_path / "audio")
+    assert first == contents(made / "audio")
+    (tmp_path / "audio" / ".speech.part" / "asr.old").mkdir(parents=True)  # left by a kill after the last rename
+    again = run_script(tmp_path, *AUDIO)
+    assert again.returncode == 0 and "up to date" in again.stdout
+    assert contents(tmp_path / "audio") == first
+    assert not (tmp_path / "audio" / ".speech.part").exists()
+
+
+def interrupted(out: Path, number: int) -> tuple[Path, int, str]:
+    """Start making audio, and send a signal when some groups are finished: the unfinished folder, code, messages."""
+    work = out / "audio" / ".speech.part"
+    journal = work / "journal.jsonl"
+    process = subprocess.Popen(command(out, *AUDIO, "--processes", 1), stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert not list((out / "audio").glob("*.csv")), errors
+    return work, process.returncode, errors
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_files(made, tmp_path):
+    work, _, _ = interrupted(tmp_path, signal.SIGKILL)
+    journal = work / "journal.jsonl"
+    groups = [[row["file"] for row in json.loads(line)["rows"]] for line in journal.read_text().splitlines()[1:]]
+    with journal.open("ab") as file:
+        file.write(b'{"folder": "asr", "sta')  # a line that was being written
+    damaged = work / groups[-1][0]
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    times = {name: (work / name).stat().st_mtime_ns for group in groups[:-1] for name in group}
+    assert times
+
+    assert run_script(tmp_path, *AUDIO).returncode == 0
+    assert contents(tmp_path / "audio") == contents(made / "audio")
+    assert {name: (tmp_path / "audio" / name).stat().st_mtime_ns for name in times} == times
+
+
+def test_sigterm_ends_with_code_75_and_other_settings_start_anew(made, tmp_path):
+    _, code, errors = interrupted(tmp_path, signal.SIGTERM)
+    assert code == 75 and len(errors.splitlines()) == 1, errors
+    assert run_script(tmp_path, *AUDIO, "--seed", 1).returncode == 0
+    other = contents(tmp_path / "audio")
+    assert set(other) == set(contents(made / "audio"))
+    assert other["asr/000000.wav"] != (made / "audio" / "asr" / "000000.wav").read_bytes()
+
+
+def test_what_is_missing_or_changed_is_made_again_and_what_is_foreign_spared(made, tmp_path):
+    shutil.copytree(made / "audio", tmp_path / "audio")
+    (tmp_path / "audio" / "my_own.csv").write_text("wav,text\n")
+    (tmp_path / "audio" / "tts" / "000005.wav").unlink()
+    assert run_script(tmp_path, *AUDIO).returncode == 0
+    assert contents(tmp_path / "audio") == contents(made / "audio") | {"my_own.csv": b"wav,text\n"}
+
+    (tmp_path / "audio" / "speech.json").unlink()
+    before = contents(tmp_path)
+    refused = run_script(tmp_path, *AUDIO)
+    assert refused.returncode == 2 and "--force" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    assert contents(tmp_path) == before
+
+
+def test_a_second_process_is_kept_out(tmp_path):
+    work = tmp_path / "audio" / ".speech.part"
+    work.mkdir(parents=True)
+    with (work / "journal.jsonl").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        refused = run_script(tmp_path, *AUDIO)
+    assert refused.returncode == 2 and str(work) in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_is_one_line_and_spares_the_files_that_are_there(made, tmp_path):
+    shutil.copytree(made / "audio", tmp_path / "audio")
+
+    def at_most_40_kb():  # of one file: some clips are larger
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    failed = run_script(tmp_path, *AUDIO, "--force", preexec_fn=at_most_40_kb)
+    assert failed.returncode == 1 and len(failed.stderr.splitlines()) == 1, failed.stderr
+    assert contents(made / "audio").items() <= contents(tmp_path / "audio").items()
