@@ -1,0 +1,220 @@
+"""Audio files of every kind become the same waveform, broken and hostile ones are refused by name, and a log-mel is
+what librosa says it is."""
+
+import subprocess
+import sys
+
+import librosa
+import numpy as np
+import pytest
+import soundfile
+import torch
+from harness import ROOT
+
+from omni.audio import (
+    MelSpec,
+    audio_duration,
+    load_audio,
+    log_mel,
+    mel_filters,
+    normalise_features,
+    perturb_speed,
+    spec_augment,
+)
+from omni.manifest import BadRow
+
+MEL = MelSpec()
+
+
+def tone(hz: float, seconds: float = 0.5, rate: int = 16_000) -> np.ndarray:
+    return (0.5 * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def noise(samples: int, seed: int = 0) -> torch.Tensor:
+    return 0.1 * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def amplitude(waveform: np.ndarray, hz: float, rate: int = 16_000) -> float:
+    turns = np.exp(-2j * np.pi * hz * np.arange(len(waveform)) / rate)
+    return 2 * abs(np.mean(waveform * turns))
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize(("suffix", "rate"), [("wav", 16_000), ("flac", 44_100), ("ogg", 22_050), ("mp3", 48_000)])
+def test_every_format_rate_and_channel_count_is_the_same_waveform(tmp_path, suffix, rate, channels):
+    if suffix == "mp3" and channels > 2:
+        pytest.skip("MP3 has at most two channels")
+    path = tmp_path / f"a.{suffix}"
+    # only their mean is the tone
+    parts = np.stack([tone(440, rate=rate) * 2 * (i + 1) / (channels + 1) for i in range(channels)], axis=1)
+    soundfile.write(path, parts * 0.5, rate)
+    waveform = load_audio(path, 16_000)
+    assert waveform.dtype == np.float32 and abs(len(waveform) - 8000) <= (800 if suffix == "mp3" else 1)
+    assert amplitude(waveform, 440) == pytest.approx(0.25, rel=0.1 if suffix == "mp3" else 0.02)
+    assert audio_duration(path) == pytest.approx(0.5, abs=0.05)
+
+
+def test_resampling_is_band_limited(tmp_path):
+    soundfile.write(tmp_path / "high.wav", tone(11_000, rate=44_100), 44_100)
+    assert np.abs(load_audio(tmp_path / "high.wav", 16_000)[500:-500]).max() < 1e-3  # no alias at 5000 Hz
+
+
+def damaged(folder, kind: str):
+    path = folder / f"bad.{kind.split()[0]}"
+    if kind.endswith("junk"):
+        path.write_bytes(b"not sound" * 99)
+    elif kind.endswith("cut"):
+        soundfile.write(path, noise(32_000).numpy(), 16_000)
+        path.write_bytes(path.read_bytes()[: int(0.6 * path.stat().st_size)])
+    elif kind.endswith("empty"):
+        soundfile.write(path, noise(0).numpy(), 16_000)
+    elif kind.endswith("nan"):
+        soundfile.write(path, np.array([0, np.nan, 0]), 16_000, subtype="FLOAT")
+    elif kind.endswith("rate"):
+        soundfile.write(path, noise(1000).numpy(), 3)
+    elif kind.endswith("long"):
+        soundfile.write(path, noise(33_000).numpy(), 16_000)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("wav junk", "not an audio file"), ("wav cut", "truncated"), ("flac cut", "truncated"),
+        ("mp3 cut", "truncated"), ("wav empty", "empty"), ("wav nan", "not finite"), ("wav rate", "Hz, found 3"),
+        ("wav long", "lasts 2.1 s"), ("wav absent", "not an audio file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, kind, reason):
+    with pytest.raises(BadRow, match=reason):
+        load_audio(damaged(tmp_path, kind), 16_000, max_s=2.0)
+
+
+def test_a_streamed_wav_that_does_not_know_its_length_is_read(tmp_path):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, noise(1600).numpy(), 16_000)
+    content = bytearray(path.read_bytes())
+    content[40:44] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    assert len(load_audio(path, 16_000)) == 1600
+
+
+def test_ten_hours_and_a_thousand_channels_cost_no_memory(tmp_path):
+    long, wide = tmp_path / "long.wav", tmp_path / "wide.wav"
+    soundfile.write(long, noise(100).numpy(), 16_000)
+    header = bytearray(long.read_bytes()[:44])
+    size = 10 * 3600 * 16_000 * 2
+    header[4:8], header[40:44] = (size + 36).to_bytes(4, "little"), size.to_bytes(4, "little")
+    long.write_bytes(header)
+    with open(long, "r+b") as file:
+        file.truncate(44 + size)  # sparse: no disk either
+    with soundfile.SoundFile(wide, "w", 16_000, 1000) as file:
+        for _ in range(40):
+            file.write(np.zeros((1600, 1000), np.int16))
+    code = f"""
+import resource
+from omni.audio import audio_duration, load_audio
+from omni.manifest import BadRow
+used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load_audio({str(long)!r}, 16_000, max_s=20)
+except BadRow as error:
+    print(error)
+assert audio_duration({str(long)!r}) == 36_000
+assert len(load_audio({str(wide)!r}, 16_000, max_s=20)) == 64_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    refused, kibibytes = done.stdout.splitlines()
+    assert "lasts 36000.0 s, expected at most 20 s" in refused
+    assert int(kibibytes) < 100_000  # the wide one alone has 256 MB of float32
+
+
+# --- log-mels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mel", [MEL, MelSpec(22_050, 1024, 1024, 256, 80, 0.0, 8000.0), MelSpec(n_mels=128)])
+def test_log_mel_is_librosa_s(mel):
+    waveform = noise(mel.hop_length * 99)
+    pad = (mel.win_length - mel.hop_length) // 2
+    padded = np.pad(waveform.numpy().astype(np.float64), pad, mode="reflect")
+    around = (mel.n_fft - mel.win_length) // 2  # librosa's frames are n_fft wide, zero around the window
+    spectrum = librosa.stft(
+        np.pad(padded, around), n_fft=mel.n_fft, hop_length=mel.hop_length, win_length=mel.win_length, center=False
+    )
+    filters = librosa.filters.mel(
+        sr=mel.sample_rate, n_fft=mel.n_fft, n_mels=mel.n_mels, fmin=mel.f_min, fmax=mel.f_max
+    )
+    assert np.abs(mel_filters(mel) - filters).max() < 1e-7
+    expected = np.log(np.maximum(filters @ np.abs(spectrum), 1e-5)).T
+    assert np.abs(log_mel(waveform, mel).numpy() - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("samples", [1, 159, 160, 161, 300, 639, 641, 16_000, 16_001])
+def test_a_frame_for_every_hop_that_has_begun(samples):
+    frames = log_mel(noise(2 * samples).view(2, samples), MEL)
+    assert frames.shape == (2, -(-samples // 160), 80) and frames.isfinite().all()
+    assert MEL.frames(samples) == frames.shape[1]
+
+
+def test_batched_and_autocast_log_mels_are_the_single_ones():
+    waveforms = noise(6 * 4000).view(2, 3, 4000)
+    batched = log_mel(waveforms, MEL)
+    torch.testing.assert_close(batched[1, 2], log_mel(waveforms[1, 2], MEL), atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(log_mel(waveforms, MEL), batched)
+
+
+def test_the_gradient_is_right_and_finite_in_silence():
+    waveform = noise(3200)
+    waveform[:1600] = 0
+    direction = 1e-3 * noise(3200, seed=1)
+    waveform.requires_grad_()
+    log_mel(waveform, MEL).sum().backward()
+    assert waveform.grad.isfinite().all()
+    with torch.no_grad():
+        slope = (log_mel(waveform + direction, MEL) - log_mel(waveform - direction, MEL))[12:].sum() / 2
+    waveform.grad = None
+    log_mel(waveform, MEL)[12:].sum().backward()
+    assert (waveform.grad * direction).sum().item() == pytest.approx(slope.item(), rel=0.05)
+
+
+def test_normalised_features_do_not_know_how_loud_it_was():
+    features = [normalise_features(log_mel(noise(16_000) * gain, MEL)) for gain in (1.0, 0.1)]
+    torch.testing.assert_close(*features, atol=1e-3, rtol=0)
+    assert features[0].mean(dim=0).abs().max() < 1e-5
+    torch.testing.assert_close(features[0].std(dim=0, correction=0), torch.ones(80), atol=1e-3, rtol=0)
+    assert normalise_features(torch.ones(1, 80)).abs().max() == 0
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def test_spec_augment_blanks_bands_drawn_from_its_generator_alone():
+    features = torch.ones(100, 80)
+    sizes = dict(time_masks=2, time_width=30, freq_masks=2, freq_width=10)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy()
+    drawn = [spec_augment(features, np.random.default_rng(key), **sizes) for key in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert features.min() == 1, "the argument is left as it was"
+    for key in range(20):
+        blank = spec_augment(features, np.random.default_rng(key), **sizes) == 0
+        frames, channels = blank.all(dim=1), blank.all(dim=0)
+        assert torch.equal(blank, frames[:, None] | channels[None, :])  # whole frames and whole channels
+        assert frames.sum() <= 2 * 20 and channels.sum() <= 2 * 10  # in time at most a fifth each
+    assert torch.equal(
+        spec_augment(features, np.random.default_rng(0), **(sizes | {"time_masks": 0, "freq_masks": 0})), features
+    )
+
+
+def test_speed_changes_length_and_pitch_together():
+    found = {}
+    for key in range(12):
+        waveform = perturb_speed(tone(1000), 0.1, np.random.default_rng(key))
+        peak = np.argmax(np.abs(np.fft.rfft(waveform))) * 16_000 / len(waveform)
+        found[round(8000 / len(waveform), 2)] = round(peak / 1000, 1)
+    assert found == {0.9: 0.9, 1.0: 1.0, 1.1: 1.1}

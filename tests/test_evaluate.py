@@ -1,0 +1,97 @@
+"""scripts/evaluate.py: the figures of validation, on any file, from the checkpoint alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import ROOT, Process, Training, Zygote
+from test_bad_rows import read_rows, spoil
+from test_config import only_error
+
+HELD_OUT_KEY = {"text": "val_text", "audio_enc": "val_csv", "vision": "val_manifest", "ocr": "val_csv"}
+
+
+def evaluate(training: Training, stage: str, *arguments: str) -> Process:
+    output = training.folder / f"evaluate{len(list(training.folder.glob('evaluate*.out')))}"
+    argv = [
+        str(ROOT / "scripts/evaluate.py"),
+        stage,
+        "--ckpt_dir",
+        str(training.save_dir),
+        "--device",
+        "cpu",
+        *arguments,
+    ]
+    request = {
+        "argv": argv,
+        "cwd": str(training.folder),
+        "env": {},
+        "prelude": "",
+        "stdout": str(output.with_suffix(".out")),
+        "stderr": str(output.with_suffix(".err")),
+    }
+    return Process(Zygote.get().ask(request), output).wait()
+
+
+def judged(training: Training, stage: str, *arguments: str) -> dict:
+    process = evaluate(training, stage, "--json", *arguments)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+@pytest.fixture
+def trained(stage, tmp_path) -> Training:
+    """A training whose held-out data are its training data: a file that evaluate can be given."""
+    data = stage.make_data(tmp_path)[stage.data_key]
+    training = stage.training(tmp_path, **{HELD_OUT_KEY[stage.name]: data}, max_steps=20, val_split=0.0)
+    training.finish()
+    return training
+
+
+def test_the_figures_are_those_of_validation(stage, trained):
+    found = judged(trained, stage.name, "--data", trained.config[stage.data_key])
+    expected = trained.final_file()["metrics"]
+    shared = found.keys() & expected.keys()
+    assert len(shared) >= {"text": 3, "audio_enc": 2, "vision": 1, "ocr": 3}[stage.name]
+    assert {name: found[name] for name in shared} == pytest.approx({name: expected[name] for name in shared}, rel=1e-4)
+    assert found["step"] == trained.final_file()["step"] and found["rows"] == 24
+
+
+def test_nothing_is_written_beside_the_data(stage, trained):
+    before = sorted(trained.folder.rglob("*"))
+    judged(trained, stage.name, "--data", trained.config[stage.data_key])
+    assert [path.suffix for path in sorted(trained.folder.rglob("*")) if path not in before] == [".err", ".out"]
+
+
+def test_a_few_rows_and_a_look_at_them(stage, trained):
+    process = evaluate(trained, stage.name, "--data", trained.config[stage.data_key], "--limit", "5", "--show", "2")
+    assert process.returncode == 0, process.stderr
+    assert ": 5 rows" in process.stdout
+    if stage.name != "text":
+        assert process.stdout.count("true   ") == process.stdout.count("model  ") == 2
+
+
+def test_rows_that_cannot_be_used_are_left_out_named_and_counted(stage, trained):
+    if stage.name == "text":
+        pytest.skip("a corpus has lines, not rows that name files")
+    path = spoil(stage, trained)
+    process = evaluate(trained, stage.name, "--data", str(path), "--json")
+    found = json.loads(process.stdout)
+    assert (found["rows"], found["rows_left_out"]) == (20, 4)
+    for row in (4, 8, 12, 16):
+        assert f"{path}: row {row}: " in process.stderr
+
+
+def test_bad_arguments(stage, trained, tmp_path):
+    data = trained.config[stage.data_key]
+    only_error(evaluate(trained, stage.name, "--data", str(tmp_path / "absent")), "absent", "found none")
+    only_error(evaluate(trained, stage.name, "--data", data, "--limit", "0"), "--limit", "at least 1")
+    only_error(evaluate(trained, "nothing", "--data", data), "invalid choice")
+    empty = trained.changed(save_dir="empty")
+    empty.save_dir.mkdir()
+    only_error(evaluate(empty, stage.name, "--data", data), str(empty.save_dir), "found neither")
+    if stage.name != "text":
+        for row in read_rows(Path(data)):
+            (tmp_path / row.get("wav", row.get("image"))).unlink()
+        process = evaluate(trained, stage.name, "--data", data)
+        assert process.returncode == 2 and "not one of its 24 rows" in process.stderr

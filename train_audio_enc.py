@@ -1,0 +1,106 @@
+"""Stage B: train the audio encoder, a FastConformer, to write down speech by CTC.
+
+    python train_audio_enc.py --config configs/audio_enc_tiny.json
+
+The data are a manifest with the columns wav and text: recordings of any rate and format that libsndfile reads, named
+relative to the manifest. The first run trains a small tokenizer on the texts and measures the recordings by their
+headers. scripts/check_mel_lengths.py says beforehand which rows max_mel_length will leave out.
+"""
+
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni.asr import (
+    COLUMNS,
+    HeldOut,
+    Utterances,
+    ctc_loss,
+    prepare_tokenizer,
+    report_unknown_characters,
+    score_metrics,
+    score_sums,
+    static_lengths,
+    usable_rows,
+)
+from omni.audio_encoder import AudioEncoder
+from omni.config import AudioEncoderConfig
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.loop import Phase, Validation, train
+from omni.manifest import prepare_manifest, split_rows
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage, launch, parse_stage_args
+
+STAGE = Stage(name="audio_enc", prefix="audio_enc", final="audio_enc.pt", unit="tokens", best_metric="wer")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    config, notices, device = parse_stage_args(AudioEncoderConfig, __doc__, argv)
+    with Run(config, STAGE, notices, device) as run:
+        # --- Data: recordings -> log-mels, texts -> tokens -------------------------------------------------------
+        manifest = prepare_manifest(run, config.train_csv, COLUMNS, key="text")
+        train_rows, val_rows = split_rows(manifest, 0.0 if config.val_csv else config.val_split)
+        tokenizer = prepare_tokenizer(run, manifest, train_rows, config)
+        rows, frames = usable_rows(run, manifest, train_rows, config, tokenizer, training=True)
+        if not len(rows):
+            raise UserError(f"{manifest.path}: not one of its {len(train_rows)} training rows can be used")
+        utterances = Utterances(manifest, rows, config, tokenizer, seed=config.seed, training=True, lengths=frames)
+        train_set = ResumableDataset(
+            utterances,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=run.rank,
+            world=run.world,
+            drop_last=config.drop_last,
+        )
+
+        # --- Model -----------------------------------------------------------------------------------------------
+        if config.use_compile:  # each padded length is compiled for training and for validation
+            torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
+        # fused attention on a GPU adds up the gradient of its mask, our relative positions, in any order
+        use_flash = config.use_flash and not (config.deterministic and run.device.type == "cuda")
+        model = run.prepare(AudioEncoder(config, tokenizer.vocab_size, use_flash=use_flash))
+
+        def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            return ctc_loss(model, batch), {}
+
+        # --- Validation: word error rate, on sentences not trained on, and on voices not trained on ----------------
+        held_out = {"val": (manifest, val_rows)} if len(val_rows) else {}
+        for name, path in (("val", config.val_csv), ("unseen_voices", config.val_voices_csv)):
+            if path:
+                other = prepare_manifest(run, path, COLUMNS, key="text")
+                held_out[name] = other, np.arange(len(other))
+        validation = None
+        if "val" in held_out:
+            sources = {}
+            for name, (source, source_rows) in held_out.items():
+                report_unknown_characters(run, source, source_rows, tokenizer)
+                source_rows, _ = usable_rows(run, source, source_rows, config, tokenizer, training=False)
+                sources[name] = Utterances(source, source_rows, config, tokenizer, training=False)
+            split = ResumableDataset(
+                HeldOut(sources), seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
+            )
+            validation = Validation(split, partial(score_sums, tokenizer=tokenizer), score_metrics)
+        else:
+            run.log("no held-out recordings (val_split is 0, or there are very few): nothing will be validated")
+
+        # --- Train -----------------------------------------------------------------------------------------------
+        return train(
+            run,
+            [Phase("audio_enc", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            train_set,
+            fingerprint={
+                "train": manifest.sha256,
+                **{name: source.sha256 for name, (source, _) in held_out.items()},
+                "tokenizer": tokenizer.fingerprint,
+            },
+            validation=validation,
+        )
+
+
+if __name__ == "__main__":
+    launch(main)
