@@ -18,6 +18,9 @@ from omni.errors import UserError
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
 
 _TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
+_ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
+_PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
+_OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
 
 
 def free(default=..., **constraints):
@@ -56,6 +59,7 @@ class StageConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_grad_norm: float = free(1.0, gt=0)
     max_nonfinite_steps: int = free(10, ge=1, description="NaN or Inf losses in a row that stop the run")
+    max_bad_rows: int = free(100, ge=0, description="unreadable rows of the data, each replaced, that stop the run")
 
     # Speed
     use_amp: bool = free(True, description="bf16 where the hardware has it, fp16 with a scaler on older GPUs")
@@ -158,6 +162,231 @@ class TextConfig(ThinkerArchitecture, StageConfig):
         None, hint=_TEXT_HINT, description="held-out corpus; default: val_split of train_text's lines"
     )
     tokenizer_path: str | None = input_file(None, description="tokenizer.json to use; default: trained into save_dir")
+
+
+class AudioEncoderArchitecture(BaseModel):
+    """The sizes of the audio encoder, a FastConformer, and of the log-mels that it reads."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    mel_bins: int = Field(80, ge=8, description="mel channels")
+    frame_hop: int = Field(160, ge=16, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, description="samples of a mel frame's window")
+    downsample_time: int = Field(8, description="mel frames per output frame: 8 or 4")
+    subsampling_channels: int = Field(128, ge=1, description="channels of the convolutions that shorten the time")
+    n_layers: int = Field(8, ge=1)
+    d_model: int = Field(256, ge=8)
+    n_heads: int = Field(4, ge=1)
+    d_ff: int = Field(1024, ge=8, description="inner width of the feed-forward modules")
+    conv_kernel_size: int = Field(9, ge=1, description="width of the depthwise convolution, in output frames")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    ctc_vocab_size: int = Field(512, ge=2, description="upper bound of the BPE vocabulary; few texts may fill less")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.downsample_time not in (4, 8):
+            raise ValueError(f'key "downsample_time": expected 4 or 8, found {self.downsample_time}')
+        if self.mel_bins % self.downsample_time:
+            raise ValueError(
+                f'key "mel_bins": expected a multiple of downsample_time {self.downsample_time}, found {self.mel_bins}'
+            )
+        if self.frame_win < self.frame_hop:
+            raise ValueError(f'key "frame_win": expected at least frame_hop {self.frame_hop}, found {self.frame_win}')
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f'key "d_model": expected an even multiple of n_heads {self.n_heads}, found {self.d_model}'
+            )
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f'key "conv_kernel_size": expected an odd number, found {self.conv_kernel_size}')
+        return self
+
+
+class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
+    """Stage B, ``train_audio_enc.py``."""
+
+    OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
+        "target_hz": "output frames per second follow from sample_rate, frame_hop and downsample_time",
+        "max_text_len": "a text is as long as its recording allows",
+    }
+
+    train_csv: str = input_file(hint=_ASR_HINT, description="manifest with the columns wav and text")
+    val_csv: str | None = input_file(
+        None, hint=_ASR_HINT, description="held-out manifest; default: val_split of train_csv's texts"
+    )
+    val_voices_csv: str | None = input_file(
+        None, hint=_ASR_HINT, description="a second held-out manifest, of voices that are not in training"
+    )
+    max_mel_length: int = Field(
+        2048, ge=8, description="mel frames (2048: 20 s); longer rows are left out, use_compile pads up to it"
+    )
+    spec_time_masks: int = Field(2, ge=0, description="SpecAugment: bands of time blanked out in each utterance")
+    spec_time_width: int = Field(40, ge=0, description="their greatest width, in mel frames")
+    spec_freq_masks: int = Field(2, ge=0, description="SpecAugment: bands of frequency")
+    spec_freq_width: int = Field(15, ge=0, description="their greatest width, in mel channels")
+    speed_perturb: float = Field(0.0, ge=0, le=0.5, description="0.1: utterances at 0.9, 1 or 1.1 times their speed")
+
+    @model_validator(mode="after")
+    def _voices_need_a_comparison(self) -> Self:
+        if self.val_voices_csv and not self.val_csv and not self.val_split:
+            raise ValueError('key "val_voices_csv": expected val_csv or val_split beside it, found neither')
+        return self
+
+
+class VisionConfig(StageConfig):
+    """Stage C, ``train_vision.py``: a ViT, and what reads the captions that it is trained against."""
+
+    train_manifest: str = input_file(
+        hint=_PICTURES_HINT, description="JSON, JSONL or CSV with image and caption; several rows may share an image"
+    )
+    val_manifest: str | None = input_file(
+        None, hint=_PICTURES_HINT, description="held-out manifest; default: val_split of train_manifest's images"
+    )
+    image_root: str | None = free(None, description="folder of the images; default: that of the manifest")
+
+    # The ViT
+    img_size: int = Field(224, ge=8, description="pixels; pictures are stretched to a square of this side")
+    patch: int = Field(16, ge=1, description="side of a patch in pixels")
+    d_model: int = Field(384, ge=8)
+    n_layers: int = Field(8, ge=1)
+    n_heads: int = Field(6, ge=1)
+    d_ff: int = Field(1536, ge=8)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches of both towers, in training only")
+
+    # What it is compared with
+    embed_dim: int = Field(256, ge=2, description="width of the space in which pictures and captions meet")
+    temperature: float = Field(0.07, ge=0.01, le=1, description="of the contrastive loss, to begin with; it is learned")
+    ctx_len: int = Field(64, ge=8, description="tokens of a caption, its end included; longer ones are cut")
+    use_thinker_for_text: bool = Field(False, description="the trained Thinker reads the captions, and stays as it is")
+    thinker_ckpt: str | None = free(None, description="folder of stage A, for use_thinker_for_text")
+    vocab_size: int = Field(8192, ge=272, description="upper bound for the captions' own tokenizer")
+    text_d_model: int = Field(256, ge=8, description="width of the text tower; no effect under use_thinker_for_text")
+    text_layers: int = Field(4, ge=1)
+    text_heads: int = Field(4, ge=1)
+    text_d_ff: int = Field(768, ge=8, description="inner width of the SwiGLU MLP")
+
+    word_loss: float = Field(1.0, ge=0, description="weight of naming the caption's words, beside the contrast")
+    augment: bool = Field(False, description="shift the pictures a little and vary their brightness")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.img_size % self.patch:
+            raise ValueError(f'key "img_size": expected a multiple of patch {self.patch}, found {self.img_size}')
+        if self.d_model % self.n_heads:
+            raise ValueError(f'key "d_model": expected a multiple of n_heads {self.n_heads}, found {self.d_model}')
+        if self.use_thinker_for_text and self.thinker_ckpt is None:
+            raise ValueError('key "thinker_ckpt": expected the folder of stage A for use_thinker_for_text, found none')
+        if not self.use_thinker_for_text:
+            if self.text_d_model % self.text_heads:
+                heads, width = self.text_heads, self.text_d_model
+                raise ValueError(f'key "text_d_model": expected a multiple of text_heads {heads}, found {width}')
+            if self.text_d_model // self.text_heads % 2:
+                width = self.text_d_model // self.text_heads
+                raise ValueError(f'key "text_d_model": expected an even width per head (rotary pairs), found {width}')
+        return self
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.image_root is not None and not os.path.isdir(self.image_root):
+            raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
+        if self.use_thinker_for_text and not os.path.isfile(os.path.join(self.thinker_ckpt, "thinker.pt")):
+            raise UserError(
+                f'key "thinker_ckpt": expected a folder with thinker.pt, found none at {self.thinker_ckpt}. '
+                "Train stage A first (train_text.py)"
+            )
+
+    @property
+    def text_tower(self) -> ThinkerArchitecture:
+        """The sizes of the text tower that is trained here."""
+        return ThinkerArchitecture(
+            vocab_size=self.vocab_size,
+            ctx_len=self.ctx_len,
+            n_layers=self.text_layers,
+            d_model=self.text_d_model,
+            n_heads=self.text_heads,
+            d_ff=self.text_d_ff,
+            dropout=self.dropout,
+        )
+
+
+class OcrArchitecture(BaseModel):
+    """The sizes of the OCR model: ViT encoder, character decoder."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    img_size: int = Field(224, ge=8, description="side of the picture in pixels, where height or width is not given")
+    img_height: int | None = Field(None, ge=8, description="default: img_size")
+    img_width: int | None = Field(None, ge=8, description="default: img_size")
+    patch: int = Field(16, ge=1, description="side of a patch in pixels, where height or width is not given")
+    patch_height: int | None = Field(None, ge=1, description="default: patch")
+    patch_width: int | None = Field(None, ge=1, description="default: patch")
+    vision_d_model: int = Field(256, ge=8)
+    vision_layers: int = Field(6, ge=1)
+    vision_heads: int = Field(4, ge=1)
+    vision_d_ff: int = Field(1024, ge=8)
+    conv_stem: bool = Field(False, description="three small convolutions make the patches' tokens, not a linear map")
+    decoder_d_model: int = Field(256, ge=8)
+    decoder_layers: int = Field(4, ge=1)
+    decoder_heads: int = Field(4, ge=1)
+    decoder_d_ff: int = Field(1024, ge=8, description="inner width of the SwiGLU MLP")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    max_text_length: int = Field(256, ge=1, description="characters; a row with a longer text is left out and named")
+    ctc_weight: float = Field(0.0, ge=0, description="of an auxiliary CTC loss on the columns of patches; 0: none")
+    characters: str | None = Field(
+        None, min_length=1, description="what the model can write; default: the characters of the training texts"
+    )
+
+    @property
+    def height(self) -> int:
+        return self.img_height or self.img_size
+
+    @property
+    def width(self) -> int:
+        return self.img_width or self.img_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch_height or self.patch, self.patch_width or self.patch
+
+    @property
+    def decoder(self) -> ThinkerArchitecture:
+        """The decoder's sizes as ``omni.layers`` wants them."""
+        return ThinkerArchitecture(
+            ctx_len=max(8, self.max_text_length + 1),
+            n_layers=self.decoder_layers,
+            d_model=self.decoder_d_model,
+            n_heads=self.decoder_heads,
+            d_ff=self.decoder_d_ff,
+            dropout=self.dropout,
+        )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        for side, pixels, patch in zip(("height", "width"), (self.height, self.width), self.patch_size, strict=True):
+            if pixels % patch:
+                raise ValueError(f'key "img_{side}": expected a multiple of {patch} (a patch), found {pixels}')
+        for part in ("vision", "decoder"):
+            d_model, heads = getattr(self, f"{part}_d_model"), getattr(self, f"{part}_heads")
+            if d_model % heads:
+                raise ValueError(f'key "{part}_d_model": expected a multiple of {part}_heads {heads}, found {d_model}')
+        if self.conv_stem and self.vision_d_model % 16:
+            raise ValueError(
+                f'key "vision_d_model": expected a multiple of 16 (conv_stem), found {self.vision_d_model}'
+            )
+        if self.decoder_d_model // self.decoder_heads % 2:
+            width = self.decoder_d_model // self.decoder_heads
+            raise ValueError(f'key "decoder_d_model": expected an even width per head (rotary pairs), found {width}')
+        return self
+
+
+class OcrConfig(OcrArchitecture, StageConfig):
+    """Stage G, ``train_ocr.py``."""
+
+    train_csv: str = input_file(hint=_OCR_HINT, description="CSV with the columns image and text")
+    val_csv: str | None = input_file(
+        None, hint=_OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
+    )
+    image_root: str | None = free(None, description="folder of the images; default: that of the CSV")
 
 
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:

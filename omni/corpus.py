@@ -146,7 +146,7 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
         if run.is_main and _why_stale(corpus, folder) is not None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = FolderLock(folder)
+                lock = FolderLock.wait_for(folder, run.log, run.check_stop)
             except OSError as error:
                 raise UserError(
                     f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"

@@ -114,6 +114,8 @@ class ResumableDataset(IterableDataset):
         full, rest = divmod(len(source), self.samples_per_step)
         self.steps_per_epoch = full if drop_last else full + bool(rest)
         if self.steps_per_epoch == 0:
+            if not shuffle:
+                raise UserError("the held-out data have no row that can be used")
             raise UserError(
                 f"the training set has {len(source)} samples, expected at least one step of "
                 f"{self.samples_per_step} (batch_size x gradient_accumulation_steps x processes). "

@@ -176,7 +176,7 @@ def load_manifest(
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written") from error
     if not fresh:
-        lock = FolderLock(folder)
+        lock = FolderLock.wait_for(folder, log, check_stop)
         try:
             if not _is_fresh(path, folder):  # another process may have made it before this one got the lock
                 _make_index(path, folder, columns, key, check_stop)
@@ -222,6 +222,8 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, ch
             records = _line_records(path, chunks(), quotes=path.suffix != ".jsonl")
             header = None if path.suffix == ".jsonl" else _read_header(path, records, columns)
         while batch := list(itertools.islice(records, 10_000)):
+            if len(keys) == 1:
+                _check_first_rows(path, [record for _, record in batch[:100]], header, columns)
             spans.append(np.array([(start, start + len(record)) for start, record in batch], np.uint64))
             keys.append(np.array([_key(record, header, key) for _, record in batch], np.uint32))
     if file_stat(path) != stat:
@@ -232,6 +234,17 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, ch
         save_array(folder / f"{name}.npy", np.concatenate(parts))
     meta = {"stat": stat, "sha256": digest.hexdigest(), "header": header, "columns": columns}
     write_json(folder / "meta.json", meta)
+
+
+def _check_first_rows(path: Path, records: list[bytes], header: list[str] | None, columns: tuple[str, ...]) -> None:
+    reasons = []
+    for record in records:
+        try:
+            _parse(record, header, columns)
+            return
+        except BadRow as error:
+            reasons.append(error)
+    raise UserError(f"{path}: row 1: {reasons[0]}. Nor can one of the first {len(records)} rows be used")
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

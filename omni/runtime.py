@@ -195,8 +195,12 @@ def peak_memory_gb(device: torch.device) -> float:
 # Lock
 
 
+class FolderInUse(UserError):
+    """Another process holds the folder's lock."""
+
+
 class FolderLock:
-    """At most one process trains in a folder.
+    """At most one process works in a folder.
 
     A POSIX record lock (``fcntl.lockf``) belongs to this process alone: data loader workers do not inherit it, so
     after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out.
@@ -212,7 +216,7 @@ class FolderLock:
                 self.file.seek(0)
                 holder = self.file.read().strip() or "unknown"
                 self.file.close()
-                raise UserError(f"{folder}: already in use by process {holder}. Wait for it, or stop it") from None
+                raise FolderInUse(f"{folder}: already in use by process {holder}. Wait for it, or stop it") from None
             # the previous holder may have removed the file between our open and our lock
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(self.file.fileno()).st_ino == self.path.stat().st_ino:
@@ -221,6 +225,20 @@ class FolderLock:
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
+
+    @classmethod
+    def wait_for(cls, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> "FolderLock":
+        """The lock of ``folder``, as soon as whoever prepares data there has finished."""
+        told = False
+        while True:
+            try:
+                return cls(folder)
+            except FolderInUse as error:
+                if not told:
+                    log(f"{error}: waiting")
+                told = True
+            check_stop()
+            time.sleep(0.2)
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)

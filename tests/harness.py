@@ -149,7 +149,8 @@ class Training:
         config_path = self.folder / f"{stem}.json"
         config_path.write_text(json.dumps(self.config))
         output = self.folder / stem
-        output.with_suffix(".out").write_text("")
+        for suffix in (".out", ".err"):  # a kill may come before the child has opened them
+            output.with_suffix(suffix).write_text("")
         request = {
             "argv": [str(ROOT / self.script), "--config", str(config_path), "--device", "cpu"],
             "cwd": str(self.folder),

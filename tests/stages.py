@@ -1,11 +1,18 @@
 """The table of stages. A new stage is one more row, and every promise is tested on it."""
 
+import csv
+import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import soundfile
 from harness import Training
+from PIL import Image
+
+WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +25,7 @@ class StageCase:
     make_data: Callable[[Path], dict]  # writes data into a folder, returns the config keys that point to it
     size_key: str  # a key that sets the model's size
     data_key: str  # the key that names the data file
+    contrastive: bool = False  # the loss of a micro-batch is not the mean over its samples
 
     def training(self, folder: Path, *, save_dir: str = "run", **keys) -> Training:
         """This stage in ``folder``; the data are made there when first asked for."""
@@ -29,24 +37,112 @@ def make_text(folder: Path, lines: int = 24) -> dict:
     path = folder / "corpus.txt"
     if not path.exists():
         rng = random.Random(5)
-        words = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
-        path.write_text("".join(" ".join(rng.choices(words, k=rng.randint(6, 14))) + "\n" for _ in range(lines)))
+        path.write_text("".join(" ".join(rng.choices(WORDS, k=rng.randint(6, 14))) + "\n" for _ in range(lines)))
     return {"train_text": str(path)}
 
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def make_speech(folder: Path, clips: int = 24) -> dict:
+    """A tone per word, with noise: as much as CTC needs to have something to do."""
+    path = folder / "asr.csv"
+    if not path.exists():
+        rng, rows = np.random.default_rng(5), []
+        for i in range(clips):
+            words = list(rng.choice(WORDS, rng.integers(2, 4)))
+            tones = [np.sin(np.arange(6000) * (0.1 + 0.05 * WORDS.index(word))) for word in words]
+            waveform = 0.3 * np.concatenate(tones)[: rng.integers(9000, 12001)]
+            soundfile.write(folder / f"{i}.wav", waveform + 0.01 * rng.standard_normal(len(waveform)), 16_000)
+            rows.append({"wav": f"{i}.wav", "text": " ".join(words)})
+        write_csv(path, rows)
+    return {"train_csv": str(path)}
+
+
+def make_images(folder: Path, images: int = 24) -> dict:
+    path = folder / "annotations.json"
+    if not path.exists():
+        rng, rows = np.random.default_rng(5), []
+        for i in range(images):
+            Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            rows.append({"image": f"{i}.png", "caption": " ".join(rng.choice(WORDS, rng.integers(2, 6)))})
+        path.write_text(json.dumps(rows))
+    return {"train_manifest": str(path), "image_root": str(folder)}
+
+
+def make_signs(folder: Path, signs: int = 24) -> dict:
+    path = folder / "ocr.csv"
+    if not path.exists():
+        rng, rows = np.random.default_rng(5), []
+        for i in range(signs):
+            Image.fromarray(rng.integers(0, 256, (16, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+            rows.append({"image": f"{i}.png", "text": str(rng.choice(WORDS))})
+        write_csv(path, rows)
+    return {"train_csv": str(path), "image_root": str(folder)}
+
+
+# what all of them share: a training of seconds, with several epochs, validations and checkpoints
+SHORT = {
+    "batch_size": 2, "max_epochs": 3, "lr": 1e-2, "warmup_steps": 3, "use_amp": False, "num_workers": 0,
+    "print_freq": 3, "val_freq": 7, "val_split": 0.2, "checkpoint_freq": 5, "dropout": 0.2,
+}  # fmt: skip
 
 TEXT = StageCase(
     name="text",
     script="train_text.py",
     prefix="thinker",
     final="thinker.pt",
-    config={
-        "vocab_size": 300, "ctx_len": 16, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "dropout": 0.2,
-        "batch_size": 2, "max_epochs": 3, "lr": 1e-2, "warmup_steps": 3, "use_amp": False, "num_workers": 0,
-        "print_freq": 3, "val_freq": 7, "val_split": 0.2, "checkpoint_freq": 5,
-    },
+    config=SHORT | {"vocab_size": 300, "ctx_len": 16, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32},
     make_data=make_text,
     size_key="d_ff",
     data_key="train_text",
+)
+
+AUDIO_ENC = StageCase(
+    name="audio_enc",
+    script="train_audio_enc.py",
+    prefix="audio_enc",
+    final="audio_enc.pt",
+    config=SHORT
+    | {"ctc_vocab_size": 48, "subsampling_channels": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32},
+    make_data=make_speech,
+    size_key="d_ff",
+    data_key="train_csv",
+)
+
+VISION = StageCase(
+    name="vision",
+    script="train_vision.py",
+    prefix="vision",
+    final="vision.pt",
+    config=SHORT
+    | {
+        "img_size": 16, "patch": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "embed_dim": 16,
+        "vocab_size": 300, "ctx_len": 16, "lr": 1e-3,
+    },
+    make_data=make_images,
+    size_key="d_ff",
+    data_key="train_manifest",
+    contrastive=True,
 )  # fmt: skip
 
-STAGES = [TEXT]
+OCR = StageCase(
+    name="ocr",
+    script="train_ocr.py",
+    prefix="ocr",
+    final="ocr.pt",
+    config=SHORT
+    | {
+        "img_height": 16, "img_width": 32, "patch": 8, "vision_d_model": 16, "vision_layers": 1, "vision_heads": 2,
+        "vision_d_ff": 32, "decoder_d_model": 16, "decoder_layers": 1, "decoder_heads": 2, "decoder_d_ff": 32,
+    },
+    make_data=make_signs,
+    size_key="decoder_d_ff",
+    data_key="train_csv",
+)  # fmt: skip
+
+STAGES = [TEXT, AUDIO_ENC, VISION, OCR]

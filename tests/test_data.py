@@ -118,19 +118,25 @@ def test_fewer_rows_than_a_step_is_refused():
 
 
 def test_micro_batches_equal_one_batch(stage, tmp_path):
-    """(batch 14, accumulation 1) is (7, 2), up to rounding, also in the unfilled last step of an epoch."""
+    """(batch 2n, accumulation 1) is (n, 2), up to rounding, also in the unfilled last step of an epoch."""
+    if stage.contrastive:
+        pytest.skip("a contrastive loss compares the samples of a micro-batch with each other")
     keys = {"dropout": 0.0, "drop_last": False, "max_steps": 7, "print_freq": 1}
-    one = stage.training(tmp_path, save_dir="one", batch_size=14, **keys)
-    many = stage.training(tmp_path, save_dir="many", batch_size=7, gradient_accumulation_steps=2, **keys)
+    look = stage.training(tmp_path, save_dir="look", max_steps=1)
+    look.finish()
+    samples = int(look.newest()["data"]["samples"])
+    n = next(n for n in range(7, 0, -1) if n < samples % (2 * n) < 2 * n)  # the last step: one full, one not
+    one = stage.training(tmp_path, save_dir="one", batch_size=2 * n, **keys)
+    many = stage.training(tmp_path, save_dir="many", batch_size=n, gradient_accumulation_steps=2, **keys)
     for training in (one, many):
         training.prelude = TRACE
         training.finish()
     flat = [{step: sum(eval(rows), []) for (step, _), rows in training.trace().items()} for training in (one, many)]
     assert flat[0] == flat[1]
     sizes = {len(rows) for rows in flat[0].values()}
-    assert len(sizes) == 2 and 7 < min(sizes) < 14, "the last step of an epoch has micro-batches of unequal size"
+    assert len(sizes) == 2 and n < min(sizes) < 2 * n, "the last step of an epoch has micro-batches of unequal size"
     for name, weight in one.final_file()["model"].items():
-        torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=1e-3)
     for a, b in zip(one.metrics(), many.metrics(), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 

@@ -84,6 +84,23 @@ def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
     assert "finished:" in (training.save_dir / "training.log").read_text()
 
 
+SLOW_PREPARATION = """
+import time, omni.corpus, omni.manifest
+for _module, _name in ((omni.corpus, "_tokenise"), (omni.manifest, "_make_index")):
+    def _slow(*args, _original=getattr(_module, _name), **keys):
+        time.sleep(1.0)
+        return _original(*args, **keys)
+    setattr(_module, _name, _slow)
+"""
+
+
+def test_two_runs_that_prepare_the_same_data_wait_for_each_other(stage, tmp_path):
+    runs = [stage.training(tmp_path, save_dir=name, seed=seed, max_steps=3) for seed, name in enumerate("ab")]
+    processes = [run.start(prelude=SLOW_PREPARATION) for run in runs]
+    assert [process.wait().returncode for process in processes] == [0, 0], [p.stderr for p in processes]
+    assert any("already in use by process" in process.stdout for process in processes)
+
+
 # NaN ---------------------------------------------------------------------------------------------------------------
 
 

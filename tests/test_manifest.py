@@ -126,6 +126,13 @@ def test_a_bad_json_is_refused_in_one_line(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
+def test_rows_that_all_lack_a_column_are_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"path": "1.wav", "text": "one"}\n' * 3)
+    with pytest.raises(UserError, match=r'a.jsonl: row 1: expected text in "wav", found null. Nor .* first 3 rows'):
+        load(path)
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
 def test_a_line_of_100_mb_is_refused_in_bounded_memory(tmp_path, name):
     path = tmp_path / name

@@ -13,7 +13,10 @@ import runpy
 import sys
 import traceback
 
+import jiwer  # noqa: F401
 import numpy  # noqa: F401
+import PIL.Image  # noqa: F401
+import soundfile  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard

@@ -1,0 +1,223 @@
+"""Pictures come out the same whatever holds them, and a hostile or broken file is one line."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import omni.images
+from omni.images import MAX_PIXELS, load_image, normalise
+from omni.manifest import BadRow
+
+SIDE = 32
+
+
+def quarters() -> Image.Image:
+    """Red and green above, blue and white below: every turn and flip of it looks different."""
+    pixels = np.zeros((SIDE, SIDE, 3), np.uint8)
+    half = SIDE // 2
+    pixels[:half, :half], pixels[:half, half:] = (255, 0, 0), (0, 255, 0)
+    pixels[half:, :half], pixels[half:, half:] = (0, 0, 255), (255, 255, 255)
+    return Image.fromarray(pixels)
+
+
+EXPECTED = torch.from_numpy(np.asarray(quarters()).copy()).permute(2, 0, 1)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: int) -> bool:
+    assert found.dtype == torch.uint8 and found.is_contiguous() and found.shape == expected.shape
+    return (found.int() - expected.int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "options", "tolerance"),
+    [
+        ("a.png", "PNG", {}, 0),
+        ("a.bmp", "BMP", {}, 0),
+        ("a.gif", "GIF", {}, 0),
+        ("a.webp", "WEBP", {"lossless": True}, 0),
+        ("a.jpg", "JPEG", {"quality": 100, "subsampling": 0}, 3),
+        ("a wröng name.jpg", "PNG", {}, 0),  # the content decides
+    ],
+)
+def test_formats(tmp_path, name, format, options, tolerance):
+    quarters().save(tmp_path / name, format, **options)
+    assert close(load_image(tmp_path / name, SIDE, SIDE), EXPECTED, tolerance)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_camera_held_any_way_gives_an_upright_picture(tmp_path, orientation):
+    undo = {
+        1: [], 2: ["FLIP_LEFT_RIGHT"], 3: ["ROTATE_180"], 4: ["FLIP_TOP_BOTTOM"], 5: ["TRANSPOSE"], 6: ["ROTATE_90"],
+        7: ["TRANSVERSE"], 8: ["ROTATE_270"],
+    }[orientation]  # fmt: skip
+    image = quarters()
+    for step in undo:
+        image = image.transpose(Image.Transpose[step])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    assert close(load_image(tmp_path / "a.png", SIDE, SIDE), EXPECTED, 0)
+
+
+def transparent_palette() -> Image.Image:
+    image = quarters().quantize(4)
+    image.info["transparency"] = image.getpixel((SIDE - 1, SIDE - 1))  # what is white anyway
+    return image
+
+
+def half_transparent() -> Image.Image:
+    image = quarters().convert("RGBA")
+    image.paste((0, 0, 0, 0), (SIDE // 2, SIDE // 2, SIDE, SIDE))  # black, but not to be seen
+    return image
+
+
+@pytest.mark.parametrize("make", [transparent_palette, half_transparent], ids=lambda make: make.__name__)
+def test_what_is_transparent_is_white(tmp_path, make):
+    make().save(tmp_path / "a.png")
+    assert close(load_image(tmp_path / "a.png", SIDE, SIDE), EXPECTED, 0)
+
+
+def test_half_transparent_is_half_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 128)).save(tmp_path / "a.png")
+    assert close(load_image(tmp_path / "a.png", 4, 4), torch.full((3, 4, 4), 127, dtype=torch.uint8), 1)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK"])
+def test_modes(tmp_path, mode):
+    name = "a.jpg" if mode == "CMYK" else "a.png"
+    Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(tmp_path / name)
+    assert close(load_image(tmp_path / name, 8, 8), torch.full((3, 8, 8), 255, dtype=torch.uint8), 0)
+
+
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path):
+    values = np.array([[0, 1000, 40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png", 1, 4)[0].tolist() == [[0, 3, 155, 255]]
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_of_an_animation_the_first_frame_counts(tmp_path, format):
+    path = tmp_path / f"a.{format.lower()}"
+    quarters().save(path, save_all=True, append_images=[Image.new("RGB", (SIDE, SIDE))], lossless=True)
+    assert close(load_image(path, SIDE, SIDE), EXPECTED, 0)
+
+
+def test_squash_shows_the_whole_picture_smoothly(tmp_path):
+    quarters().resize((160, 64), Image.Resampling.NEAREST).save(tmp_path / "a.png")
+    image = load_image(tmp_path / "a.png", 16, 16)
+    assert [image[:, y, x].tolist() for y, x in ((0, 0), (0, 15), (15, 0), (15, 15))] == [
+        [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255],
+    ]  # fmt: skip
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    small = load_image(tmp_path / "stripes.png", 8, 8)
+    assert close(small, torch.full((3, 8, 8), 127, dtype=torch.uint8), 8), "stripes too fine to be seen are grey"
+
+
+def test_a_large_jpeg_is_the_same_picture_though_decoded_small(tmp_path):
+    quarters().resize((1024, 1024), Image.Resampling.NEAREST).save(tmp_path / "a.jpg", quality=95)
+    image = load_image(tmp_path / "a.jpg", SIDE, SIDE)
+    inside = [2, 3, 4, -5, -4, -3]  # away from the border between the colours
+    assert close(image[:, inside][:, :, inside], EXPECTED[:, inside][:, :, inside], 6)
+
+
+def test_pad_keeps_the_proportions_and_the_background(tmp_path):
+    line = Image.new("RGB", (60, 20), (10, 200, 30))
+    line.paste((255, 0, 0), (20, 5, 40, 15))
+    line.save(tmp_path / "a.png")
+    wide = load_image(tmp_path / "a.png", 10, 50, fit="pad")
+    assert (wide[:, :, 30:].flatten(1) == torch.tensor([10, 200, 30])[:, None]).all(), "background on the right"
+    assert wide[:, 5, 15].tolist() == [255, 0, 0]
+    tall = load_image(tmp_path / "a.png", 30, 30, fit="pad")
+    assert (tall[:, [0, 9, 20, 29]].flatten(1) == torch.tensor([10, 200, 30])[:, None]).all(), "and above and below"
+    assert torch.equal(wide[:, :, :30], tall[:, 10:20]), "both scaled to 30 x 10: no word becomes wider or narrower"
+
+
+def png_chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_header(width: int, height: int) -> bytes:
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+TEXT_BOMB = png_header(9, 9) + png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20)))
+NO_CHUNK_AFTER_THE_FIRST = png_header(9, 9) + png_chunk(b"IDAT", b"\x78\x9c") + b"\0\0\0\1\x01\x02\x03\x04" * 4
+PPM = b"P6 2 2 255 " + bytes(12)  # Pillow could read it; this project does not
+
+
+@pytest.mark.parametrize(("width", "height"), [(8_001, 8_001), (12_000, 12_000), (60_000, 60_000), (MAX_PIXELS + 1, 1)])
+def test_an_image_bomb_is_refused_from_its_header(tmp_path, monkeypatch, recwarn, width, height):
+    def decoded(*_):
+        raise AssertionError("decoded")
+
+    (tmp_path / "bomb.png").write_bytes(png_header(width, height) + b"\0\0\0\0IDAT\0\0\0\0")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decoded)
+    with pytest.raises(BadRow, match="pixels"):
+        load_image(tmp_path / "bomb.png", 8, 8)
+    assert not recwarn.list
+
+
+def test_the_largest_picture_allowed_is_read(tmp_path, monkeypatch):
+    quarters().save(tmp_path / "a.png")
+    monkeypatch.setattr(omni.images, "MAX_PIXELS", SIDE * SIDE)
+    load_image(tmp_path / "a.png", 8, 8)
+    monkeypatch.setattr(omni.images, "MAX_PIXELS", SIDE * SIDE - 1)
+    with pytest.raises(BadRow, match=f"{SIDE} x {SIDE} pixels"):
+        load_image(tmp_path / "a.png", 8, 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"hello", PPM, b"\xff\xd8\xff", png_header(9, 9), TEXT_BOMB, NO_CHUNK_AFTER_THE_FIRST],
+    ids=["empty", "text", "ppm", "jpeg header", "png header", "text bomb", "no chunk"],
+)
+def test_what_is_no_picture_is_one_line(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(BadRow) as caught:
+        load_image(tmp_path / "a.png", 8, 8)
+    assert "a.png" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(BadRow, match="No such file"):
+        load_image(tmp_path / "absent.png", 8, 8)
+
+
+def test_damage_anywhere_is_a_bad_row_or_a_picture_and_never_anything_else(tmp_path):
+    rng = random.Random(0)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path, refused = tmp_path / "a", 0
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
+        buffer = io.BytesIO()
+        noise.save(buffer, format, **({} if format in ("GIF", "BMP") else {"exif": exif}))
+        whole = buffer.getvalue()
+        for _ in range(120):
+            data = bytearray(whole)
+            if rng.random() < 0.3:
+                del data[rng.randrange(len(data)) :]
+            else:
+                for _ in range(rng.choice((1, 8))):
+                    data[rng.randrange(min(len(data), rng.choice((64, 10_000))))] = rng.randrange(256)
+            path.write_bytes(data)
+            try:
+                assert load_image(path, 8, 8).shape == (3, 8, 8)
+            except BadRow as error:
+                refused += 1
+                assert "\n" not in str(error)
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(BadRow):
+            load_image(path, 8, 8)
+    assert refused > 100
+
+
+def test_normalise_is_mean_and_deviation_one_half():
+    values = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    expected = torch.from_numpy((np.arange(256) / 255 - 0.5) / 0.5).float().view(1, 1, 16, 16).expand(2, 3, 16, 16)
+    torch.testing.assert_close(normalise(values), expected, atol=1e-6, rtol=0)

@@ -1,0 +1,458 @@
+"""Stage C: the ViT is transformers' ViTModel, captions find their pictures, and a frozen Thinker stays frozen."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Training, differences, kill_at
+from PIL import Image
+from safetensors.torch import save_file
+from stages import TEXT, VISION, make_images
+from test_config import only_error
+
+from omni.captions import (
+    ATTRIBUTES,
+    GROUP,
+    CaptionRanking,
+    attribute_captions,
+    attribute_labels,
+    augment,
+    encode_caption,
+    in_distinct_groups,
+    pad_captions,
+)
+from omni.config import VisionConfig
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.manifest import load_manifest
+from omni.optim import build_adamw
+from omni.thinker import Thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import (
+    MAX_SCALE,
+    PictureTextModel,
+    ViT,
+    contrastive_loss,
+    load_vision_encoder,
+    similarities,
+    to_vit_state_dict,
+    vit_config,
+    word_loss,
+)
+
+CPU = torch.device("cpu")
+
+
+def small_model(**keys) -> PictureTextModel:
+    sizes = {
+        "img_size": 16, "patch": 8, "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "embed_dim": 16,
+        "vocab_size": 300, "ctx_len": 16, "text_d_model": 32, "text_layers": 1, "text_heads": 2, "text_d_ff": 64,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = VisionConfig.model_construct(**{n: f.default for n, f in VisionConfig.model_fields.items()} | sizes | keys)
+    return PictureTextModel(config, Thinker(config.text_tower) if config.use_thinker_for_text else None)
+
+
+def some_batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(rows, 3, 16, 16, generator=generator) * 2 - 1
+    lengths = torch.randint(2, 9, (rows,), generator=generator)
+    ids = [torch.randint(16, 300, (int(n),), generator=generator).tolist() for n in lengths]
+    return images, *pad_captions(ids)
+
+
+# --- the ViT --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "patch"), [(16, 16, 8), (16, 40, 8), (32, 24, (8, 4)), (32, 24, (32, 4))], ids=str
+)
+def test_the_vit_is_transformers_vit_model(tmp_path, height, width, patch):
+    from transformers import ViTModel
+
+    torch.manual_seed(0)
+    vit = ViT(height, width, patch, d_model=32, n_layers=3, n_heads=4, d_ff=48, dropout=0.1).eval()
+    for parameter in vit.parameters():  # biases and gains, too, must not be what they start with
+        torch.nn.init.normal_(parameter, std=0.3)
+    (tmp_path / "config.json").write_text(json.dumps(vit_config(vit)))
+    save_file(to_vit_state_dict(vit.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, report = ViTModel.from_pretrained(tmp_path, add_pooling_layer=False, output_loading_info=True)
+    assert not any(report.values()), report
+    images = torch.rand(2, 3, height, width) * 2 - 1
+    with torch.no_grad():
+        ours, expected = vit(images), theirs.eval()(images).last_hidden_state
+    assert ours.shape == (2, 1 + vit.n_patches, 32)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_plain_attention_is_fused_attention():
+    fused = small_model().eval()
+    plain = small_model(use_flash=False).eval()
+    for one, other in zip(fused(*some_batch()), plain(*some_batch()), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="do not divide"):
+        ViT(16, 20, 8, 32, 1, 2, 64)
+    with pytest.raises(ValueError, match="n_heads"):
+        ViT(16, 16, 8, 30, 1, 4, 64)
+
+
+def test_positions_tell_every_patch_from_every_other():
+    vit = ViT(64, 96, 8, 64, 1, 2, 64)
+    positions = vit.position_embeddings[0, 1:]
+    distances = torch.cdist(positions, positions) + 9 * torch.eye(96)
+    assert distances.min() > 0.2 * distances.median()
+    below, right, far = positions[12], positions[1], positions[-1]
+    first = positions[0]
+    assert (first - below).norm() < (first - far).norm() and (first - right).norm() < (first - far).norm()
+
+
+# --- both towers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["own tower", "frozen Thinker"])
+def test_what_follows_a_caption_s_end_changes_nothing(frozen):
+    model = small_model(use_thinker_for_text=frozen).eval()
+    _, tokens, ends = some_batch()
+    expected = model.embed_captions(tokens, ends)
+    longer = F.pad(tokens, (0, 4), value=7)
+    longer[torch.arange(longer.shape[1]) > ends[:, None]] = 99
+    torch.testing.assert_close(model.embed_captions(longer, ends), expected, atol=1e-6, rtol=0)
+    changed = tokens.clone()
+    changed[0, 0] = 15
+    assert not torch.allclose(model.embed_captions(changed, ends)[0], expected[0], atol=1e-3), "the first word counts"
+
+
+def test_captions_are_cut_with_their_end_kept():
+    tokenizer = Tokenizer.train(iter(["a cat"] * 9), 300)
+    ids = encode_caption(tokenizer, "a cat <|image|> " * 10, 12)
+    assert len(ids) == 12 and ids[-1] == tokenizer.eos_id
+    assert tokenizer.token_id("<|image|>") not in encode_caption(tokenizer, "<|image|>", 64)
+
+
+def test_it_overfits_one_batch():
+    model, batch = small_model(), some_batch(16)
+    optimizer = build_adamw(model, lr=3e-3, wd=0.0)
+    same = torch.eye(16, dtype=torch.bool)
+    for _ in range(60):
+        pictures, captions, scale = model(*batch)
+        loss = contrastive_loss(pictures, captions, scale, same)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert torch.equal(similarities(pictures, captions).argmax(dim=1), torch.arange(16))
+
+
+def test_the_loss_is_clip_s():
+    generator = torch.Generator().manual_seed(0)
+    pictures, captions = (F.normalize(torch.randn(6, 4, generator=generator), dim=-1) for _ in range(2))
+    expected = 0.0
+    for i in range(6):
+        along_row = [math.exp(10 * float(pictures[i] @ captions[j])) for j in range(6)]
+        along_column = [math.exp(10 * float(pictures[j] @ captions[i])) for j in range(6)]
+        expected -= (math.log(along_row[i] / sum(along_row)) + math.log(along_column[i] / sum(along_column))) / 12
+    same = torch.eye(6, dtype=torch.bool)
+    assert float(contrastive_loss(pictures, captions, torch.tensor(10.0), same)) == pytest.approx(expected, abs=1e-5)
+    alike = F.normalize(torch.ones(6, 4), dim=-1)
+    assert float(contrastive_loss(alike, alike, torch.tensor(10.0), same)) == pytest.approx(math.log(6))
+
+
+def test_an_equal_caption_is_no_negative():
+    generator = torch.Generator().manual_seed(0)
+    pictures, captions = (F.normalize(torch.randn(4, 8, generator=generator), dim=-1) for _ in range(2))
+    captions[1] = captions[0]
+    same = torch.eye(4, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    pictures.requires_grad_()
+    loss = contrastive_loss(pictures, captions, torch.tensor(5.0), same)
+    full = contrastive_loss(pictures, captions, torch.tensor(5.0), torch.eye(4, dtype=torch.bool))
+    assert loss < full and torch.isfinite(torch.autograd.grad(loss, pictures)[0]).all()
+    everywhere = torch.ones(4, 4, dtype=torch.bool)
+    assert contrastive_loss(pictures, captions, torch.tensor(5.0), everywhere).item() == 0.0
+    # pair 0 without pair 1, and pair 1 without pair 0
+    rows_0_and_1 = [
+        -F.log_softmax(5 * (pictures[i] @ captions[[i, 2, 3]].T), dim=0)[0]
+        - F.log_softmax(5 * (captions[i] @ pictures[[i, 2, 3]].T), dim=0)[0]
+        for i in (0, 1)
+    ]
+    rows_2_and_3 = [
+        -F.log_softmax(5 * (pictures[i] @ captions.T), dim=0)[i]
+        - F.log_softmax(5 * (captions[i] @ pictures.T), dim=0)[i]
+        for i in (2, 3)
+    ]
+    assert loss.item() == pytest.approx(sum(rows_0_and_1 + rows_2_and_3).item() / 8, abs=1e-5)
+
+
+def test_the_word_loss_asks_for_each_word_of_the_caption_once():
+    tokens, ends = pad_captions([[5, 7, 5, 9, 0], [6, 0], [0]])  # 5 twice; 0 is the end; the last has no words
+    logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
+    log_p = logits.log_softmax(dim=1)
+    expected = -(log_p[0, [5, 7, 9]].mean() + log_p[1, 6]) / 3
+    torch.testing.assert_close(word_loss(logits, tokens, ends), expected)
+    longer = F.pad(tokens, (0, 2), value=8)  # whatever stands behind an end
+    torch.testing.assert_close(word_loss(logits, longer, ends), expected)
+
+
+def test_the_training_losses_are_those_of_the_embeddings():
+    model, (images, tokens, ends), same = small_model(), some_batch(), torch.eye(8, dtype=torch.bool)
+    contrast, words, scale = model(images, tokens, ends, same=same)
+    torch.testing.assert_close(contrast, contrastive_loss(*model(images, tokens, ends), same))
+    expected = word_loss(model.word_head(model.picture_states(images)), tokens, ends)
+    torch.testing.assert_close(words, expected)
+    (contrast + words).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for every gradient"
+    without = small_model(word_loss=0.0)
+    contrast, words, _ = without(images, tokens, ends, same=same)
+    contrast.backward()
+    assert float(words) == 0.0 and all(parameter.grad is not None for parameter in without.parameters())
+
+
+def test_the_scale_is_bounded_and_can_come_down_again():
+    model = small_model()
+    with torch.no_grad():
+        model.log_scale.fill_(7.0)
+    _, _, scale = model(*some_batch())
+    assert float(scale) == pytest.approx(MAX_SCALE)
+    scale.backward()
+    assert model.log_scale.grad > 0
+
+
+def test_the_loss_is_float32_under_autocast():
+    model = small_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pictures, captions, scale = model(*some_batch())
+        assert pictures.dtype == captions.dtype == torch.float32
+        loss = contrastive_loss(pictures, captions, scale, torch.eye(8, dtype=torch.bool))
+        cosines = similarities(pictures, captions)
+    assert loss.dtype == cosines.dtype == torch.float32
+    torch.testing.assert_close(cosines, pictures @ captions.T, atol=1e-6, rtol=0)
+
+
+# --- rows and figures -----------------------------------------------------------------------------------------------
+
+
+def test_augmentation_is_small_and_keyed():
+    image = torch.arange(3 * 64 * 64).remainder(200).to(torch.uint8).view(3, 64, 64)
+    first, again, other = (augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.shape == image.shape
+    dot = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    dot[0, 40, 20] = 200
+    for seed in range(20):
+        moved = augment(dot, np.random.default_rng(seed))
+        channel, row, column = moved.nonzero()[0].tolist()
+        assert channel == 0 and abs(row - 40) <= 2 and abs(column - 20) <= 2 and abs(int(moved.max()) - 200) <= 21
+
+
+def test_validation_groups_hold_distinct_pictures_and_captions(tmp_path):
+    rng = random.Random(0)
+    rows = [{"image": f"{rng.randrange(150)}.png", "caption": f"caption {rng.randrange(120)}"} for _ in range(300)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"image": "x.png"}\n')
+    manifest = load_manifest(tmp_path / "rows.jsonl", ("image", "caption"), "image")
+    order = in_distinct_groups(manifest, np.arange(301))
+    assert sorted(order.tolist()) == list(range(301)) and order[-1] == 300
+    full = 0
+    for start in range(0, 256, GROUP):
+        group = [rows[i] for i in order[start : start + GROUP]]
+        full += all(len({row[name] for row in group}) == GROUP for name in ("image", "caption"))
+    assert full >= 3, "of 300 rows, nearly all find a group"
+
+
+def test_attribute_labels():
+    red = {"shape": "circle", "colour": "red", "size": "big", "count": 2, "cell": [0, 0], "word": ""}
+    assert attribute_labels([red]) == (0, 0, 1)
+    for groups in (None, [], [red, red], [red | {"shape": "sign"}], "x", 5, [7], [{"name": "other data"}]):
+        assert attribute_labels(groups) == (-1, -1, -1)
+
+
+class Oracle(torch.nn.Module):
+    """Knows class prompts and labelled pictures by heart; for the rest, picture i is caption ``order[i]``."""
+
+    def __init__(self, labels: torch.Tensor, order: torch.Tensor | None = None):
+        super().__init__()
+        self.labels, self.order = labels, order
+        self.text_proj = torch.nn.Linear(1, 1)
+        self.turn = 0  # by how many classes prompts and pictures are out of step
+
+    def code(self, labels: torch.Tensor) -> torch.Tensor:
+        hot = [F.one_hot((labels[:, i] + self.turn) % len(c), len(c)) for i, c in enumerate(ATTRIBUTES.values())]
+        return F.normalize(torch.cat(hot, dim=1).float(), dim=-1)
+
+    def embed_captions(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return self.code(torch.stack(list(attribute_captions()[1].values()), dim=1))
+
+    def forward(self, images, tokens, ends):
+        if self.order is not None:
+            eye = torch.eye(len(self.order))
+            return eye, eye[self.order], torch.tensor(10.0)
+        turn, self.turn = self.turn, 0
+        pictures, self.turn = self.code(self.labels), turn
+        return pictures, pictures, torch.tensor(10.0)
+
+
+def judged(model: Oracle, B: int, same: torch.Tensor | None = None) -> dict[str, float]:
+    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 64)
+    batch = {"images": torch.zeros(B, 3, 8, 8, dtype=torch.uint8), "tokens": torch.zeros(B, 4).long()}
+    batch |= {"ends": torch.zeros(B).long(), "labels": model.labels}
+    batch["same"] = torch.eye(B, dtype=torch.bool) if same is None else same
+    sums = {name: float(value) for name, value in ranking.sums(model, batch).items()}
+    return ranking.metrics({name: 2 * value for name, value in sums.items()})  # two such batches
+
+
+def test_top1_counts_pictures_that_find_their_caption():
+    nothing = torch.full((GROUP, 3), -1)
+    order = torch.arange(GROUP)
+    assert judged(Oracle(nothing, order), GROUP)["top1_of_64"] == 1.0
+    order[:16] = torch.arange(16).roll(1)  # sixteen pictures find each other's captions
+    metrics = judged(Oracle(nothing, order), GROUP)
+    assert metrics["top1_of_64"] == metrics["top1_of_64_pictures"] == 0.75
+    assert not any("zero_shot" in name for name in metrics)
+    assert "top1_of_64" not in judged(Oracle(nothing[:63], order[:63].clamp(max=62)), 63)
+    twins = torch.eye(GROUP, dtype=torch.bool)
+    twins[0, 1] = twins[1, 0] = True
+    assert "top1_of_64" not in judged(Oracle(nothing, order), GROUP, twins), "only 63 captions to choose from"
+
+
+def test_zero_shot_asks_for_colour_shape_and_count():
+    labels = torch.tensor([[0, 3, 1], [9, 9, 4], [5, 0, 0], [-1, -1, -1]])
+    model = Oracle(labels)
+    expected = {"zero_shot": 1.0, "zero_shot_colour": 1.0, "zero_shot_shape": 1.0, "zero_shot_count": 1.0}
+    assert expected.items() <= judged(model, 4).items()
+    model.turn = 1
+    assert judged(model, 4)["zero_shot"] == 0.0
+
+
+def test_class_prompts_follow_the_weights():
+    model = small_model().eval()
+    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 16)
+    first = ranking._prototypes(model)
+    assert ranking._prototypes(model) is first
+    optimizer = build_adamw(model, lr=1e-2, wd=0.0)
+    model(*some_batch())[2].backward()
+    sum(p.sum() for p in model.parameters()).backward()
+    optimizer.step()
+    second = ranking._prototypes(model)
+    assert not torch.allclose(second[0], first[0])
+    model.load_state_dict(small_model().state_dict())
+    torch.testing.assert_close(ranking._prototypes(model)[0], first[0])
+
+
+# --- the stage ------------------------------------------------------------------------------------------------------
+
+
+def test_a_held_out_manifest_is_judged_and_the_encoder_loads(tmp_path):
+    held_out = tmp_path / "held out"
+    held_out.mkdir()
+    rng, rows = np.random.default_rng(0), []
+    for i in range(GROUP + 6):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(held_out / f"{i}.png")
+        group = {"shape": "star", "colour": "pink", "size": "big", "count": 3, "cell": [1, 1], "word": ""}
+        rows.append({"image": f"{i}.png", "caption": f"number {i}", "groups": [group]})
+    (held_out / "val.json").write_text(json.dumps(rows))
+    training = VISION.training(tmp_path, max_steps=4, val_manifest=str(held_out / "val.json"), image_root=None)
+    training.finish()
+    metrics = training.metrics("val")[-1]
+    assert {"loss", "top1_of_64", "top1_of_64_pictures", "zero_shot", "zero_shot_count"} <= metrics.keys()
+    assert training.newest()["data"]["samples"] == "24", "nothing is taken from the training manifest"
+    model, tokenizer, config = load_vision_encoder(training.save_dir, CPU)
+    assert not model.training and model.vit(torch.zeros(2, 3, 16, 16)).shape == (2, 1 + 4, config.d_model)
+    assert differences(model.state_dict(), training.final_file()["model"]) == []
+    tokens, ends = pad_captions([encode_caption(tokenizer, "a red cat", config.ctx_len)])
+    assert model.embed_captions(tokens, ends).shape == (1, config.embed_dim)
+
+
+def train_thinker(tmp_path, name: str, seed: int = 1) -> Training:
+    thinker = TEXT.training(tmp_path, save_dir=name, max_steps=2, seed=seed)
+    thinker.finish()
+    return thinker
+
+
+def test_a_frozen_thinker_reads_the_captions_and_stays_as_it_is(tmp_path):
+    thinker = train_thinker(tmp_path, "thinker")
+    before = (thinker.save_dir / "thinker.pt").read_bytes()
+    keys = {"use_thinker_for_text": True, "thinker_ckpt": str(thinker.save_dir)}
+    reference = VISION.training(tmp_path, save_dir="reference", **keys)
+    reference.finish()
+    assert (thinker.save_dir / "thinker.pt").read_bytes() == before
+    newest = reference.newest()["phases"]["vision"]
+    assert not any(name.startswith(("text.", "_frozen")) for name in newest["module"])
+    trained = sum(len(group["params"]) for group in newest["optimizer"]["param_groups"])
+    assert trained == len(newest["module"]) - 1, "all but the Thinker's digest"
+    killed = reference.changed(save_dir="killed")
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+
+    other = train_thinker(tmp_path, "other", seed=2)
+    (other.save_dir / "tokenizer.json").write_bytes((thinker.save_dir / "tokenizer.json").read_bytes())
+    only_error(killed.changed(thinker_ckpt=str(other.save_dir)).run(), "data (Thinker)", "new save_dir")
+    killed.finish()
+    assert differences(killed.state(), reference.state()) == []
+
+    model, tokenizer, config = load_vision_encoder(reference.save_dir, CPU)
+    tokens, ends = pad_captions([encode_caption(tokenizer, text, config.ctx_len) for text in ("one cat", "two dogs")])
+    assert model.embed_captions(tokens, ends).shape == (2, config.embed_dim)
+    moved = tmp_path / "moved"
+    thinker.save_dir.rename(moved)
+    load_vision_encoder(reference.save_dir, CPU, moved)
+    with pytest.raises(UserError, match="not the Thinker"):
+        load_vision_encoder(reference.save_dir, CPU, other.save_dir)
+
+
+def test_an_absent_thinker_is_one_line(tmp_path):
+    keys = {"use_thinker_for_text": True, "thinker_ckpt": str(tmp_path / "nowhere")}
+    training = VISION.training(tmp_path, **keys)
+    only_error(training.run(), ".json", 'key "thinker_ckpt"', "nowhere", "train_text.py")
+    only_error(training.changed(thinker_ckpt=None).run(), 'key "thinker_ckpt"')
+    assert not training.save_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "fragment"),
+    [
+        ({"patch": 5}, '"img_size": expected a multiple of patch 5'),
+        ({"n_heads": 3}, '"d_model": expected a multiple of n_heads 3'),
+        ({"text_heads": 3}, '"text_d_model"'),
+        ({"text_d_model": 12, "text_heads": 4}, "rotary"),
+        ({"temperature": 0}, '"temperature"'),
+        ({"image_root": "absent"}, '"image_root": expected a folder, found none at absent'),
+    ],
+)
+def test_impossible_keys_are_one_line(tmp_path, keys, fragment):
+    only_error(VISION.training(tmp_path, **keys).run(), fragment)
+
+
+def test_a_picture_outside_image_root_is_not_read(tmp_path):
+    training = VISION.training(tmp_path, max_steps=2)
+    path = tmp_path / "annotations.json"
+    rows = json.loads(path.read_text())
+    Image.new("RGB", (16, 16)).save(tmp_path / "secret.png")
+    (tmp_path / "root").mkdir()
+    for row in rows[1:]:
+        (tmp_path / row["image"]).rename(tmp_path / "root" / row["image"])
+    rows[0]["image"] = "../secret.png"
+    path.write_text(json.dumps(rows))
+    training = training.changed(image_root=str(tmp_path / "root"), max_epochs=1, max_steps=None, drop_last=False)
+    assert "row 1: ../secret.png leaves the folder" in training.finish().stdout
+
+
+def test_every_row_comes_once_an_epoch_with_its_own_caption(tmp_path):
+    from omni.captions import CaptionRows
+
+    keys = make_images(tmp_path)
+    manifest = load_manifest(keys["train_manifest"], ("image", "caption"), "image")
+    tokenizer = Tokenizer.train(iter(["a cat"] * 9), 300)
+    config = VisionConfig(save_dir="x", max_steps=1, img_size=16, patch=8, **keys)
+    rows = CaptionRows(manifest, np.arange(24), tokenizer, config, training=True)
+    seen = []
+    for batch in ResumableDataset(rows, seed=1, batch_size=5):
+        assert batch["images"].dtype == torch.uint8 and batch["weight"] == len(batch["rows"])
+        for row, ids, end in zip(batch["rows"], batch["tokens"], batch["ends"], strict=True):
+            assert tokenizer.decode(ids[:end].tolist()) == manifest[row]["caption"]
+            assert ids[end] == tokenizer.eos_id
+            seen.append(row)
+    assert sorted(seen) == list(range(24))

@@ -1,0 +1,142 @@
+"""Stage C: train the vision encoder, a ViT, on pictures with captions.
+
+    python train_vision.py --config configs/vision_tiny.json
+
+The ViT learns to put each picture close to its own caption and away from the others of the batch (CLIP), and to name
+the caption's words. The captions are read by a small text tower that is trained beside it, or by the Thinker of
+stage A (``use_thinker_for_text``).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.config import VisionConfig
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.images import normalise
+from omni.loop import Phase, Validation, train
+from omni.manifest import BadRow, Manifest, prepare_manifest, split_rows
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.thinker import load_thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import PictureTextModel
+
+STAGE = Stage(name="vision", prefix="vision", final="vision.pt", unit="pictures", best_metric="loss")
+COLUMNS = ("image", "caption")
+TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    config, notices, device = parse_stage_args(VisionConfig, __doc__, argv)
+    with Run(config, STAGE, notices, device) as run:
+        # --- Data: rows with a picture's file name and a caption -------------------------------------------------
+        manifest = held_out = prepare_manifest(run, config.train_manifest, COLUMNS, key="image")
+        if config.val_manifest:
+            held_out = prepare_manifest(run, config.val_manifest, COLUMNS, key="image")
+            train_rows, held_out_rows = np.arange(len(manifest)), np.arange(len(held_out))
+        else:  # by the picture's name: all captions of a picture stand on one side
+            train_rows, held_out_rows = split_rows(manifest, config.val_split)
+
+        # --- Who reads the captions ------------------------------------------------------------------------------
+        requested_vocab_size, thinker = config.vocab_size, None
+        if config.use_thinker_for_text:
+            thinker, thinker_tokenizer, _ = load_thinker(config.thinker_ckpt, run.device)
+            tokenizer = prepare_tokenizer(run, lambda: thinker_tokenizer)
+            if tokenizer.fingerprint != thinker_tokenizer.fingerprint:
+                raise UserError(f"{run.save_dir}: its tokenizer.json is not the Thinker's. Use a new save_dir")
+            sizes = {"ctx_len": min(config.ctx_len, thinker.arch.ctx_len)}
+        else:
+            tokenizer = prepare_tokenizer(run, lambda: train_tokenizer(run, manifest, train_rows))
+            # the text tower is as large as the vocabulary really is, and the checkpoint says so
+            sizes = {"vocab_size": tokenizer.vocab_size}
+        config = run.config = config.model_copy(update=sizes)
+
+        # --- Model -----------------------------------------------------------------------------------------------
+        model = run.prepare(PictureTextModel(config, thinker))
+
+        def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            images = normalise(batch["images"])
+            contrast, words, scale = model(images, batch["tokens"], batch["ends"], same=batch["same"])
+            return contrast + config.word_loss * words, {"contrast": contrast, "words": words, "scale": scale}
+
+        train_set = ResumableDataset(
+            CaptionRows(manifest, train_rows, tokenizer, config, training=True),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=run.rank,
+            world=run.world,
+            drop_last=config.drop_last,
+        )
+
+        # --- Validation: does a picture find its caption among 64? -----------------------------------------------
+        validation = None
+        if len(held_out_rows):
+            groups = in_distinct_groups(held_out, held_out_rows)
+            split = ResumableDataset(
+                CaptionRows(held_out, groups, tokenizer, config, training=False),
+                seed=0,
+                batch_size=GROUP,
+                rank=run.rank,
+                world=run.world,
+                shuffle=False,
+            )
+            ranking = CaptionRanking(tokenizer, config.ctx_len)
+            validation = Validation(split, ranking.sums, ranking.metrics)
+        else:
+            run.log("no held-out pictures (val_split is 0, or there are few): nothing will be validated")
+
+        # --- Train -----------------------------------------------------------------------------------------------
+        fingerprint = {
+            "train": manifest.sha256,
+            "validation": held_out.sha256,
+            "tokenizer": tokenizer.fingerprint,
+            "requested vocab_size": str(requested_vocab_size),
+        }
+        if thinker is not None:
+            fingerprint["Thinker"] = bytes(model.thinker_sha256.tolist()).hex()
+        return train(
+            run,
+            [Phase("vision", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            train_set,
+            fingerprint=fingerprint,
+            validation=validation,
+        )
+
+
+def prepare_tokenizer(run: Run, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer in ``save_dir``; if there is none, the one that ``make`` returns, kept there."""
+    path = Path(run.config.save_dir) / "tokenizer.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            make().save(path)
+        tokenizer = Tokenizer.load(path)
+    if not run.config.use_thinker_for_text and tokenizer.vocab_size > run.config.vocab_size:
+        raise UserError(
+            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {run.config.vocab_size}. '
+            "Use a new save_dir, or raise vocab_size"
+        )
+    return tokenizer
+
+
+def train_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray) -> Tokenizer:
+    """A tokenizer of the training captions; rows that cannot be read say why when their turn comes in training."""
+
+    def captions():
+        for row in rows[:: -(-len(rows) // TOKENIZER_CAPTIONS)].tolist():
+            try:
+                yield manifest[row]["caption"]
+            except BadRow:
+                continue
+
+    run.log(f"training a tokenizer of up to {run.config.vocab_size} tokens on the captions of {manifest.path}")
+    return run.wait_for(lambda: Tokenizer.train(captions(), run.config.vocab_size))
+
+
+if __name__ == "__main__":
+    launch(main)
