@@ -1,6 +1,6 @@
 """Pictures with captions: the rows of stage C, and how well a model tells which caption belongs to which picture."""
 
-# B pictures and as many captions, T tokens of a caption, C classes, E width of the common space
+# B pictures and as many captions, T tokens of a caption, E width of the common space
 
 import itertools
 import random
@@ -148,15 +148,16 @@ class CaptionRanking:
     ``top1_of_64``: share of pictures whose own caption, among 64 distinct ones, is the nearest; and the same from
     captions to pictures. Only batches of 64 distinct pairs count.
 
-    ``zero_shot_*``: share of pictures of one group whose colour, shape or count is that of the nearest class. A class
-    is the mean over captions in which everything else varies (Radford et al. 2021, "prompt ensembling"), so the
-    model is told nothing about the picture. Absent for data without "groups".
+    ``zero_shot_*``: share of pictures of one group whose colour, shape or count is the likeliest. A class is as likely
+    as all captions with it together, and these vary in everything else, so the model is told nothing about the
+    picture (Radford et al. 2021, with probabilities added instead of embeddings averaged: an average of captions
+    with ten shapes is near none of them). Absent for data without "groups".
     """
 
     def __init__(self, tokenizer: Tokenizer, ctx_len: int) -> None:
         captions, self.classes = attribute_captions()
         self.tokens, self.ends = pad_captions([encode_caption(tokenizer, text, ctx_len) for text in captions])
-        self._made_with, self._cache = None, []
+        self._made_with = self._cache = None
 
     def sums(self, model: PictureTextModel, batch: dict) -> dict[str, Tensor]:
         """Scalars that add up over batches: of one batch on the device."""
@@ -174,8 +175,10 @@ class CaptionRanking:
             "picture_found": ranked * (nearest.argmax(dim=0) == own).sum(),
         }
         if (labels >= 0).any():
-            for i, (name, prototypes) in enumerate(zip(ATTRIBUTES, self._prototypes(model), strict=True)):
-                found = similarities(pictures, prototypes).argmax(dim=1)  # (B,)
+            logits = scale * similarities(pictures, self._prompts(model))  # (B, prompts)
+            for i, (name, classes) in enumerate(self.classes.items()):
+                likely = [logits[:, classes == c].logsumexp(dim=1) for c in range(len(ATTRIBUTES[name]))]
+                found = torch.stack(likely, dim=1).argmax(dim=1)  # (B,)
                 sums[f"{name}_asked"] = (labels[:, i] >= 0).sum()
                 sums[f"{name}_found"] = (found == labels[:, i]).sum()
         return sums
@@ -190,16 +193,12 @@ class CaptionRanking:
             metrics |= {"zero_shot": sum(each.values()) / len(each)} | each
         return metrics
 
-    def _prototypes(self, model: PictureTextModel) -> list[Tensor]:
-        """For each attribute the (C, E) directions of its classes; made anew only after a change of the weights."""
+    def _prompts(self, model: PictureTextModel) -> Tensor:
+        """The classes' captions in the common space, (prompts, E); made anew only after a change of the weights."""
         weight = model.text_proj.weight  # no update leaves it as it is
         if self._made_with is None or not torch.equal(self._made_with, weight):
-            embedded = model.embed_captions(self.tokens.to(weight.device), self.ends.to(weight.device))
+            self._cache = model.embed_captions(self.tokens.to(weight.device), self.ends.to(weight.device))
             self._made_with = weight.detach().clone()
-            self._cache = [
-                torch.stack([embedded[classes == c].mean(dim=0) for c in range(len(ATTRIBUTES[name]))])
-                for name, classes in self.classes.items()
-            ]
         return self._cache
 
 

@@ -49,11 +49,11 @@ TEXT_LINES = {"smoke": 2_000, "demo": 100_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
 CLIPS = {  # collection -> clips; a clip lasts about 2 s
     "smoke": {"asr": 48, "asr.val": 16, "asr.val_voices": 16, "tts": 48, "tts.val": 16},
-    "demo": {"asr": 16_000, "asr.val": 300, "asr.val_voices": 300, "tts": 7_200, "tts.val": 300},
+    "demo": {"asr": 16_000, "asr.val": 300, "asr.val_voices": 300, "tts": 6_000, "tts.val": 300},
     "large": {"asr": 80_000, "asr.val": 300, "asr.val_voices": 300, "tts": 36_000, "tts.val": 300},
 }
-PICTURES = {"smoke": (96, 32), "demo": (20_000, 1_000), "large": (100_000, 1_000)}  # training, held out
-SIGNS = {"smoke": (96, 32), "demo": (30_000, 1_000), "large": (150_000, 1_000)}
+PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
+SIGNS = {"smoke": (96, 32), "demo": (24_000, 1_000), "large": (150_000, 1_000)}
 IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
 
 # --- parts: what can be made ----------------------------------------------------------------------------------------

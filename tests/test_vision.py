@@ -331,16 +331,16 @@ def test_zero_shot_asks_for_colour_shape_and_count():
 def test_class_prompts_follow_the_weights():
     model = small_model().eval()
     ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 16)
-    first = ranking._prototypes(model)
-    assert ranking._prototypes(model) is first
+    first = ranking._prompts(model)
+    assert ranking._prompts(model) is first
     optimizer = build_adamw(model, lr=1e-2, wd=0.0)
     model(*some_batch())[2].backward()
     sum(p.sum() for p in model.parameters()).backward()
     optimizer.step()
-    second = ranking._prototypes(model)
-    assert not torch.allclose(second[0], first[0])
+    second = ranking._prompts(model)
+    assert not torch.allclose(second, first)
     model.load_state_dict(small_model().state_dict())
-    torch.testing.assert_close(ranking._prototypes(model)[0], first[0])
+    torch.testing.assert_close(ranking._prompts(model), first)
 
 
 # --- the stage ------------------------------------------------------------------------------------------------------
