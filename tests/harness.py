@@ -213,6 +213,15 @@ class Training:
         return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
 
 
+def trained_weights(training: Training) -> dict:
+    """The final weights that can be compared after sums in another order.
+
+    The bias of an attention's keys shifts all scores of a query alike, so its gradient is nothing but rounding, which
+    AdamW scales up to a full step.
+    """
+    return {k: v for k, v in training.final_file()["model"].items() if not k.endswith("k_proj.bias")}
+
+
 def differences(one, other, where: str = "") -> list[str]:
     """Paths at which two nested structures differ, tensors by ``torch.equal``."""
     if isinstance(one, dict) and isinstance(other, dict):

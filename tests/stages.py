@@ -108,11 +108,14 @@ AUDIO_ENC = StageCase(
     prefix="audio_enc",
     final="audio_enc.pt",
     config=SHORT
-    | {"ctc_vocab_size": 48, "subsampling_channels": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32},
+    | {
+        "ctc_vocab_size": 48, "subsampling_channels": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32,
+        "lr": 1e-3,
+    },
     make_data=make_speech,
     size_key="d_ff",
     data_key="train_csv",
-)
+)  # fmt: skip
 
 VISION = StageCase(
     name="vision",
@@ -123,6 +126,7 @@ VISION = StageCase(
     | {
         "img_size": 16, "patch": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "embed_dim": 16,
         "vocab_size": 300, "ctx_len": 16, "lr": 1e-3,
+        "text_d_model": 16, "text_layers": 1, "text_heads": 2, "text_d_ff": 32,
     },
     make_data=make_images,
     size_key="d_ff",

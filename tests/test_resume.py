@@ -18,18 +18,19 @@ def grid_id(keys: dict) -> str:
 
 
 @pytest.mark.parametrize("keys", GRID, ids=grid_id)
-def test_sigkill_at_20_random_instants(stage, tmp_path, keys):
+def test_sigkill_at_random_instants(stage, tmp_path, keys):
+    kills = 20 if stage.name == "text" else 6  # what is killed is the loop, and that they all share
     reference = stage.training(tmp_path, save_dir="reference", max_steps=60, **keys)
     reference.prelude = TRACE
     reference.finish()
     killed = reference.changed(save_dir="killed", prelude=TRACE + SLOW)
     rng, landed = random.Random(1), 0
-    for _ in range(20):
+    for _ in range(kills):
         process = killed.start()
         time.sleep(rng.uniform(0.05, 0.5))
         landed += process.kill().returncode == -9
     killed.finish()
-    assert landed >= 10, "most of the kills came after the end: the test shows nothing"
+    assert landed >= kills / 2, "most of the kills came after the end: the test shows nothing"
     assert killed.trace() == reference.trace()
     assert differences(killed.state(), reference.state()) == []
 

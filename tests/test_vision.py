@@ -219,7 +219,7 @@ def test_the_scale_is_bounded_and_can_come_down_again():
     with torch.no_grad():
         model.log_scale.fill_(7.0)
     _, _, scale = model(*some_batch())
-    assert float(scale) == pytest.approx(MAX_SCALE)
+    assert scale.item() == pytest.approx(MAX_SCALE)
     scale.backward()
     assert model.log_scale.grad > 0
 
