@@ -30,7 +30,7 @@ smoke: .venv/.installed
 	$(BIN)/python scripts/demo.py --smoke
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 4
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,30 @@ class Stage:
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
     try:
+        code = _exit_code(main)
+    except BaseException:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        code = EXIT_FAILED
+    if dist.is_initialized():
+        # Not sys.exit, which would take the process group apart: gloo's destructor holds the interpreter while it
+        # waits for a thread that may itself be waiting for the interpreter.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    try:
         main()
+        return 0
     except (UserError, RunError, Interrupted) as error:
         label = "" if isinstance(error, Interrupted) else "error: "
         if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # the others say the same
             print(f"{label}{error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -66,18 +85,15 @@ def launch(main: Callable[[], None]) -> None:
             worker.kill()  # they ignore SIGTERM, by which Python would end them, and would then wait for ever
         os._exit(EXIT_FAILED)
     except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
-        sys.exit(EXIT_INTERRUPTED)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        return EXIT_FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_FAILED)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return EXIT_FAILED
 
 
 class OneLineErrors(argparse.ArgumentParser):
