@@ -76,10 +76,12 @@ def _exit_code(main: Callable[[], None]) -> int:
         if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # the others say the same
             print(f"{label}{error}", file=sys.stderr, flush=True)
         return error.exit_code
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
+    except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         reason = " ".join(str(error).split())
+        if not isinstance(error, RuntimeError) and multiprocessing.active_children():
+            reason = f"a DataLoader worker died while it sent a batch: {reason}"
+        if "DataLoader worker" not in reason:
+            raise
         print(f"error: {reason} (often out of memory). Run the same command to go on", file=sys.stderr, flush=True)
         for worker in multiprocessing.active_children():
             worker.kill()  # they ignore SIGTERM, by which Python would end them, and would then wait for ever
