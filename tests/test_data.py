@@ -136,7 +136,7 @@ def test_micro_batches_equal_one_batch(stage, tmp_path):
     sizes = {len(rows) for rows in flat[0].values()}
     assert len(sizes) == 2 and n < min(sizes) < 2 * n, "the last step of an epoch has micro-batches of unequal size"
     for name, weight in trained_weights(one).items():
-        torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=1e-3)
+        torch.testing.assert_close(weight, many.final_file()["model"][name], rtol=2e-3, atol=2e-4)
     for a, b in zip(one.metrics(), many.metrics(), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
