@@ -2,15 +2,26 @@
 
 With ``--text`` it answers once, and stdout holds the answer and nothing else. Without it, it holds a conversation:
 ``/reset`` forgets it, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer.
+
+With ``--say`` it speaks a text as it is given, into a WAV file; ``--ckpt_dir`` is then a folder of stage D:
+
+    python infer_chat.py --ckpt_dir checkpoints/talker_demo --vocoder_ckpt checkpoints/vocoder_demo \\
+        --say "Anna is reading at the market." --audio_out anna.wav
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import soundfile
+
+from omni.checkpoint import replace_file
 from omni.errors import UserError
 from omni.runtime import OneLineErrors, launch, pick_device
+from omni.speech import Speaker
+from omni.talker import MAX_TEXT_BYTES
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
 
@@ -18,6 +29,9 @@ from omni.tokenizer import StreamDecoder, Tokenizer
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A: thinker.pt, tokenizer.json")
+    parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
+    parser.add_argument("--audio_out", metavar="FILE.wav", type=Path, help="where --say puts the sound")
+    parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--text", help="answer this and exit; without it: a conversation")
     parser.add_argument("--system", help="a system message to begin the conversation with")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
@@ -40,6 +54,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("top_k", "top_p"):
         if getattr(args, name) is not None and args.temperature == 0:
             raise UserError(f"--{name}: expected a --temperature above 0 with it, to draw from what it leaves")
+    if (args.say is None) != (args.audio_out is None):
+        raise UserError("--say TEXT and --audio_out FILE.wav: expected both or neither")
+    if args.say is not None and args.text is not None:
+        raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other is answered")
+    if args.say is not None and not 0 < len(args.say.encode(errors="replace")) < MAX_TEXT_BYTES:
+        raise UserError(f"--say: expected a text of 1 to {MAX_TEXT_BYTES - 1} bytes")
+    if args.audio_out is not None and not args.audio_out.parent.is_dir():
+        raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
     if args.complete and args.system is not None:
         raise UserError("--system: expected a chat, but --complete continues the text as it stands")
     return args
@@ -94,6 +116,36 @@ def respond(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argpar
     return "".join(pieces)
 
 
+def say(args: argparse.Namespace) -> None:
+    """Speak ``--say`` into ``--audio_out``, piece by piece; how fast that went is told on stderr."""
+    speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, pick_device(args.device))
+    if speaker.vocoder is None:
+        print("no --vocoder_ckpt: the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k}
+    if args.seed is not None:
+        sampling["seed"] = args.seed
+    started, first_s, samples = time.perf_counter(), None, 0
+
+    def write(file) -> None:
+        nonlocal first_s, samples
+        rate = speaker.spec.sample_rate
+        with soundfile.SoundFile(file, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as sound:
+            for piece in speaker.stream(clean(args.say), **sampling):
+                first_s = first_s or time.perf_counter() - started
+                samples += len(piece)
+                sound.write(piece)
+
+    replace_file(args.audio_out, write)
+    if not samples:
+        raise UserError(f"{args.ckpt_dir}: the talker had nothing to say to this text")
+    took, lasts = time.perf_counter() - started, samples / speaker.spec.sample_rate
+    print(
+        f"{args.audio_out}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
+        f"first sound after {1000 * first_s:.0f} ms",
+        file=sys.stderr,
+    )
+
+
 def read_line() -> str | None:
     """The user's next line; None at the end of the input. Ctrl-C clears the line."""
     while True:
@@ -116,6 +168,9 @@ def clean(text: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.say is not None:
+        say(args)
+        return
     thinker, tokenizer, metrics = load_thinker(args.ckpt_dir, pick_device(args.device))
     if metrics.get("dialogue_share") == 0 and not args.complete:
         print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Audio files to waveforms, waveforms to log-mels: one definition for every stage, with augmentation drawn by key.
+"""Audio files to waveforms, waveforms to log-mels and back: one definition for every stage, augmentation drawn by key.
 
 What a file claims about itself is checked before its samples are read, so a hostile or broken file costs a header.
 """
@@ -16,6 +16,7 @@ import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
+import torchaudio
 from torch import Tensor
 
 from omni.manifest import BadRow
@@ -23,6 +24,7 @@ from omni.manifest import BadRow
 # A waveform's amplitude is 1 at full scale. 1e-5 lies below the steps of 16 bit (3e-5), so the logarithm of digital
 # silence is finite and quieter than anything recorded.
 _SMALLEST_AMPLITUDE = 1e-5
+_MEL_UPDATES = 8  # from mel to linear amplitudes; 30 are 0.005 closer in mel L1 and take longer than Griffin-Lim
 _BLOCK_VALUES = 1 << 18  # samples x channels read at a time: a thousand channels need no more memory than one
 _RATES_HZ = range(1_000, 768_001)  # a rate outside is a damaged header, and resampling from it would cost any memory
 _UNKNOWN_LENGTH = 1 << 62  # libsndfile: the header does not say
@@ -201,6 +203,55 @@ def _hz_to_mel(hz: float) -> float:
 
 def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
     return np.where(mel < _KNEE_MEL, mel * _LINEAR_HZ, _KNEE_HZ * np.exp(_LOG_STEP * (mel - _KNEE_MEL)))
+
+
+def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
+    """A waveform with about these log-mels: what speaks where there is no vocoder.
+
+    Draws no random numbers: the phases begin at zero, which measured no worse than at random.
+
+    Args:
+        log_mel: (..., T, M), from ``log_mel``.
+
+    Returns:
+        (..., T * hop_length) float32.
+
+    Perraudin et al. 2013, "A Fast Griffin-Lim Algorithm", with torchaudio's momentum of 0.99.
+    """
+    window, filters = _transform(spec, log_mel.device)
+    frames = log_mel.shape[-2]
+    # Their frame t is centred on sample t * hop_length. So the first of ours has to be one of theirs further on, and
+    # what lies beyond the ends needs frames too: log_mel reflects there, so that they resemble the outermost one.
+    around = 1 + spec.n_fft // (2 * spec.hop_length)
+    centre = spec.win_length // 2 - (spec.win_length - spec.hop_length) // 2  # of our first frame
+    start = around * spec.hop_length - centre
+    with torch.autocast(log_mel.device.type, enabled=False):
+        amplitude = _mel_to_linear(log_mel.float().exp(), filters, _pseudo_inverse(spec, log_mel.device))
+        amplitude = amplitude.reshape(-1, *amplitude.shape[-2:]).transpose(1, 2)  # (B, n_fft / 2 + 1, T)
+        waveform = torchaudio.functional.griffinlim(
+            F.pad(amplitude, (around, around), mode="replicate"),
+            window, spec.n_fft, spec.hop_length, spec.win_length,
+            power=1.0, n_iter=n_iter, momentum=0.99, length=None, rand_init=False,
+        )  # fmt: skip
+    return waveform[:, start : start + frames * spec.hop_length].reshape(*log_mel.shape[:-2], -1)
+
+
+def _mel_to_linear(mel: Tensor, filters: Tensor, inverse: Tensor) -> Tensor:
+    """Non-negative amplitudes (..., T, n_fft / 2 + 1) whose mels are ``mel`` (..., T, M).
+
+    The pseudo-inverse with its negative values cut off is a little too loud everywhere. The multiplicative updates of
+    Lee & Seung 2000, "Algorithms for Non-negative Matrix Factorization", bring that back.
+    """
+    amplitude = (mel @ inverse).clamp(min=1e-7)
+    target = mel @ filters.T
+    for _ in range(_MEL_UPDATES):
+        amplitude = amplitude * target / (amplitude @ filters @ filters.T + 1e-9)
+    return amplitude
+
+
+@cache
+def _pseudo_inverse(spec: MelSpec, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.linalg.pinv(mel_filters(spec).T)).to(device, torch.float32)  # (M, n_fft / 2 + 1)
 
 
 def normalise_features(features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ code reads ``config.lr``.
 
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import ClassVar, Self, TypeVar
@@ -19,7 +20,9 @@ ConfigType = TypeVar("ConfigType", bound="StageConfig")
 
 _TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
 _ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
+_TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 _PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
+_TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 _OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
 
 
@@ -233,6 +236,147 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         return self
 
 
+class CodecArchitecture(BaseModel):
+    """The sizes of the speech codec, and of the log-mels that it codes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    n_fft: int = Field(1024, ge=16, description="samples of a mel frame's transform")
+    frame_hop: int = Field(160, ge=16, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, description="samples of a mel frame's window")
+    n_mels: int = Field(80, ge=8, description="mel channels")
+    frame_ms: int = Field(80, ge=10, description="milliseconds of speech in one code of each codebook")
+    codebooks: int = Field(8, ge=1, description="codes per frame, each finer than the one before")
+    codebook_size: int = Field(256, ge=2)
+    codec_d_model: int = Field(512, ge=8)
+    codec_d_ff: int = Field(1536, ge=8, description="inner width of the codec's blocks")
+    codec_layers: int = Field(6, ge=1, description="blocks of the encoder, and of the decoder")
+    codec_kernel_size: int = Field(5, ge=1, description="width of their convolutions, in frames of frame_ms")
+    codec_smoother_layers: int = Field(2, ge=0, description="blocks after the decoder, at the mels' own rate")
+    codec_latent: int = Field(64, ge=1, description="width of what is quantised")
+    quantizer_dropout: float = Field(0.25, ge=0, le=1, description="share of clips coded with fewer codebooks")
+    ema_decay: float = Field(0.98, gt=0, lt=1, description="of the codebooks' moving averages, per step")
+
+    @property
+    def frames_per_code(self) -> int:
+        return self.frame_ms * self.sample_rate // (1000 * self.frame_hop)
+
+    @model_validator(mode="after")
+    def _codec_sizes_fit(self) -> Self:
+        if self.frame_ms * self.sample_rate % (1000 * self.frame_hop):
+            hop_ms = 1000 * self.frame_hop / self.sample_rate
+            raise ValueError(f'key "frame_ms": expected a multiple of {hop_ms:g} (frame_hop), found {self.frame_ms}')
+        if not self.frame_hop <= self.frame_win <= self.n_fft:
+            sizes = f"{self.frame_hop}, {self.frame_win} and {self.n_fft}"
+            raise ValueError(f'key "frame_win": expected frame_hop <= frame_win <= n_fft, found {sizes}')
+        if self.codec_kernel_size % 2 == 0:
+            raise ValueError(f'key "codec_kernel_size": expected an odd number, found {self.codec_kernel_size}')
+        return self
+
+
+class SpeechManifest(BaseModel):
+    """What the codec and the talker learn from."""
+
+    tts_csv: str = input_file(hint=_TTS_HINT, description="manifest with the columns text and wav, one voice")
+    val_csv: str | None = input_file(
+        None, hint=_TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"
+    )
+    max_mel_length: int = Field(
+        2048, ge=1, description="longest recording in frames of frame_ms (2048: 164 s); longer rows are left out"
+    )
+    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
+
+
+class CodecConfig(CodecArchitecture, SpeechManifest, StageConfig):
+    """The first part of stage D: what ``rvq_codec.pt`` was trained with. See ``TalkerConfig.codec``."""
+
+
+class TalkerArchitecture(BaseModel):
+    """The sizes of the talker."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    d_model: int = Field(512, ge=8)
+    n_layers: int = Field(8, ge=1)
+    n_heads: int = Field(8, ge=1)
+    d_ff: int = Field(1536, ge=8, description="inner width of the SwiGLU MLP")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    rope_theta: float = Field(10000.0, gt=0)
+    use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
+    kv_groups: int = Field(2, ge=1, description="key/value heads under use_gqa")
+    text_layers: int = Field(3, ge=0, description="convolutions over the bytes of the text")
+    depth_d_model: int = Field(256, ge=8, description="width of what chooses a frame's codes one after the other")
+    depth_layers: int = Field(2, ge=1)
+    depth_d_ff: int = Field(768, ge=8)
+    thinker_d_model: int | None = Field(None, ge=8, description="width of the Thinker whose states may be heard")
+    frames_per_byte: float | None = Field(None, gt=0, description="pace; default: that of the training rows")
+
+    @property
+    def blocks(self) -> ThinkerArchitecture:
+        """The sizes of the blocks as ``omni.layers`` wants them."""
+        return ThinkerArchitecture(
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            d_ff=self.d_ff,
+            dropout=self.dropout,
+            rope_theta=self.rope_theta,
+            use_gqa=self.use_gqa,
+            kv_groups=self.kv_groups,
+        )
+
+    @model_validator(mode="after")
+    def _talker_sizes_fit(self) -> Self:
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f'key "d_model": expected an even multiple of n_heads {self.n_heads}, found {self.d_model}'
+            )
+        if self.use_gqa and self.n_heads % self.kv_groups:
+            raise ValueError(f'key "kv_groups": expected a divisor of n_heads {self.n_heads}, found {self.kv_groups}')
+        return self
+
+
+class TalkerConfig(TalkerArchitecture, CodecArchitecture, SpeechManifest, StageConfig):
+    """Stage D, ``train_talker.py``: the codec first, then the talker."""
+
+    OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
+        "use_swiglu": "the MLP is always SwiGLU, as in Qwen3",
+    }
+
+    codec_ckpt: str | None = free(None, description="folder with an rvq_codec.pt to use; default: one is trained first")
+    codec_steps: int = free(5000, ge=1, description="optimizer updates of the codec, before those of the talker")
+    codec_lr: float = free(1e-3, gt=0, description="the codec's peak learning rate")
+    codec_warmup_steps: int = free(100, ge=0)
+    codec_batch_size: int = Field(16, ge=1)
+    frame_dropout: float = Field(0.1, ge=0, lt=1, description="share of the frames hidden from the talker in training")
+    audio_ckpt: str | None = free(None, description="folder of stage B, whose model listens to what is said")
+    vocoder_ckpt: str | None = free(None, description="folder of stage F; default: Griffin-Lim")
+    val_sentences: int = free(100, ge=1, description="held-out sentences said in each validation, and listened to")
+
+    @property
+    def codec(self) -> CodecConfig:
+        keys = {key: getattr(self, key) for key in CodecConfig.model_fields}
+        keys |= {
+            "lr": self.codec_lr,
+            "warmup_steps": self.codec_warmup_steps,
+            "max_steps": self.codec_steps,
+            "batch_size": self.codec_batch_size,
+        }
+        return CodecConfig(**keys)
+
+    def check_files(self) -> None:
+        super().check_files()
+        for key, file, remedy in (
+            ("codec_ckpt", "rvq_codec.pt", "Leave the key out to train a codec first"),
+            ("audio_ckpt", "audio_enc.pt", "Train stage B first, or leave the key out: no word error rates then"),
+            ("vocoder_ckpt", "hifigan.pt", "Train stage F first, or leave the key out: Griffin-Lim then"),
+        ):
+            folder = getattr(self, key)
+            if folder is not None and not os.path.isfile(os.path.join(folder, file)):
+                raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
+
+
 class VisionConfig(StageConfig):
     """Stage C, ``train_vision.py``: a ViT, and what reads the captions that it is trained against."""
 
@@ -387,6 +531,112 @@ class OcrConfig(OcrArchitecture, StageConfig):
         None, hint=_OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
     )
     image_root: str | None = free(None, description="folder of the images; default: that of the CSV")
+
+
+class VocoderConfig(StageConfig):
+    """Stage F, ``train_vocoder.py``: the generator of HiFi-GAN, and the discriminators that it is trained against."""
+
+    OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
+        "lr": "lr_g and lr_d are the peak learning rates",
+    }
+
+    train_csv: str = input_file("data/audio/tts.csv", hint=_TTS_HINT, description="manifest with the column wav")
+    val_csv: str | None = input_file(
+        None, hint=_TTS_HINT, description="held-out manifest; default: val_split of train_csv's rows"
+    )
+    val_clips: int = free(32, ge=1, description="held-out clips that are validated on, evenly spaced in their file")
+    max_clip_s: float = free(60.0, gt=0, description="seconds; a longer recording is a bad row")
+    codec_ckpt: str | None = free(
+        None, description="folder of stage D: learn to vocode what its codec makes of the log-mels"
+    )
+
+    # Log-mels: those of the codec
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    n_mels: int = Field(80, ge=8, description="mel channels")
+    n_fft: int = Field(1024, ge=16)
+    win_length: int = Field(640, ge=16, description="samples of a mel frame's window")
+    hop_length: int = Field(160, ge=4, description="samples from one mel frame to the next")
+
+    # Generator
+    upsample_rates: list[int] = Field([5, 4, 4, 2], description="their product is hop_length")
+    upsample_kernel_sizes: list[int] | None = Field(None, description="default: twice the rates, made even with them")
+    upsample_initial_channel: int = Field(512, ge=2, description="halved by every upsampling")
+    resblock_kernel_sizes: list[int] = [3, 7, 11]
+    resblock_dilation_sizes: list[list[int]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
+
+    # Discriminators
+    mpd_periods: list[int] = Field([2, 3, 5, 7, 11], description="samples; one discriminator for each")
+    msd_num_scales: int = Field(3, ge=0, description="discriminators of the waveform at full, half, quarter ... rate")
+    disc_channels: int = Field(32, description="of the first layer of a period's discriminator; the others follow it")
+
+    # Optimisation
+    segment_samples: int = Field(8000, description="length of the random segments trained on, a multiple of hop_length")
+    lr_g: float = free(2e-4, gt=0, description="peak learning rate of the generator")
+    lr_d: float = free(2e-4, gt=0, description="peak learning rate of the discriminators")
+    wd: float = free(0.01, ge=0, description="AdamW weight decay")
+    max_grad_norm: float = free(1000.0, gt=0)
+    lambda_mel: float = free(45.0, ge=0, description="weight of the mean difference of the log-mels")
+    lambda_fm: float = free(2.0, ge=0, description="weight of the difference in the discriminators' features")
+    lambda_adv: float = free(1.0, ge=0, description="weight of deceiving the discriminators")
+    adv_start_step: int = free(
+        0, ge=0, description="until this step the log-mels alone teach, at half the cost of a step"
+    )
+
+    @property
+    def kernel_sizes(self) -> list[int]:
+        """Of the upsampling: as given, or by default about two inputs wide."""
+        return self.upsample_kernel_sizes or [2 * rate + rate % 2 for rate in self.upsample_rates]
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        rates, hop, stages = self.upsample_rates, self.hop_length, len(self.upsample_rates)
+        if not rates or min(rates) < 1 or math.prod(rates) != hop:
+            raise ValueError(f'key "upsample_rates": expected numbers whose product is hop_length {hop}, found {rates}')
+        fits = [
+            kernel >= rate and (kernel - rate) % 2 == 0 for kernel, rate in zip(self.kernel_sizes, rates, strict=False)
+        ]
+        if len(self.kernel_sizes) != stages or not all(fits):
+            raise ValueError(
+                f'key "upsample_kernel_sizes": expected {stages} numbers, each larger than its rate in {rates} by an '
+                f"even number, found {self.upsample_kernel_sizes}"
+            )
+        if self.upsample_initial_channel % 2**stages:
+            raise ValueError(
+                f'key "upsample_initial_channel": expected a multiple of {2**stages} (halved {stages} times), '
+                f"found {self.upsample_initial_channel}"
+            )
+        kernels, dilations = self.resblock_kernel_sizes, self.resblock_dilation_sizes
+        if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f'key "resblock_kernel_sizes": expected odd numbers, found {kernels}')
+        if len(dilations) != len(kernels) or any(not row or min(row) < 1 for row in dilations):
+            raise ValueError(
+                f'key "resblock_dilation_sizes": expected {len(kernels)} lists (one for each of '
+                f"resblock_kernel_sizes) of positive numbers, found {dilations}"
+            )
+        if not hop <= self.win_length <= self.n_fft:
+            raise ValueError(
+                f'key "win_length": expected hop_length {hop} to n_fft {self.n_fft}, found {self.win_length}'
+            )
+        if self.segment_samples % hop or self.segment_samples < self.win_length:
+            raise ValueError(
+                f'key "segment_samples": expected a multiple of hop_length {hop}, at least win_length '
+                f"{self.win_length}, found {self.segment_samples}"
+            )
+        if any(period < 1 for period in self.mpd_periods):
+            raise ValueError(f'key "mpd_periods": expected positive numbers, found {self.mpd_periods}')
+        if not self.mpd_periods and not self.msd_num_scales:
+            raise ValueError('key "mpd_periods": expected a period, or msd_num_scales above 0, found neither')
+        if self.disc_channels < 4 or self.disc_channels % 4:
+            raise ValueError(f'key "disc_channels": expected a multiple of 4, found {self.disc_channels}')
+        return self
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.codec_ckpt is not None and not os.path.isfile(os.path.join(self.codec_ckpt, "rvq_codec.pt")):
+            raise UserError(
+                f'key "codec_ckpt": expected a folder with rvq_codec.pt, found none at {self.codec_ckpt}. '
+                "Train stage D first (train_talker.py)"
+            )
 
 
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:

@@ -33,7 +33,8 @@ class Phase:
     """One module with its optimizer: what one optimizer update belongs to.
 
     ``loss`` is called with the module to run (under torchrun its DDP wrapper) and a micro-batch. It may read other
-    phases' modules; only this phase's parameters are updated.
+    phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
+    averages; it gets 1.0 on the device, or 0.0 if the step's update was not made.
     """
 
     name: str
@@ -41,19 +42,20 @@ class Phase:
     optimizer: torch.optim.Optimizer
     loss: LossFunction
     peak_lr: float
+    after_update: Callable[[Tensor], None] | None = None
 
 
 @dataclass
 class Validation:
     """How a stage is judged.
 
-    ``sums`` maps (module, batch on the device) to scalars that add up over batches and processes; ``metrics`` turns
-    their totals into what is reported, among it the stage's ``best_metric``.
+    ``sums`` maps (module, batch on the device) to tensors that add up over batches and processes; ``metrics`` turns
+    their totals, numbers where they are scalars, into what is reported, among it the stage's ``best_metric``.
     """
 
     dataset: ResumableDataset
     sums: Callable[[nn.Module, dict], dict[str, Tensor]]
-    metrics: Callable[[dict[str, float]], dict[str, float]]
+    metrics: Callable[[dict[str, float | Tensor]], dict[str, float]]
 
 
 @dataclass
@@ -169,7 +171,7 @@ class _Training:
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
         total = run.sum_over_ranks(torch.tensor(float(sum(batch["weight"] for batch in micro_batches)))).item()
         shares = [batch["weight"] / total for batch in micro_batches]
-        micro_batches = [to_device(batch, run.device) for batch in micro_batches]
+        micro_batches = [to_device(batch, run.device) | {"step": self.progress.step} for batch in micro_batches]
         finite = torch.ones((), device=run.device)
         for phase in self.phases:
             model = self.models[phase.name]
@@ -198,6 +200,8 @@ class _Training:
                 logged.append(({f"{label}{name}": value for name, value in scalars.items()}, share))
             loss_sum = run.sum_over_ranks(loss_sum)
             norm, ok = self._update(phase, loss_sum)
+            if phase.after_update is not None:
+                phase.after_update(ok)
             finite = finite * ok
             # an update that was not made leaves no mark in the averages either
             logged.append(({f"{label}loss": loss_sum / world, f"{label}grad_norm": norm / world}, 1.0))
@@ -268,19 +272,23 @@ class _Training:
                 self._note_bad_rows(batch)
                 if not batch["weight"]:
                     continue
+                batch = to_device(batch, run.device) | {"step": progress.step}
                 with run.autocast():
-                    sums = self.validation.sums(module, to_device(batch, run.device))
+                    sums = self.validation.sums(module, batch)
                 for key, value in sums.items():
                     totals[key] = totals.get(key, 0.0) + value.double().cpu()
         if stopping:
             self._stop()  # out here, where the random states are those of training; the next run validates again
         self._share_bad_rows()
-        keys = sorted(set().union(*run.gather(list(totals))))  # a process may have had no batch of its own
-        if not keys:
+        shapes: dict[str, tuple] = {}  # a process may have had no batch of its own
+        for found in run.gather({key: tuple(value.shape) for key, value in totals.items()}):
+            shapes |= found
+        if not shapes:
             raise UserError("validation: not one row of the held-out data can be used")
-        zero = torch.zeros((), dtype=torch.float64)
-        values = run.sum_over_ranks(torch.stack([totals.get(key, zero) for key in keys])).tolist()
-        progress.metrics = self.validation.metrics(dict(zip(keys, values, strict=True)))
+        for key, shape in sorted(shapes.items()):
+            total = run.sum_over_ranks(totals.get(key, torch.zeros(shape, dtype=torch.float64)))
+            totals[key] = total if shape else total.item()
+        progress.metrics = self.validation.metrics(totals)
         progress.validated_step = progress.step
         best = progress.best_metrics.get(name)
         improved = best is None or math.isnan(best) or progress.metrics[name] < best

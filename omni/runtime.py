@@ -287,6 +287,7 @@ class Run:
         self.bar: tqdm | None = None
         self.lock: FolderLock | None = None
         self._log_file = self._metrics_file = self._tensorboard = None
+        self._is_part = False
         self._pending = list(notices)  # lines that wait for training.log to be opened
         if config.use_amp and self.amp_dtype is None:
             self._pending.append(f"use_amp: {self.device} has no fast half-precision arithmetic, using float32")
@@ -322,13 +323,29 @@ class Run:
     def __exit__(self, *exception) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        self._close_logs()
+        if self.lock is not None:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def part(self, config: StageConfig, stage: Stage):
+        """Inside the block, the run is another training in the same folder, with step files, a final file and rows of
+        metrics.jsonl of its own: for a stage that trains one model after the other."""
+        whole = self.config, self.stage, self._is_part
+        self.config, self.stage, self._is_part = config, stage, True
+        try:
+            yield self
+            self._close_logs()
+        finally:
+            self.config, self.stage, self._is_part = whole
+
+    def _close_logs(self) -> None:
         if self.bar is not None:
             self.bar.close()
         for stream in (self._tensorboard, self._metrics_file, self._log_file):
             if stream is not None:
                 stream.close()
-        if self.lock is not None:
-            self.lock.release()
+        self.bar = self._tensorboard = self._metrics_file = self._log_file = None
 
     # Signals -----------------------------------------------------------------------------------------------------
 
@@ -426,7 +443,8 @@ class Run:
     # Logs --------------------------------------------------------------------------------------------------------
 
     def open_logs(self, step: int) -> None:
-        """Open training.log, metrics.jsonl and TensorBoard; rows after ``step`` are of a lost future and go."""
+        """Open training.log, metrics.jsonl and TensorBoard; this training's rows after ``step`` are of a lost future
+        and go."""
         if not self.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and a finished run does not need it
@@ -434,12 +452,15 @@ class Run:
         self._log_file = open(self.save_dir / "training.log", "a", encoding="utf-8", buffering=1)
         path = self.save_dir / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_row_until(line, step)]
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _is_row_until(line, self.stage.name, step)]
             checkpoint.replace_file(path, lambda file: file.writelines(kept))
         self._metrics_file = open(path, "a", encoding="utf-8", buffering=1)
-        self._tensorboard = SummaryWriter(self.save_dir / "tensorboard", purge_step=step + 1)
+        folder = self.save_dir / "tensorboard"
+        self._tensorboard = SummaryWriter(folder / self.stage.name if self._is_part else folder, purge_step=step + 1)
         for line in self._pending:
             self._write_log(line)
+        self._pending = []
 
     def log(self, message: str) -> None:
         """One line to stdout, and to training.log once that is open. Rank 0 only."""
@@ -462,10 +483,20 @@ class Run:
         """One row of metrics.jsonl, and the same values to TensorBoard under ``kind/``. Rank 0 only."""
         if not self.is_main:
             return
-        row = {"kind": kind, "step": step, "epoch": epoch} | values
+        row = {"stage": self.stage.name, "kind": kind, "step": step, "epoch": epoch} | values
         self._metrics_file.write(json.dumps(row) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def record_media(
+        self, step: int, name: str, sounds: dict[str, torch.Tensor], sample_rate: int, picture: np.ndarray
+    ) -> None:
+        """Waveforms (S,) by name and a picture (height, width, 3) uint8 of them, to TensorBoard. Rank 0 only."""
+        if not self.is_main:
+            return
+        self._tensorboard.add_image(f"{name}/log_mel", picture, step, dataformats="HWC")
+        for sound, waveform in sounds.items():
+            self._tensorboard.add_audio(f"{name}/{sound}", waveform, step, sample_rate=sample_rate)
 
     def start_bar(self, total_steps: int, step: int) -> None:
         """A progress bar that stands where the run stands; none where nobody watches."""
@@ -473,8 +504,9 @@ class Run:
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
-def _is_row_until(line: bytes, step: int) -> bool:
+def _is_row_until(line: bytes, stage: str, step: int) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        row = json.loads(line)
+        return row["stage"] != stage or row["step"] <= step
     except (ValueError, KeyError, TypeError):  # the row that a kill cut short, or no row of ours
         return False

@@ -3,7 +3,11 @@
     python scripts/evaluate.py text      --ckpt_dir checkpoints/thinker_demo   --data data/text/tiny_corpus.val.txt
     python scripts/evaluate.py audio_enc --ckpt_dir checkpoints/audio_enc_demo --data data/audio/asr.val_voices.csv
     python scripts/evaluate.py vision    --ckpt_dir checkpoints/vision_demo    --data data/images/annotations.val.json
+    python scripts/evaluate.py codec     --ckpt_dir checkpoints/talker_demo    --data data/audio/tts.val.csv
+    python scripts/evaluate.py talker    --ckpt_dir checkpoints/talker_demo    --data data/audio/tts.val.csv \\
+        --audio_ckpt checkpoints/audio_enc_demo --vocoder_ckpt checkpoints/vocoder_demo
     python scripts/evaluate.py ocr       --ckpt_dir checkpoints/ocr_demo       --data data/ocr/ocr.val.csv
+    python scripts/evaluate.py vocoder   --ckpt_dir checkpoints/vocoder_demo   --data data/audio/tts.val.csv
 
 The figures are computed by the code that validates in training. A row that cannot be used is left out, named on
 stderr and counted; nothing is written. --show prints some items beside what the model makes of them.
@@ -30,7 +34,8 @@ from omni.asr import COLUMNS, Utterances, error_counts
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.checkpoint import load_stage
-from omni.config import StageConfig
+from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
+from omni.config import CodecConfig, StageConfig
 from omni.corpus import IGNORE, read_chunks, split_samples
 from omni.data import ResumableDataset, build_loader
 from omni.errors import UserError
@@ -39,9 +44,12 @@ from omni.loop import to_device
 from omni.manifest import Rows, load_manifest
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.runtime import OneLineErrors, launch, pick_device
+from omni.speech import Listener, Speaker, read_recordings, word_error_rates, word_errors
+from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums, text_symbols
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import load_vision_encoder
+from omni.vocoder import Clips, VocoderScore, clip_columns, load_codec_of, load_vocoder
 from train_text import text_metrics, text_sums
 
 
@@ -140,6 +148,49 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
     return judgement
 
 
+def judge_codec(args: argparse.Namespace, device: torch.device) -> Judgement:
+    codec = load_codec(args.ckpt_dir, device)
+    config = CodecConfig.model_validate(load_stage(args.ckpt_dir, "rvq_codec", "rvq_codec.pt")["config"])
+    manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
+    judgement, totals = judge_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
+    judgement.metrics = codec_metrics(totals)
+    return judgement
+
+
+def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
+    """How sure the talker is of the recordings' codes; with a listener, also the word error rates of the recordings,
+    of what vocoder and codec make of them, and of what the talker says."""
+    speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, device)
+    listener = Listener(args.audio_ckpt, device) if args.audio_ckpt else None
+    manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    judgement, totals, counts = Judgement(), {}, {}
+    rows = first_rows(len(manifest), args)
+    for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
+        read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], judgement.left_out)
+        if not read:
+            continue
+        texts, recordings = zip(*read, strict=True)
+        judgement.rows += len(texts)
+        utterances = [Utterance(text, text_symbols(text), speaker.encode(one)) for text, one in read]
+        add(totals, talker_sums(speaker.talker, to_device(collate_utterances(utterances), device)))
+        if listener is None:
+            continue
+        versions = [speaker.versions(recording) for recording in recordings]
+        sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
+        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
+        for kind, waveforms in sounds.items():
+            heard = listener.transcribe(waveforms, speaker.spec.sample_rate)
+            counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
+        judgement.shown += list(zip(texts, heard, strict=True))
+    if not judgement.rows:
+        where, why = next(iter(judgement.left_out.items()))
+        raise UserError(f"{args.data}: not one of its {len(rows)} rows can be used. {where}: {why}")
+    judgement.metrics = talker_metrics(totals) | word_error_rates(counts)
+    judgement.shown = judgement.shown[: args.show]
+    return judgement
+
+
 def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
     model = load_ocr(args.ckpt_dir, device)
     config = model.arch.model_copy(update={"image_root": args.image_root})
@@ -153,11 +204,32 @@ def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
     return judgement
 
 
+def judge_vocoder(args: argparse.Namespace, device: torch.device) -> Judgement:
+    model = load_vocoder(args.ckpt_dir, device)
+    columns = clip_columns(args.data)
+    manifest = load_manifest(args.data, columns, columns[-1], cache_dir=args.cache_dir, log=to_stderr)
+    codec = load_codec_of(model.config)
+    rows = Clips(manifest, first_rows(len(manifest), args), model.config, training=False, codec=codec)
+    score = VocoderScore(model.config)
+    judgement, totals = judge_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
+    judgement.metrics = score.metrics(totals)
+    for row in range(min(args.show, len(rows))):
+        batch = rows.batch(np.array([row]), epoch=0) | {"rows": [row]}
+        if batch["weight"]:
+            found = score.metrics(score.sums(model, to_device(batch, device)))
+            said = f"mel L1 {found['mel_l1']:.3f}, Griffin-Lim {found['mel_l1_griffin_lim']:.3f}"
+            judgement.shown.append((manifest[row]["wav"], said))
+    return judgement
+
+
 STAGES = {
     "text": (judge_text, "thinker", "thinker.pt"),
     "audio_enc": (judge_audio_enc, "audio_enc", "audio_enc.pt"),
     "vision": (judge_vision, "vision", "vision.pt"),
+    "codec": (judge_codec, "rvq_codec", "rvq_codec.pt"),
+    "talker": (judge_talker, "talker", "talker.pt"),
     "ocr": (judge_ocr, "ocr", "ocr.pt"),
+    "vocoder": (judge_vocoder, "hifigan", "hifigan.pt"),
 }
 
 # --- what they share ------------------------------------------------------------------------------------------------
@@ -190,9 +262,9 @@ def judge_rows(
     return judgement, totals
 
 
-def add(totals: dict[str, float], sums: dict[str, Tensor]) -> None:
+def add(totals: dict[str, float | Tensor], sums: dict[str, Tensor]) -> None:
     for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + float(value)
+        totals[name] = totals.get(name, 0.0) + (value.double().cpu() if value.dim() else float(value))
 
 
 def first_rows(count: int, args: argparse.Namespace) -> np.ndarray:
@@ -213,6 +285,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=Path, help="text lines, CSV, JSON or JSONL, as in training")
     parser.add_argument("--image_root", help="folder of the pictures (default: that of --data)")
     parser.add_argument("--thinker_ckpt", help="vision: where the Thinker that reads the captions is now")
+    parser.add_argument("--audio_ckpt", help="talker: folder of stage B, whose model listens")
+    parser.add_argument("--vocoder_ckpt", help="talker: folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--beam", type=int, default=1, help="audio_enc: width of the beam search (1: greedy)")
     parser.add_argument("--limit", type=int, help="judge the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")

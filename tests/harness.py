@@ -222,6 +222,11 @@ def trained_weights(training: Training) -> dict:
     return {k: v for k, v in training.final_file()["model"].items() if not k.endswith("k_proj.bias")}
 
 
+def losses(row: dict) -> dict:
+    """Of a row of metrics: the loss, or that of each phase."""
+    return {name: value for name, value in row.items() if name == "loss" or name.endswith("_loss")}
+
+
 def differences(one, other, where: str = "") -> list[str]:
     """Paths at which two nested structures differ, tensors by ``torch.equal``."""
     if isinstance(one, dict) and isinstance(other, dict):

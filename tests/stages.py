@@ -9,8 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import torch
 from harness import Training
 from PIL import Image
+
+from omni import checkpoint
+from omni.codec import Codec
+from omni.config import CodecConfig
 
 WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 
@@ -26,9 +31,11 @@ class StageCase:
     size_key: str  # a key that sets the model's size
     data_key: str  # the key that names the data file
     contrastive: bool = False  # the loss of a micro-batch is not the mean over its samples
+    draws: bool = True  # training draws random numbers, beside those that are keyed by the row
 
     def training(self, folder: Path, *, save_dir: str = "run", **keys) -> Training:
         """This stage in ``folder``; the data are made there when first asked for."""
+        keys = {key: value for key, value in keys.items() if key != "dropout" or key in self.config}  # not all have it
         config = self.config | self.make_data(folder) | {"save_dir": str(folder / save_dir)} | keys
         return Training(self.script, self.prefix, self.final, folder, config)
 
@@ -84,6 +91,45 @@ def make_signs(folder: Path, signs: int = 24) -> dict:
         write_csv(path, rows)
     return {"train_csv": str(path), "image_root": str(folder)}
 
+
+def make_clips(folder: Path, clips: int = 24) -> dict:
+    """Short tones with overtones, with texts, of which two clips have the same."""
+    path = folder / "clips.csv"
+    if not path.exists():
+        rng, rows = np.random.default_rng(5), []
+        for i in range(clips):
+            phase = 2 * np.pi * rng.uniform(100, 300) / 16_000 * np.arange(rng.integers(1700, 2600))
+            tone = sum(np.sin(overtone * phase) / overtone for overtone in range(1, 6))
+            soundfile.write(folder / f"clip{i}.wav", 0.2 * tone + 0.01 * rng.standard_normal(len(tone)), 16_000)
+            rows.append({"wav": f"clip{i}.wav", "text": f"{WORDS[i // 2]} tone"})
+        write_csv(path, rows)
+    return {"train_csv": str(path)}
+
+
+def make_sentences(folder: Path, clips: int = 24) -> dict:
+    """A tone per letter, as clips with their texts; and a codec, as good as chance has made it."""
+    path = folder / "tts.csv"
+    if not path.exists():
+        rng, rows = np.random.default_rng(5), []
+        for i in range(clips):
+            text = f"{WORDS[i % len(WORDS)]} {WORDS[int(rng.integers(len(WORDS)))]}"
+            tones = [np.sin(np.arange(800) * (0.1 + 0.03 * (ord(letter) - 97))) for letter in text]
+            waveform = 0.3 * np.concatenate(tones)
+            soundfile.write(folder / f"{i}.wav", waveform + 0.01 * rng.standard_normal(len(waveform)), 16_000)
+            rows.append({"text": text, "wav": f"{i}.wav"})
+        write_csv(path, rows)
+        torch.manual_seed(5)
+        config = CodecConfig(save_dir="-", tts_csv="-", max_steps=1, **SMALL_CODEC)
+        payload = {"format": 1, "stage": "codec", "config": config.model_dump(), "step": 1, "metrics": {}}
+        (folder / "codec").mkdir()
+        checkpoint.save(folder / "codec" / "rvq_codec.pt", payload | {"model": Codec(config).state_dict()})
+    return {"tts_csv": str(path), "codec_ckpt": str(folder / "codec")}
+
+
+SMALL_CODEC = {
+    "codebooks": 2, "codebook_size": 8, "codec_d_model": 16, "codec_d_ff": 32, "codec_layers": 1, "codec_latent": 8,
+    "codec_smoother_layers": 1,
+}  # fmt: skip
 
 # what all of them share: a training of seconds, with several epochs, validations and checkpoints
 SHORT = {
@@ -149,4 +195,37 @@ OCR = StageCase(
     data_key="train_csv",
 )  # fmt: skip
 
-STAGES = [TEXT, AUDIO_ENC, VISION, OCR]
+VOCODER = StageCase(
+    name="vocoder",
+    script="train_vocoder.py",
+    prefix="hifigan",
+    final="hifigan.pt",
+    config={key: value for key, value in SHORT.items() if key not in ("lr", "dropout")}
+    | {
+        "n_mels": 20, "upsample_rates": [16, 10], "upsample_initial_channel": 16, "resblock_kernel_sizes": [3],
+        "resblock_dilation_sizes": [[1, 3]], "mpd_periods": [2, 3], "msd_num_scales": 1, "disc_channels": 4,
+        "segment_samples": 800, "lr_g": 1e-3, "lr_d": 1e-3, "adv_start_step": 4,
+    },
+    make_data=make_clips,
+    size_key="upsample_initial_channel",
+    data_key="train_csv",
+    draws=False,
+)  # fmt: skip
+
+TALKER = StageCase(
+    name="talker",
+    script="train_talker.py",
+    prefix="talker",
+    final="talker.pt",
+    config=SHORT
+    | SMALL_CODEC
+    | {
+        "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
+        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "lr": 3e-3,
+    },
+    make_data=make_sentences,
+    size_key="d_ff",
+    data_key="tts_csv",
+)  # fmt: skip
+
+STAGES = [TEXT, AUDIO_ENC, VISION, OCR, VOCODER, TALKER]

@@ -14,6 +14,7 @@ from harness import ROOT
 from omni.audio import (
     MelSpec,
     audio_duration,
+    griffin_lim,
     load_audio,
     log_mel,
     mel_filters,
@@ -180,6 +181,45 @@ def test_the_gradient_is_right_and_finite_in_silence():
     waveform.grad = None
     log_mel(waveform, MEL)[12:].sum().backward()
     assert (waveform.grad * direction).sum().item() == pytest.approx(slope.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("mel", [MEL, MelSpec(n_mels=128), MelSpec(24_000, 1024, 1024, 256, 80, 0.0, 12_000.0)])
+def test_griffin_lim_sounds_like_its_log_mels(mel):
+    loud = 0.02 + torch.arange(61 * mel.hop_length) // (5 * mel.hop_length) % 2
+    bursts = loud * noise(61 * mel.hop_length)
+    target = log_mel(bursts, mel)
+    waveform = griffin_lim(target, mel)
+    assert waveform.shape == bursts.shape and waveform.dtype == torch.float32
+    # the frames stand where they stood: half a hop earlier or later is much worse
+    apart = [
+        (log_mel(waveform.roll(shift), mel) - target)[3:-3].abs().mean()
+        for shift in (-mel.hop_length // 2, 0, mel.hop_length // 2)
+    ]
+    assert apart[1] < 0.25 and min(apart[0], apart[2]) > 2 * apart[1]
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 50])
+def test_griffin_lim_has_a_hop_for_every_frame_in_any_shape(frames):
+    log_mels = log_mel(noise(6 * frames * 160).view(2, 3, frames * 160), MEL)
+    waveforms = griffin_lim(log_mels, MEL, n_iter=4)
+    assert waveforms.shape == (2, 3, frames * 160) and waveforms.isfinite().all()
+    assert waveforms[1, 2].shape == griffin_lim(log_mels[1, 2], MEL, n_iter=4).shape
+    apart = (log_mel(waveforms, MEL) - log_mels).abs().mean(dim=(2, 3))
+    assert apart.max() < 1, "each from its own log-mels"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(griffin_lim(log_mels, MEL, n_iter=4), waveforms)
+
+
+def test_griffin_lim_draws_no_random_numbers_and_keeps_silence_silent():
+    state = torch.get_rng_state()
+    target = log_mel(noise(8000), MEL)
+    first = griffin_lim(target, MEL)
+    torch.manual_seed(1)
+    assert torch.equal(griffin_lim(target, MEL), first)
+    torch.set_rng_state(state)
+    griffin_lim(target, MEL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert griffin_lim(torch.full((20, 80), -11.5), MEL).abs().max() < 1e-4
 
 
 def test_normalised_features_do_not_know_how_loud_it_was():

@@ -6,17 +6,32 @@ import pytest
 from harness import ROOT, kill_at
 from stages import STAGES
 
-from omni.config import AudioEncoderConfig, OcrConfig, TextConfig, VisionConfig, load_config
+from omni.config import (
+    AudioEncoderConfig,
+    OcrConfig,
+    TalkerConfig,
+    TextConfig,
+    VisionConfig,
+    VocoderConfig,
+    load_config,
+)
 from omni.errors import UserError
 
-CONFIGS = {"thinker": TextConfig, "audio_enc": AudioEncoderConfig, "vision": VisionConfig, "ocr": OcrConfig}
+CONFIGS = {
+    "thinker": TextConfig,
+    "audio_enc": AudioEncoderConfig,
+    "vision": VisionConfig,
+    "ocr": OcrConfig,
+    "vocoder": VocoderConfig,
+    "talker": TalkerConfig,
+}
 
 BAD = {
     "unknown key": ({"chekpoint_freq": 5}, ['unknown key "chekpoint_freq"', 'Did you mean "checkpoint_freq"?']),
     "wrong type": ({"batch_size": "eight"}, ['"batch_size"', "integer", '"eight"']),
     "float for int": ({"batch_size": 2.5}, ['"batch_size"', "integer", "2.5"]),
     "out of range": ({"val_split": 1.5}, ['"val_split"', "less than 1", "1.5"]),
-    "bool for number": ({"lr": True}, ['"lr"', "number", "true"]),
+    "bool for number": ({"wd": True}, ['"wd"', "number", "true"]),
     "no duration": ({"max_epochs": None}, ["max_steps", "max_epochs"]),
     "batch larger than the data": ({"batch_size": 100_000}, ["samples", "100000", "batch_size"]),
 }

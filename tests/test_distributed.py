@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from harness import ROOT, SLOW, TRACE, Training, differences, kill_at, trained_weights
+from harness import ROOT, SLOW, TRACE, Training, differences, kill_at, losses, trained_weights
 from stages import STAGES
 
 
@@ -45,7 +45,7 @@ def test_two_processes_agree_with_one(stage, tmp_path):
         rows = sum(eval(trace[step, 0]) + eval(trace[step, 1]), [])
         assert sorted(rows) == sorted(sum(eval(one.trace()[step, 0]), []))
     for a, b in zip(one.metrics() + one.metrics("val"), two.metrics() + two.metrics("val"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3)
+        assert losses(a) == pytest.approx(losses(b), rel=2e-3)
     for name, weight in trained_weights(one).items():
         torch.testing.assert_close(weight, two.final_file()["model"][name], rtol=5e-3, atol=5e-4)
 

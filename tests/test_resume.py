@@ -105,6 +105,8 @@ torch.optim.AdamW.load_state_dict = lambda self, state: None
 
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
 def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
+    if "set_rng_state" in mutation and not stage.draws:
+        pytest.skip("draws no random numbers that would have to be restored")
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
     killed = reference.changed(save_dir="killed")

@@ -14,12 +14,15 @@ import sys
 import traceback
 
 import jiwer  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401
 import numpy  # noqa: F401
 import PIL.Image  # noqa: F401
 import soundfile  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
+import torchaudio.functional  # noqa: F401
 
 import omni.corpus
 import omni.loop

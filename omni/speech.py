@@ -1,0 +1,245 @@
+"""From text to sound: talker, codec and vocoder put together, at once for many texts or in pieces as they come.
+
+And the judge of it: a recogniser writes down what it hears.
+"""
+
+# B utterances, N codes in time, T mel frames, M mel channels, S samples, Q codebooks
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.asr import error_counts
+from omni.audio import griffin_lim, load_audio, log_mel, normalise_features, resample
+from omni.audio_encoder import load_audio_encoder, transcribe
+from omni.audio_encoder import mel_spec as recogniser_mel_spec
+from omni.codec import Codec, load_codec, mel_spec
+from omni.ctc import normalise_text
+from omni.errors import UserError
+from omni.manifest import BadRow, Manifest
+from omni.talker import Talker, load_talker, talker_metrics, talker_sums, text_symbols
+from omni.vocoder import Generator, load_vocoder
+from omni.vocoder import mel_spec as vocoder_mel_spec
+
+MAX_SECONDS = 60.0
+FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time whose sound is handed out together
+_BATCH = 16  # recordings that are transcribed at a time
+
+
+class Speaker:
+    """Says texts.
+
+    Args:
+        vocoder: None: Griffin-Lim.
+    """
+
+    def __init__(self, talker: Talker, codec: Codec, vocoder: Generator | None = None) -> None:
+        self.talker, self.codec, self.vocoder = talker, codec, vocoder
+        self.spec = mel_spec(codec.arch)
+        if vocoder is not None and vocoder_mel_spec(vocoder.config) != self.spec:
+            raise UserError(
+                f"the vocoder was trained on other log-mels than the codec: {vocoder_mel_spec(vocoder.config)}, "
+                f"expected {self.spec}"
+            )
+        self.code_s = codec.arch.frame_ms / 1000
+
+    @classmethod
+    def load(cls, folder: str | Path, vocoder_folder: str | Path | None, device: torch.device) -> "Speaker":
+        """What stage D, and if given stage F, left in their folders.
+
+        Raises:
+            UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
+        """
+        vocoder = None if vocoder_folder is None else load_vocoder(vocoder_folder, device)[0]
+        return cls(load_talker(folder, device), load_codec(folder, device), vocoder)
+
+    # Many texts at once ------------------------------------------------------------------------------------------
+
+    def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
+        """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
+        symbols = [text_symbols(text) for text in texts]
+        sampling.setdefault("max_frames", self.max_frames(max(map(len, symbols))))
+        frames, going_on = [], []
+        for codes, still in self.talker.generate(symbols, **sampling):
+            frames.append(codes)
+            going_on.append(still)
+        if not frames:
+            return [torch.zeros(0, self.talker.codebooks, dtype=torch.int64) for _ in texts]
+        lengths = torch.stack(going_on).sum(dim=0).tolist()
+        return [codes[:length] for codes, length in zip(torch.stack(frames, dim=1), lengths, strict=True)]
+
+    def max_frames(self, n_bytes: int) -> int:
+        """Frames after which an utterance that has not ended is cut: three times the average pace, and a second."""
+        return min(
+            int(MAX_SECONDS / self.code_s), int(3 * n_bytes * self.talker.arch.frames_per_byte + 1 / self.code_s)
+        )
+
+    def waveform(self, codes: Tensor) -> Tensor:
+        """The sound (S,) of codes (N, Q)."""
+        if not len(codes):
+            return torch.zeros(0)
+        return self.vocode(self.codec.decode(codes[None])[0])
+
+    @torch.no_grad()
+    def vocode(self, log_mels: Tensor) -> Tensor:
+        """The sound (S,) of log-mels (T, M), S = T * hop_length, on the CPU."""
+        with torch.autocast(log_mels.device.type, enabled=False):
+            return (griffin_lim(log_mels, self.spec) if self.vocoder is None else self.vocoder.vocode(log_mels)).cpu()
+
+    def encode(self, recording: Tensor) -> Tensor:
+        """The codes (N, Q) of a recording (S,)."""
+        log_mels = log_mel(recording, self.spec).to(self.codec.mel_mean.device)
+        return self.codec.encode_one(log_mels).cpu()
+
+    @torch.no_grad()
+    def versions(self, recording: Tensor) -> dict[str, Tensor]:
+        """A recording (S,), and what becomes of it as log-mels (``vocoded``) and as codes (``codec``)."""
+        log_mels = log_mel(recording, self.spec).to(self.codec.mel_mean.device)
+        coded = self.codec.resynthesise(log_mels)
+        return {"recordings": recording, "vocoded": self.vocode(log_mels), "codec": self.vocode(coded)}
+
+    # One text, piece by piece ------------------------------------------------------------------------------------
+
+    def stream(self, text: str, **sampling) -> Iterator[np.ndarray]:
+        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it.
+
+        The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
+        without a vocoder there is one piece.
+        """
+        symbols = text_symbols(text)
+        sampling.setdefault("max_frames", self.max_frames(len(symbols)))
+        codes: list[Tensor] = []
+        done, chunk = 0, FIRST_CHUNK
+        for frame, _ in self.talker.generate([symbols], **sampling):
+            codes.append(frame[0])
+            if self.vocoder is not None and len(codes) >= done + chunk + self.context:
+                yield self._piece(codes, done, done + chunk)
+                done, chunk = done + chunk, NEXT_CHUNKS
+        if done < len(codes):
+            yield self._piece(codes, done, len(codes))
+
+    @property
+    def context(self) -> int:
+        """Codes on either side that a piece of sound depends on."""
+        return self.codec.context + -(-self.vocoder.context_frames // self.codec.arch.frames_per_code)
+
+    def _piece(self, codes: list[Tensor], start: int, end: int) -> np.ndarray:
+        """The sound of codes ``start`` to ``end``, computed from no more of their surroundings than it depends on."""
+        if self.vocoder is None:
+            return self.waveform(torch.stack(codes)).numpy()
+        per_code, hop = self.codec.arch.frames_per_code, self.spec.hop_length
+        first, last = max(0, start - self.context), min(len(codes), end + self.context)
+        log_mels = self.codec.decode(torch.stack(codes[first:last])[None])[0]
+        # what the codec's window has got wrong at its own ends lies outside what the vocoder looks at
+        near = self.context - self.codec.context
+        left, right = max(first, start - near), min(last, end + near)
+        waveform = self.vocode(log_mels[(left - first) * per_code : (right - first) * per_code])
+        return waveform[(start - left) * per_code * hop : (end - left) * per_code * hop].numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Listening
+
+
+class Listener:
+    """The recogniser of stage B, asked what it hears.
+
+    Args:
+        folder: its ``save_dir``.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        self.model, self.tokenizer, config = load_audio_encoder(folder, device)
+        self.spec, self.max_frames, self.device = recogniser_mel_spec(config), config.max_mel_length, device
+
+    @torch.no_grad()
+    def transcribe(self, waveforms: Sequence[Tensor], sample_rate: int) -> list[str]:
+        """What is said in each of (S,) float32 at ``sample_rate`` Hz."""
+        texts = []
+        for start in range(0, len(waveforms), _BATCH):
+            features = [self._features(waveform, sample_rate) for waveform in waveforms[start : start + _BATCH]]
+            lengths = [len(one) for one in features]
+            batch = torch.zeros(len(features), 8 * -(-max(lengths) // 8), self.spec.n_mels)
+            for index, one in enumerate(features):
+                batch[index, : len(one)] = one
+            batch, frames = batch.to(self.device), torch.tensor(lengths, device=self.device)
+            texts += transcribe(self.model, self.tokenizer, batch, frames)
+        return texts
+
+    def _features(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        samples = resample(waveform.numpy(), sample_rate, self.spec.sample_rate)
+        samples = samples[: self.max_frames * self.spec.hop_length]
+        if len(samples) < self.spec.hop_length:  # nothing was said
+            samples = np.zeros(self.spec.hop_length, np.float32)
+        return normalise_features(log_mel(torch.from_numpy(samples), self.spec))
+
+
+def word_error_rates(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Kind of speech -> (word errors, words), as ``wer_recordings``, ``wer_talker`` and so on: errors per word."""
+    return {f"wer_{kind}": errors / words for kind, (errors, words) in counts.items()}
+
+
+def word_errors(texts: Sequence[str], heard: Sequence[str]) -> tuple[int, int]:
+    """Word errors of ``heard`` against ``texts``, and the words of these."""
+    return error_counts([normalise_text(text) for text in texts], list(heard))[0]
+
+
+def read_recordings(
+    speaker: Speaker, manifest: Manifest, rows: Sequence[int], left_out: dict[str, str]
+) -> list[tuple[str, Tensor]]:
+    """Text and recording (S,) of each row, at the codec's rate; a row that cannot be used goes to ``left_out``."""
+    read = []
+    for row in rows:
+        try:
+            fields = manifest[row]
+            waveform = load_audio(manifest.file(fields["wav"]), speaker.spec.sample_rate, MAX_SECONDS)
+            read.append((fields["text"], torch.from_numpy(waveform)))
+        except BadRow as error:
+            left_out[manifest.where(row)] = str(error)
+    return read
+
+
+class TalkerScore:
+    """Judges a talker: its perplexity on the true codes, and what the listener gets wrong when it speaks.
+
+    Args:
+        listener: None: it speaks, and nobody counts its words.
+        sentences: how many it says in each process.
+        show: called with the step, the number of the sentence, and its waveform.
+        shown: for how many of them.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        listener: Listener | None,
+        sentences: int,
+        show: Callable[[int, int, Tensor], None] | None = None,
+        shown: int = 2,
+    ) -> None:
+        self.speaker, self.listener, self.sentences, self.show, self.shown = speaker, listener, sentences, show, shown
+        self.said = 0
+
+    def sums(self, model: Talker, batch: dict) -> dict[str, Tensor]:
+        totals = talker_sums(model, batch)
+        texts = batch["texts"][: self.sentences - self.said]
+        if texts:
+            waveforms = [self.speaker.waveform(codes) for codes in self.speaker.codes(texts)]
+            for number, waveform in enumerate(waveforms, start=self.said):
+                if self.show is not None and number < self.shown:
+                    self.show(batch["step"], number, waveform)
+            if self.listener is not None:
+                errors, words = word_errors(texts, self.listener.transcribe(waveforms, self.speaker.spec.sample_rate))
+                totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}
+            self.said += len(texts)
+        return totals
+
+    def metrics(self, totals: dict) -> dict[str, float]:
+        self.said = 0
+        metrics = talker_metrics(totals)
+        if self.listener is not None:
+            metrics |= word_error_rates({"talker": (totals["word_errors"], totals["words"])})
+        return metrics

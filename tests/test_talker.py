@@ -1,0 +1,322 @@
+"""The talker: what it says hangs on the text, streams as it is written, and is judged by whoever listens."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from harness import ROOT, Process, Training, Zygote
+from stages import AUDIO_ENC, TALKER, VOCODER
+from test_config import only_error
+
+from omni.codec import Codec
+from omni.config import CodecConfig, TalkerConfig, VocoderConfig
+from omni.speech import Speaker
+from omni.talker import (
+    IGNORED,
+    TEXT_END,
+    Talker,
+    Utterance,
+    collate_utterances,
+    draw,
+    frame_targets,
+    talker_loss,
+    talker_metrics,
+    talker_sums,
+    text_symbols,
+)
+from omni.vocoder import Generator
+
+SIZES = {
+    "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "text_layers": 2, "depth_d_model": 32, "depth_layers": 2,
+    "depth_d_ff": 64, "dropout": 0.0, "frames_per_byte": 0.8,
+}  # fmt: skip
+TEXTS = ["the red cat", "a dog", "no"]
+
+
+def small(**keys) -> Talker:
+    torch.manual_seed(1)
+    config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **(SIZES | keys))
+    talker = Talker(config, codebooks=3, codebook_size=16)
+    for parameter in talker.parameters():  # far enough from zero to tell one text from another
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return talker.eval()
+
+
+def utterances(seed: int = 0) -> list[Utterance]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = (9, 5, 2)
+    codes = [torch.randint(16, (length, 3), generator=generator) for length in lengths]
+    return [Utterance(text, text_symbols(text), one) for text, one in zip(TEXTS, codes, strict=True)]
+
+
+def logits_of(talker: Talker, batch: dict) -> torch.Tensor:
+    logits = talker(batch["symbols"], batch["text_lengths"], batch["codes"], batch.get("thinker_states"))
+    return logits.nan_to_num(neginf=0.0)
+
+
+# The model ----------------------------------------------------------------------------------------------------------
+
+
+def test_text_symbols_are_bytes_and_an_end():
+    assert text_symbols("  a \n é") == [97, 32, 0xC3, 0xA9, TEXT_END]
+
+
+def test_padding_changes_nothing():
+    talker, samples = small(), utterances()
+    together = logits_of(talker, collate_utterances(samples))
+    for row, sample in enumerate(samples):
+        single = logits_of(talker, collate_utterances([sample]))
+        torch.testing.assert_close(together[row, : single.shape[1]], single[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
+    talker, batch = small(), collate_utterances(utterances()[:1])
+    before = logits_of(talker, batch)
+    batch["codes"] = batch["codes"].clone()
+    batch["codes"][0, 4, 1] = (batch["codes"][0, 4, 1] + 1) % 16
+    differs = (logits_of(talker, batch) - before).abs().amax(dim=-1)[0] > 1e-6  # (T + 1, Q)
+    assert not differs[:4].any(), "frames before it"
+    assert differs[4].tolist() == [False, False, True], "in its own frame, only what follows it"
+    assert differs[5:].all()
+
+
+def test_every_byte_of_the_text_matters_to_every_frame():
+    talker, batch = small(), collate_utterances(utterances()[:1])
+    before = logits_of(talker, batch)
+    for place in range(len(TEXTS[0])):
+        changed = batch | {"symbols": batch["symbols"].clone()}
+        changed["symbols"][0, place] = ord("z")
+        assert ((logits_of(talker, changed) - before).abs().amax(dim=(0, 2, 3)) > 0).all()
+
+
+def test_the_thinkers_states_are_heard_and_may_be_absent():
+    talker, batch = small(thinker_d_model=24), collate_utterances(utterances())
+    without = logits_of(talker, batch)
+    shape = (*batch["symbols"].shape, 24)
+    assert torch.equal(logits_of(talker, batch | {"thinker_states": torch.zeros(shape)}), without)
+    assert not torch.allclose(logits_of(talker, batch | {"thinker_states": torch.randn(shape)}), without)
+
+
+def test_hidden_frames_are_not_seen():
+    talker, batch = small(), collate_utterances(utterances()[:1])
+    hidden = torch.zeros(1, 9, dtype=torch.bool)
+    hidden[0, 3] = True
+    inputs = batch["symbols"], batch["text_lengths"]
+    one = talker(*inputs, batch["codes"], frame_dropout=hidden)
+    other = batch["codes"].clone()
+    other[0, 3] = (other[0, 3] + 5) % 16
+    two = talker(*inputs, other, frame_dropout=hidden)
+    torch.testing.assert_close(one[:, [0, 1, 2, 4, 5, 6]], two[:, [0, 1, 2, 4, 5, 6]])
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_generating_step_by_step_equals_the_whole_forward(states):
+    talker = small(thinker_d_model=24)
+    symbols = [text_symbols(text) for text in TEXTS]
+    thinker_states = [torch.randn(len(line), 24) for line in symbols] if states else None
+    frames = [codes for codes, _ in talker.generate(symbols, max_frames=7, thinker_states=thinker_states)]
+    assert frames
+    written = torch.stack(frames, dim=1)  # (B, T, Q)
+    for row, line in enumerate(symbols):
+        batch = {
+            "symbols": torch.tensor([line]),
+            "text_lengths": torch.tensor([len(line)]),
+            "codes": written[row, None],
+        }
+        if states:
+            batch["thinker_states"] = thinker_states[row][None]
+        logits = talker(batch["symbols"], batch["text_lengths"], batch["codes"], batch.get("thinker_states"))
+        likeliest = logits[0, :-1].argmax(dim=-1)
+        going_on = (likeliest[:, 0] != 16).cumprod(dim=0).bool()
+        assert torch.equal(likeliest[going_on], written[row][going_on])
+
+
+def test_one_seed_one_utterance():
+    talker, symbols = small(), [text_symbols(TEXTS[0])]
+
+    def said(seed: int) -> list:
+        frames = talker.generate(symbols, max_frames=6, temperature=1.0, top_k=8, seed=seed)
+        return [codes.tolist() for codes, _ in frames]
+
+    before = torch.get_rng_state()
+    assert said(1) == said(1) != said(2)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+
+
+def test_draws_follow_the_probabilities_and_top_k():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -9.0]]).expand(4000, -1)
+    drawn = draw(logits, 1.0, 2, torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) == {0, 1}
+    assert (drawn == 0).float().mean() == pytest.approx(torch.tensor([2.0, 1.0]).softmax(0)[0].item(), abs=0.03)
+    assert set(draw(logits, 0.0, None, None).tolist()) == {0}
+
+
+def test_targets_end_once():
+    codes = torch.arange(12).view(2, 3, 2)
+    targets = frame_targets(codes, torch.tensor([3, 1]), codebook_size=99)
+    assert targets[0].tolist() == [[0, 1], [2, 3], [4, 5], [99, IGNORED]]
+    assert targets[1].tolist() == [[6, 7], [99, IGNORED], [IGNORED, IGNORED], [IGNORED, IGNORED]]
+
+
+def test_metrics_by_hand():
+    nats = torch.tensor([10 * np.log(4.0), 10 * np.log(16.0)])
+    metrics = talker_metrics({"nats": nats, "end_nats": 1.0, "frames": 10, "utterances": 2})
+    assert metrics["code_perplexity"] == pytest.approx(8) and metrics["code_perplexity_2"] == pytest.approx(16)
+    assert metrics["loss"] == pytest.approx((nats.sum().item() + 1.0) / 22)
+
+
+def test_loss_and_validation_agree():
+    talker, batch = small(), collate_utterances(utterances())
+    totals = {k: v.double() if v.dim() else v.item() for k, v in talker_sums(talker, batch).items()}
+    assert talker_metrics(totals)["loss"] == pytest.approx(talker_loss(talker, batch, 0.0)[0].item(), rel=1e-5)
+
+
+def test_it_overfits_a_batch_and_then_says_it_by_itself():
+    torch.manual_seed(1)
+    config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **SIZES)
+    talker, samples = Talker(config, codebooks=3, codebook_size=16), utterances()
+    batch = collate_utterances(samples)
+    optimizer = torch.optim.AdamW(talker.parameters(), lr=5e-3, weight_decay=0.0)
+    for _ in range(120):
+        loss, _ = talker_loss(talker, batch, 0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    frames = list(talker.eval().generate([sample.symbols for sample in samples], max_frames=20))
+    for row, sample in enumerate(samples):
+        said = [codes[row].tolist() for codes, going_on in frames if going_on[row]]
+        assert said == sample.codes.tolist(), "the same codes, and an end at the right place"
+
+
+# Sound --------------------------------------------------------------------------------------------------------------
+
+
+def speaker(with_vocoder: bool) -> Speaker:
+    torch.manual_seed(4)
+    shared = {"save_dir": "-", "max_steps": 1}
+    sizes = {"codec_d_model": 16, "codec_d_ff": 32, "codec_layers": 1, "codec_kernel_size": 3, "codec_latent": 8}
+    codec = Codec(CodecConfig(tts_csv="-", codebooks=3, codebook_size=16, n_mels=20, **sizes, **shared)).eval()
+    for parameter in codec.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    keys = {key: value for key, value in VOCODER.config.items() if key in VocoderConfig.model_fields}
+    vocoder = Generator(VocoderConfig(train_csv="-", **(keys | shared | {"max_epochs": None}))).eval()
+    return Speaker(small(), codec, vocoder if with_vocoder else None)
+
+
+def without_end(talker: Talker) -> None:
+    with torch.no_grad():
+        talker.depth.heads[0, :, -1] = -10 * talker.depth.heads[0, :, :-1].abs().amax(dim=1)
+    talker.depth._mix = lambda x, mix=talker.depth._mix: mix(x).abs()  # so that the end is never the likeliest
+
+
+def test_streamed_sound_is_the_sound_of_the_whole():
+    says = speaker(with_vocoder=True)
+    without_end(says.talker)
+    pieces = list(says.stream(TEXTS[0], max_frames=60))
+    whole = says.waveform(says.codes([TEXTS[0]], max_frames=60)[0])
+    assert len(pieces) > 2 and len(whole) == 60 * 8 * 160
+    assert len(pieces[0]) < len(whole) / 10, "the first piece comes soon"
+    np.testing.assert_allclose(np.concatenate(pieces), whole.numpy(), atol=1e-5)
+
+
+def test_without_a_vocoder_there_is_one_piece():
+    says = speaker(with_vocoder=False)
+    without_end(says.talker)
+    (piece,) = says.stream(TEXTS[0], max_frames=12)
+    assert len(piece) == 12 * 8 * 160 and np.isfinite(piece).all()
+
+
+def test_texts_side_by_side_are_said_as_each_alone():
+    says = speaker(with_vocoder=False)
+    together = says.codes(TEXTS, max_frames=10)
+    for text, codes in zip(TEXTS, together, strict=True):
+        (alone,) = says.codes([text], max_frames=10)
+        assert torch.equal(alone, codes)
+
+
+# The scripts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tmp_path) -> Training:
+    training = TALKER.training(tmp_path, max_steps=6, max_epochs=None)
+    training.finish()
+    return training
+
+
+def script(training: Training, name: str, *arguments: str) -> Process:
+    output = training.folder / f"{name.replace('/', '_')}{len(list(training.folder.glob('*.out')))}"
+    request = {
+        "argv": [str(ROOT / name), "--ckpt_dir", str(training.save_dir), "--device", "cpu", *arguments],
+        "cwd": str(training.folder),
+        "env": {},
+        "prelude": "",
+        "stdout": str(output.with_suffix(".out")),
+        "stderr": str(output.with_suffix(".err")),
+    }
+    return Process(Zygote.get().ask(request), output).wait()
+
+
+def test_say_writes_sound(trained, tmp_path):
+    process = script(trained, "infer_chat.py", "--say", "one two", "--audio_out", "said.wav", "--temperature", "1")
+    assert process.returncode == 0 and process.stdout == "", process.stderr
+    assert "Griffin-Lim" in process.stderr and "real-time factor" in process.stderr and "first sound" in process.stderr
+    samples, rate = soundfile.read(tmp_path / "said.wav")
+    assert rate == 16_000 and len(samples) % (8 * 160) == 0 and len(samples) > 0
+
+
+def test_say_refuses_what_it_cannot_do(trained, tmp_path):
+    say = ("--say", "one", "--audio_out", "said.wav")
+    only_error(script(trained, "infer_chat.py", "--say", "one"), "--audio_out", "both or neither")
+    only_error(script(trained, "infer_chat.py", *say, "--text", "two"), "--say", "--text")
+    only_error(script(trained, "infer_chat.py", "--say", "", "--audio_out", "said.wav"), "--say", "bytes")
+    only_error(script(trained, "infer_chat.py", *say[:3], "absent/said.wav"), "absent", "folder that exists")
+    only_error(script(trained, "infer_chat.py", *say, "--vocoder_ckpt", "absent"), "absent", "hifigan.pt")
+    empty = trained.changed(save_dir="empty")
+    empty.save_dir.mkdir()
+    only_error(script(empty, "infer_chat.py", *say), str(empty.save_dir), "talker.pt")
+    assert not (tmp_path / "said.wav").exists()
+
+
+def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_path):
+    folder = tmp_path / "stage b"
+    folder.mkdir()
+    ears = AUDIO_ENC.training(folder, max_steps=3, max_epochs=None)
+    ears.finish()
+    data = trained.config["tts_csv"]
+    heard = trained.changed(save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24)
+    heard.finish()
+    metrics = heard.final_file()["metrics"]
+    process = script(
+        heard, "scripts/evaluate.py", "talker", "--data", data, "--json", "--audio_ckpt", str(ears.save_dir)
+    )
+    assert process.returncode == 0, process.stderr
+    found = json.loads(process.stdout)
+    shared = {"code_perplexity", "wer_recordings", "wer_vocoded", "wer_codec", "wer_talker"}
+    assert shared <= found.keys()
+    assert {name: found[name] for name in shared} == pytest.approx({name: metrics[name] for name in shared}, rel=1e-4)
+    assert len(list((heard.save_dir / "samples").glob("*.png"))) >= 2
+
+
+def test_a_given_codec_must_have_the_config_s_sizes(tmp_path):
+    training = TALKER.training(tmp_path, codebook_size=4)
+    only_error(training.run(), "rvq_codec.pt", "codebook_size is 8, this config has 4")
+
+
+def test_another_codec_is_another_training(trained, tmp_path):
+    from omni import checkpoint
+
+    path = tmp_path / "codec" / "rvq_codec.pt"
+    payload = torch.load(path, weights_only=True)
+    payload["model"]["patch_in.bias"] += 1
+    checkpoint.save(path, payload)
+    (trained.save_dir / "rvq_codec.pt").unlink()
+    only_error(trained.changed(max_steps=9).run(), "data (codec)", "new save_dir")
+
+
+@pytest.mark.parametrize("key", ["codec_ckpt", "audio_ckpt", "vocoder_ckpt"])
+def test_a_folder_without_the_checkpoint_it_is_named_for(tmp_path, key):
+    only_error(TALKER.training(tmp_path, **{key: str(tmp_path)}).run(), f'"{key}"', str(tmp_path), "found none")

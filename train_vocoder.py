@@ -1,0 +1,159 @@
+"""Stage F: train the vocoder, HiFi-GAN, which turns log-mels into a waveform.
+
+    python train_vocoder.py --config configs/vocoder_tiny.json
+
+The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
+trains the discriminators, then the generator, on random segments. What it makes of held-out clips is written to
+save_dir/samples at each validation, beside what Griffin-Lim makes of them. It can run beside all other stages;
+codec_ckpt fine-tunes it to the log-mels of stage D's codec.
+"""
+
+import json
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni.config import VocoderConfig
+from omni.data import ResumableDataset
+from omni.files import write_json
+from omni.loop import Phase, Validation, train
+from omni.manifest import Manifest, prepare_manifest, split_rows
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.samples import save_samples
+from omni.vocoder import (
+    Clips,
+    Discriminators,
+    Generator,
+    VocoderScore,
+    adversarial_loss,
+    clip_columns,
+    discriminator_loss,
+    feature_loss,
+    frozen,
+    load_codec_of,
+    mel_loss,
+    mel_spec,
+    mel_statistics,
+)
+
+STAGE = Stage(name="vocoder", prefix="hifigan", final="hifigan.pt", unit="samples", best_metric="mel_l1")
+BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory
+STATISTICS_CLIPS = 64
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    config, notices, device = parse_stage_args(VocoderConfig, __doc__, argv)
+    with Run(config, STAGE, notices, device) as run:
+        # --- Data: random segments of recordings, and their log-mels ---------------------------------------------
+        columns = clip_columns(config.train_csv)
+        manifest = val_manifest = prepare_manifest(run, config.train_csv, columns, key=columns[-1])
+        if config.val_csv:
+            columns = clip_columns(config.val_csv)
+            val_manifest = prepare_manifest(run, config.val_csv, columns, key=columns[-1])
+            train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
+        else:
+            train_rows, val_rows = split_rows(manifest, config.val_split)
+        codec = load_codec_of(config)
+        train_set = ResumableDataset(
+            Clips(manifest, train_rows, config, seed=config.seed, training=True, codec=codec),
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=run.rank,
+            world=run.world,
+            drop_last=config.drop_last,
+        )
+
+        # --- Models ----------------------------------------------------------------------------------------------
+        generator, discriminators = Generator(config), Discriminators(config)
+        statistics = prepare_statistics(run, manifest, train_rows)
+        generator.mean.copy_(torch.tensor(statistics["mean"]))
+        generator.scale.copy_(torch.tensor(statistics["scale"]))
+        generator, discriminators = run.prepare(generator), run.prepare(discriminators)
+        spec = mel_spec(config)
+        # under torchrun the wrapped generator has to run in its own phase, and of several micro-batches only one
+        # graph should be held at a time
+        generate_once = run.world == 1 and config.gradient_accumulation_steps == 1
+
+        def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            if batch["step"] < config.adv_start_step:  # a gradient of 0 for every weight, as torchrun expects one
+                return sum(weight.sum() for weight in model.parameters()) * 0.0, {}
+            with torch.set_grad_enabled(generate_once):
+                generated = generator(batch["log_mel"])
+            if generate_once:
+                batch["generated"] = generated
+            both = torch.cat((batch["waveform"], generated.detach()))  # one pass is faster than two
+            return discriminator_loss(*halves(model(both))), {}
+
+        def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            real, generated = batch["waveform"], batch.pop("generated", None)
+            if generated is None:
+                generated = model(batch["log_mel"])
+            mel = mel_loss(real, generated, spec)
+            if batch["step"] < config.adv_start_step:
+                return config.lambda_mel * mel, {"mel": mel}
+            with frozen(discriminators):
+                with torch.no_grad():
+                    features_of_real = discriminators(real)
+                features = discriminators(generated)
+            adversarial, feature = adversarial_loss(features), feature_loss(features_of_real, features)
+            loss = config.lambda_adv * adversarial + config.lambda_fm * feature + config.lambda_mel * mel
+            return loss, {"mel": mel, "adversarial": adversarial, "feature": feature}
+
+        optimizer = partial(build_adamw, wd=config.wd, betas=BETAS)
+        phases = [
+            Phase(
+                "discriminator", discriminators, optimizer(discriminators, lr=config.lr_d), loss_of_discriminators,
+                peak_lr=config.lr_d,
+            ),
+            Phase("generator", generator, optimizer(generator, lr=config.lr_g), loss_of_generator, peak_lr=config.lr_g),
+        ]  # fmt: skip
+
+        # --- Validation: log-mels of what is generated from whole clips, and the sounds to listen to --------------
+        validation = None
+        if len(val_rows):
+            spaced = np.linspace(0, len(val_rows) - 1, min(config.val_clips, len(val_rows))).astype(int)
+            split = ResumableDataset(
+                Clips(val_manifest, val_rows[spaced], config, training=False, codec=codec),
+                seed=0,
+                batch_size=config.batch_size,
+                rank=run.rank,
+                world=run.world,
+                shuffle=False,
+            )
+            score = VocoderScore(config, show=partial(save_samples, run, spec=spec))
+            validation = Validation(split, score.sums, score.metrics)
+        else:
+            run.log("no held-out clips (val_split is 0, or there are very few rows): nothing will be validated")
+
+        # --- Train -----------------------------------------------------------------------------------------------
+        return train(
+            run,
+            phases,
+            train_set,
+            fingerprint={"train": manifest.sha256, "validation": val_manifest.sha256},
+            validation=validation,
+        )
+
+
+def halves(outputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """The discriminators' outputs for the first and for the second half of a batch."""
+    pairs = [[output.chunk(2) for output in layers] for layers in outputs]
+    return [[first for first, _ in layers] for layers in pairs], [[second for _, second in layers] for layers in pairs]
+
+
+def prepare_statistics(run: Run, manifest: Manifest, rows: np.ndarray) -> dict[str, list[float]]:
+    """Mean and scale of each mel channel over some training clips, from ``save_dir``; computed once."""
+    path = run.save_dir / "mel_statistics.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            spaced = rows[np.linspace(0, len(rows) - 1, min(STATISTICS_CLIPS, len(rows))).astype(int)]
+            write_json(path, mel_statistics(manifest, spaced, run.config))
+        return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    launch(main)
