@@ -14,11 +14,12 @@ stderr and counted; nothing is written. --show prints some items beside what the
 """
 
 import argparse
+import csv
 import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -174,11 +176,15 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
         judgement.rows += len(texts)
         utterances = [Utterance(text, text_symbols(text), speaker.encode(one)) for text, one in read]
         add(totals, talker_sums(speaker.talker, to_device(collate_utterances(utterances), device)))
-        if listener is None:
+        if listener is None and args.save_speech is None:
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
         sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
+        if args.save_speech:
+            save_speech(args.save_speech, sounds, texts, judgement.rows - len(texts), speaker.spec.sample_rate)
+        if listener is None:
+            continue
         for kind, waveforms in sounds.items():
             heard = listener.transcribe(waveforms, speaker.spec.sample_rate)
             counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
@@ -189,6 +195,22 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
     judgement.metrics = talker_metrics(totals) | word_error_rates(counts)
     judgement.shown = judgement.shown[: args.show]
     return judgement
+
+
+def save_speech(
+    folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
+) -> None:
+    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them."""
+    for kind, waveforms in sounds.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{kind}.csv", "a" if first else "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if not first:
+                rows.writerow(COLUMNS)
+            for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
+                name = f"{kind}/{number:06d}.wav"
+                soundfile.write(folder / name, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16")
+                rows.writerow([name, text])
 
 
 def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
@@ -287,6 +309,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--thinker_ckpt", help="vision: where the Thinker that reads the captions is now")
     parser.add_argument("--audio_ckpt", help="talker: folder of stage B, whose model listens")
     parser.add_argument("--vocoder_ckpt", help="talker: folder of stage F (default: Griffin-Lim)")
+    parser.add_argument("--save_speech", type=Path, metavar="DIR", help="talker: write what it says, with manifests")
     parser.add_argument("--beam", type=int, default=1, help="audio_enc: width of the beam search (1: greedy)")
     parser.add_argument("--limit", type=int, help="judge the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")

@@ -114,7 +114,7 @@ def train_step(self, micro_batches):
         if not hasattr(phase, "honest"):
             phase.honest = phase.loss
         honest, bad = phase.honest, {first} <= self.progress.step <= {last}
-        def loss(model, batch):
+        def loss(model, batch, honest=honest):  # each phase its own
             value, scalars = honest(model, batch)
             return (value * float("{factor}") if bad else value), scalars
         phase.loss = loss

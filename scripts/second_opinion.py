@@ -1,0 +1,112 @@
+"""What does a recogniser that is none of ours hear in recordings, or in what the talker said?
+
+    python scripts/evaluate.py talker --ckpt_dir checkpoints/talker_demo --data data/audio/tts.val.csv \\
+        --save_speech speech
+    python scripts/second_opinion.py --csv speech/talker.csv
+
+PocketSphinx (pip install pocketsphinx) with its own acoustic model of American English, and a bigram model of the
+sentences of the built-in world: it knows these words and no others. Prints its word error rate.
+"""
+
+import argparse
+import json
+import math
+import random
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from tqdm import tqdm
+
+from omni import world
+from omni.asr import COLUMNS, error_counts
+from omni.audio import load_audio
+from omni.ctc import normalise_text
+from omni.errors import UserError
+from omni.manifest import load_manifest
+from omni.runtime import OneLineErrors, launch
+
+SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
+DISCOUNT = 0.5  # taken from every bigram's count, for those that were never seen
+SAMPLE_RATE = 16_000
+DITHER = 1e-3  # digital silence has no logarithm
+
+
+def bigrams(sentences: list[str]) -> str:
+    """A bigram model of the sentences in the ARPA format. Ney et al. 1994: absolute discounting, with back-off."""
+    pairs: dict[str, Counter] = defaultdict(Counter)
+    for sentence in sentences:
+        words = ["<s>", *sentence.split(), "</s>"]
+        for before, word in zip(words, words[1:], strict=False):
+            pairs[before][word] += 1
+    counts = sum(pairs.values(), Counter())
+    total = counts.total()
+    unigrams, lines = {word: count / total for word, count in counts.items()}, []
+    back_off = {}
+    for before, following in pairs.items():
+        n = following.total()
+        lines += [f"{math.log10((count - DISCOUNT) / n):.4f} {before} {word}" for word, count in following.items()]
+        unseen = max(1e-9, 1 - sum(unigrams[word] for word in following))
+        back_off[before] = math.log10(DISCOUNT * len(following) / n / unseen)
+    head = [f"-99 <s> {back_off['<s>']:.4f}"]
+    head += [f"{math.log10(p):.4f} {word} {back_off.get(word, 0.0):.4f}" for word, p in unigrams.items()]
+    sizes = f"ngram 1={len(head)}\nngram 2={len(lines)}"
+    return "\n".join(["\\data\\", sizes, "", "\\1-grams:", *head, "", "\\2-grams:", *lines, "", "\\end\\", ""])
+
+
+class Sphinx:
+    """PocketSphinx with the world's words."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from pocketsphinx import Decoder  # not among the requirements: only this script asks it
+        except ImportError as error:
+            raise UserError("expected PocketSphinx: pip install pocketsphinx") from error
+        path = folder / "world.arpa"
+        texts = [normalise_text(world.spoken(random.Random(f"second opinion {i}"))) for i in range(SENTENCES)]
+        path.write_text(bigrams(texts))
+        self.decoder = Decoder(lm=str(path), samprate=SAMPLE_RATE, loglevel="FATAL")
+
+    def transcribe(self, waveform: np.ndarray) -> str:
+        """What is said in (S,) float32 at SAMPLE_RATE."""
+        noise = np.random.RandomState(0).standard_normal(len(waveform)) * DITHER
+        samples = np.clip((waveform + noise) * 32767, -32768, 32767).astype(np.int16)
+        self.decoder.start_utt()
+        self.decoder.process_raw(samples.tobytes(), full_utt=True)
+        self.decoder.end_utt()
+        heard = self.decoder.hyp()
+        return heard.hypstr if heard is not None else ""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", required=True, type=Path, help="manifest with the columns wav and text")
+    parser.add_argument("--limit", type=int, help="listen to the first N rows only")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N texts beside what was heard")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    args = parser.parse_args(argv)
+    if not args.csv.is_file():
+        raise UserError(f"--csv {args.csv}: expected a file, found none")
+    with tempfile.TemporaryDirectory(prefix="omni_sphinx_") as folder:
+        sphinx = Sphinx(Path(folder))
+        manifest = load_manifest(args.csv, COLUMNS, "text", cache_dir=folder, log=lambda line: None)
+        texts, heard = [], []
+        for row in tqdm(range(min(len(manifest), args.limit or len(manifest))), disable=None):
+            fields = manifest[row]
+            texts.append(normalise_text(fields["text"]))
+            heard.append(sphinx.transcribe(load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)))
+    (errors, words), _ = error_counts(texts, heard)
+    if args.json:
+        print(json.dumps({"csv": str(args.csv), "rows": len(texts), "words": words, "wer": errors / words}))
+        return
+    for text, words_heard in list(zip(texts, heard, strict=True))[: args.show]:
+        print(f"true   {text}\nheard  {words_heard}\n")
+    print(f"{args.csv}: {len(texts)} recordings, {words} words, word error rate {errors / words:.4f}")
+
+
+if __name__ == "__main__":
+    launch(main)
