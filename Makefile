@@ -1,5 +1,6 @@
 # make demo   everything from nothing: environment, data, training, a table of results
 # make test   the test suite
+# make torture  the tests that repeat what is shared, for every stage
 # make smoke  every stage on a few steps, and one question: under three minutes
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios
@@ -9,7 +10,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test lint format bench clean
+.PHONY: demo smoke test torture lint format bench clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -30,7 +31,10 @@ smoke: .venv/.installed
 	$(BIN)/python scripts/demo.py --smoke
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 4
+	$(BIN)/python -m pytest -n 4 -m "not torture"
+
+torture: .venv/.installed-dev
+	$(BIN)/python -m pytest -n 4 -m torture
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

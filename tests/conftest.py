@@ -15,3 +15,11 @@ from stages import STAGES  # noqa: E402
 def stage(request):
     """Every stage in turn."""
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    """What tests the loop alone is repeated for every stage by `make torture`; `make test` has one stage with one
+    phase, and one with two."""
+    for item in items:
+        if item.get_closest_marker("loop") and item.callspec.params["stage"].name not in ("text", "vocoder"):
+            item.add_marker("torture")

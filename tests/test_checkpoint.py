@@ -99,6 +99,7 @@ def test_order_and_retention_are_numeric(tmp_path):
 # The run -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.loop
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_falls_back(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
@@ -112,6 +113,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_falls_back(stage, 
     assert differences(damaged.state(), reference.state()) == []
 
 
+@pytest.mark.loop
 def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
     training = stage.training(tmp_path)
     assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
@@ -127,6 +129,7 @@ def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
         assert training.steps() == []
 
 
+@pytest.mark.loop
 def test_a_malicious_checkpoint_is_refused_by_the_run(stage, tmp_path):
     training, marker = stage.training(tmp_path), tmp_path / "marker"
     training.save_dir.mkdir()
@@ -135,6 +138,7 @@ def test_a_malicious_checkpoint_is_refused_by_the_run(stage, tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.loop
 def test_disk_full_during_a_save(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
@@ -157,6 +161,7 @@ omni.checkpoint.save = save
     assert differences(full.state(), reference.state()) == []
 
 
+@pytest.mark.loop
 @pytest.mark.parametrize("call", ["os:fsync", "os:replace", "omni.checkpoint:_SealingFile.write"])
 def test_killed_at_each_write_fsync_and_rename_of_a_save(stage, tmp_path, call):
     prepared = stage.training(tmp_path, save_dir="prepared")
@@ -170,6 +175,7 @@ def test_killed_at_each_write_fsync_and_rename_of_a_save(stage, tmp_path, call):
         assert training.newest()["step"] == 3
 
 
+@pytest.mark.loop
 def test_the_best_checkpoint_is_kept_and_becomes_the_final_file(stage, tmp_path):
     worse_later = """
 import omni.loop

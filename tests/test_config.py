@@ -46,6 +46,7 @@ def only_error(process, *fragments: str) -> None:
         assert fragment in process.stderr, process.stderr
 
 
+@pytest.mark.loop
 @pytest.mark.parametrize(("keys", "fragments"), BAD.values(), ids=BAD.keys())
 def test_bad_keys(stage, tmp_path, keys, fragments):
     training = stage.training(tmp_path, **keys)
@@ -134,6 +135,7 @@ def test_changed_data_are_refused(stage, tmp_path):
     training.finish()
 
 
+@pytest.mark.loop
 def test_harmless_keys_may_change_and_max_steps_extends(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=10)
     training.finish()
@@ -143,6 +145,7 @@ def test_harmless_keys_may_change_and_max_steps_extends(stage, tmp_path):
     assert longer.newest()["step"] == 14 and longer.final_file()["metrics"]["trained_steps"] == 14
 
 
+@pytest.mark.loop
 def test_a_final_file_without_step_files_is_not_overwritten(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=10)
     training.finish()
@@ -152,6 +155,7 @@ def test_a_final_file_without_step_files_is_not_overwritten(stage, tmp_path):
     only_error(training.changed(max_steps=14).run(), training.final, "step files are gone")
 
 
+@pytest.mark.loop
 def test_another_stage_s_checkpoint_is_refused(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=6)
     training.finish()

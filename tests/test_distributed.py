@@ -64,6 +64,7 @@ def test_two_processes_resume_exactly(stage, tmp_path):
     assert differences(killed.state(), reference.state()) == []
 
 
+@pytest.mark.loop
 def test_a_signal_to_one_of_two_stops_both(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     finish_pair(reference)
@@ -76,6 +77,7 @@ def test_a_signal_to_one_of_two_stops_both(stage, tmp_path):
     assert differences(stopped.state(), reference.state()) == []
 
 
+@pytest.mark.loop
 def test_from_two_processes_to_one_in_mid_run(stage, tmp_path):
     two = stage.training(tmp_path, batch_size=2, gradient_accumulation_steps=1, print_freq=1)
     two.prelude = TRACE
@@ -119,6 +121,7 @@ def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
     assert "resumed at step 12" in plain.changed(max_steps=14).finish().stdout
 
 
+@pytest.mark.loop
 def test_a_missing_or_extra_weight_is_an_error(stage, tmp_path):
     from omni import checkpoint
 

@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from harness import SLOW, differences, kill_at
 from test_config import only_error
@@ -34,6 +35,7 @@ def test_paths_with_spaces_and_non_ascii_letters(stage, tmp_path):
     training.finish()
 
 
+@pytest.mark.loop
 def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for where in ("/proc/omni", str(tmp_path / "file" / "below")):
@@ -43,6 +45,7 @@ def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path
         assert "step" not in process.stdout
 
 
+@pytest.mark.loop
 def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     training = stage.training(tmp_path)
     assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
@@ -52,6 +55,7 @@ def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     assert f"resumed at step {steps[-1]}" in training.finish().stdout
 
 
+@pytest.mark.loop
 def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=10)
     training.finish()
@@ -63,6 +67,7 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
     assert "already finished at step 14" in longer.finish().stdout
 
 
+@pytest.mark.loop
 def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
     process = training.start(prelude=SLOW)
@@ -77,6 +82,7 @@ def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training.finish()
 
 
+@pytest.mark.loop
 def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
     training = stage.training(tmp_path)
     closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"
@@ -139,6 +145,7 @@ def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_pat
         assert all(torch.isfinite(value).all() for value in training.final_file()["model"].values())
 
 
+@pytest.mark.loop
 def test_many_in_a_row_stop_the_run(stage, tmp_path):
     training = stage.training(tmp_path, max_nonfinite_steps=4)
     process = training.run(prelude=bad_loss(6, 1000))
@@ -148,6 +155,7 @@ def test_many_in_a_row_stop_the_run(stage, tmp_path):
     assert "resumed" in training.finish().stdout  # a cause that is gone leaves nothing behind
 
 
+@pytest.mark.loop
 def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
     # what an older GPU does, on the CPU: overflow makes the scaler skip updates, and its scale is part of the state
     fp16 = "import omni.runtime, torch\nomni.runtime.pick_amp_dtype = lambda use_amp, device: torch.float16\n"

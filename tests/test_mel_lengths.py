@@ -14,6 +14,9 @@ from test_config import only_error
 from omni.ctc import CtcTokenizer
 
 
+TALKER_KEYS = {"save_dir": "-", "max_steps": 1, "frame_ms": 80}  # by frame_ms it is seen that it is a talker's config
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Recordings of 0.5, 1.0, ... 10.0 s; the text of row 1 is a character too long, that of row 2 just fits. Then a
@@ -72,7 +75,7 @@ def test_the_tokenizer_of_save_dir_decides_what_fits(folder):
 
 
 def test_the_talker_s_frames(folder):
-    (folder / "config.json").write_text(json.dumps({"tts_csv": "a.csv", "frame_ms": 80, "max_mel_length": 100}))
+    (folder / "config.json").write_text(json.dumps(TALKER_KEYS | {"tts_csv": "a.csv", "max_mel_length": 100}))
     process = check(folder, "--config", "config.json", "--plot", "a.png")
     table = figures(process)
     assert table["shortest"] == ["7", "0.56"] and table["longest"] == ["125", "10.00"]
@@ -103,11 +106,11 @@ def test_no_sample_is_read(folder):
         (["--config", "absent.json"], ("absent.json", "cannot read the config")),
         (["--csv", "a.csv", "--max_mel_length", "0"], ("--max_mel_length 0", "at least 1")),
         (["--csv", "a.csv", "--plot", "no/such.png"], ("--plot no/such.png",)),
-        (["--config", "talker.json"], ("talker.json", '"tts_csv"', "found none")),
+        (["--config", "talker.json"], ("talker.json", '"tts_csv"', "is missing")),
         (["--config", "wrong.json"], ("wrong.json", "frame_ms")),
     ],
 )
 def test_bad_arguments_are_one_line(folder, arguments, fragments):
-    (folder / "talker.json").write_text('{"frame_ms": 80}')
-    (folder / "wrong.json").write_text('{"tts_csv": "a.csv", "frame_ms": 0}')
+    (folder / "talker.json").write_text(json.dumps(TALKER_KEYS))
+    (folder / "wrong.json").write_text(json.dumps(TALKER_KEYS | {"tts_csv": "a.csv", "frame_ms": 0}))
     only_error(check(folder, *arguments), *fragments)

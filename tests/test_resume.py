@@ -72,6 +72,7 @@ BOUNDARIES = {
 }
 
 
+@pytest.mark.loop
 @pytest.mark.parametrize("kills", BOUNDARIES.values(), ids=BOUNDARIES.keys())
 def test_kills_at_boundaries(stage, tmp_path, kills):
     reference = stage.training(tmp_path, save_dir="reference")
@@ -103,6 +104,7 @@ torch.optim.AdamW.load_state_dict = lambda self, state: None
 }
 
 
+@pytest.mark.loop
 @pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
 def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
     if "set_rng_state" in mutation and not stage.draws:
@@ -115,6 +117,7 @@ def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
     assert differences(killed.state()["newest"]["phases"], reference.state()["newest"]["phases"]) != []
 
 
+@pytest.mark.loop
 def test_another_num_workers_between_runs_changes_nothing(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", num_workers=0)
     reference.prelude = TRACE
@@ -152,6 +155,7 @@ def test_validation_changes_nothing_in_training(stage, tmp_path):
     assert differences(often.newest()["rng"], never.newest()["rng"]) == []
 
 
+@pytest.mark.loop
 def test_progress_of_a_resumed_run(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", print_freq=1)
     reference.finish()
