@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             run.log('no "audio_ckpt": what the talker says is written to files, and nobody counts its words')
 
-        def show(step: int, number: int, said: Tensor) -> None:
-            recording = load_audio(val_manifest.file(val_manifest[val_rows[number]]["wav"]), speaker.spec.sample_rate)
+        def show(step: int, number: int, wav: str, said: Tensor) -> None:
+            recording = load_audio(val_manifest.file(wav), speaker.spec.sample_rate)
             versions = speaker.versions(torch.from_numpy(recording))
             clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": said}
             save_samples(run, step, number, clips, speaker.spec)

@@ -166,7 +166,9 @@ class _Training:
             self._note_bad_rows(batch)
             if batch["rows"] and not batch["weight"]:
                 where, why = list(batch["bad_rows"].items())[-1]
-                raise UserError(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
+                # only this process knows of it, and what a user gave wrong is printed by the first one alone
+                error = UserError if run.is_main else RunError
+                raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
         total = run.sum_over_ranks(torch.tensor(float(sum(batch["weight"] for batch in micro_batches)))).item()

@@ -208,7 +208,7 @@ class TalkerScore:
     Args:
         listener: None: it speaks, and nobody counts its words.
         sentences: how many it says in each process.
-        show: called with the step, the number of the sentence, and its waveform.
+        show: called with the step, the number of the sentence, its recording's name, and the waveform of what is said.
         shown: for how many of them.
     """
 
@@ -217,7 +217,7 @@ class TalkerScore:
         speaker: Speaker,
         listener: Listener | None,
         sentences: int,
-        show: Callable[[int, int, Tensor], None] | None = None,
+        show: Callable[[int, int, str, Tensor], None] | None = None,
         shown: int = 2,
     ) -> None:
         self.speaker, self.listener, self.sentences, self.show, self.shown = speaker, listener, sentences, show, shown
@@ -228,9 +228,9 @@ class TalkerScore:
         texts = batch["texts"][: self.sentences - self.said]
         if texts:
             waveforms = [self.speaker.waveform(codes) for codes in self.speaker.codes(texts)]
-            for number, waveform in enumerate(waveforms, start=self.said):
+            for number, (wav, waveform) in enumerate(zip(batch["wavs"], waveforms, strict=False), start=self.said):
                 if self.show is not None and number < self.shown:
-                    self.show(batch["step"], number, waveform)
+                    self.show(batch["step"], number, wav, waveform)
             if self.listener is not None:
                 errors, words = word_errors(texts, self.listener.transcribe(waveforms, self.speaker.spec.sample_rate))
                 totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}

@@ -309,12 +309,17 @@ def talker_nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def talker_loss(model: nn.Module, batch: dict, frame_dropout: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden: what
-    is hidden must come from the text, and a frame that went wrong is forgiven sooner. Bowman et al. 2016."""
+    """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden.
+
+    Speech is easily continued from what was just heard, without looking at the text at all. So each utterance hides
+    another share of its frames, from none to twice ``frame_dropout``: what is hidden must come from the text. After
+    Bowman et al. 2016, who dropped words for the same reason.
+    """
     codes, lengths = batch["codes"], batch["lengths"]
     hidden = None
     if model.training and frame_dropout:
-        hidden = torch.rand(codes.shape[:2], device=codes.device) < frame_dropout
+        share = 2 * frame_dropout * torch.rand(len(codes), 1, device=codes.device)
+        hidden = torch.rand(codes.shape[:2], device=codes.device) < share
     logits = model(batch["symbols"], batch["text_lengths"], codes, batch.get("thinker_states"), hidden)
     targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
     nats = talker_nats(logits, targets)
@@ -370,6 +375,7 @@ class Utterance:
     text: str
     symbols: list[int]
     codes: Tensor
+    wav: str = ""  # the recording's name in the manifest
 
 
 class CodedSpeech(Rows):
@@ -382,14 +388,14 @@ class CodedSpeech(Rows):
         if not len(row["codes"]):
             audio_duration(self.manifest.file(row["wav"]))  # says what is wrong with it
             raise BadRow(f"{row['wav']}: could not be coded")
-        return Utterance(row["text"], symbols, torch.from_numpy(row["codes"].astype(np.int64)))
+        return Utterance(row["text"], symbols, torch.from_numpy(row["codes"].astype(np.int64)), row["wav"])
 
     def collate(self, samples: list[Utterance]) -> dict:
         return collate_utterances(samples)
 
 
 def collate_utterances(samples: Sequence[Utterance]) -> dict:
-    """``symbols`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths`` and ``lengths`` (B,); ``texts``."""
+    """``symbols`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,); ``texts``, ``wavs``."""
     pad = nn.utils.rnn.pad_sequence
     return {
         "symbols": pad([torch.tensor(sample.symbols) for sample in samples], batch_first=True),
@@ -397,5 +403,6 @@ def collate_utterances(samples: Sequence[Utterance]) -> dict:
         "codes": pad([sample.codes for sample in samples], batch_first=True),
         "lengths": torch.tensor([len(sample.codes) for sample in samples]),
         "texts": [sample.text for sample in samples],
+        "wavs": [sample.wav for sample in samples],
         "weight": sum(sample.codes.numel() + 1 for sample in samples),
     }

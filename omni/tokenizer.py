@@ -58,6 +58,10 @@ class Tokenizer:
         self.eos_id = self.token_id(END_OF_TEXT)
         self.end_id = self.token_id(END)
 
+    def __reduce__(self):
+        # as text: the library's own pickle forgets the switch
+        return type(self), (self._tokenizer.to_str(),)
+
     @classmethod
     def train(cls, lines: Iterator[str], vocab_size: int) -> Self:
         """Learn merges from ``lines``, read once as a stream.

@@ -13,7 +13,6 @@ from test_config import only_error
 
 from omni.ctc import CtcTokenizer
 
-
 TALKER_KEYS = {"save_dir": "-", "max_steps": 1, "frame_ms": 80}  # by frame_ms it is seen that it is a talker's config
 
 
