@@ -84,6 +84,21 @@ STAGES = [
         held_out="images/annotations.val.json",
     ),
     DemoStage(
+        name="ocr",
+        script="train_ocr.py",
+        config="configs/ocr_demo.json",
+        prefix="ocr",
+        final="ocr.pt",
+        metrics={"cer": "< 0.1", "exact": None},
+        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
+        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
+        held_out="ocr/ocr.val.csv",
+    ),
+]
+
+# They run, but do not reach their targets yet, and so are no part of the demo.
+UNFINISHED = [
+    DemoStage(
         name="talker",
         script="train_talker.py",
         config="configs/talker_demo.json",
@@ -120,17 +135,6 @@ STAGES = [
         metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
         smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
-    ),
-    DemoStage(
-        name="ocr",
-        script="train_ocr.py",
-        config="configs/ocr_demo.json",
-        prefix="ocr",
-        final="ocr.pt",
-        metrics={"cer": "< 0.1", "exact": None},
-        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
-        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
-        held_out="ocr/ocr.val.csv",
     ),
 ]
 
@@ -175,22 +179,21 @@ def demo() -> int:
     for stage in STAGES:
         if stage.held_out:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
-    say(folders, RESULTS.with_name("demo_speech.wav"))
     print_table(results)
     print("\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir checkpoints/thinker_demo")
     return 0
 
 
 def smoke(folder: Path) -> int:
-    started = time.monotonic()
+    started, stages = time.monotonic(), STAGES + UNFINISHED
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
-    for stage in STAGES:
+    for stage in stages:
         overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
         overrides += [f"{key}={folder / 'data' / name}" for key, name in stage.data.items()]
         run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
     ask(str(folder / "thinker"), QUESTIONS[:1])
-    folders = {stage.name: folder / stage.name for stage in STAGES}
-    for stage in STAGES:
+    folders = {stage.name: folder / stage.name for stage in stages}
+    for stage in stages:
         if stage.held_out:
             show(stage, folders, folder / "data" / stage.held_out, items=1)
     say(folders, folder / "speech.wav")
