@@ -10,6 +10,7 @@ With ``--say`` it speaks a text as it is given, into a WAV file; ``--ckpt_dir`` 
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import soundfile
 
-from omni.checkpoint import replace_file
+from omni.checkpoint import load_stage, replace_file
 from omni.errors import UserError
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import Speaker
@@ -28,7 +29,7 @@ from omni.tokenizer import StreamDecoder, Tokenizer
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A: thinker.pt, tokenizer.json")
+    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A; for --say of stage D")
     parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
     parser.add_argument("--audio_out", metavar="FILE.wav", type=Path, help="where --say puts the sound")
     parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
@@ -58,10 +59,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--say TEXT and --audio_out FILE.wav: expected both or neither")
     if args.say is not None and args.text is not None:
         raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other is answered")
-    if args.say is not None and not 0 < len(args.say.encode(errors="replace")) < MAX_TEXT_BYTES:
-        raise UserError(f"--say: expected a text of 1 to {MAX_TEXT_BYTES - 1} bytes")
-    if args.audio_out is not None and not args.audio_out.parent.is_dir():
-        raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
+    if args.say is not None:
+        if not args.say.strip() or len(args.say.encode(errors="replace")) >= MAX_TEXT_BYTES:
+            raise UserError(f"--say: expected a text of 1 to {MAX_TEXT_BYTES - 1} bytes")
+        if args.audio_out.is_dir() or not args.audio_out.parent.is_dir():
+            raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
+        for name in ("system", "complete", "top_p"):
+            if getattr(args, name):
+                raise UserError(f"--{name}: has no effect on --say")
+    elif args.vocoder_ckpt is not None:
+        raise UserError("--vocoder_ckpt: expected --say beside it")
     if args.complete and args.system is not None:
         raise UserError("--system: expected a chat, but --complete continues the text as it stands")
     return args
@@ -119,25 +126,33 @@ def respond(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argpar
 def say(args: argparse.Namespace) -> None:
     """Speak ``--say`` into ``--audio_out``, piece by piece; how fast that went is told on stderr."""
     speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, pick_device(args.device))
+    trained = load_stage(args.ckpt_dir, "talker", "talker", "talker.pt")
+    perplexity = trained["metrics"].get("code_perplexity", float("nan"))
+    print(f"{args.ckpt_dir}: talker of step {trained['step']}, code perplexity {perplexity:.3g}", file=sys.stderr)
     if speaker.vocoder is None:
         print("no --vocoder_ckpt: the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
     sampling = {"temperature": args.temperature, "top_k": args.top_k}
     if args.seed is not None:
         sampling["seed"] = args.seed
-    started, first_s, samples = time.perf_counter(), None, 0
+    started, samples = time.perf_counter(), 0
+    pieces = speaker.stream(clean(args.say), **sampling)
+    first = next(pieces, None)
+    if first is None:
+        raise UserError(f"{args.ckpt_dir}: the talker had nothing to say to this text")
+    first_s = time.perf_counter() - started
 
     def write(file) -> None:
-        nonlocal first_s, samples
+        nonlocal samples
         rate = speaker.spec.sample_rate
         with soundfile.SoundFile(file, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as sound:
-            for piece in speaker.stream(clean(args.say), **sampling):
-                first_s = first_s or time.perf_counter() - started
+            for piece in itertools.chain([first], pieces):
                 samples += len(piece)
                 sound.write(piece)
 
-    replace_file(args.audio_out, write)
-    if not samples:
-        raise UserError(f"{args.ckpt_dir}: the talker had nothing to say to this text")
+    try:
+        replace_file(args.audio_out, write)
+    except OSError as error:
+        raise UserError(f"--audio_out {args.audio_out}: cannot write it: {error.strerror}") from error
     took, lasts = time.perf_counter() - started, samples / speaker.spec.sample_rate
     print(
         f"{args.audio_out}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "

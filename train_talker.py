@@ -7,7 +7,6 @@ codes and to read them back (rvq_codec.pt). It is then frozen, all recordings ar
 write their codes from their texts (talker.pt). A recogniser of stage B, if there is one, listens to what it says.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,7 @@ from omni.codec import (
 from omni.config import CodecArchitecture, TalkerConfig
 from omni.data import ResumableDataset
 from omni.errors import UserError
-from omni.files import write_json
+from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, measure_rows, prepare_manifest, split_rows
 from omni.optim import build_adamw
@@ -98,7 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             return talker_loss(model, batch, config.frame_dropout)
 
         # --- Validation: perplexity of the true codes, and what a recogniser hears when the talker speaks ----------
-        vocoder = None if config.vocoder_ckpt is None else load_vocoder(config.vocoder_ckpt, run.device)[0]
+        vocoder = None if config.vocoder_ckpt is None else load_vocoder(config.vocoder_ckpt, run.device)
         speaker, listener, references = Speaker(talker, codec, vocoder), None, {}
         if config.audio_ckpt:
             listener = Listener(config.audio_ckpt, run.device)
@@ -107,6 +106,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.log('no "audio_ckpt": what the talker says is written to files, and nobody counts its words')
 
         def show(step: int, number: int, wav: str, said: Tensor) -> None:
+            if not run.is_main:  # who writes the files
+                return
             recording = load_audio(val_manifest.file(wav), speaker.spec.sample_rate)
             versions = speaker.versions(torch.from_numpy(recording))
             clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": said}
@@ -134,14 +135,16 @@ def use_codec(run: Run) -> dict[str, float]:
     """Put the codec of ``codec_ckpt`` into ``save_dir``, which then has all that speaking needs; its metrics.
 
     Raises:
-        UserError: it has other sizes than the config says.
+        UserError: it has other sizes than the config says, or ``save_dir`` has another one already.
     """
     source, target = Path(run.config.codec_ckpt) / CODEC.final, run.save_dir / CODEC.final
-    saved = load_stage(source.parent, CODEC.prefix, CODEC.final)
+    saved = load_stage(source.parent, CODEC.name, CODEC.prefix, CODEC.final)
     for key in CodecArchitecture.model_fields:
         if saved["config"][key] != getattr(run.config, key):
             raise UserError(f"{source}: {key} is {saved['config'][key]}, this config has {getattr(run.config, key)}")
     with run.main_process_first():
+        if target.exists() and file_sha256(target) != file_sha256(source):
+            raise UserError(f"{target}: another codec than {source}. Use a new save_dir")
         if run.is_main and not target.exists():
             replace_file(target, lambda file: file.write(source.read_bytes()))
     return saved["metrics"]
@@ -151,7 +154,9 @@ def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict
     """The first part of the stage: the metrics of ``rvq_codec.pt``."""
     config = run.config
     codec = Codec(config)
-    codec.mel_mean, codec.mel_std = prepare_mel_statistics(run, clips)
+    statistics = prepare_mel_statistics(run, clips)
+    codec.mel_mean.copy_(torch.tensor(statistics["mean"]))
+    codec.mel_std.copy_(torch.tensor(statistics["std"]))
     run.prepare(codec)
 
     def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
@@ -182,21 +187,23 @@ def text_bytes(manifest: Manifest, row: int) -> int:
 
 
 def prepare_references(run: Run, speaker: Speaker, listener: Listener, manifest: Manifest, rows) -> dict[str, float]:
-    """Word error rates of the recordings and of what codec and vocoder make of them, counted once per run."""
-    path = run.save_dir / "references.json"
-    with run.main_process_first():
-        if run.is_main and not path.exists():
-            run.log(f"listening to {len(rows)} held-out recordings, as they are, vocoded, and coded")
-            read = read_recordings(speaker, manifest, rows, left_out={})
-            versions = [speaker.versions(recording) for _, recording in read]
-            counts = {}
-            for kind in ("recordings", "vocoded", "codec"):
-                heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
-                counts[kind] = word_errors([text for text, _ in read], heard)
-            rates = word_error_rates(counts)
-            write_json(path, rates)
-            run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
-        return json.loads(path.read_text())
+    """Word error rates of the recordings and of what codec and vocoder make of them, kept in ``save_dir``."""
+
+    def make() -> dict[str, float]:
+        run.log(f"listening to {len(rows)} held-out recordings, as they are, vocoded, and coded")
+        read = read_recordings(speaker, manifest, rows, left_out={})
+        versions = [speaker.versions(recording) for _, recording in read]
+        counts = {}
+        for kind in ("recordings", "vocoded", "codec"):
+            heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
+            counts[kind] = word_errors([text for text, _ in read], heard)
+        rates = word_error_rates(counts)
+        run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
+        return rates
+
+    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "listener": listener.model}
+    belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
+    return run.remember("references.json", belongs_to | {"data": manifest.sha256, "rows": len(rows)}, make)
 
 
 if __name__ == "__main__":

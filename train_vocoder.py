@@ -8,18 +8,18 @@ save_dir/samples at each validation, beside what Griffin-Lim makes of them. It c
 codec_ckpt fine-tunes it to the log-mels of stage D's codec.
 """
 
-import json
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni.audio import log_mel, mel_statistics
 from omni.config import VocoderConfig
 from omni.data import ResumableDataset
-from omni.files import write_json
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, prepare_manifest, split_rows
+from omni.manifest import Manifest, prepare_manifest, read_some, split_rows
 from omni.optim import build_adamw
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -36,7 +36,7 @@ from omni.vocoder import (
     load_codec_of,
     mel_loss,
     mel_spec,
-    mel_statistics,
+    read_clip,
 )
 
 STAGE = Stage(name="vocoder", prefix="hifigan", final="hifigan.pt", unit="samples", best_metric="mel_l1")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generator, discriminators = Generator(config), Discriminators(config)
         statistics = prepare_statistics(run, manifest, train_rows)
         generator.mean.copy_(torch.tensor(statistics["mean"]))
-        generator.scale.copy_(torch.tensor(statistics["scale"]))
+        generator.scale.copy_(torch.tensor(statistics["std"]))
         generator, discriminators = run.prepare(generator), run.prepare(discriminators)
         spec = mel_spec(config)
         # under torchrun the wrapped generator has to run in its own phase, and of several micro-batches only one
@@ -146,13 +146,17 @@ def halves(outputs: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[T
 
 
 def prepare_statistics(run: Run, manifest: Manifest, rows: np.ndarray) -> dict[str, list[float]]:
-    """Mean and scale of each mel channel over some training clips, from ``save_dir``; computed once."""
-    path = run.save_dir / "mel_statistics.json"
-    with run.main_process_first():
-        if run.is_main and not path.exists():
-            spaced = rows[np.linspace(0, len(rows) - 1, min(STATISTICS_CLIPS, len(rows))).astype(int)]
-            write_json(path, mel_statistics(manifest, spaced, run.config))
-        return json.loads(path.read_text())
+    """Mean and standard deviation of each mel channel over some training clips, kept in ``save_dir``."""
+    config, spec = run.config, mel_spec(run.config)
+
+    def read(row: dict) -> Tensor:
+        return log_mel(read_clip(manifest, row, config), spec)
+
+    def make() -> dict[str, list[float]]:
+        return mel_statistics(read_some(manifest, rows, STATISTICS_CLIPS, read, run.check_stop))
+
+    belongs_to = {"data": manifest.sha256, "mel": asdict(spec), "clips": len(rows)}
+    return run.remember("mel_statistics.json", belongs_to, make)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ What a file claims about itself is checked before its samples are read, so a hos
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -262,6 +263,13 @@ def normalise_features(features: Tensor) -> Tensor:
     """
     centred = features - features.mean(dim=0)
     return centred / (centred.square().mean(dim=0).sqrt() + 1e-5)
+
+
+def mel_statistics(log_mels: Iterable[Tensor]) -> dict[str, list[float]]:
+    """``mean`` and ``std`` of each mel channel over some clips (T, M), at least one."""
+    frames = torch.cat(list(log_mels))
+    std = frames.std(dim=0, correction=0).clamp(min=0.1)  # a channel that never changes tells nothing
+    return {"mean": frames.mean(dim=0).tolist(), "std": std.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def load_audio_encoder(
     Raises:
         UserError: nothing there, or damaged.
     """
-    payload = load_stage(folder, "audio_enc", "audio_enc.pt")
+    payload = load_stage(folder, "audio_enc", "audio_enc", "audio_enc.pt")
     # static shapes are for compiled training: what is transcribed is padded to what its batch needs
     config = AudioEncoderConfig.model_validate(payload["config"] | {"use_compile": False})
     tokenizer = CtcTokenizer.load(Path(folder) / "tokenizer.json")

@@ -199,14 +199,14 @@ def newest(folder: Path, prefix: str, warn: Callable[[str], None]) -> dict | Non
     return None
 
 
-def load_stage(folder: str | Path, prefix: str, final: str) -> dict:
+def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     """A stage's weights: its final file, or, while it still trains, its newest step file.
 
     Returns:
         A dict with ``stage, config, step, metrics, model``, the last being a state dict on CPU.
 
     Raises:
-        UserError: nothing there, or damaged; the message names the file.
+        UserError: nothing there, damaged, or of another stage; the message names the file.
     """
     folder = Path(folder)
     steps = step_files(folder, prefix)
@@ -221,6 +221,8 @@ def load_stage(folder: str | Path, prefix: str, final: str) -> dict:
         payload = load(path)
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: {error}") from error
+    if payload["stage"] != stage:
+        raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {payload['stage']}")
     if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
         payload["model"] = list(payload["phases"].values())[-1]["module"]
     return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}

@@ -10,6 +10,8 @@ one code from each of its codebooks, and a decoder makes log-mels of the codes. 
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +21,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from omni.asr import measure_seconds
-from omni.audio import MelSpec, load_audio, log_mel
+from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
 from omni.checkpoint import load_stage, load_weights
 from omni.config import CodecArchitecture, CodecConfig, TalkerConfig
 from omni.data import ResumableDataset, build_loader
-from omni.errors import UserError
 from omni.files import write_json
 from omni.layers import RMSNorm
-from omni.manifest import BadRow, Manifest, Rows, save_array
+from omni.manifest import Manifest, Rows, read_some, save_array
 from omni.runtime import Run
 
 SILENCE = -11.5  # log-mel of digital silence, see omni.audio
@@ -99,7 +100,7 @@ class ResidualQuantizer(nn.Module):
             used = torch.where(fewer, torch.randint(1, Q + 1, (B,), device=latents.device), used)
         residual, quantised = latents, torch.zeros_like(latents)
         codes, commitment = [], latents.new_zeros(())
-        counts, sums, samples = [], [], []
+        counts, sums, samples, drawn = [], [], [], []
         for level, codebook in enumerate(self.codebooks):
             chosen = nearest(residual.detach(), codebook)  # (B, N)
             vectors = F.embedding(chosen, codebook)  # (B, N, C)
@@ -114,15 +115,16 @@ class ResidualQuantizer(nn.Module):
                     counts.append(one_hot.sum(dim=0))
                     sums.append(one_hot.T @ rows)
                     samples.append(_draw(rows, K))
+                    drawn.append(samples[-1].new_tensor(float(len(rows) > 0)))
             vectors = vectors * active[..., None]
             residual, quantised = residual - vectors, quantised + vectors
         if self.training:
-            self._collect(torch.stack(counts), torch.stack(sums), torch.stack(samples))
+            self._collect(torch.stack(counts), torch.stack(sums), torch.stack(samples), torch.stack(drawn))
         return latents + (quantised - latents).detach(), torch.stack(codes, dim=-1), commitment
 
-    def _collect(self, counts: Tensor, sums: Tensor, samples: Tensor) -> None:
+    def _collect(self, counts: Tensor, sums: Tensor, samples: Tensor, drawn: Tensor) -> None:
         if not self._step:
-            self._step = {"counts": counts, "sums": sums, "samples": samples}
+            self._step = {"counts": counts, "sums": sums, "samples": samples, "drawn": drawn}
         else:
             self._step["counts"] = self._step["counts"] + counts
             self._step["sums"] = self._step["sums"] + sums
@@ -137,10 +139,11 @@ class ResidualQuantizer(nn.Module):
         step, self._step = self._step, {}
         batch_counts, sums = sum_over_ranks(step["counts"]), sum_over_ranks(step["sums"])
         samples = sum_over_ranks(step["samples"] * float(is_main))  # those of the first process
+        drawn = sum_over_ranks(step["drawn"] * float(is_main))  # (Q,) 0 where there were no latents to draw from
         counts = self.decay * self.counts + (1 - self.decay) * batch_counts
         weighted = self.decay * self.counts[..., None] * self.codebooks + (1 - self.decay) * sums
         average = counts.mean(dim=-1, keepdim=True)  # (Q, 1)
-        dead = counts < _DEAD * average
+        dead = (counts < _DEAD * average) & (drawn > 0)[:, None]
         codebooks = torch.where(dead[..., None], samples, weighted / counts.clamp(min=1e-12)[..., None])
         counts = torch.where(dead, average, counts)  # as long as the others to find its place
         self.codebooks.copy_(torch.where(ok > 0, codebooks, self.codebooks))
@@ -292,8 +295,9 @@ class Codec(nn.Module):
 
 def codec_loss(model: nn.Module, batch: dict, commitment_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the normalised log-mels, plus the weighted commitment loss."""
-    truth, decoded, _, commitment = model(batch["log_mels"], batch["lengths"])
-    frame = torch.arange(truth.shape[1], device=truth.device) < batch["lengths"][:, None]
+    lengths = batch["lengths"] if batch["weight"] else torch.zeros_like(batch["lengths"])  # a filler teaches nothing
+    truth, decoded, _, commitment = model(batch["log_mels"], lengths)
+    frame = torch.arange(truth.shape[1], device=truth.device) < lengths[:, None]
     mse = masked_mean((decoded.float() - truth).square(), frame)
     return mse + commitment_weight * commitment, {"mse": mse, "commitment": commitment}
 
@@ -341,7 +345,7 @@ def load_codec(folder: str | Path, device: torch.device | str) -> Codec:
     Raises:
         UserError: nothing there, or damaged.
     """
-    saved = load_stage(folder, "rvq_codec", "rvq_codec.pt")
+    saved = load_stage(folder, "codec", "rvq_codec", "rvq_codec.pt")
     codec = Codec(CodecConfig.model_validate(saved["config"]))
     load_weights(codec, saved["model"], Path(folder) / "rvq_codec.pt")
     return codec.to(device).eval().requires_grad_(False)
@@ -387,7 +391,8 @@ class SpeechClips(Rows):
 
 def count_codes(run: Run, manifest: Manifest) -> np.ndarray:
     """Codes in time of every recording, by its header; 0 for one that cannot be read."""
-    return np.ceil(measure_seconds(run, manifest) * 1000 / run.config.frame_ms).astype(np.int64)
+    codes = measure_seconds(run, manifest) * 1000 / run.config.frame_ms
+    return np.ceil(codes - 1e-6).astype(np.int64)  # a whole number may come out a little above itself
 
 
 def leave_out_long(run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -407,26 +412,15 @@ def every_clip(run: Run, manifest: Manifest) -> SpeechClips:
     return SpeechClips(manifest, order[lengths[order] <= run.config.max_mel_length], run.config, training=False)
 
 
-def prepare_mel_statistics(run: Run, clips: SpeechClips) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (M,) of each mel channel over some of the training clips, kept in ``save_dir``."""
-    path = run.save_dir / "mel_statistics.json"
-    with run.main_process_first():
-        if run.is_main and not path.exists():
-            frames = []
-            for row in np.linspace(0, len(clips) - 1, min(len(clips), _STATISTICS_CLIPS)).astype(int):
-                run.check_stop()
-                number = int(clips.row_numbers[row])
-                try:
-                    frames.append(clips.read(clips.manifest[number], None))
-                except BadRow:  # named when it is trained on
-                    continue
-            if not frames:
-                raise UserError(f"{clips.manifest.path}: not one of {_STATISTICS_CLIPS} recordings can be read")
-            all_frames = torch.cat(frames).double()
-            values = {"mean": all_frames.mean(dim=0).tolist(), "std": all_frames.std(dim=0).clamp(min=1e-3).tolist()}
-            write_json(path, values)
-        values = json.loads(path.read_text())
-    return torch.tensor(values["mean"]), torch.tensor(values["std"])
+def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:
+    """``mean`` and ``std`` of each mel channel over some of the training clips, kept in ``save_dir``."""
+    belongs_to = {"data": clips.manifest.sha256, "mel": asdict(clips.mel), "clips": len(clips)}
+
+    def make() -> dict[str, list[float]]:
+        read = partial(clips.read, rng=None)
+        return mel_statistics(read_some(clips.manifest, clips.row_numbers, _STATISTICS_CLIPS, read, run.check_stop))
+
+    return run.remember("mel_statistics.json", belongs_to, make)
 
 
 class CodedManifest:
@@ -451,10 +445,10 @@ class CodedManifest:
         return self.manifest[row] | {"codes": self.codes[start:end]}
 
 
-def fingerprint(codec: Codec) -> str:
+def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights: codes mean nothing to another codec."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(codec.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -451,7 +451,8 @@ class _Training:
 
     def _resume_from_final(self) -> list[str]:
         """Only the final file is left: the run is finished, or can no longer be extended."""
-        final = checkpoint.load_stage(self.run.save_dir, self.run.stage.prefix, self.run.stage.final)
+        stage = self.run.stage
+        final = checkpoint.load_stage(self.run.save_dir, stage.name, stage.prefix, stage.final)
         done = int(final["metrics"]["trained_steps"])
         if done < self.total_steps:
             raise UserError(

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -24,6 +25,7 @@ from omni.errors import UserError
 from omni.files import file_sha256, file_stat, write_json
 from omni.runtime import FolderLock, Run
 
+T = TypeVar("T")
 _VERSION = 1
 _CHUNK_BYTES = 4 << 20
 _MAX_ROW_BYTES = 1 << 20
@@ -114,6 +116,8 @@ def _parse(record: bytes, header: list[str] | None, required: list[str]) -> dict
     if header is None:
         try:
             row = json.loads(text)
+            if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, and no text
+                json.dumps(row, ensure_ascii=False).encode()
         except ValueError as error:
             raise BadRow(f"not valid JSON: {error}") from error
         if not isinstance(row, dict):
@@ -411,6 +415,25 @@ def split_rows(manifest: Manifest, val_split: float) -> tuple[np.ndarray, np.nda
     rows are held out, and equal keys are on one side."""
     held_out = np.asarray(manifest.keys) < val_split * 2**32
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[dict], T], check_stop) -> list[T]:
+    """``read(row)`` for up to ``count`` rows, evenly spread; those that cannot be used are named by whoever trains on
+    them.
+
+    Raises:
+        UserError: not one of them can be used.
+    """
+    found, problem = [], ""
+    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+        check_stop()
+        try:
+            found.append(read(manifest[int(row)]))
+        except BadRow as error:
+            problem = f"{manifest.where(int(row))}: {error}"
+    if not found:
+        raise UserError(f"{problem}. Nor can {min(count, len(rows)) - 1} other rows be used")
+    return found
 
 
 class Rows:

@@ -319,7 +319,7 @@ def load_ocr(folder: str | Path, device: torch.device | str) -> Ocr:
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
-    stage = checkpoint.load_stage(folder, "ocr", "ocr.pt")
+    stage = checkpoint.load_stage(folder, "ocr", "ocr", "ocr.pt")
     model = Ocr(OcrConfig.model_validate(stage["config"]))
     checkpoint.load_weights(model, stage["model"], Path(folder))
     return model.to(device).eval()

@@ -420,6 +420,23 @@ class Run:
         if self.is_main:
             self.barrier()
 
+    def remember(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
+        """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data.
+
+        Args:
+            belongs_to: what the result depends on, as plain data.
+            make: called in the first process; its result is plain data.
+        """
+        path = self.save_dir / name
+        belongs_to = json.loads(json.dumps(belongs_to))  # tuples come back from a file as lists
+        with self.main_process_first():
+            kept = json.loads(path.read_text()) if path.exists() else {}
+            if self.is_main and kept.get("belongs_to") != belongs_to:
+                kept = {"belongs_to": belongs_to, "result": make()}
+                text = json.dumps(kept).encode()
+                checkpoint.replace_file(path, lambda file: file.write(text))
+        return kept["result"]
+
     # Numerics ----------------------------------------------------------------------------------------------------
 
     def autocast(self):

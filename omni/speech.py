@@ -53,7 +53,7 @@ class Speaker:
         Raises:
             UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
         """
-        vocoder = None if vocoder_folder is None else load_vocoder(vocoder_folder, device)[0]
+        vocoder = None if vocoder_folder is None else load_vocoder(vocoder_folder, device)
         return cls(load_talker(folder, device), load_codec(folder, device), vocoder)
 
     # Many texts at once ------------------------------------------------------------------------------------------
@@ -178,13 +178,16 @@ class Listener:
 
 
 def word_error_rates(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Kind of speech -> (word errors, words), as ``wer_recordings``, ``wer_talker`` and so on: errors per word."""
-    return {f"wer_{kind}": errors / words for kind, (errors, words) in counts.items()}
+    """Kind of speech -> (word errors, words), as ``wer_recordings``, ``wer_talker`` and so on: errors per word. A kind
+    without a word has no rate."""
+    return {f"wer_{kind}": float(errors / words) for kind, (errors, words) in counts.items() if words}
 
 
 def word_errors(texts: Sequence[str], heard: Sequence[str]) -> tuple[int, int]:
-    """Word errors of ``heard`` against ``texts``, and the words of these."""
-    return error_counts([normalise_text(text) for text in texts], list(heard))[0]
+    """Word errors of ``heard`` against ``texts``, and the words of these. A text without words has no part in it."""
+    pairs = [(normalise_text(text), said) for text, said in zip(texts, heard, strict=True)]
+    pairs = [(text, said) for text, said in pairs if text]
+    return error_counts(*map(list, zip(*pairs, strict=True)))[0] if pairs else (0, 0)
 
 
 def read_recordings(

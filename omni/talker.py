@@ -357,7 +357,7 @@ def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
     Raises:
         UserError: nothing there, or damaged.
     """
-    saved = load_stage(folder, "talker", "talker.pt")
+    saved = load_stage(folder, "talker", "talker", "talker.pt")
     config = TalkerConfig.model_validate(saved["config"])
     talker = Talker(config, config.codebooks, config.codebook_size, use_flash=config.use_flash)
     load_weights(talker, saved["model"], Path(folder) / "talker.pt")
@@ -387,7 +387,9 @@ class CodedSpeech(Rows):
             raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
         if not len(row["codes"]):
             audio_duration(self.manifest.file(row["wav"]))  # says what is wrong with it
-            raise BadRow(f"{row['wav']}: could not be coded")
+            raise BadRow(
+                f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
+            )
         return Utterance(row["text"], symbols, torch.from_numpy(row["codes"].astype(np.int64)), row["wav"])
 
     def collate(self, samples: list[Utterance]) -> dict:

@@ -265,7 +265,7 @@ def load_thinker(folder: str | Path, device: torch.device) -> tuple[Thinker, Tok
     Raises:
         UserError: a file is missing or damaged, or the two are not of one run.
     """
-    saved, path = load_stage(folder, prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
+    saved, path = load_stage(folder, "text", prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
     config, tokenizer = TextConfig.model_validate(saved["config"]), Tokenizer.load(path)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(

@@ -333,7 +333,7 @@ def load_vision_encoder(
     Raises:
         UserError: a file is missing or damaged, or the Thinker is not the one of the training.
     """
-    saved = load_stage(folder, prefix="vision", final="vision.pt")
+    saved = load_stage(folder, "vision", prefix="vision", final="vision.pt")
     config = VisionConfig.model_validate(saved["config"])
     tokenizer, thinker = Tokenizer.load(Path(folder) / "tokenizer.json"), None
     if config.use_thinker_for_text:

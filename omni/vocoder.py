@@ -23,7 +23,7 @@ from omni import checkpoint
 from omni.audio import MelSpec, griffin_lim, load_audio, log_mel
 from omni.config import VocoderConfig
 from omni.errors import UserError
-from omni.manifest import BadRow, Manifest, Rows
+from omni.manifest import Manifest, Rows
 
 SLOPE = 0.1  # of the leaky ReLUs
 LAST_SLOPE = 0.01  # of the one before the waveform: an oversight of the original that all its checkpoints have
@@ -147,7 +147,7 @@ def load_vocoder(folder: str | Path, device: torch.device | str) -> Generator:
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
-    stage = checkpoint.load_stage(folder, "hifigan", "hifigan.pt")
+    stage = checkpoint.load_stage(folder, "vocoder", "hifigan", "hifigan.pt")
     model = Generator(VocoderConfig.model_validate(stage["config"]))
     checkpoint.load_weights(model, stage["model"], Path(folder))
     return fold_weight_norm(model).to(device).eval()
@@ -375,27 +375,15 @@ def load_codec_of(config: VocoderConfig) -> nn.Module | None:
     if config.codec_ckpt is None:
         return None
     from omni.codec import load_codec
+    from omni.codec import mel_spec as codec_mel_spec
 
-    return load_codec(config.codec_ckpt, "cpu")
-
-
-def mel_statistics(manifest: Manifest, rows: np.ndarray, config: VocoderConfig) -> dict[str, list[float]]:
-    """``mean`` and ``scale`` (standard deviation) of each mel channel over the clips of ``rows``.
-
-    Raises:
-        UserError: not one of them can be used.
-    """
-    mels, problem = [], ""
-    for row in rows:
-        try:
-            mels.append(log_mel(read_clip(manifest, manifest[int(row)], config), mel_spec(config)))
-        except BadRow as error:  # reported by whoever trains on it
-            problem = f"{manifest.where(int(row))}: {error}"
-    if not mels:
-        raise UserError(f"{problem}. Nor can the {len(rows) - 1} clips before it be used")
-    frames = torch.cat(mels)  # (T, M)
-    scale = frames.std(dim=0, correction=0).clamp(min=0.1)  # a channel that never changes tells nothing
-    return {"mean": frames.mean(dim=0).tolist(), "scale": scale.tolist()}
+    codec = load_codec(config.codec_ckpt, "cpu")
+    if codec_mel_spec(codec.arch) != mel_spec(config):
+        raise UserError(
+            f"{config.codec_ckpt}: the codec is of other log-mels than this config: {codec_mel_spec(codec.arch)}, "
+            f"expected {mel_spec(config)}"
+        )
+    return codec
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.checkpoint import load_stage, replace_file
+from omni.checkpoint import load, replace_file
 from omni.errors import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,6 @@ class DemoStage:
     name: str  # in demo_results.json
     script: str
     config: str
-    prefix: str
     final: str
     metrics: dict[str, str | None]  # name -> target ("< 10", "< another + 0.1"), None: reported only
     data: dict[str, str]  # config key -> file below the data folder, for a smoke run with data of its own
@@ -51,7 +50,6 @@ STAGES = [
         name="thinker",
         script="train_text.py",
         config="configs/thinker_demo.json",
-        prefix="thinker",
         final="thinker.pt",
         metrics={"perplexity": "< 10", "bits_per_byte": None},
         data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
@@ -61,7 +59,6 @@ STAGES = [
         name="audio_enc",
         script="train_audio_enc.py",
         config="configs/audio_enc_demo.json",
-        prefix="audio_enc",
         final="audio_enc.pt",
         metrics={"wer": "< 0.2", "wer_unseen_voices": "< 0.2", "cer": None},
         data={
@@ -76,7 +73,6 @@ STAGES = [
         name="vision",
         script="train_vision.py",
         config="configs/vision_demo.json",
-        prefix="vision",
         final="vision.pt",
         metrics={"top1_of_64": "> 0.7", "zero_shot": "> 0.7"},
         data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
@@ -87,7 +83,6 @@ STAGES = [
         name="ocr",
         script="train_ocr.py",
         config="configs/ocr_demo.json",
-        prefix="ocr",
         final="ocr.pt",
         metrics={"cer": "< 0.1", "exact": None},
         data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
@@ -102,7 +97,6 @@ UNFINISHED = [
         name="talker",
         script="train_talker.py",
         config="configs/talker_demo.json",
-        prefix="talker",
         final="talker.pt",
         metrics={
             "reconstruction_mse": "< 0.05",
@@ -130,7 +124,6 @@ UNFINISHED = [
         name="vocoder",
         script="train_vocoder.py",
         config="configs/vocoder_demo.json",
-        prefix="hifigan",
         final="hifigan.pt",
         metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
@@ -168,7 +161,7 @@ def demo() -> int:
         started = time.monotonic()
         try:
             run(stage.script, "--config", stage.config)
-            metrics = load_stage(stage.folder, stage.prefix, stage.final)["metrics"]
+            metrics = load(stage.folder / stage.final)["metrics"]
             results[stage.name] = {name: round(metrics[name], 4) for name in stage.metrics}
         finally:
             if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing

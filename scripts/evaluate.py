@@ -152,7 +152,7 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
 
 def judge_codec(args: argparse.Namespace, device: torch.device) -> Judgement:
     codec = load_codec(args.ckpt_dir, device)
-    config = CodecConfig.model_validate(load_stage(args.ckpt_dir, "rvq_codec", "rvq_codec.pt")["config"])
+    config = CodecConfig.model_validate(load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt")["config"])
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
     judgement, totals = judge_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # the index of somebody else's file does not stay beside it
         judgement = judge(args, device)
-    step = load_stage(args.ckpt_dir, prefix, final)["step"]
+    step = load_stage(args.ckpt_dir, args.stage, prefix, final)["step"]
     for where, why in list(judgement.left_out.items())[:10]:
         to_stderr(f"{where}: {why}. Left out")
     if args.json:

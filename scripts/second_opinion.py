@@ -23,11 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from omni import world
-from omni.asr import COLUMNS, error_counts
+from omni.asr import COLUMNS, error_counts, read_text
 from omni.audio import load_audio
 from omni.ctc import normalise_text
 from omni.errors import UserError
-from omni.manifest import load_manifest
+from omni.manifest import BadRow, load_manifest
 from omni.runtime import OneLineErrors, launch
 
 SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
@@ -91,17 +91,39 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.csv.is_file():
         raise UserError(f"--csv {args.csv}: expected a file, found none")
+    for name, least in (("limit", 1), ("show", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     with tempfile.TemporaryDirectory(prefix="omni_sphinx_") as folder:
         sphinx = Sphinx(Path(folder))
         manifest = load_manifest(args.csv, COLUMNS, "text", cache_dir=folder, log=lambda line: None)
-        texts, heard = [], []
+        texts, heard, left_out = [], [], {}
         for row in tqdm(range(min(len(manifest), args.limit or len(manifest))), disable=None):
-            fields = manifest[row]
-            texts.append(normalise_text(fields["text"]))
-            heard.append(sphinx.transcribe(load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)))
+            try:
+                fields = manifest[row]
+                text, waveform = read_text(fields), load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)
+            except BadRow as error:
+                left_out[manifest.where(row)] = str(error)
+                continue
+            texts.append(text)
+            heard.append(sphinx.transcribe(waveform))
+    for where, why in left_out.items():
+        print(f"{where}: {why}. Left out", file=sys.stderr)
+    if not texts:
+        raise UserError(f"{args.csv}: not one of its rows can be used")
     (errors, words), _ = error_counts(texts, heard)
     if args.json:
-        print(json.dumps({"csv": str(args.csv), "rows": len(texts), "words": words, "wer": errors / words}))
+        print(
+            json.dumps(
+                {
+                    "csv": str(args.csv),
+                    "rows": len(texts),
+                    "rows_left_out": len(left_out),
+                    "words": words,
+                    "wer": errors / words,
+                }
+            )
+        )
         return
     for text, words_heard in list(zip(texts, heard, strict=True))[: args.show]:
         print(f"true   {text}\nheard  {words_heard}\n")

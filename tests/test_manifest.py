@@ -16,7 +16,7 @@ from harness import ROOT
 
 import omni.manifest
 from omni.errors import UserError
-from omni.manifest import BadRow, Manifest, Rows, load_manifest, measure, split_rows
+from omni.manifest import BadRow, Manifest, Rows, load_manifest, measure, read_some, split_rows
 
 COLUMNS = ("wav", "text")
 
@@ -301,3 +301,27 @@ def test_a_manifest_of_300_000_rows_takes_little_memory(tmp_path, monkeypatch):
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
     assert manifest[299_999]["text"] == "the sentence number 299999"
     assert grown < 100, f"{grown} MiB"
+
+
+def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path):
+    rows, path = [{"wav": "a.wav", "text": "\U0001f600"}, {"wav": "b.wav", "text": "\ud83d"}], tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = load(path)
+    assert manifest[0] == rows[0]
+    with pytest.raises(BadRow, match="not valid JSON"):
+        manifest[1]
+
+
+def test_some_rows_are_read_evenly_and_bad_ones_passed_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{i}"}}\n' for i in range(10)))
+    manifest = load_manifest(path, ("text",), "text", log=lambda line: None)
+
+    def read(row: dict) -> int:
+        if row["text"] == "9":
+            raise BadRow("nine")
+        return int(row["text"])
+
+    assert read_some(manifest, np.arange(10), 4, read, lambda: None) == [0, 3, 6]
+    with pytest.raises(UserError, match="row 10: nine"):
+        read_some(manifest, np.array([9]), 4, read, lambda: None)

@@ -12,7 +12,7 @@ from test_config import only_error
 
 from omni.codec import Codec
 from omni.config import CodecConfig, TalkerConfig, VocoderConfig
-from omni.speech import Speaker
+from omni.speech import Speaker, word_error_rates, word_errors
 from omni.talker import (
     IGNORED,
     TEXT_END,
@@ -268,11 +268,35 @@ def test_say_writes_sound(trained, tmp_path):
     assert rate == 16_000 and len(samples) % (8 * 160) == 0 and len(samples) > 0
 
 
+def test_say_uses_a_vocoder_of_the_same_log_mels_only(tmp_path):
+    folder = tmp_path / "stage f"
+    folder.mkdir()
+    narrow = VOCODER.training(folder, max_steps=3, max_epochs=None)
+    wide = narrow.changed(save_dir="wide", n_mels=80)
+    for vocoder in (narrow, wide):
+        vocoder.finish()
+    talker = TALKER.training(tmp_path, max_steps=6, max_epochs=None, vocoder_ckpt=str(wide.save_dir))
+    talker.finish()
+    say = ("--say", "one two", "--audio_out", "said.wav", "--temperature", "1")
+    process = script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(wide.save_dir))
+    assert process.returncode == 0 and "Griffin-Lim" not in process.stderr, process.stderr
+    process = script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(narrow.save_dir))
+    only_error_last(process, "other log-mels")
+    only_error(VOCODER.training(folder, save_dir="fine", codec_ckpt=str(talker.save_dir)).run(), "other log-mels")
+
+
+def only_error_last(process: Process, fragment: str) -> None:
+    assert process.returncode == 2 and fragment in process.stderr.splitlines()[-1], process.stderr
+
+
 def test_say_refuses_what_it_cannot_do(trained, tmp_path):
     say = ("--say", "one", "--audio_out", "said.wav")
     only_error(script(trained, "infer_chat.py", "--say", "one"), "--audio_out", "both or neither")
     only_error(script(trained, "infer_chat.py", *say, "--text", "two"), "--say", "--text")
-    only_error(script(trained, "infer_chat.py", "--say", "", "--audio_out", "said.wav"), "--say", "bytes")
+    only_error(script(trained, "infer_chat.py", "--say", "  ", "--audio_out", "said.wav"), "--say", "bytes")
+    only_error(script(trained, "infer_chat.py", *say[:3], "run"), "--audio_out run", "expected a file")
+    only_error(script(trained, "infer_chat.py", *say, "--complete"), "--complete", "no effect")
+    only_error(script(trained, "infer_chat.py", "--text", "one", "--vocoder_ckpt", "run"), "--vocoder_ckpt", "--say")
     only_error(script(trained, "infer_chat.py", *say[:3], "absent/said.wav"), "absent", "folder that exists")
     only_error(script(trained, "infer_chat.py", *say, "--vocoder_ckpt", "absent"), "absent", "hifigan.pt")
     empty = trained.changed(save_dir="empty")
@@ -301,6 +325,28 @@ def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_pat
     assert len(list((heard.save_dir / "samples").glob("*.png"))) >= 2
 
 
+def test_references_are_counted_again_for_another_listener_or_other_rows(trained, tmp_path):
+    folder = tmp_path / "stage b"
+    folder.mkdir()
+    ears = AUDIO_ENC.training(folder, max_steps=3, max_epochs=None)
+    ears.finish()
+    heard = trained.changed(save_dir="heard", audio_ckpt=str(ears.save_dir), val_sentences=2)
+    assert "listening to 2" in heard.finish().stdout
+    assert "listening" not in heard.changed(max_steps=7).finish().stdout
+    assert "listening to 4" in heard.changed(max_steps=8, val_sentences=4).finish().stdout
+
+
+def test_texts_without_words_are_no_words():
+    assert word_errors(["One, two!", "!!!"], ["one", "something"]) == (1, 2)
+    assert word_error_rates({"a": (1, 2), "b": (0, 0)}) == {"wer_a": 0.5}
+
+
+def test_another_stages_file_is_refused(trained, tmp_path):
+    (trained.save_dir / "talker.pt").write_bytes((trained.save_dir / "rvq_codec.pt").read_bytes())
+    process = script(trained, "infer_chat.py", "--say", "one", "--audio_out", "said.wav")
+    only_error(process, "talker.pt", "stage talker, found codec")
+
+
 def test_a_given_codec_must_have_the_config_s_sizes(tmp_path):
     training = TALKER.training(tmp_path, codebook_size=4)
     only_error(training.run(), "rvq_codec.pt", "codebook_size is 8, this config has 4")
@@ -313,6 +359,7 @@ def test_another_codec_is_another_training(trained, tmp_path):
     payload = torch.load(path, weights_only=True)
     payload["model"]["patch_in.bias"] += 1
     checkpoint.save(path, payload)
+    only_error(trained.changed(max_steps=9).run(), "another codec than", "new save_dir")
     (trained.save_dir / "rvq_codec.pt").unlink()
     only_error(trained.changed(max_steps=9).run(), "data (codec)", "new save_dir")
 
