@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if len(val_rows):
             spoken = CodedSpeech(val_coded, val_rows, training=False)
             split = ResumableDataset(spoken, batch_size=config.batch_size, **own, shuffle=False)
-            score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show)
+            score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show, config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 world=run.world,
                 shuffle=False,
             )
-            score = VocoderScore(config, show=partial(save_samples, run, spec=spec))
+            score = VocoderScore(config, show=partial(save_samples, run, spec=spec), shown=config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
         else:
             run.log("no held-out clips (val_split is 0, or there are very few rows): nothing will be validated")

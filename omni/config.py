@@ -356,6 +356,7 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, SpeechManifest, StageC
     frame_dropout: float = Field(0.1, ge=0, lt=1, description="share of the frames hidden from the talker in training")
     audio_ckpt: str | None = free(None, description="folder of stage B, whose model listens to what is said")
     vocoder_ckpt: str | None = free(None, description="folder of stage F; default: Griffin-Lim")
+    val_samples: int = free(2, ge=0, description="of those that are written to save_dir/samples, sound and picture")
     val_sentences: int = free(100, ge=1, description="held-out sentences said in each validation, and listened to")
 
     @property
@@ -552,6 +553,7 @@ class VocoderConfig(StageConfig):
     val_csv: str | None = input_file(
         None, hint=_TTS_HINT, description="held-out manifest; default: val_split of train_csv's rows"
     )
+    val_samples: int = free(2, ge=0, description="clips that are written to save_dir/samples, sound and picture")
     val_clips: int = free(32, ge=1, description="held-out clips that are validated on, evenly spaced in their file")
     max_clip_s: float = free(60.0, gt=0, description="seconds; a longer recording is a bad row")
     codec_ckpt: str | None = free(

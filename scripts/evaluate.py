@@ -177,6 +177,9 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
         utterances = [Utterance(text, text_symbols(text), speaker.encode(one)) for text, one in read]
         add(totals, talker_sums(speaker.talker, to_device(collate_utterances(utterances), device)))
         if listener is None and args.save_speech is None:
+            for text in texts[: args.show - len(judgement.shown)]:
+                (codes,) = speaker.codes([text])
+                judgement.shown.append((text, f"{len(codes) * speaker.code_s:.2f} s of speech"))
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}

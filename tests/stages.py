@@ -204,7 +204,7 @@ VOCODER = StageCase(
     | {
         "n_mels": 20, "upsample_rates": [16, 10], "upsample_initial_channel": 16, "resblock_kernel_sizes": [3],
         "resblock_dilation_sizes": [[1, 3]], "mpd_periods": [2, 3], "msd_num_scales": 1, "disc_channels": 4,
-        "segment_samples": 800, "lr_g": 1e-3, "lr_d": 1e-3, "adv_start_step": 4,
+        "segment_samples": 800, "val_samples": 0, "lr_g": 1e-3, "lr_d": 1e-3, "adv_start_step": 4,
     },
     make_data=make_clips,
     size_key="upsample_initial_channel",
@@ -221,7 +221,7 @@ TALKER = StageCase(
     | SMALL_CODEC
     | {
         "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
-        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "lr": 3e-3,
+        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "lr": 3e-3,
     },
     make_data=make_sentences,
     size_key="d_ff",

@@ -50,6 +50,7 @@ def test_two_processes_agree_with_one(stage, tmp_path):
         torch.testing.assert_close(weight, two.final_file()["model"][name], rtol=5e-3, atol=5e-4)
 
 
+@pytest.mark.loop
 def test_two_processes_resume_exactly(stage, tmp_path):
     keys = {"gradient_accumulation_steps": 2, "num_workers": 2, "batch_size": 1}
     reference = stage.training(tmp_path, save_dir="reference", **keys)

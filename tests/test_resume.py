@@ -17,9 +17,10 @@ def grid_id(keys: dict) -> str:
     return ",".join(f"{name.split('_')[-1]}={value}" for name, value in keys.items())
 
 
+@pytest.mark.loop
 @pytest.mark.parametrize("keys", GRID, ids=grid_id)
 def test_sigkill_at_random_instants(stage, tmp_path, keys):
-    kills = 20 if stage.name == "text" else 6  # what is killed is the loop, and that they all share
+    kills = 20 if stage.name == "text" else 6  # what is killed is the loop, which all share
     reference = stage.training(tmp_path, save_dir="reference", max_steps=60, **keys)
     reference.prelude = TRACE
     reference.finish()

@@ -311,7 +311,9 @@ def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_pat
     ears = AUDIO_ENC.training(folder, max_steps=3, max_epochs=None)
     ears.finish()
     data = trained.config["tts_csv"]
-    heard = trained.changed(save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24)
+    heard = trained.changed(
+        save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24, val_samples=2
+    )
     heard.finish()
     metrics = heard.final_file()["metrics"]
     process = script(
