@@ -94,7 +94,7 @@ SLOW_PREPARATION = """
 import time, omni.corpus, omni.manifest
 for _module, _name in ((omni.corpus, "_tokenise"), (omni.manifest, "_make_index")):
     def _slow(*args, _original=getattr(_module, _name), **keys):
-        time.sleep(1.0)
+        time.sleep(3.0)
         return _original(*args, **keys)
     setattr(_module, _name, _slow)
 """
