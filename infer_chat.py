@@ -127,8 +127,9 @@ def say(args: argparse.Namespace) -> None:
     """Speak ``--say`` into ``--audio_out``, piece by piece; how fast that went is told on stderr."""
     speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, pick_device(args.device))
     trained = load_stage(args.ckpt_dir, "talker", "talker", "talker.pt")
-    perplexity = trained["metrics"].get("code_perplexity", float("nan"))
-    print(f"{args.ckpt_dir}: talker of step {trained['step']}, code perplexity {perplexity:.3g}", file=sys.stderr)
+    metrics = trained["metrics"]
+    judged = f"code perplexity {metrics['code_perplexity']:.3g}" if "code_perplexity" in metrics else "not validated"
+    print(f"{args.ckpt_dir}: talker of step {trained['step']}, {judged}", file=sys.stderr)
     if speaker.vocoder is None:
         print("no --vocoder_ckpt: the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
     sampling = {"temperature": args.temperature, "top_k": args.top_k}

@@ -213,6 +213,20 @@ class Training:
         return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
 
 
+def run_script(training: Training, script: str, *arguments: str) -> Process:
+    """Another script of the repository on what a training has left behind."""
+    output = training.folder / f"script{len(list(training.folder.glob('script*.out')))}"
+    request = {
+        "argv": [str(ROOT / script), *arguments, "--ckpt_dir", str(training.save_dir), "--device", "cpu"],
+        "cwd": str(training.folder),
+        "env": {},
+        "prelude": "",
+        "stdout": str(output.with_suffix(".out")),
+        "stderr": str(output.with_suffix(".err")),
+    }
+    return Process(Zygote.get().ask(request), output).wait()
+
+
 def trained_weights(training: Training) -> dict:
     """The final weights that can be compared after sums in another order.
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import ROOT, Process, Training, Zygote
+from harness import Process, Training, run_script
 from test_bad_rows import read_rows, spoil
 from test_config import only_error
 
@@ -12,25 +12,7 @@ HELD_OUT_KEY = {"text": "val_text", "vision": "val_manifest"}  # of the others: 
 
 
 def evaluate(training: Training, stage: str, *arguments: str) -> Process:
-    output = training.folder / f"evaluate{len(list(training.folder.glob('evaluate*.out')))}"
-    argv = [
-        str(ROOT / "scripts/evaluate.py"),
-        stage,
-        "--ckpt_dir",
-        str(training.save_dir),
-        "--device",
-        "cpu",
-        *arguments,
-    ]
-    request = {
-        "argv": argv,
-        "cwd": str(training.folder),
-        "env": {},
-        "prelude": "",
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    return Process(Zygote.get().ask(request), output).wait()
+    return run_script(training, "scripts/evaluate.py", stage, *arguments)
 
 
 def judged(training: Training, stage: str, *arguments: str) -> dict:

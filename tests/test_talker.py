@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import ROOT, Process, Training, Zygote
+from harness import Process, Training, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
@@ -247,21 +247,8 @@ def trained(tmp_path) -> Training:
     return training
 
 
-def script(training: Training, name: str, *arguments: str) -> Process:
-    output = training.folder / f"{name.replace('/', '_')}{len(list(training.folder.glob('*.out')))}"
-    request = {
-        "argv": [str(ROOT / name), "--ckpt_dir", str(training.save_dir), "--device", "cpu", *arguments],
-        "cwd": str(training.folder),
-        "env": {},
-        "prelude": "",
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    return Process(Zygote.get().ask(request), output).wait()
-
-
 def test_say_writes_sound(trained, tmp_path):
-    process = script(trained, "infer_chat.py", "--say", "one two", "--audio_out", "said.wav", "--temperature", "1")
+    process = run_script(trained, "infer_chat.py", "--say", "one two", "--audio_out", "said.wav", "--temperature", "1")
     assert process.returncode == 0 and process.stdout == "", process.stderr
     assert "Griffin-Lim" in process.stderr and "real-time factor" in process.stderr and "first sound" in process.stderr
     samples, rate = soundfile.read(tmp_path / "said.wav")
@@ -278,9 +265,9 @@ def test_say_uses_a_vocoder_of_the_same_log_mels_only(tmp_path):
     talker = TALKER.training(tmp_path, max_steps=6, max_epochs=None, vocoder_ckpt=str(wide.save_dir))
     talker.finish()
     say = ("--say", "one two", "--audio_out", "said.wav", "--temperature", "1")
-    process = script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(wide.save_dir))
+    process = run_script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(wide.save_dir))
     assert process.returncode == 0 and "Griffin-Lim" not in process.stderr, process.stderr
-    process = script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(narrow.save_dir))
+    process = run_script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(narrow.save_dir))
     only_error_last(process, "other log-mels")
     only_error(VOCODER.training(folder, save_dir="fine", codec_ckpt=str(talker.save_dir)).run(), "other log-mels")
 
@@ -291,17 +278,19 @@ def only_error_last(process: Process, fragment: str) -> None:
 
 def test_say_refuses_what_it_cannot_do(trained, tmp_path):
     say = ("--say", "one", "--audio_out", "said.wav")
-    only_error(script(trained, "infer_chat.py", "--say", "one"), "--audio_out", "both or neither")
-    only_error(script(trained, "infer_chat.py", *say, "--text", "two"), "--say", "--text")
-    only_error(script(trained, "infer_chat.py", "--say", "  ", "--audio_out", "said.wav"), "--say", "bytes")
-    only_error(script(trained, "infer_chat.py", *say[:3], "run"), "--audio_out run", "expected a file")
-    only_error(script(trained, "infer_chat.py", *say, "--complete"), "--complete", "no effect")
-    only_error(script(trained, "infer_chat.py", "--text", "one", "--vocoder_ckpt", "run"), "--vocoder_ckpt", "--say")
-    only_error(script(trained, "infer_chat.py", *say[:3], "absent/said.wav"), "absent", "folder that exists")
-    only_error(script(trained, "infer_chat.py", *say, "--vocoder_ckpt", "absent"), "absent", "hifigan.pt")
+    only_error(run_script(trained, "infer_chat.py", "--say", "one"), "--audio_out", "both or neither")
+    only_error(run_script(trained, "infer_chat.py", *say, "--text", "two"), "--say", "--text")
+    only_error(run_script(trained, "infer_chat.py", "--say", "  ", "--audio_out", "said.wav"), "--say", "bytes")
+    only_error(run_script(trained, "infer_chat.py", *say[:3], "run"), "--audio_out run", "expected a file")
+    only_error(run_script(trained, "infer_chat.py", *say, "--complete"), "--complete", "no effect")
+    only_error(
+        run_script(trained, "infer_chat.py", "--text", "one", "--vocoder_ckpt", "run"), "--vocoder_ckpt", "--say"
+    )
+    only_error(run_script(trained, "infer_chat.py", *say[:3], "absent/said.wav"), "absent", "folder that exists")
+    only_error(run_script(trained, "infer_chat.py", *say, "--vocoder_ckpt", "absent"), "absent", "hifigan.pt")
     empty = trained.changed(save_dir="empty")
     empty.save_dir.mkdir()
-    only_error(script(empty, "infer_chat.py", *say), str(empty.save_dir), "talker.pt")
+    only_error(run_script(empty, "infer_chat.py", *say), str(empty.save_dir), "talker.pt")
     assert not (tmp_path / "said.wav").exists()
 
 
@@ -316,7 +305,7 @@ def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_pat
     )
     heard.finish()
     metrics = heard.final_file()["metrics"]
-    process = script(
+    process = run_script(
         heard, "scripts/evaluate.py", "talker", "--data", data, "--json", "--audio_ckpt", str(ears.save_dir)
     )
     assert process.returncode == 0, process.stderr
@@ -345,7 +334,7 @@ def test_texts_without_words_are_no_words():
 
 def test_another_stages_file_is_refused(trained, tmp_path):
     (trained.save_dir / "talker.pt").write_bytes((trained.save_dir / "rvq_codec.pt").read_bytes())
-    process = script(trained, "infer_chat.py", "--say", "one", "--audio_out", "said.wav")
+    process = run_script(trained, "infer_chat.py", "--say", "one", "--audio_out", "said.wav")
     only_error(process, "talker.pt", "stage talker, found codec")
 
 
