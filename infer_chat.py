@@ -18,11 +18,11 @@ from pathlib import Path
 
 import soundfile
 
+from omni.aligner import MAX_TEXT_BYTES
 from omni.checkpoint import load_stage, replace_file
 from omni.errors import UserError
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import Speaker
-from omni.talker import MAX_TEXT_BYTES
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
 

@@ -1,18 +1,30 @@
-"""Stage D: train the speech codec, then the talker, which says a text by writing the codec's codes.
+"""Stage D: train the speech codec, then an aligner, then the talker, which says a text by writing the codec's codes.
 
     python train_talker.py --config configs/talker_tiny.json
 
 The data are CSV rows of a text and the recording of it, best of one voice. First the codec learns to write log-mels as
-codes and to read them back (rvq_codec.pt). It is then frozen, all recordings are coded once, and the talker learns to
-write their codes from their texts (talker.pt). A recogniser of stage B, if there is one, listens to what it says.
+codes and to read them back (rvq_codec.pt), then the aligner which byte of a text sounds when (aligner.pt). Both are
+frozen, all recordings are coded and aligned once, and the talker learns to write durations and codes from texts
+(talker.pt). A recogniser of stage B, if there is one, listens to what it says.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni.aligner import (
+    Aligner,
+    SpokenTexts,
+    aligner_metrics,
+    aligner_nats,
+    aligner_sums,
+    load_aligner,
+    prepare_durations,
+)
 from omni.audio import load_audio
 from omni.checkpoint import load_stage, replace_file
 from omni.codec import (
@@ -29,22 +41,25 @@ from omni.codec import (
     prepare_codes,
     prepare_mel_statistics,
 )
-from omni.config import CodecArchitecture, TalkerConfig
+from omni.config import AlignerArchitecture, CodecArchitecture, SpeechFrames, TalkerConfig
 from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, measure_rows, prepare_manifest, split_rows
+from omni.manifest import prepare_manifest, split_rows
 from omni.optim import build_adamw
+from omni.precompute import RowsWith
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
-from omni.speech import Listener, Speaker, TalkerScore, read_recordings, word_error_rates, word_errors
-from omni.talker import CodedSpeech, Talker, talker_loss, text_symbols
+from omni.speech import Listener, Speaker, TalkerScore, prepare_references
+from omni.talker import CodedSpeech, Talker, talker_loss
 from omni.vocoder import load_vocoder
 
 CODEC = Stage("codec", prefix="rvq_codec", final="rvq_codec.pt", unit="frames", best_metric="reconstruction_mse")
+ALIGNER = Stage("aligner", prefix="aligner", final="aligner.pt", unit="bytes", best_metric="nats_per_byte")
 STAGE = Stage("talker", prefix="talker", final="talker.pt", unit="codes", best_metric="code_perplexity")
 COLUMNS = ("text", "wav")
+PARTS = (SpeechClips, SpokenTexts)  # what the codec learns from, and the aligner
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -66,35 +81,45 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.log("no held-out rows (val_split is 0, or there are very few rows): nothing will be validated")
         own = {"seed": config.seed, "rank": run.rank, "world": run.world}
         how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
-        clips = SpeechClips(manifest, train_rows, config, training=True, lengths=lengths[train_rows])
-        # refuses an impossible batch_size now, and not after hours of training the codec
-        ResumableDataset(clips, batch_size=config.batch_size, **own, **how)
+        clips, spoken = (of(manifest, train_rows, config, training=True, lengths=lengths[train_rows]) for of in PARTS)
+        val_clips, val_spoken = (of(val_manifest, val_rows, config, training=False) for of in PARTS)
+        for batch_size in (config.batch_size, config.codec_batch_size, config.aligner_batch_size):
+            # refuses an impossible one now, and not after hours of training the codec
+            ResumableDataset(clips, batch_size=batch_size, **own, **how)
 
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
         if config.codec_ckpt:
-            codec_figures = use_codec(run)
+            figures = adopt(run, CODEC, CodecArchitecture)
         else:
             with run.part(config.codec, CODEC):
-                codec_figures = train_codec(
-                    run, clips, SpeechClips(val_manifest, val_rows, config, training=False), data
-                )
-
-        # --- Its codes, computed once ------------------------------------------------------------------------------
+                figures = train_codec(run, clips, val_clips, data)
         codec = load_codec(run.save_dir, run.device)
-        coded = val_coded = prepare_codes(run, codec, every_clip(run, manifest), "train")
+
+        # --- Second part: the aligner ------------------------------------------------------------------------------
+        if config.codec_ckpt and (Path(config.codec_ckpt) / ALIGNER.final).exists():
+            figures = figures | adopt(run, ALIGNER, AlignerArchitecture)
+        else:
+            with run.part(config.aligner, ALIGNER):
+                figures = figures | train_aligner(run, codec, spoken, val_spoken, data)
+        aligner = load_aligner(run.save_dir, run.device)
+
+        # --- Codes and durations of all recordings, computed once --------------------------------------------------
+        def computed(of, name: str) -> RowsWith:
+            every_row = every_clip(run, of)
+            every, every_spoken = (part(of, every_row, config, training=False) for part in PARTS)
+            codes = prepare_codes(run, codec, every, name)
+            return RowsWith(of, {"codes": codes, "durations": prepare_durations(run, aligner, every_spoken, name)})
+
+        coded = val_coded = computed(manifest, "train")
         if config.val_csv:
-            val_coded = prepare_codes(run, codec, every_clip(run, val_manifest), "validation")
+            val_coded = computed(val_manifest, "validation")
         speech = CodedSpeech(coded, train_rows, seed=config.seed, training=True, lengths=lengths[train_rows])
         train_set = ResumableDataset(speech, batch_size=config.batch_size, **own, **how)
 
-        # --- Second part: the talker -------------------------------------------------------------------------------
-        pace = config.frames_per_byte or measure_pace(run, manifest, train_rows, lengths[train_rows])
-        config = run.config = config.model_copy(update={"frames_per_byte": pace})
-        talker = run.prepare(Talker(config, config.codebooks, config.codebook_size, use_flash=config.use_flash))
-
-        def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            return talker_loss(model, batch, config.frame_dropout)
+        # --- Third part: the talker --------------------------------------------------------------------------------
+        talker = run.prepare(Talker(config))
+        weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
 
         # --- Validation: perplexity of the true codes, and what a recogniser hears when the talker speaks ----------
         vocoder = None if config.vocoder_ckpt is None else load_vocoder(config.vocoder_ckpt, run.device)
@@ -115,36 +140,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         validation = None
         if len(val_rows):
-            spoken = CodedSpeech(val_coded, val_rows, training=False)
-            split = ResumableDataset(spoken, batch_size=config.batch_size, **own, shuffle=False)
+            held_out = CodedSpeech(val_coded, val_rows, training=False)
+            split = ResumableDataset(held_out, batch_size=config.batch_size, **own, shuffle=False)
             score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show, config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
+        optimizer = build_adamw(talker, lr=config.lr, wd=config.wd)
         return train(
             run,
-            [Phase("talker", talker, build_adamw(talker, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("talker", talker, optimizer, partial(talker_loss, **weights), peak_lr=config.lr)],
             train_set,
-            fingerprint=data | {"codec": fingerprint(codec)},
+            fingerprint=data | {"codec": fingerprint(codec), "aligner": fingerprint(aligner)},
             validation=validation,
-            summary=codec_figures | references,
+            summary=figures | references,
         )
 
 
-def use_codec(run: Run) -> dict[str, float]:
-    """Put the codec of ``codec_ckpt`` into ``save_dir``, which then has all that speaking needs; its metrics.
+def adopt(run: Run, stage: Stage, sizes: type[SpeechFrames]) -> dict[str, float]:
+    """Put a part of ``codec_ckpt`` into ``save_dir``, which then has all that speaking needs; its metrics.
 
     Raises:
-        UserError: it has other sizes than the config says, or ``save_dir`` has another one already.
+        UserError: it has other ``sizes`` than the config says, or ``save_dir`` has another one already.
     """
-    source, target = Path(run.config.codec_ckpt) / CODEC.final, run.save_dir / CODEC.final
-    saved = load_stage(source.parent, CODEC.name, CODEC.prefix, CODEC.final)
-    for key in CodecArchitecture.model_fields:
+    source, target = Path(run.config.codec_ckpt) / stage.final, run.save_dir / stage.final
+    saved = load_stage(source.parent, stage.name, stage.prefix, stage.final)
+    for key in sizes.model_fields:
         if saved["config"][key] != getattr(run.config, key):
             raise UserError(f"{source}: {key} is {saved['config'][key]}, this config has {getattr(run.config, key)}")
     with run.main_process_first():
         if target.exists() and file_sha256(target) != file_sha256(source):
-            raise UserError(f"{target}: another codec than {source}. Use a new save_dir")
+            raise UserError(f"{target}: another {stage.name} than {source}. Use a new save_dir")
         if run.is_main and not target.exists():
             replace_file(target, lambda file: file.write(source.read_bytes()))
     return saved["metrics"]
@@ -152,58 +178,56 @@ def use_codec(run: Run) -> dict[str, float]:
 
 def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict[str, str]) -> dict[str, float]:
     """The first part of the stage: the metrics of ``rvq_codec.pt``."""
-    config = run.config
-    codec = Codec(config)
+    codec = Codec(run.config)
     statistics = prepare_mel_statistics(run, clips)
     codec.mel_mean.copy_(torch.tensor(statistics["mean"]))
     codec.mel_std.copy_(torch.tensor(statistics["std"]))
-    run.prepare(codec)
-
-    def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        return codec_loss(model, batch, config.commitment_weight)
+    loss = partial(codec_loss, commitment_weight=run.config.commitment_weight)
 
     def move_codebooks(ok: Tensor) -> None:
         codec.quantizer.update(ok, run.sum_over_ranks, run.is_main)
 
+    return train_part(run, codec, loss, (codec_sums, codec_metrics), (clips, val_clips), data, move_codebooks)
+
+
+def train_aligner(
+    run: Run, codec: Codec, spoken: SpokenTexts, val_spoken: SpokenTexts, data: dict[str, str]
+) -> dict[str, float]:
+    """The second part of the stage: the metrics of ``aligner.pt``."""
+    aligner = Aligner(run.config)
+    aligner.mel_mean.copy_(codec.mel_mean)
+    aligner.mel_std.copy_(codec.mel_std)
+
+    def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+        nats = aligner_nats(model, aligner.slots(batch["lengths"]), batch)
+        return nats.sum() / batch["text_lengths"].sum(), {}
+
+    data = data | {"mel": fingerprint(codec)}
+    return train_part(run, aligner, loss, (aligner_sums, aligner_metrics), (spoken, val_spoken), data)
+
+
+def train_part(
+    run: Run,
+    model: nn.Module,
+    loss: Callable,
+    judge: tuple[Callable, Callable],
+    sources: tuple[SpeechClips, SpeechClips],
+    data: dict[str, str],
+    after_update: Callable[[Tensor], None] | None = None,
+) -> dict[str, float]:
+    """Train what the talker needs, as ``run.config`` says: the metrics of its final file.
+
+    Args:
+        judge: sums and metrics of the validation; sources: to train and to validate on.
+    """
+    run.prepare(model)
+    config, (source, val_source) = run.config, sources
     own = {"seed": config.seed, "batch_size": config.batch_size, "rank": run.rank, "world": run.world}
     how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
-    validation = None
-    if len(val_clips):
-        validation = Validation(ResumableDataset(val_clips, **own, shuffle=False), codec_sums, codec_metrics)
-    optimizer = build_adamw(codec, lr=config.lr, wd=config.wd)
-    phase = Phase("codec", codec, optimizer, loss, peak_lr=config.lr, after_update=move_codebooks)
-    return train(run, [phase], ResumableDataset(clips, **own, **how), fingerprint=data, validation=validation)
-
-
-def measure_pace(run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray) -> float:
-    """Codes in time per byte of text, over all readable rows."""
-    n_bytes = measure_rows(run, manifest, "text_bytes", text_bytes, np.int32)[rows]
-    both = (n_bytes > 0) & (lengths > 0)
-    return float(lengths[both].sum() / n_bytes[both].sum())
-
-
-def text_bytes(manifest: Manifest, row: int) -> int:
-    return len(text_symbols(manifest[row]["text"]))
-
-
-def prepare_references(run: Run, speaker: Speaker, listener: Listener, manifest: Manifest, rows) -> dict[str, float]:
-    """Word error rates of the recordings and of what codec and vocoder make of them, kept in ``save_dir``."""
-
-    def make() -> dict[str, float]:
-        run.log(f"listening to {len(rows)} held-out recordings, as they are, vocoded, and coded")
-        read = read_recordings(speaker, manifest, rows, left_out={})
-        versions = [speaker.versions(recording) for _, recording in read]
-        counts = {}
-        for kind in ("recordings", "vocoded", "codec"):
-            heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
-            counts[kind] = word_errors([text for text, _ in read], heard)
-        rates = word_error_rates(counts)
-        run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
-        return rates
-
-    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "listener": listener.model}
-    belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
-    return run.remember("references.json", belongs_to | {"data": manifest.sha256, "rows": len(rows)}, make)
+    validation = Validation(ResumableDataset(val_source, **own, shuffle=False), *judge) if len(val_source) else None
+    optimizer = build_adamw(model, lr=config.lr, wd=config.wd)
+    phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=config.lr, after_update=after_update)
+    return train(run, [phase], ResumableDataset(source, **own, **how), fingerprint=data, validation=validation)
 
 
 if __name__ == "__main__":

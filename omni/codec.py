@@ -8,7 +8,6 @@ one code from each of its codebooks, and a decoder makes log-mels of the codes. 
 # Q codebooks, K codes in each, R latents of a batch that count
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,21 +17,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from omni.asr import measure_seconds
 from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
 from omni.checkpoint import load_stage, load_weights
-from omni.config import CodecArchitecture, CodecConfig, TalkerConfig
-from omni.data import ResumableDataset, build_loader
-from omni.files import write_json
+from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
 from omni.layers import RMSNorm
-from omni.manifest import Manifest, Rows, read_some, save_array
+from omni.manifest import Manifest, Rows, read_some
+from omni.precompute import Ragged, precompute
 from omni.runtime import Run
 
 SILENCE = -11.5  # log-mel of digital silence, see omni.audio
 _STATISTICS_CLIPS = 256
-_CODED_AT_A_TIME = 32  # recordings
 _DEAD = 0.05  # a code used less than this share of the average is moved to where there are latents
 
 
@@ -355,7 +351,7 @@ def load_codec(folder: str | Path, device: torch.device | str) -> Codec:
 # Data
 
 
-def mel_spec(arch: CodecArchitecture) -> MelSpec:
+def mel_spec(arch: SpeechFrames) -> MelSpec:
     return MelSpec(
         sample_rate=arch.sample_rate,
         n_fft=arch.n_fft,
@@ -369,9 +365,11 @@ def mel_spec(arch: CodecArchitecture) -> MelSpec:
 class SpeechClips(Rows):
     """Recordings as log-mels, from a manifest with the columns text and wav. A sample is a (T, M) tensor."""
 
-    def __init__(self, manifest: Manifest, rows: np.ndarray, config: CodecConfig | TalkerConfig, **others) -> None:
+    def __init__(
+        self, manifest: Manifest, rows: np.ndarray, config: CodecConfig | AlignerConfig | TalkerConfig, **others
+    ) -> None:
         super().__init__(manifest, rows, **others)
-        self.per_code, self.mel = config.frames_per_code, mel_spec(config)
+        self.mel, self.per_code, self.slots_per_code = mel_spec(config), config.frames_per_code, config.slots_per_code
         self.max_frames = config.max_mel_length * self.per_code
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Tensor:
@@ -405,11 +403,11 @@ def leave_out_long(run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.n
     return np.setdiff1d(rows, long)
 
 
-def every_clip(run: Run, manifest: Manifest) -> SpeechClips:
-    """All recordings that are not too long, whatever they are used for, the shortest first."""
+def every_clip(run: Run, manifest: Manifest) -> np.ndarray:
+    """The rows of all recordings that are not too long, whatever they are used for, the shortest first."""
     lengths = count_codes(run, manifest)
     order = np.argsort(lengths, kind="stable")
-    return SpeechClips(manifest, order[lengths[order] <= run.config.max_mel_length], run.config, training=False)
+    return order[lengths[order] <= run.config.max_mel_length]
 
 
 def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:
@@ -423,28 +421,6 @@ def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float
     return run.remember("mel_statistics.json", belongs_to, make)
 
 
-class CodedManifest:
-    """A manifest whose rows bring their recording's codes along, under ``codes``.
-
-    Args:
-        codes: (frames, Q) of all recordings, one after the other.
-        spans: (rows, 2) first frame, frame after the last; equal for a recording that could not be coded.
-    """
-
-    def __init__(self, manifest: Manifest, codes: np.ndarray, spans: np.ndarray) -> None:
-        self.manifest, self.codes, self.spans = manifest, codes, spans
-
-    def where(self, row: int) -> str:
-        return self.manifest.where(row)
-
-    def file(self, name: str) -> Path:
-        return self.manifest.file(name)
-
-    def __getitem__(self, row: int) -> dict:
-        start, end = self.spans[row]
-        return self.manifest[row] | {"codes": self.codes[start:end]}
-
-
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 of the weights: codes mean nothing to another codec."""
     digest = hashlib.sha256()
@@ -453,43 +429,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> CodedManifest:
-    """The codes of all recordings, computed once and kept in ``save_dir`` under ``name``.
+def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> Ragged:
+    """The codes (N, Q) uint16 of all recordings, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
-        clips: those to code, those of similar length one after the other; ``training`` is false.
+        clips: those to code, of similar length one after the other; ``training`` is false.
     """
-    manifest, folder = clips.manifest, run.save_dir / "codes"
-    belongs_to = {"codec": fingerprint(codec), "data": manifest.sha256, "clips": len(clips)}
-    codes, spans, meta = (folder / f"{name}.{ending}" for ending in ("codes.npy", "spans.npy", "json"))
-    with run.main_process_first():
-        if run.is_main and not (meta.exists() and json.loads(meta.read_text()) == belongs_to):
-            folder.mkdir(exist_ok=True)
-            meta.unlink(missing_ok=True)
-            run.log(f"coding {len(clips)} recordings of {manifest.path}")
-            coded, where = encode_all(run, codec, clips)
-            save_array(codes, coded)
-            save_array(spans, where)
-            write_json(meta, belongs_to)
-    return CodedManifest(manifest, np.load(codes, mmap_mode="r"), np.load(spans, mmap_mode="r"))
 
-
-def encode_all(run: Run, codec: Codec, clips: SpeechClips) -> tuple[np.ndarray, np.ndarray]:
-    """The codes (frames, Q) uint16 of all clips, and where those of each row of the manifest are, (rows, 2)."""
-    dataset = ResumableDataset(clips, seed=0, batch_size=_CODED_AT_A_TIME, shuffle=False)
-    parts = [np.zeros((0, codec.arch.codebooks), np.uint16)]
-    spans, done = np.zeros((len(clips.manifest), 2), np.int64), 0
-    batches = build_loader(dataset, run.config, run.device)
-    for batch in tqdm(batches, total=dataset.steps_per_epoch, desc="codes", unit="batch", disable=None, delay=0.5):
-        run.check_stop()
-        numbers = [int(clips.row_numbers[row]) for row in batch["rows"]]
-        numbers = [number for number in numbers if clips.manifest.where(number) not in batch["bad_rows"]]
-        if not numbers:
-            continue
-        coded = codec.encode(batch["log_mels"].to(run.device), batch["lengths"].to(run.device)).cpu().numpy()
+    def make(batch: dict) -> list[np.ndarray]:
+        codes = codec.encode(batch["log_mels"].to(run.device), batch["lengths"].to(run.device)).cpu().numpy()
         lengths = -(-batch["lengths"].numpy() // codec.arch.frames_per_code)
-        for number, length, one in zip(numbers, lengths, coded, strict=True):
-            spans[number] = done, done + length
-            parts.append(one[:length].astype(np.uint16))
-            done += length
-    return np.concatenate(parts), spans
+        return [one[:length].astype(np.uint16) for length, one in zip(lengths, codes, strict=True)]
+
+    return precompute(run, f"{name}.codes", clips, {"codec": fingerprint(codec)}, make, note="coding")

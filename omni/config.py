@@ -238,8 +238,8 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         return self
 
 
-class CodecArchitecture(BaseModel):
-    """The sizes of the speech codec, and of the log-mels that it codes."""
+class SpeechFrames(BaseModel):
+    """The log-mels of stage D, and the times that it reckons in: mel frames, slots, codes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -249,6 +249,32 @@ class CodecArchitecture(BaseModel):
     frame_win: int = Field(640, ge=16, description="samples of a mel frame's window")
     n_mels: int = Field(80, ge=8, description="mel channels")
     frame_ms: int = Field(80, ge=10, description="milliseconds of speech in one code of each codebook")
+
+    @property
+    def frames_per_code(self) -> int:
+        return self.frame_ms * self.sample_rate // (1000 * self.frame_hop)
+
+    @property
+    def slots_per_code(self) -> int:
+        """Slots are what the durations of a text's bytes are counted in: whole mel frames, a quarter of a code's time
+        (20 of 80 ms) or as little less as divides it evenly."""
+        frames = self.frames_per_code
+        return next(slots for slots in range(min(4, frames), frames + 1) if frames % slots == 0)
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> Self:
+        if self.frame_ms * self.sample_rate % (1000 * self.frame_hop):
+            hop_ms = 1000 * self.frame_hop / self.sample_rate
+            raise ValueError(f'key "frame_ms": expected a multiple of {hop_ms:g} (frame_hop), found {self.frame_ms}')
+        if not self.frame_hop <= self.frame_win <= self.n_fft:
+            sizes = f"{self.frame_hop}, {self.frame_win} and {self.n_fft}"
+            raise ValueError(f'key "frame_win": expected frame_hop <= frame_win <= n_fft, found {sizes}')
+        return self
+
+
+class CodecArchitecture(SpeechFrames):
+    """The sizes of the speech codec."""
+
     codebooks: int = Field(8, ge=1, description="codes per frame, each finer than the one before")
     codebook_size: int = Field(256, ge=2)
     codec_d_model: int = Field(512, ge=8, le=1_000_000)
@@ -260,25 +286,15 @@ class CodecArchitecture(BaseModel):
     quantizer_dropout: float = Field(0.25, ge=0, le=1, description="share of clips coded with fewer codebooks")
     ema_decay: float = Field(0.98, gt=0, lt=1, description="of the codebooks' moving averages, per step")
 
-    @property
-    def frames_per_code(self) -> int:
-        return self.frame_ms * self.sample_rate // (1000 * self.frame_hop)
-
     @model_validator(mode="after")
     def _codec_sizes_fit(self) -> Self:
-        if self.frame_ms * self.sample_rate % (1000 * self.frame_hop):
-            hop_ms = 1000 * self.frame_hop / self.sample_rate
-            raise ValueError(f'key "frame_ms": expected a multiple of {hop_ms:g} (frame_hop), found {self.frame_ms}')
-        if not self.frame_hop <= self.frame_win <= self.n_fft:
-            sizes = f"{self.frame_hop}, {self.frame_win} and {self.n_fft}"
-            raise ValueError(f'key "frame_win": expected frame_hop <= frame_win <= n_fft, found {sizes}')
         if self.codec_kernel_size % 2 == 0:
             raise ValueError(f'key "codec_kernel_size": expected an odd number, found {self.codec_kernel_size}')
         return self
 
 
 class SpeechManifest(BaseModel):
-    """What the codec and the talker learn from."""
+    """What all parts of stage D learn from."""
 
     tts_csv: str = input_file(hint=_TTS_HINT, description="manifest with the columns text and wav, one voice")
     val_csv: str | None = input_file(
@@ -287,11 +303,25 @@ class SpeechManifest(BaseModel):
     max_mel_length: int = Field(
         2048, ge=1, description="longest recording in frames of frame_ms (2048: 164 s); longer rows are left out"
     )
-    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
 
 
 class CodecConfig(CodecArchitecture, SpeechManifest, StageConfig):
     """The first part of stage D: what ``rvq_codec.pt`` was trained with. See ``TalkerConfig.codec``."""
+
+    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
+
+
+class AlignerArchitecture(SpeechFrames):
+    """The sizes of the aligner."""
+
+    aligner_d_model: int = Field(128, ge=8, le=1_000_000)
+    aligner_layers: int = Field(
+        2, ge=0, le=1000, description="convolutions over the text, and over the speech; one hears 5 bytes or slots"
+    )
+
+
+class AlignerConfig(AlignerArchitecture, SpeechManifest, StageConfig):
+    """The second part of stage D: what ``aligner.pt`` was trained with. See ``TalkerConfig.aligner``."""
 
 
 class TalkerArchitecture(BaseModel):
@@ -314,7 +344,6 @@ class TalkerArchitecture(BaseModel):
     depth_layers: int = Field(2, ge=1, le=1000)
     depth_d_ff: int = Field(768, ge=8, le=1_000_000)
     thinker_d_model: int | None = Field(None, ge=8, description="width of the Thinker whose states may be heard")
-    frames_per_byte: float | None = Field(None, gt=0, description="pace; default: that of the training rows")
 
     @property
     def blocks(self) -> ThinkerArchitecture:
@@ -341,19 +370,27 @@ class TalkerArchitecture(BaseModel):
         return self
 
 
-class TalkerConfig(TalkerArchitecture, CodecArchitecture, SpeechManifest, StageConfig):
-    """Stage D, ``train_talker.py``: the codec first, then the talker."""
+class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechManifest, StageConfig):
+    """Stage D, ``train_talker.py``: the codec first, then the aligner, then the talker."""
 
     OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
         "use_swiglu": "the MLP is always SwiGLU, as in Qwen3",
     }
 
-    codec_ckpt: str | None = free(None, description="folder with an rvq_codec.pt to use; default: one is trained first")
+    codec_ckpt: str | None = free(
+        None, description="folder with an rvq_codec.pt, and perhaps an aligner.pt, to use; default: they are trained"
+    )
     codec_steps: int = free(5000, ge=1, description="optimizer updates of the codec, before those of the talker")
     codec_lr: float = free(1e-3, gt=0, description="the codec's peak learning rate")
     codec_warmup_steps: int = free(100, ge=0)
     codec_batch_size: int = Field(16, ge=1)
-    frame_dropout: float = Field(0.1, ge=0, lt=1, description="share of the frames hidden from the talker in training")
+    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
+    aligner_steps: int = free(2000, ge=1, description="optimizer updates of the aligner")
+    aligner_lr: float = free(2e-3, gt=0, description="its peak learning rate")
+    aligner_warmup_steps: int = free(50, ge=0)
+    aligner_batch_size: int = Field(16, ge=1)
+    frame_dropout: float = Field(0.25, ge=0, lt=1, description="share of the frames hidden from the talker in training")
+    duration_weight: float = Field(0.1, ge=0, description="of the loss of the durations, beside that of the codes")
     audio_ckpt: str | None = free(None, description="folder of stage B, whose model listens to what is said")
     vocoder_ckpt: str | None = free(None, description="folder of stage F; default: Griffin-Lim")
     val_samples: int = free(2, ge=0, description="of those that are written to save_dir/samples, sound and picture")
@@ -361,14 +398,17 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, SpeechManifest, StageC
 
     @property
     def codec(self) -> CodecConfig:
-        keys = {key: getattr(self, key) for key in CodecConfig.model_fields}
-        keys |= {
-            "lr": self.codec_lr,
-            "warmup_steps": self.codec_warmup_steps,
-            "max_steps": self.codec_steps,
-            "batch_size": self.codec_batch_size,
-        }
-        return CodecConfig(**keys)
+        return self._part(CodecConfig, "codec")
+
+    @property
+    def aligner(self) -> AlignerConfig:
+        return self._part(AlignerConfig, "aligner")
+
+    def _part(self, cls: type[ConfigType], name: str) -> ConfigType:
+        """The config of one part of the stage: ``<name>_lr`` is its ``lr``, and so on."""
+        keys = {key: getattr(self, key) for key in cls.model_fields}
+        own = {"lr": "lr", "warmup_steps": "warmup_steps", "max_steps": "steps", "batch_size": "batch_size"}
+        return cls(**(keys | {key: getattr(self, f"{name}_{short}") for key, short in own.items()}))
 
     def check_files(self) -> None:
         super().check_files()

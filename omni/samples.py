@@ -15,9 +15,10 @@ def save_samples(run: Run, step: int, index: int, clips: dict[str, Tensor], spec
 
     Args:
         index: number of the utterance.
-        clips: name -> waveform (S,).
+        clips: name -> waveform (S,); one in which nothing is said is left out.
     """
-    if not run.is_main:
+    clips = {name: clip for name, clip in clips.items() if len(clip)}
+    if not run.is_main or not clips:
         return
     folder = run.save_dir / "samples"
     folder.mkdir(exist_ok=True)

@@ -12,15 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.aligner import text_symbols
 from omni.asr import error_counts
 from omni.audio import griffin_lim, load_audio, log_mel, normalise_features, resample
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.audio_encoder import mel_spec as recogniser_mel_spec
-from omni.codec import Codec, load_codec, mel_spec
+from omni.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.ctc import normalise_text
 from omni.errors import UserError
 from omni.manifest import BadRow, Manifest
-from omni.talker import Talker, load_talker, talker_metrics, talker_sums, text_symbols
+from omni.runtime import Run
+from omni.talker import Talker, load_talker, talker_metrics, talker_sums
 from omni.vocoder import Generator, load_vocoder
 from omni.vocoder import mel_spec as vocoder_mel_spec
 
@@ -45,6 +47,7 @@ class Speaker:
                 f"expected {self.spec}"
             )
         self.code_s = codec.arch.frame_ms / 1000
+        self.max_frames = int(MAX_SECONDS / self.code_s)
 
     @classmethod
     def load(cls, folder: str | Path, vocoder_folder: str | Path | None, device: torch.device) -> "Speaker":
@@ -61,7 +64,7 @@ class Speaker:
     def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
         """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
         symbols = [text_symbols(text) for text in texts]
-        sampling.setdefault("max_frames", self.max_frames(max(map(len, symbols))))
+        sampling.setdefault("max_frames", self.max_frames)
         frames, going_on = [], []
         for codes, still in self.talker.generate(symbols, **sampling):
             frames.append(codes)
@@ -70,12 +73,6 @@ class Speaker:
             return [torch.zeros(0, self.talker.codebooks, dtype=torch.int64) for _ in texts]
         lengths = torch.stack(going_on).sum(dim=0).tolist()
         return [codes[:length] for codes, length in zip(torch.stack(frames, dim=1), lengths, strict=True)]
-
-    def max_frames(self, n_bytes: int) -> int:
-        """Frames after which an utterance that has not ended is cut: three times the average pace, and a second."""
-        return min(
-            int(MAX_SECONDS / self.code_s), int(3 * n_bytes * self.talker.arch.frames_per_byte + 1 / self.code_s)
-        )
 
     def waveform(self, codes: Tensor) -> Tensor:
         """The sound (S,) of codes (N, Q)."""
@@ -110,7 +107,7 @@ class Speaker:
         without a vocoder there is one piece.
         """
         symbols = text_symbols(text)
-        sampling.setdefault("max_frames", self.max_frames(len(symbols)))
+        sampling.setdefault("max_frames", self.max_frames)
         codes: list[Tensor] = []
         done, chunk = 0, FIRST_CHUNK
         for frame, _ in self.talker.generate([symbols], **sampling):
@@ -203,6 +200,28 @@ def read_recordings(
         except BadRow as error:
             left_out[manifest.where(row)] = str(error)
     return read
+
+
+def prepare_references(
+    run: Run, speaker: Speaker, listener: Listener, manifest: Manifest, rows: Sequence[int]
+) -> dict[str, float]:
+    """Word error rates of the recordings and of what codec and vocoder make of them, kept in ``save_dir``."""
+
+    def make() -> dict[str, float]:
+        run.log(f"listening to {len(rows)} held-out recordings, as they are, vocoded, and coded")
+        read = read_recordings(speaker, manifest, rows, left_out={})
+        versions = [speaker.versions(recording) for _, recording in read]
+        counts = {}
+        for kind in ("recordings", "vocoded", "codec"):
+            heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
+            counts[kind] = word_errors([text for text, _ in read], heard)
+        rates = word_error_rates(counts)
+        run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
+        return rates
+
+    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "listener": listener.model}
+    belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
+    return run.remember("references.json", belongs_to | {"data": manifest.sha256, "rows": len(rows)}, make)
 
 
 class TalkerScore:

@@ -1,11 +1,13 @@
 """The talker: says a text, by writing the speech codec's codes frame after frame.
 
-It is a decoder over ``text, then frames``. The text comes as UTF-8 bytes, to each of which the Thinker's state of the
-token it belongs to may be added: that is how the talker speaks a reply while the Thinker still writes it.
+First it reads the text, as UTF-8 bytes, and decides how long each byte will sound; what it has read is then laid out
+over the frames in which it will be heard. A causal decoder goes over these frames, and writes the codes of each from
+what is to be said there and from the frames before. To each byte the Thinker's state of the token it belongs to may be
+added: that is how the talker speaks a reply as the Thinker meant it.
 """
 
-# B utterances, L text bytes, T frames, S = L + 1 + T positions, D model width, K head width
-# Q codebooks, V codes in each, W width of the depth decoder
+# B utterances, L text bytes, T frames (one code of each codebook), D model width, K head width
+# Q codebooks, V codes in each, W width of the depth decoder, P slots in a frame (see omni.aligner)
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,23 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni.aligner import TEXT_SYMBOLS, read_symbols
 from omni.audio import audio_duration
 from omni.checkpoint import load_stage, load_weights
 from omni.codec import ConvNeXtBlock
 from omni.config import TalkerArchitecture, TalkerConfig
-from omni.layers import KVCache, RMSNorm, SwiGLU
+from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import BadRow, Rows
 from omni.thinker import INIT_STD, Block
 
 IGNORED = -100  # a target that has no loss
-TEXT_END = 256  # the symbol after the last byte of a text
-TEXT_SYMBOLS = 257
-MAX_TEXT_BYTES = 4096
-
-
-def text_symbols(text: str) -> list[int]:
-    """What the talker reads: the bytes of the text, blanks between words made single, and an end."""
-    return [*" ".join(text.split()).encode(), TEXT_END]
+_KERNEL = 7  # bytes that a layer sees at a time
+_MAX_LOG_SLOTS = 6.0  # no byte sounds longer than 400 slots
+_OVERTIME_S = 1.0  # an utterance whose text has been over for so long is cut
 
 
 class DepthDecoder(nn.Module):
@@ -88,46 +86,49 @@ class DepthDecoder(nn.Module):
 
 
 class Talker(nn.Module):
-    """Text -> codes of speech, one frame of all codebooks a step.
+    """Text -> durations of its bytes, and codes of speech, one frame of all codebooks a step.
 
-    Blocks are the Thinker's. Departures from a plain decoder: convolutions over the text's bytes, since a letter's
-    sound hangs on its neighbours; and text and frames share one time axis, byte i standing where it is about to be
-    spoken at the average pace, so that rotary attention finds its place in the text by distance to begin with.
+    A decoder that could see the whole text at any time would have to find out where in it it is; it learns much sooner
+    to go on from what was just said, which sounds like speech and says something else. So each frame is shown what
+    is spoken in it. Durations as in Ren et al. 2021, "FastSpeech 2", from our own aligner; blocks are the Thinker's.
 
     Args:
-        arch: the sizes; ``frames_per_byte`` filled in.
-        codebooks, codebook_size: the codec's.
+        config: the sizes.
     """
 
-    def __init__(self, arch: TalkerArchitecture, codebooks: int, codebook_size: int, *, use_flash: bool = True):
+    def __init__(self, config: TalkerConfig):
         super().__init__()
-        self.arch, self.codebooks, self.codebook_size = arch, codebooks, codebook_size
-        blocks = self.blocks_arch = arch.blocks
-        D = arch.d_model
+        self.config, self.codebooks, self.codebook_size = config, config.codebooks, config.codebook_size
+        self.slots_per_frame = config.slots_per_code
+        self.blocks_arch = config.blocks
+        D = config.d_model
         self.embed_text = nn.Embedding(TEXT_SYMBOLS, D)
-        self.text_layers = nn.ModuleList(ConvNeXtBlock(D, 2 * D, 7) for _ in range(arch.text_layers))
+        self.text_layers = nn.ModuleList(ConvNeXtBlock(D, 2 * D, _KERNEL) for _ in range(config.text_layers))
         # what the Thinker thought when it wrote a token; absent where a text is given
-        self.thinker_proj = nn.Linear(arch.thinker_d_model, D, bias=False) if arch.thinker_d_model else None
-        self.embed_codes = nn.Embedding(codebooks * codebook_size, D)
+        self.thinker_proj = nn.Linear(config.thinker_d_model, D, bias=False) if config.thinker_d_model else None
+        self.duration_head = nn.Linear(D, 1)
+        self.text_proj = nn.Linear(self.slots_per_frame * D, D, bias=False)
+        self.embed_codes = nn.Embedding(self.codebooks * self.codebook_size, D)
         self.start = nn.Parameter(torch.empty(D))
-        self.layers = nn.ModuleList(Block(blocks, layer, use_flash) for layer in range(arch.n_layers))
+        self.layers = nn.ModuleList(Block(self.blocks_arch, n, config.use_flash) for n in range(config.n_layers))
         self.norm = RMSNorm(D)
-        self.depth = DepthDecoder(arch, codebooks, codebook_size)
-        frequencies = 1.0 / arch.rope_theta ** (torch.arange(0, blocks.d_head, 2).float() / blocks.d_head)
-        self.register_buffer("rope_frequencies", frequencies, persistent=False)  # (K / 2,)
+        self.depth = DepthDecoder(config, self.codebooks, self.codebook_size)
         self._initialise()
 
     def _initialise(self) -> None:
-        """As in the Thinker."""
-        residual_std = INIT_STD / (2 * self.arch.n_layers) ** 0.5
+        """As in the Thinker; but text and frames, which meet in a sum, begin at about the same scale."""
+        residual_std = INIT_STD / (2 * self.config.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.startswith("text_layers."):
-                continue  # has initialised itself
+            if name.startswith(("text_layers.", "duration_head.")):
+                continue  # have initialised themselves
             if parameter.dim() > 1 or name == "start":
                 writes_residual = "o_proj" in name or "down_proj" in name
                 nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
+        nn.init.normal_(self.embed_text.weight, std=1.0)
+        nn.init.normal_(self.embed_codes.weight, std=0.5 / self.codebooks**0.5)
+        nn.init.normal_(self.start, std=0.5)
 
-    # Parts of a sequence -----------------------------------------------------------------------------------------
+    # The text ----------------------------------------------------------------------------------------------------
 
     def encode_text(self, symbols: Tensor, lengths: Tensor, thinker_states: Tensor | None = None) -> Tensor:
         """(B, L) symbols, of which ``lengths`` (B,) count -> (B, L, D).
@@ -144,61 +145,67 @@ class Talker(nn.Module):
             x = layer(x, mask.to(x.dtype))
         return x
 
+    def log_durations(self, text: Tensor) -> Tensor:
+        """(B, L, D) of ``encode_text`` -> (B, L) float32, the logarithms of the bytes' durations in slots."""
+        return self.duration_head(text).squeeze(-1).float()
+
+    def lay_out(self, text: Tensor, lengths: Tensor, durations: Tensor, n_frames: int) -> Tensor:
+        """What is to be said in each of the first ``n_frames`` frames, (B, n_frames, D).
+
+        Args:
+            text: (B, L, D) of ``encode_text``; lengths: (B,).
+            durations: (B, L) whole slots, zero beyond ``lengths``. What comes after the last is like its last slot.
+        """
+        ends = durations.cumsum(dim=1)
+        slots = torch.arange(n_frames * self.slots_per_frame, device=text.device).expand(len(text), -1).contiguous()
+        byte = torch.minimum(torch.searchsorted(ends, slots, right=True), lengths[:, None] - 1)
+        spoken = text.gather(1, byte[..., None].expand(-1, -1, text.shape[-1]))  # (B, T * P, D)
+        return self.text_proj(spoken.unflatten(1, (n_frames, -1)).flatten(2))
+
+    # The frames --------------------------------------------------------------------------------------------------
+
     def embed_frames(self, codes: Tensor) -> Tensor:
         """Codes (B, T, Q) -> (B, T, D)."""
         return self.embed_codes(codes + self.depth.offsets(codes.device)).sum(dim=-2)
-
-    def rope(self, times: Tensor) -> tuple[Tensor, Tensor]:
-        """Times (B, S) in frames -> cosines and sines (B, 1, S, K), as ``omni.layers.rotate`` takes them."""
-        angles = times[:, None, :, None] * self.rope_frequencies  # (B, 1, S, K / 2)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-    def text_times(self, length: int, device: torch.device) -> Tensor:
-        """(length,) when each byte is spoken, in frames, at the average pace."""
-        return torch.arange(length, device=device) * self.arch.frames_per_byte
-
-    # Training ----------------------------------------------------------------------------------------------------
 
     def forward(
         self,
         symbols: Tensor,
         text_lengths: Tensor,
         codes: Tensor,
+        durations: Tensor,
         thinker_states: Tensor | None = None,
         frame_dropout: Tensor | None = None,
-    ) -> Tensor:
-        """Logits of each frame's codes, given the text and the frames before it.
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of each frame's codes, given the text and the frames before it; and the durations it would choose.
 
         Args:
-            symbols: (B, L), see ``text_symbols``; text_lengths: (B,).
+            symbols: (B, L), see ``omni.aligner.text_symbols``; text_lengths: (B,).
             codes: (B, T, Q); what follows an utterance's end has no effect on what comes before it.
+            durations: see ``lay_out``.
             thinker_states: see ``encode_text``.
             frame_dropout: (B, T), true where the input must not show the frame.
 
         Returns:
             (B, T + 1, Q, V + 1): entry t predicts frame t; for the first codebook also the end, index V.
+            (B, L): see ``log_durations``.
         """
-        B, T, _ = codes.shape
-        L, device = symbols.shape[1], symbols.device
+        T = codes.shape[1]
         text = self.encode_text(symbols, text_lengths, thinker_states)
         frames = self.embed_frames(codes)
         if frame_dropout is not None:
             frames = frames.masked_fill(frame_dropout[..., None], 0.0)
-        start = self.start.to(frames.dtype).expand(B, 1, -1)
-        parts = torch.cat((text, start + torch.zeros_like(frames[:, :1]), frames), dim=1)  # (B, L + 1 + T, D)
-        # Frames follow their own text without padding between, so that attention is simply causal.
-        place = torch.arange(L + 1 + T, device=device).expand(B, -1)
-        lengths = text_lengths[:, None]
-        source = torch.where(place < lengths, place, (place - lengths + L).clamp(max=L + T))  # (B, S)
-        x = parts.gather(1, source[..., None].expand(-1, -1, parts.shape[-1]))
-        times = torch.where(place < lengths, self.arch.frames_per_byte * place, (place - lengths).float())
-        cos, sin = self.rope(times)
+        before = torch.cat((self.start.to(frames.dtype).expand(len(codes), 1, -1), frames), dim=1)  # (B, T + 1, D)
+        x = before + self.lay_out(text, text_lengths, durations, T + 1)
+        cos, sin = self.rope(T + 1)
         for layer in self.layers:
             x, _ = layer(x, cos, sin, None, None)
-        first = (lengths + torch.arange(T + 1, device=device))[..., None].expand(-1, -1, x.shape[-1])
-        states = self.norm(x.gather(1, first))  # (B, T + 1, D)
-        return self.depth(states, F.pad(codes, (0, 0, 0, 1)))
+        return self.depth(self.norm(x), F.pad(codes, (0, 0, 0, 1))), self.log_durations(text)
+
+    def rope(self, n_frames: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n_frames, K), as ``omni.layers.rotate`` takes them."""
+        tables = rope_tables(n_frames, self.blocks_arch.d_head, self.config.rope_theta)
+        return tables[0].to(self.start.device), tables[1].to(self.start.device)
 
     # Speaking ----------------------------------------------------------------------------------------------------
 
@@ -216,8 +223,9 @@ class Talker(nn.Module):
         """Yield frame after frame, for several texts side by side.
 
         Args:
-            symbols: of each text, see ``text_symbols``.
-            max_frames: an utterance that has not ended by then is cut.
+            symbols: of each text, see ``omni.aligner.text_symbols``.
+            max_frames: an utterance that has not ended by then is cut; so is one that goes on for a second after its
+                text is over.
             temperature: 0 takes the likeliest code; above, logits are divided by it and a code is drawn.
             top_k: draw from the k likeliest only.
             thinker_states: of each text, (its length, thinker_d_model).
@@ -229,36 +237,38 @@ class Talker(nn.Module):
         device = self.start.device
         generator = torch.Generator(device=device).manual_seed(seed)
         lengths = torch.tensor([len(line) for line in symbols], device=device)
-        B, L = len(symbols), int(lengths.max())
         padded = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in symbols], batch_first=True).to(device)
         if thinker_states is not None:
             thinker_states = nn.utils.rnn.pad_sequence(list(thinker_states), batch_first=True).to(device)
+        text = self.encode_text(padded, lengths, thinker_states)
+        durations = self.choose_durations(text, lengths)
+        overtime = int(_OVERTIME_S * 1000 / self.config.frame_ms)
+        limits = (durations.sum(dim=1) // self.slots_per_frame + 1 + overtime).clamp(max=max_frames)  # (B,)
+        n_frames = int(limits.max())
+        spoken = self.lay_out(text, lengths, durations, n_frames)
+        cos, sin = self.rope(n_frames)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.start.dtype
-        cache = KVCache(self.blocks_arch, B, L + 1 + max_frames, device, dtype)
-        self._advance(
-            self.encode_text(padded, lengths, thinker_states), self.text_times(L, device).expand(B, -1), cache
-        )
-        visible = torch.ones(B, 1, 1, L + 1 + max_frames, dtype=torch.bool, device=device)
-        visible[..., :L] = (torch.arange(L, device=device) < lengths[:, None])[:, None, None]
-        x, going_on = self.start.expand(B, 1, -1), torch.ones(B, dtype=torch.bool, device=device)
-        for t in range(max_frames):
-            time = torch.full((B, 1), float(t), device=device)
-            mask = None if B == 1 else visible[..., : cache.position + 1]
-            state = self._advance(x, time, cache, mask)[:, -1]  # (B, D)
-            codes, ended = self._draw_frame(state, temperature, top_k, generator)
-            going_on = going_on & ~ended
+        cache = KVCache(self.blocks_arch, len(symbols), n_frames, device, dtype)
+        before, going_on = self.start.expand(len(symbols), 1, -1), torch.ones(len(symbols), dtype=bool, device=device)
+        for t in range(n_frames):
+            x = before + spoken[:, t : t + 1]
+            for layer in self.layers:
+                x, _ = layer(x, cos[t : t + 1], sin[t : t + 1], cache, None)
+            cache.advance(1)
+            codes, ended = self._draw_frame(self.norm(x)[:, 0], temperature, top_k, generator)
+            going_on = going_on & ~ended & (t < limits)
             if not going_on.any():
                 return
             yield codes, going_on
-            x = self.embed_frames(codes[:, None])
+            before = self.embed_frames(codes[:, None])
 
-    def _advance(self, x: Tensor, times: Tensor, cache: KVCache, mask: Tensor | None = None) -> Tensor:
-        cos, sin = self.rope(times)
-        for layer in self.layers:
-            x, _ = layer(x, cos, sin, cache, mask)
-        cache.advance(x.shape[1])
-        return self.norm(x)
+    def choose_durations(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """(B, L) whole slots, at least one for each byte; the fractions that rounding takes from one byte go to the
+        next."""
+        read = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+        durations = self.log_durations(text).clamp(max=_MAX_LOG_SLOTS).exp().clamp(min=1.0) * read
+        return durations.cumsum(dim=1).round().long().diff(dim=1, prepend=lengths.new_zeros(len(text), 1))
 
     def _draw_frame(
         self, state: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
@@ -308,8 +318,11 @@ def talker_nats(logits: Tensor, targets: Tensor) -> Tensor:
     ).view(targets.shape)
 
 
-def talker_loss(model: nn.Module, batch: dict, frame_dropout: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden.
+def talker_loss(
+    model: nn.Module, batch: dict, *, frame_dropout: float, duration_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden; plus
+    the weighted mean squared error of the log durations.
 
     Speech is easily continued from what was just heard, without looking at the text at all. So each utterance hides
     another share of its frames, from none to twice ``frame_dropout``: what is hidden must come from the text. After
@@ -320,17 +333,28 @@ def talker_loss(model: nn.Module, batch: dict, frame_dropout: float) -> tuple[Te
     if model.training and frame_dropout:
         share = 2 * frame_dropout * torch.rand(len(codes), 1, device=codes.device)
         hidden = torch.rand(codes.shape[:2], device=codes.device) < share
-    logits = model(batch["symbols"], batch["text_lengths"], codes, batch.get("thinker_states"), hidden)
+    text = batch["symbols"], batch["text_lengths"]
+    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"), hidden)
     targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
     nats = talker_nats(logits, targets)
     first = nats[..., 0].sum() / (targets[..., 0] != IGNORED).sum()
-    return nats.sum() / (targets != IGNORED).sum(), {"first_codebook": first}
+    duration = squared_log_errors(log_durations, batch).sum() / batch["text_lengths"].sum()
+    loss = nats.sum() / (targets != IGNORED).sum() + duration_weight * duration
+    return loss, {"first_codebook": first, "duration": duration}
+
+
+def squared_log_errors(log_durations: Tensor, batch: dict) -> Tensor:
+    """(B, L) of the logarithms of the durations, 0 beyond the texts' ends."""
+    read = torch.arange(log_durations.shape[1], device=log_durations.device) < batch["text_lengths"][:, None]
+    return (log_durations - batch["durations"].clamp(min=1).log()).square().masked_fill(~read, 0.0)
 
 
 def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
-    """Under the true codes so far: nats of each codebook, (Q,), and of the ends."""
+    """Under the true durations and the true codes so far: nats of each codebook, (Q,), and of the ends; squared errors
+    of the log durations."""
     codes, lengths = batch["codes"], batch["lengths"]
-    logits = model(batch["symbols"], batch["text_lengths"], codes, batch.get("thinker_states"))
+    text = batch["symbols"], batch["text_lengths"]
+    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
     targets = frame_targets(codes, lengths, model.codebook_size)
     nats, ends = talker_nats(logits, targets), targets == model.codebook_size
     return {
@@ -338,17 +362,20 @@ def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
         "end_nats": nats[ends].sum(),
         "frames": lengths.sum(),
         "utterances": ends.sum(),
+        "squared_log_errors": squared_log_errors(log_durations, batch).sum(),
+        "symbols": batch["text_lengths"].sum(),
     }
 
 
 def talker_metrics(totals: dict) -> dict[str, float]:
     """``code_perplexity``: among how many equally likely codes the talker hesitates, over all codebooks; also of each
-    codebook. ``loss`` as in training, in nats per target."""
+    codebook. ``loss`` is in nats per target. ``duration_error``: of the logarithms, root of the mean square."""
     nats, frames = totals["nats"], totals["frames"]
     each = (nats / frames).exp().tolist()
     loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])
     metrics = {"loss": loss, "code_perplexity": math.exp(nats.sum().item() / (frames * len(nats)))}
-    return metrics | {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
+    metrics |= {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
+    return metrics | {"duration_error": math.sqrt(totals["squared_log_errors"] / totals["symbols"])}
 
 
 def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
@@ -359,7 +386,7 @@ def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
     """
     saved = load_stage(folder, "talker", "talker", "talker.pt")
     config = TalkerConfig.model_validate(saved["config"])
-    talker = Talker(config, config.codebooks, config.codebook_size, use_flash=config.use_flash)
+    talker = Talker(config)
     load_weights(talker, saved["model"], Path(folder) / "talker.pt")
     return talker.to(device).eval()
 
@@ -370,37 +397,41 @@ def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One sample: what is said, and the codes (T, Q) of the recording."""
+    """One sample: what is said, the codes (T, Q) of the recording, and the durations (L,) of the text's bytes."""
 
     text: str
     symbols: list[int]
     codes: Tensor
+    durations: Tensor
     wav: str = ""  # the recording's name in the manifest
 
 
 class CodedSpeech(Rows):
-    """Texts with the codes of their recordings, from a ``CodedManifest``."""
+    """Texts with the codes and durations of their recordings, from ``RowsWith`` the columns codes and durations."""
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
-        symbols = text_symbols(row["text"])
-        if len(symbols) > MAX_TEXT_BYTES:
-            raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
+        symbols = read_symbols(row)
         if not len(row["codes"]):
             audio_duration(self.manifest.file(row["wav"]))  # says what is wrong with it
             raise BadRow(
                 f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
             )
-        return Utterance(row["text"], symbols, torch.from_numpy(row["codes"].astype(np.int64)), row["wav"])
+        if not len(row["durations"]):
+            raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
+        codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
+        return Utterance(row["text"], symbols, codes, durations, row["wav"])
 
     def collate(self, samples: list[Utterance]) -> dict:
         return collate_utterances(samples)
 
 
 def collate_utterances(samples: Sequence[Utterance]) -> dict:
-    """``symbols`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,); ``texts``, ``wavs``."""
+    """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
+    ``texts``, ``wavs``."""
     pad = nn.utils.rnn.pad_sequence
     return {
         "symbols": pad([torch.tensor(sample.symbols) for sample in samples], batch_first=True),
+        "durations": pad([sample.durations for sample in samples], batch_first=True),
         "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
         "codes": pad([sample.codes for sample in samples], batch_first=True),
         "lengths": torch.tensor([len(sample.codes) for sample in samples]),

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from omni.aligner import load_aligner, text_symbols
 from omni.asr import COLUMNS, Utterances, error_counts
+from omni.audio import log_mel
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.checkpoint import load_stage
@@ -43,11 +45,11 @@ from omni.data import ResumableDataset, build_loader
 from omni.errors import UserError
 from omni.images import normalise
 from omni.loop import to_device
-from omni.manifest import Rows, load_manifest
+from omni.manifest import BadRow, Rows, load_manifest
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import Listener, Speaker, read_recordings, word_error_rates, word_errors
-from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums, text_symbols
+from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import load_vision_encoder
@@ -164,17 +166,27 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
     """How sure the talker is of the recordings' codes; with a listener, also the word error rates of the recordings,
     of what vocoder and codec make of them, and of what the talker says."""
     speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, device)
+    aligner = load_aligner(args.ckpt_dir, device)
     listener = Listener(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     judgement, totals, counts = Judgement(), {}, {}
     rows = first_rows(len(manifest), args)
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], judgement.left_out)
-        if not read:
+        utterances, recordings = [], []
+        for text, recording in read:
+            symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
+            try:
+                durations = aligner.align_one(symbols, log_mels)
+            except BadRow as error:
+                judgement.left_out[f"{args.data}: {text!r}"] = str(error)
+                continue
+            utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
+            recordings.append(recording)
+        if not utterances:
             continue
-        texts, recordings = zip(*read, strict=True)
+        texts = [utterance.text for utterance in utterances]
         judgement.rows += len(texts)
-        utterances = [Utterance(text, text_symbols(text), speaker.encode(one)) for text, one in read]
         add(totals, talker_sums(speaker.talker, to_device(collate_utterances(utterances), device)))
         if listener is None and args.save_speech is None:
             for text in texts[: args.show - len(judgement.shown)]:

@@ -14,8 +14,9 @@ from harness import Training
 from PIL import Image
 
 from omni import checkpoint
+from omni.aligner import Aligner
 from omni.codec import Codec
-from omni.config import CodecConfig
+from omni.config import AlignerConfig, CodecConfig
 
 WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 
@@ -107,7 +108,7 @@ def make_clips(folder: Path, clips: int = 24) -> dict:
 
 
 def make_sentences(folder: Path, clips: int = 24) -> dict:
-    """A tone per letter, as clips with their texts; and a codec, as good as chance has made it."""
+    """A tone per letter, as clips with their texts; and a codec and an aligner, as good as chance has made them."""
     path = folder / "tts.csv"
     if not path.exists():
         rng, rows = np.random.default_rng(5), []
@@ -119,10 +120,14 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
             rows.append({"text": text, "wav": f"{i}.wav"})
         write_csv(path, rows)
         torch.manual_seed(5)
-        config = CodecConfig(save_dir="-", tts_csv="-", max_steps=1, **SMALL_CODEC)
-        payload = {"format": 1, "stage": "codec", "config": config.model_dump(), "step": 1, "metrics": {}}
         (folder / "codec").mkdir()
-        checkpoint.save(folder / "codec" / "rvq_codec.pt", payload | {"model": Codec(config).state_dict()})
+        for stage, file, make, cls, sizes in (
+            ("codec", "rvq_codec.pt", Codec, CodecConfig, SMALL_CODEC),
+            ("aligner", "aligner.pt", Aligner, AlignerConfig, SMALL_ALIGNER),
+        ):
+            config = cls(save_dir="-", tts_csv="-", max_steps=1, **sizes)
+            payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
+            checkpoint.save(folder / "codec" / file, payload | {"model": make(config).state_dict()})
     return {"tts_csv": str(path), "codec_ckpt": str(folder / "codec")}
 
 
@@ -130,6 +135,7 @@ SMALL_CODEC = {
     "codebooks": 2, "codebook_size": 8, "codec_d_model": 16, "codec_d_ff": 32, "codec_layers": 1, "codec_latent": 8,
     "codec_smoother_layers": 1,
 }  # fmt: skip
+SMALL_ALIGNER = {"aligner_d_model": 16, "aligner_layers": 1}
 
 # what all of them share: a training of seconds, with several epochs, validations and checkpoints
 SHORT = {
@@ -219,6 +225,7 @@ TALKER = StageCase(
     final="talker.pt",
     config=SHORT
     | SMALL_CODEC
+    | SMALL_ALIGNER
     | {
         "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
         "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "lr": 3e-3,

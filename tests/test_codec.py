@@ -4,6 +4,7 @@ import json
 import random
 import time
 
+import numpy as np
 import pytest
 import torch
 from harness import SLOW, Training, differences, kill_at
@@ -206,18 +207,24 @@ def test_metrics_by_hand():
 
 @pytest.fixture
 def whole(tmp_path) -> Training:
-    """Both parts, the codec trained and not given."""
+    """All three parts, the codec and the aligner trained and not given."""
     training = TALKER.training(
         tmp_path, save_dir="reference", codec_steps=24, codec_batch_size=2, codec_lr=3e-3, codec_warmup_steps=3,
-        val_freq=10, max_epochs=None, max_steps=12,
+        aligner_steps=8, aligner_batch_size=2, val_freq=10, max_epochs=None, max_steps=12,
     )  # fmt: skip
     del training.config["codec_ckpt"]
     return training
 
 
-def codec_state(training: Training) -> dict:
-    codec = Training("", "rvq_codec", "rvq_codec.pt", training.folder, training.config)
-    return training.state() | {f"codec {name}": value for name, value in codec.state().items()}
+def all_state(training: Training) -> dict:
+    state = training.state()
+    for part, prefix in (("codec", "rvq_codec"), ("aligner", "aligner")):
+        its = Training("", prefix, f"{prefix}.pt", training.folder, training.config)
+        state |= {f"{part} {name}": value for name, value in its.state().items()}
+    return state | {
+        file: torch.from_numpy(np.load(training.save_dir / "codes" / file).astype(np.int64))
+        for file in ("train.codes.npy", "train.durations.npy")
+    }
 
 
 KILLS = {
@@ -225,25 +232,29 @@ KILLS = {
     "twice in the codec": [kill_at("omni.loop:_Training._train_step", n) for n in (14, 5)],
     "in the codec's validation": [kill_at("omni.codec:codec_metrics", 1)],
     "before the codec's final file": [kill_at("omni.loop:_Training._finish", 1)],
+    "twice in the aligner": [kill_at("omni.loop:_Training._train_step", n) for n in (29, 3)],
+    "in the aligner's validation": [kill_at("omni.aligner:aligner_metrics", 1)],
+    "before the aligner's final file": [kill_at("omni.loop:_Training._finish", 2)],
     "while the recordings are coded": [kill_at("omni.codec:Codec.encode", 1, after=True)],
-    "while the codes are written": [kill_at("omni.codec:save_array", 2)],
-    "first batch of the talker": [kill_at("omni.loop:_Training._train_step", 25)],
+    "while the codes are written": [kill_at("omni.precompute:save_array", 2)],
+    "between codes and durations": [kill_at("omni.precompute:save_array", 3)],
+    "first batch of the talker": [kill_at("omni.loop:_Training._train_step", 33)],
     "in the talker's validation": [kill_at("omni.talker:talker_metrics", 1)],
-    "before the talker's final file": [kill_at("omni.loop:_Training._finish", 2)],
+    "before the talker's final file": [kill_at("omni.loop:_Training._finish", 3)],
 }
 
 
 @pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS.keys())
-def test_resume_is_exact_in_both_parts(whole, kills):
+def test_resume_is_exact_in_all_parts(whole, kills):
     whole.finish()
     killed = whole.changed(save_dir="killed")
     for kill in kills:
         assert killed.run(prelude=kill).returncode == -9
     killed.finish()
-    assert differences(codec_state(killed), codec_state(whole)) == []
+    assert differences(all_state(killed), all_state(whole)) == []
 
 
-def test_sigkill_at_random_instants_of_both_parts(whole):
+def test_sigkill_at_random_instants_of_all_parts(whole):
     whole.finish()
     killed = whole.changed(save_dir="killed", prelude=SLOW)
     rng = random.Random(1)
@@ -252,7 +263,7 @@ def test_sigkill_at_random_instants_of_both_parts(whole):
         time.sleep(rng.uniform(0.1, 0.7))
         process.kill()
     killed.finish()
-    assert differences(codec_state(killed), codec_state(whole)) == []
+    assert differences(all_state(killed), all_state(whole)) == []
 
 
 def test_without_the_codebooks_state_the_comparison_fails(whole):
@@ -270,24 +281,25 @@ def resume(self):
 omni.loop._Training._resume = resume
 """
     killed.finish(prelude=forget)
-    assert differences(codec_state(killed)["codec newest"], codec_state(whole)["codec newest"]) != []
+    assert differences(all_state(killed)["codec newest"], all_state(whole)["codec newest"]) != []
 
 
 def test_codes_that_are_lost_are_made_again(whole):
     whole.finish()
     killed = whole.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 30)).returncode == -9
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 38)).returncode == -9
     for path in (killed.save_dir / "codes").iterdir():
         path.unlink()
-    assert "coding 24 recordings" in killed.finish().stdout
-    assert differences(codec_state(killed), codec_state(whole)) == []
+    output = killed.finish().stdout
+    assert "coding: 24 recordings" in output and "aligning: 24 recordings" in output
+    assert differences(all_state(killed), all_state(whole)) == []
 
 
-def test_a_finished_run_of_both_parts_changes_no_file(whole):
+def test_a_finished_run_of_all_parts_changes_no_file(whole):
     whole.finish()
     before = snapshot(whole.save_dir)
     process = whole.finish()
-    assert process.stdout.count("already finished") == 2
+    assert process.stdout.count("already finished") == 3
     assert snapshot(whole.save_dir) == before
 
 
@@ -295,8 +307,10 @@ def test_each_part_has_its_rows_of_metrics(whole):
     whole.finish()
     rows = [json.loads(line) for line in (whole.save_dir / "metrics.jsonl").read_text().splitlines()]
     steps = {
-        stage: [r["step"] for r in rows if (r["stage"], r["kind"]) == (stage, "train")] for stage in ("codec", "talker")
+        stage: [r["step"] for r in rows if (r["stage"], r["kind"]) == (stage, "train")]
+        for stage in ("codec", "aligner", "talker")
     }
+    assert steps["aligner"] == [3, 6, 8]
     assert steps["codec"] == list(range(3, 25, 3)) and steps["talker"] == list(range(3, 13, 3))
 
 

@@ -10,12 +10,12 @@ from harness import Process, Training, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
+from omni.aligner import TEXT_END, text_symbols
 from omni.codec import Codec
 from omni.config import CodecConfig, TalkerConfig, VocoderConfig
 from omni.speech import Speaker, word_error_rates, word_errors
 from omni.talker import (
     IGNORED,
-    TEXT_END,
     Talker,
     Utterance,
     collate_utterances,
@@ -24,13 +24,12 @@ from omni.talker import (
     talker_loss,
     talker_metrics,
     talker_sums,
-    text_symbols,
 )
 from omni.vocoder import Generator
 
 SIZES = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "text_layers": 2, "depth_d_model": 32, "depth_layers": 2,
-    "depth_d_ff": 64, "dropout": 0.0, "frames_per_byte": 0.8,
+    "depth_d_ff": 64, "dropout": 0.0, "codebooks": 3, "codebook_size": 16,
 }  # fmt: skip
 TEXTS = ["the red cat", "a dog", "no"]
 
@@ -38,7 +37,7 @@ TEXTS = ["the red cat", "a dog", "no"]
 def small(**keys) -> Talker:
     torch.manual_seed(1)
     config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **(SIZES | keys))
-    talker = Talker(config, codebooks=3, codebook_size=16)
+    talker = Talker(config)
     for parameter in talker.parameters():  # far enough from zero to tell one text from another
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -49,12 +48,23 @@ def utterances(seed: int = 0) -> list[Utterance]:
     generator = torch.Generator().manual_seed(seed)
     lengths = (9, 5, 2)
     codes = [torch.randint(16, (length, 3), generator=generator) for length in lengths]
-    return [Utterance(text, text_symbols(text), one) for text, one in zip(TEXTS, codes, strict=True)]
+    symbols = [text_symbols(text) for text in TEXTS]
+    durations = [spread(4 * length, len(line)) for length, line in zip(lengths, symbols, strict=True)]
+    return [Utterance(*one) for one in zip(TEXTS, symbols, codes, durations, strict=True)]
+
+
+def spread(slots: int, count: int) -> torch.Tensor:
+    """``slots`` over ``count`` bytes as evenly as whole numbers allow."""
+    return torch.arange(count + 1).mul(slots).div(count, rounding_mode="floor").diff()
 
 
 def logits_of(talker: Talker, batch: dict) -> torch.Tensor:
-    logits = talker(batch["symbols"], batch["text_lengths"], batch["codes"], batch.get("thinker_states"))
-    return logits.nan_to_num(neginf=0.0)
+    return forward(talker, batch)[0].nan_to_num(neginf=0.0)
+
+
+def forward(talker: Talker, batch: dict, **others) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = (batch[name] for name in ("symbols", "text_lengths", "codes", "durations"))
+    return talker(*inputs, batch.get("thinker_states"), **others)
 
 
 # The model ----------------------------------------------------------------------------------------------------------
@@ -66,10 +76,11 @@ def test_text_symbols_are_bytes_and_an_end():
 
 def test_padding_changes_nothing():
     talker, samples = small(), utterances()
-    together = logits_of(talker, collate_utterances(samples))
+    together = forward(talker, collate_utterances(samples))
     for row, sample in enumerate(samples):
-        single = logits_of(talker, collate_utterances([sample]))
-        torch.testing.assert_close(together[row, : single.shape[1]], single[0], rtol=1e-4, atol=1e-4)
+        single = forward(talker, collate_utterances([sample]))
+        for whole, part in zip(together, single, strict=True):  # logits, durations
+            torch.testing.assert_close(whole[row, : part.shape[1]], part[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
@@ -77,19 +88,62 @@ def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
     before = logits_of(talker, batch)
     batch["codes"] = batch["codes"].clone()
     batch["codes"][0, 4, 1] = (batch["codes"][0, 4, 1] + 1) % 16
-    differs = (logits_of(talker, batch) - before).abs().amax(dim=-1)[0] > 1e-6  # (T + 1, Q)
+    differs = (logits_of(talker, batch) - before).abs().amax(dim=-1)[0] > 1e-5  # (T + 1, Q)
     assert not differs[:4].any(), "frames before it"
     assert differs[4].tolist() == [False, False, True], "in its own frame, only what follows it"
     assert differs[5:].all()
 
 
-def test_every_byte_of_the_text_matters_to_every_frame():
-    talker, batch = small(), collate_utterances(utterances()[:1])
-    before = logits_of(talker, batch)
+def test_a_byte_matters_from_the_frame_on_in_which_it_begins():
+    talker, batch = small(text_layers=0), collate_utterances(utterances()[:1])
+    before, starts = logits_of(talker, batch), batch["durations"][0].cumsum(0) - batch["durations"][0]
     for place in range(len(TEXTS[0])):
         changed = batch | {"symbols": batch["symbols"].clone()}
         changed["symbols"][0, place] = ord("z")
-        assert ((logits_of(talker, changed) - before).abs().amax(dim=(0, 2, 3)) > 0).all()
+        differs = (logits_of(talker, changed) - before).abs().amax(dim=(0, 2, 3)) > 1e-6  # (T + 1,)
+        first = starts[place] // 4
+        assert differs.tolist() == [False] * first + [True] * (10 - first)
+
+
+def test_a_byte_is_read_with_its_neighbours():
+    talker, batch = small(), collate_utterances(utterances()[:1])
+    before = logits_of(talker, batch)
+    changed = batch | {"symbols": batch["symbols"].clone()}
+    changed["symbols"][0, 6] = ord("z")
+    differs = (logits_of(talker, changed) - before).abs().amax(dim=(0, 2, 3)) > 1e-6
+    assert differs[0], "two layers of seven bytes see six to either side"
+
+
+def test_the_text_is_laid_out_by_hand():
+    talker = small(text_layers=0)
+    text = torch.randn(2, 3, 32)
+    spoken = talker.lay_out(text, torch.tensor([3, 2]), torch.tensor([[1, 4, 3], [2, 1, 0]]), 3)
+    bytes_of_slots = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    for row, places in enumerate(bytes_of_slots):
+        expected = talker.text_proj(text[row, places].reshape(3, -1))
+        torch.testing.assert_close(spoken[row], expected)
+
+
+def test_chosen_durations_are_whole_at_least_one_and_keep_the_sum():
+    talker = small()
+    with torch.no_grad():
+        lengths = torch.tensor([40, 20])
+        text = torch.randn(2, 40, 32)
+        durations = talker.choose_durations(text, lengths)
+        exact = talker.log_durations(text).exp().clamp(min=1)
+    assert durations.dtype == torch.int64 and (durations[0] >= 1).all() and (durations[1, :20] >= 1).all()
+    assert (durations[1, 20:] == 0).all()
+    for row, length in enumerate(lengths):
+        assert abs(durations[row].sum() - exact[row, :length].sum()) <= 0.5
+
+
+def test_an_utterance_that_never_ends_is_cut():
+    talker, symbols = small(), [text_symbols(TEXTS[0])]
+    without_end(talker)
+    text = talker.encode_text(torch.tensor(symbols), torch.tensor([len(symbols[0])]))
+    slots = int(talker.choose_durations(text, torch.tensor([len(symbols[0])])).sum())
+    assert len(list(talker.generate(symbols, max_frames=10_000))) == slots // 4 + 1 + 12  # 12 frames are a second
+    assert len(list(talker.generate(symbols, max_frames=3))) == 3
 
 
 def test_the_thinkers_states_are_heard_and_may_be_absent():
@@ -104,11 +158,10 @@ def test_hidden_frames_are_not_seen():
     talker, batch = small(), collate_utterances(utterances()[:1])
     hidden = torch.zeros(1, 9, dtype=torch.bool)
     hidden[0, 3] = True
-    inputs = batch["symbols"], batch["text_lengths"]
-    one = talker(*inputs, batch["codes"], frame_dropout=hidden)
+    one, _ = forward(talker, batch, frame_dropout=hidden)
     other = batch["codes"].clone()
     other[0, 3] = (other[0, 3] + 5) % 16
-    two = talker(*inputs, other, frame_dropout=hidden)
+    two, _ = forward(talker, batch | {"codes": other}, frame_dropout=hidden)
     torch.testing.assert_close(one[:, [0, 1, 2, 4, 5, 6]], two[:, [0, 1, 2, 4, 5, 6]])
 
 
@@ -121,14 +174,10 @@ def test_generating_step_by_step_equals_the_whole_forward(states):
     assert frames
     written = torch.stack(frames, dim=1)  # (B, T, Q)
     for row, line in enumerate(symbols):
-        batch = {
-            "symbols": torch.tensor([line]),
-            "text_lengths": torch.tensor([len(line)]),
-            "codes": written[row, None],
-        }
-        if states:
-            batch["thinker_states"] = thinker_states[row][None]
-        logits = talker(batch["symbols"], batch["text_lengths"], batch["codes"], batch.get("thinker_states"))
+        line, length = torch.tensor([line]), torch.tensor([len(line)])
+        states_of = thinker_states[row][None] if states else None
+        durations = talker.choose_durations(talker.encode_text(line, length, states_of), length)
+        logits, _ = talker(line, length, written[row, None], durations, states_of)
         likeliest = logits[0, :-1].argmax(dim=-1)
         going_on = (likeliest[:, 0] != 16).cumprod(dim=0).bool()
         assert torch.equal(likeliest[going_on], written[row][going_on])
@@ -163,25 +212,29 @@ def test_targets_end_once():
 
 def test_metrics_by_hand():
     nats = torch.tensor([10 * np.log(4.0), 10 * np.log(16.0)])
-    metrics = talker_metrics({"nats": nats, "end_nats": 1.0, "frames": 10, "utterances": 2})
+    durations = {"squared_log_errors": 18.0, "symbols": 2}
+    metrics = talker_metrics({"nats": nats, "end_nats": 1.0, "frames": 10, "utterances": 2} | durations)
     assert metrics["code_perplexity"] == pytest.approx(8) and metrics["code_perplexity_2"] == pytest.approx(16)
-    assert metrics["loss"] == pytest.approx((nats.sum().item() + 1.0) / 22)
+    assert metrics["loss"] == pytest.approx((nats.sum().item() + 1.0) / 22) and metrics["duration_error"] == 3.0
 
 
 def test_loss_and_validation_agree():
     talker, batch = small(), collate_utterances(utterances())
     totals = {k: v.double() if v.dim() else v.item() for k, v in talker_sums(talker, batch).items()}
-    assert talker_metrics(totals)["loss"] == pytest.approx(talker_loss(talker, batch, 0.0)[0].item(), rel=1e-5)
+    metrics = talker_metrics(totals)
+    loss, logged = talker_loss(talker, batch, frame_dropout=0.0, duration_weight=0.5)
+    assert logged["duration"].item() == pytest.approx(metrics["duration_error"] ** 2, rel=1e-5)
+    assert loss.item() == pytest.approx(metrics["loss"] + 0.5 * logged["duration"].item(), rel=1e-5)
 
 
 def test_it_overfits_a_batch_and_then_says_it_by_itself():
     torch.manual_seed(1)
     config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **SIZES)
-    talker, samples = Talker(config, codebooks=3, codebook_size=16), utterances()
+    talker, samples = Talker(config), utterances()
     batch = collate_utterances(samples)
     optimizer = torch.optim.AdamW(talker.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(120):
-        loss, _ = talker_loss(talker, batch, 0.1)
+        loss, _ = talker_loss(talker, batch, frame_dropout=0.1, duration_weight=1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,15 +259,19 @@ def speaker(with_vocoder: bool) -> Speaker:
     return Speaker(small(), codec, vocoder if with_vocoder else None)
 
 
-def without_end(talker: Talker) -> None:
+def without_end(talker: Talker, slots_per_byte: float | None = None) -> None:
+    """Make it talk for ever, or as long as the text, at so many slots a byte, allows."""
     with torch.no_grad():
+        if slots_per_byte:
+            talker.duration_head.weight.zero_()
+            talker.duration_head.bias.fill_(np.log(slots_per_byte))
         talker.depth.heads[0, :, -1] = -10 * talker.depth.heads[0, :, :-1].abs().amax(dim=1)
     talker.depth._mix = lambda x, mix=talker.depth._mix: mix(x).abs()  # so that the end is never the likeliest
 
 
 def test_streamed_sound_is_the_sound_of_the_whole():
     says = speaker(with_vocoder=True)
-    without_end(says.talker)
+    without_end(says.talker, slots_per_byte=20)
     pieces = list(says.stream(TEXTS[0], max_frames=60))
     whole = says.waveform(says.codes([TEXTS[0]], max_frames=60)[0])
     assert len(pieces) > 2 and len(whole) == 60 * 8 * 160
