@@ -13,6 +13,7 @@ from omni.aligner import (
     aligner_nats,
     aligner_sums,
     check_fits,
+    diagonal_prior,
     likeliest_durations,
     text_symbols,
 )
@@ -134,3 +135,9 @@ def test_validation_is_the_mean_over_bytes():
     sums = {name: value.item() for name, value in aligner_sums(aligner, batch).items()}
     nats = aligner_nats(aligner, aligner.slots(batch["lengths"]), batch)
     assert aligner_metrics(sums)["nats_per_byte"] == pytest.approx(nats.sum().item() / 13)
+
+
+def test_the_prior_is_highest_on_the_diagonal():
+    prior = diagonal_prior(torch.tensor([10, 5]), torch.tensor([10, 5]), 10, 10)
+    assert prior[0].argmax(dim=1).tolist() == list(range(10)) and prior[1, :5].argmax(dim=1).tolist() == list(range(5))
+    assert prior[0, 0, 0] == 0 and prior[0, 0, 2] == pytest.approx(-0.5), "0.2 of the whole is a standard deviation"

@@ -20,8 +20,8 @@ def grid_id(keys: dict) -> str:
 @pytest.mark.loop
 @pytest.mark.parametrize("keys", GRID, ids=grid_id)
 def test_sigkill_at_random_instants(stage, tmp_path, keys):
-    kills = 20 if stage.name == "text" else 6  # what is killed is the loop, which all share
-    reference = stage.training(tmp_path, save_dir="reference", max_steps=60, **keys)
+    kills, steps = (20, 60) if stage.name == "text" else (6, 30)  # what is killed is the loop, which all share
+    reference = stage.training(tmp_path, save_dir="reference", max_steps=steps, **keys)
     reference.prelude = TRACE
     reference.finish()
     killed = reference.changed(save_dir="killed", prelude=TRACE + SLOW)

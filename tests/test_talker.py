@@ -335,7 +335,7 @@ def only_error_last(process: Process, fragment: str) -> None:
 
 def test_say_refuses_what_it_cannot_do(trained, tmp_path):
     say = ("--say", "one", "--audio_out", "said.wav")
-    only_error(run_script(trained, "infer_chat.py", "--say", "one"), "--audio_out", "both or neither")
+    only_error(run_script(trained, "infer_chat.py", "--say", "one"), "--say", "--audio_out")
     only_error(run_script(trained, "infer_chat.py", *say, "--text", "two"), "--say", "--text")
     only_error(run_script(trained, "infer_chat.py", "--say", "  ", "--audio_out", "said.wav"), "--say", "bytes")
     only_error(run_script(trained, "infer_chat.py", *say[:3], "run"), "--audio_out run", "expected a file")
@@ -415,3 +415,32 @@ def test_another_codec_is_another_training(trained, tmp_path):
 @pytest.mark.parametrize("key", ["codec_ckpt", "audio_ckpt", "vocoder_ckpt"])
 def test_a_folder_without_the_checkpoint_it_is_named_for(tmp_path, key):
     only_error(TALKER.training(tmp_path, **{key: str(tmp_path)}).run(), f'"{key}"', str(tmp_path), "found none")
+
+
+def test_a_text_too_long_for_its_recording_is_a_bad_row_everywhere(trained, tmp_path):
+    data = tmp_path / "tts.csv"
+    rows = data.read_text().splitlines()
+    rows[5] = f"{'a' * 300}," + rows[5].split(",")[1]
+    data.write_text("\n".join(rows) + "\n")
+    training = trained.changed(save_dir="long", max_epochs=2, max_steps=None, aligner_steps=12)
+    (tmp_path / "codec" / "aligner.pt").unlink()  # so that one is trained, on this row too
+    training.finish()
+    log = (training.save_dir / "training.log").read_text()
+    assert "row 5: expected a text of at most" in log and "row 5: expected a text of fewer bytes" in log
+    process = run_script(training, "scripts/evaluate.py", "talker", "--data", str(data), "--json")
+    assert process.returncode == 0 and "expected a text of at most" in process.stderr, process.stderr
+    assert json.loads(process.stdout)["rows"] == 23
+
+
+def test_another_aligner_is_another_training(trained, tmp_path):
+    from omni import checkpoint
+
+    path = tmp_path / "codec" / "aligner.pt"
+    payload = torch.load(path, weights_only=True)
+    payload["model"]["patch_in.bias"] += 1
+    checkpoint.save(path, payload)
+    only_error(trained.changed(max_steps=9).run(), "another aligner than", "new save_dir")
+    (trained.save_dir / "aligner.pt").unlink()
+    process = trained.changed(max_steps=9).run()
+    only_error(process, "data (aligner)", "new save_dir")
+    assert "aligning: 24" in process.stdout and "coding: 24" not in process.stdout, "only what has changed"
