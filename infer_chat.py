@@ -1,16 +1,23 @@
 """Talk to a trained model: ``python infer_chat.py --ckpt_dir checkpoints/thinker_demo --text "Hello"``.
 
-With ``--text`` it answers once, and stdout holds the answer and nothing else. Without it, it holds a conversation:
-``/reset`` forgets it, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer.
+``--ckpt_dir`` is a folder of stage A, of stage E or an exported one, which is all that is needed then. With ``--text``
+or a recorded question it answers once, and stdout holds the answer and nothing else. Without, it holds a conversation:
+``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach something to the next message, ``/reset`` forgets the
+conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer.
 
-With ``--say`` it speaks a text as it is given, into a WAV file; ``--ckpt_dir`` is then a folder of stage D:
+    python infer_chat.py --ckpt_dir merged_model --image cat.png --text "What is in the picture?" --audio_out answer.wav
+    python infer_chat.py --ckpt_dir merged_model --audio_in question.wav
+    python infer_chat.py --ckpt_dir merged_model --ocr --image sign.png
+    python infer_chat.py --ckpt_dir merged_model --say "Anna is reading at the market." --audio_out anna.wav
 
-    python infer_chat.py --ckpt_dir checkpoints/talker_demo --vocoder_ckpt checkpoints/vocoder_demo \\
-        --say "Anna is reading at the market." --audio_out anna.wav
+``--say`` speaks a text as it is given, ``--ocr`` reads a picture of a line of text. Parts that ``--ckpt_dir`` does not
+have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt``, ``--ocr_ckpt``; ``--say`` and
+``--ocr`` also take stage D's and stage G's folder as ``--ckpt_dir``.
 """
 
 import argparse
 import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -19,21 +26,36 @@ from pathlib import Path
 import soundfile
 
 from omni.aligner import MAX_TEXT_BYTES
-from omni.checkpoint import load_stage, replace_file
+from omni.assistant import Assistant, load_reader, load_speaker
+from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.images import load_image
+from omni.manifest import BadRow
+from omni.ocr import read_text
 from omni.runtime import OneLineErrors, launch, pick_device
-from omni.speech import Speaker
-from omni.thinker import Thinker, load_thinker
+from omni.speech import MAX_SECONDS, Speaker
 from omni.tokenizer import StreamDecoder, Tokenizer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A; for --say of stage D")
-    parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
-    parser.add_argument("--audio_out", metavar="FILE.wav", type=Path, help="where --say puts the sound")
-    parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
+    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
     parser.add_argument("--text", help="answer this and exit; without it: a conversation")
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeatable")
+    parser.add_argument("--audio_in", metavar="FILE", action="append", default=[], help="a recording; repeatable")
+    parser.add_argument(
+        "--video", metavar="FILE", action="append", default=[],
+        help="animated GIF, WebP or PNG, or a folder of pictures; repeatable",
+    )  # fmt: skip
+    parser.add_argument("--video_frames", metavar="N", type=int, help="look at N frames of a video (as many as fit)")
+    parser.add_argument(
+        "--audio_out", metavar="FILE.wav", type=Path, help="speak the answer into it (a conversation: FILE_1.wav ...)"
+    )
+    parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
+    parser.add_argument("--ocr", action="store_true", help="print the text of each --image and exit")
+    parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
+    parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
+    parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, for --ocr")
     parser.add_argument("--system", help="a system message to begin the conversation with")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (128)")
@@ -43,123 +65,207 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="the same seed draws the same answer")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        UserError: a value is out of range, or options do not go together.
+    """
     for name, holds, expected in (
         ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
         ("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100, "0, or 0.01 to 100"),
         ("top_k", args.top_k is None or args.top_k >= 1, "at least 1"),
         ("top_p", args.top_p is None or 0 < args.top_p <= 1, "more than 0, at most 1"),
         ("seed", args.seed is None or 0 <= args.seed < 2**63, "0 to 2^63 - 1"),
+        ("video_frames", args.video_frames is None or args.video_frames >= 1, "at least 1"),
     ):
         if not holds:
             raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
     for name in ("top_k", "top_p"):
         if getattr(args, name) is not None and args.temperature == 0:
             raise UserError(f"--{name}: expected a --temperature above 0 with it, to draw from what it leaves")
-    if (args.say is None) != (args.audio_out is None):
-        raise UserError("--say TEXT and --audio_out FILE.wav: expected both or neither")
-    if args.say is not None and args.text is not None:
-        raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other is answered")
+    if args.say is not None and args.ocr:
+        raise UserError("--say: expected no --ocr beside it")
     if args.say is not None:
+        if args.text is not None:
+            raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other answered")
+        if args.audio_out is None:
+            raise UserError("--say: expected --audio_out FILE.wav beside it")
         if not args.say.strip() or len(args.say.encode(errors="replace")) >= MAX_TEXT_BYTES:
             raise UserError(f"--say: expected a text of 1 to {MAX_TEXT_BYTES - 1} bytes")
-        if args.audio_out.is_dir() or not args.audio_out.parent.is_dir():
-            raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
-        for name in ("system", "complete", "top_p"):
-            if getattr(args, name):
-                raise UserError(f"--{name}: has no effect on --say")
-    elif args.vocoder_ckpt is not None:
-        raise UserError("--vocoder_ckpt: expected --say beside it")
-    if args.complete and args.system is not None:
-        raise UserError("--system: expected a chat, but --complete continues the text as it stands")
-    return args
+        without_effect(args, "--say", "image", "audio_in", "video", "system", "complete", "top_p", "ocr_ckpt")
+    elif args.ocr:
+        if not args.image:
+            raise UserError("--ocr: expected an --image FILE beside it, the picture to read")
+        others = ("text", "audio_in", "video", "system", "complete", "audio_out", "talker_ckpt", "vocoder_ckpt")
+        without_effect(args, "--ocr", *others, "temperature")
+    elif args.ocr_ckpt is not None:
+        raise UserError("--ocr_ckpt: expected --ocr beside it")
+    if args.audio_out is not None and (args.audio_out.is_dir() or not args.audio_out.parent.is_dir()):
+        raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
+    for name in ("talker_ckpt", "vocoder_ckpt"):
+        if getattr(args, name) is not None and args.audio_out is None:
+            raise UserError(f"--{name}: expected --audio_out beside it, for what --say or an answer speaks")
+    if args.complete:
+        if args.system is not None:
+            raise UserError("--system: expected a chat, but --complete continues the text as it stands")
+        without_effect(args, "--complete", "image", "audio_in", "video")
+    looks = [name for name in ("image", "video") if getattr(args, name)]
+    if looks and not args.ocr and args.text is None and not args.audio_in:
+        raise UserError(f"--{looks[0]}: expected a question beside it, --text or --audio_in")
+    if args.video_frames is not None and not args.video:
+        raise UserError("--video_frames: expected --video beside it")
 
 
-def fit_chat(tokenizer: Tokenizer, messages: list[dict], ctx_len: int, max_new_tokens: int) -> list[int]:
-    """Prompt ids of ``messages``. Oldest turns are deleted from the list, in place, until there is room to answer."""
-    room = ctx_len - min(max_new_tokens, ctx_len // 2)
-    first = 1 if messages[0]["role"] == "system" else 0
-    for oldest in range(first, len(messages), 2):  # a turn is a question and its answer; the last has none yet
-        ids = tokenizer.chat_prompt(messages[:first] + messages[oldest:])
-        if len(ids) <= room:
-            break
-    if len(ids) < ctx_len:  # else nothing helps: keep the turns for a shorter question
-        del messages[first:oldest]
-    return ids
+def without_effect(args: argparse.Namespace, mode: str, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) not in (None, False, 0.0, []):
+            raise UserError(f"--{name}: has no effect on {mode}")
 
 
-def answer(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace) -> Iterator[str]:
-    """Yield the pieces of text that follow ``ids``."""
-    if len(ids) >= thinker.arch.ctx_len:
-        raise UserError(
-            f"the text has {len(ids)} tokens, and the model's context holds {thinker.arch.ctx_len}, answer included"
-        )
+# --- Answering -------------------------------------------------------------------------------------------------------
+
+
+def answer(assistant: Assistant, tokenizer: Tokenizer, prompt, args: argparse.Namespace) -> Iterator[str]:
+    """Yield the pieces of text that follow ``prompt``, token ids or what ``Assistant.prompt`` returns."""
     decoder = StreamDecoder(tokenizer, skip_special=True)
-    for token_id in thinker.generate(
-        ids,
+    for token_id in assistant.generate(
+        prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-        stop_ids=(tokenizer.end_id, tokenizer.eos_id),
     ):
         yield decoder.push(token_id)
     yield decoder.flush()
 
 
-def respond(thinker: Thinker, tokenizer: Tokenizer, ids: list[int], args: argparse.Namespace) -> str:
-    """Print the answer on stdout, piece by piece on a terminal, and return it. In a conversation, Ctrl-C ends it."""
+def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> str:
+    """Print the answer on stdout, piece by piece on a terminal, and return it. ``may_stop``: Ctrl-C ends it."""
     streaming = sys.stdout.isatty()
     pieces = []
     try:
-        for piece in answer(thinker, tokenizer, ids, args):
+        for piece in answer(assistant, assistant.tokenizer, prompt, args):
             pieces.append(piece)
             if streaming:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
-        if args.text is not None:
+        if not may_stop:
             raise
     print("" if streaming else "".join(pieces), flush=True)
     return "".join(pieces)
 
 
-def say(args: argparse.Namespace) -> None:
-    """Speak ``--say`` into ``--audio_out``, piece by piece; how fast that went is told on stderr."""
-    speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, pick_device(args.device))
-    trained = load_stage(args.ckpt_dir, "talker", "talker", "talker.pt")
-    metrics = trained["metrics"]
-    judged = f"code perplexity {metrics['code_perplexity']:.3g}" if "code_perplexity" in metrics else "not validated"
-    print(f"{args.ckpt_dir}: talker of step {trained['step']}, {judged}", file=sys.stderr)
-    if speaker.vocoder is None:
-        print("no --vocoder_ckpt: the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
-    sampling = {"temperature": args.temperature, "top_k": args.top_k}
-    if args.seed is not None:
-        sampling["seed"] = args.seed
-    started, samples = time.perf_counter(), 0
-    pieces = speaker.stream(clean(args.say), **sampling)
-    first = next(pieces, None)
-    if first is None:
-        raise UserError(f"{args.ckpt_dir}: the talker had nothing to say to this text")
-    first_s = time.perf_counter() - started
+def frames_of(assistant: Assistant, path: str, count: int | None) -> list[dict]:
+    """A video as parts of a message; how much of it is seen is told on stderr."""
+    frames, total = assistant.video(path, count)
+    print(f"{path}: {len(frames)} of {total} frames", file=sys.stderr)
+    return frames
 
-    def write(file) -> None:
-        nonlocal samples
-        rate = speaker.spec.sample_rate
-        with soundfile.SoundFile(file, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as sound:
-            for piece in itertools.chain([first], pieces):
-                samples += len(piece)
-                sound.write(piece)
 
-    try:
-        replace_file(args.audio_out, write)
-    except OSError as error:
-        raise UserError(f"--audio_out {args.audio_out}: cannot write it: {error.strerror}") from error
-    took, lasts = time.perf_counter() - started, samples / speaker.spec.sample_rate
-    print(
-        f"{args.audio_out}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
-        f"first sound after {1000 * first_s:.0f} ms",
-        file=sys.stderr,
-    )
+def message(attached: list[dict], text: str) -> dict:
+    """What the user says: attachments first, as in training, then the text."""
+    if not attached:
+        return {"role": "user", "content": text}
+    return {"role": "user", "content": attached + ([{"type": "text", "text": text}] if text.strip() else [])}
+
+
+def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
+    text = clean(args.text or "")
+    if args.complete:
+        prompt = continued(assistant, text)
+    else:
+        attached = [assistant.image(path) for path in args.image]
+        attached += [frame for path in args.video for frame in frames_of(assistant, path, args.video_frames)]
+        attached += [assistant.sound(path) for path in args.audio_in]
+        prompt = assistant.prompt([*system_message(args), message(attached, text)], args.max_new_tokens)
+    speaker = prepare(assistant, args)
+    text = respond(assistant, prompt, args, may_stop=False)
+    if speaker is not None:
+        speak(speaker, sentences(text), args.audio_out, "the answer")
+
+
+def prepare(assistant: Assistant, args: argparse.Namespace) -> Speaker | None:
+    """Who speaks the answers, if anyone is to; what should be known of the model is told on stderr."""
+    speaker = None if args.audio_out is None else find_speaker(args)
+    if assistant.metrics.get("dialogue_share") == 0 and not args.complete:
+        print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
+    return speaker
+
+
+class Conversation:
+    """What was said so far, and what is attached to the next message."""
+
+    def __init__(self, assistant: Assistant, args: argparse.Namespace) -> None:
+        self.assistant, self.args = assistant, args
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages, self.attached = system_message(self.args), []
+        self.heard = False  # a recording is attached, which may ask without a text
+
+    def attach(self, command: str, path: str) -> None:
+        """Carry out ``/image``, ``/audio`` or ``/video``."""
+        if not path:
+            raise UserError(f"{command}: expected a file after it")
+        if command == "/video":
+            self.attached += frames_of(self.assistant, path, None)
+        else:
+            self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
+        self.heard = self.heard or command == "/audio"
+
+    def ask(self, text: str) -> str:
+        """Print and return the answer to ``text`` and what is attached.
+
+        Raises:
+            UserError: it is too long; the conversation stays as it was.
+        """
+        if self.args.complete:
+            return respond(self.assistant, continued(self.assistant, text), self.args, may_stop=True)
+        self.messages.append(message(self.attached, text))
+        self.attached, self.heard = [], False
+        try:
+            prompt = self.assistant.prompt(self.messages, self.args.max_new_tokens)
+            said = respond(self.assistant, prompt, self.args, may_stop=True)
+        except UserError:
+            del self.messages[-1:]
+            raise
+        self.messages.append({"role": "assistant", "content": said})
+        return said
+
+
+def converse(assistant: Assistant, args: argparse.Namespace) -> None:
+    """Answer line after line of the input. What is wrong with one of them is told, and the conversation goes on."""
+    speaker = prepare(assistant, args)
+    print(f"{args.ckpt_dir}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
+    conversation, spoken = Conversation(assistant, args), itertools.count(1)
+    while (line := read_line()) is not None and line.strip() != "/quit":
+        command, _, path = line.strip().partition(" ")
+        try:
+            if command == "/reset":
+                conversation.reset()
+            elif command in ("/image", "/audio", "/video") and not args.complete:
+                conversation.attach(command, path.strip())
+            elif line.strip() or conversation.heard:
+                text = conversation.ask(line)
+                if speaker is not None:
+                    file = args.audio_out.with_stem(f"{args.audio_out.stem}_{next(spoken)}")
+                    speak(speaker, sentences(text), file, "the answer")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+
+
+def system_message(args: argparse.Namespace) -> list[dict]:
+    return [{"role": "system", "content": clean(args.system)}] if args.system else []
+
+
+def continued(assistant: Assistant, text: str) -> list[int]:
+    """The prompt of --complete: in training, a text follows the end of the one before it."""
+    return [assistant.tokenizer.eos_id, *assistant.tokenizer.encode(text)]
 
 
 def read_line() -> str | None:
@@ -182,40 +288,96 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+# --- Speaking and reading --------------------------------------------------------------------------------------------
+
+
+def find_speaker(args: argparse.Namespace) -> Speaker:
+    speaker, who = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, pick_device(args.device))
+    print(who, file=sys.stderr)
+    if speaker.vocoder is None:
+        print("no vocoder (--vocoder_ckpt): the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
+    return speaker
+
+
+def sentences(text: str) -> list[str]:
+    """A text as the talker has learnt to speak: one sentence at a time."""
+    return [sentence for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text.strip()) if sentence.strip()]
+
+
+def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling) -> None:
+    """Speak one text after the other into a WAV file, piece by piece; how fast that went is told on stderr.
+
+    Raises:
+        UserError: there is nothing to say, or the file cannot be written.
+    """
+    started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
+    longest = int(speaker.max_frames * speaker.code_s * rate)
+
+    def pieces() -> Iterator:
+        for text in texts:
+            if len(text.encode()) >= MAX_TEXT_BYTES:
+                raise UserError(f"{what}: has a sentence of {len(text.encode())} bytes, too long to be spoken")
+            said = 0
+            for piece in speaker.stream(text, **sampling):
+                said += len(piece)
+                yield piece
+            if said >= longest:
+                print(f"{path}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
+
+    sound = pieces()
+    first = next(sound, None)
+    if first is None:
+        raise UserError(f"{what}: the talker had nothing to say to it")
+    first_s = time.perf_counter() - started
+
+    def write(file) -> None:
+        nonlocal samples
+        with soundfile.SoundFile(file, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
+            for piece in itertools.chain([first], sound):
+                samples += len(piece)
+                wav.write(piece)
+
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
+    took, lasts = time.perf_counter() - started, samples / rate
+    print(
+        f"{path}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
+        f"first sound after {1000 * first_s:.0f} ms",
+        file=sys.stderr,
+    )
+
+
+def say(args: argparse.Namespace) -> None:
+    """Speak ``--say`` as it stands."""
+    sampling = {"temperature": args.temperature, "top_k": args.top_k}
+    if args.seed is not None:
+        sampling["seed"] = args.seed
+    speak(find_speaker(args), [clean(args.say)], args.audio_out, "--say", **sampling)
+
+
+def read(args: argparse.Namespace) -> None:
+    """Print the text of each ``--image``, a line each."""
+    device = pick_device(args.device)
+    reader = load_reader(args.ckpt_dir, args.ocr_ckpt, device)
+    for path in args.image:
+        try:
+            picture = load_image(path, reader.arch.height, reader.arch.width, fit="pad")
+        except BadRow as error:
+            raise UserError(str(error)) from error
+        print(*read_text(reader, picture[None].to(device)), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if args.say is not None:
         say(args)
-        return
-    thinker, tokenizer, metrics = load_thinker(args.ckpt_dir, pick_device(args.device))
-    if metrics.get("dialogue_share") == 0 and not args.complete:
-        print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
-    system = [{"role": "system", "content": clean(args.system)}] if args.system else []
-    messages = list(system)
-
-    def prompt(text: str) -> list[int]:
-        if args.complete:  # in training, a text follows the end of the one before it
-            return [tokenizer.eos_id, *tokenizer.encode(text)]
-        messages.append({"role": "user", "content": text})
-        return fit_chat(tokenizer, messages, thinker.arch.ctx_len, args.max_new_tokens)
-
-    if args.text is not None:
-        respond(thinker, tokenizer, prompt(clean(args.text)), args)
-        return
-
-    print(f"{args.ckpt_dir}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
-    while (line := read_line()) is not None and line.strip() != "/quit":
-        if line.strip() == "/reset":
-            messages[:] = system
-        elif line.strip():
-            try:
-                text = respond(thinker, tokenizer, prompt(line), args)
-            except UserError as error:  # this line is too long; the conversation goes on without it
-                print(f"error: {error}", file=sys.stderr)
-                del messages[-1:]
-                continue
-            if not args.complete:
-                messages.append({"role": "assistant", "content": text})
+    elif args.ocr:
+        read(args)
+    else:
+        once = args.text is not None or args.audio_in
+        (answer_once if once else converse)(Assistant.load(args.ckpt_dir, pick_device(args.device)), args)
 
 
 if __name__ == "__main__":

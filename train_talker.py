@@ -83,9 +83,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
         clips, spoken = (of(manifest, train_rows, config, training=True, lengths=lengths[train_rows]) for of in PARTS)
         val_clips, val_spoken = (of(val_manifest, val_rows, config, training=False) for of in PARTS)
-        for batch_size in (config.batch_size, config.codec_batch_size, config.aligner_batch_size):
-            # refuses an impossible one now, and not after hours of training the codec
-            ResumableDataset(clips, batch_size=batch_size, **own, **how)
+        # refuses an impossible batch_size now, and not after hours of training the codec
+        ResumableDataset(clips, batch_size=config.batch_size, **own, **how)
 
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}

@@ -2,6 +2,7 @@
 
 # C = 3 channels (RGB), H and W height and width in pixels, B pictures
 
+import re
 import struct
 import warnings
 from pathlib import Path
@@ -18,6 +19,8 @@ from omni.manifest import BadRow
 MAX_PIXELS = 64_000_000
 # No other parsers: some of them start programs, and all of them have bugs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+ANIMATED = ("GIF", "WEBP", "PNG")
+_FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # What Pillow raises for damaged files; it has no common base class for it.
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
@@ -66,6 +69,58 @@ def load_image(path: str | Path, height: int, width: int, *, fit: str = "squash"
         image = image.transpose(_UPRIGHT[orientation])
     pixels = _squash(image, height, width) if fit == "squash" else _pad(image, height, width)  # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def load_frames(path: str | Path, count: int, height: int, width: int) -> tuple[Tensor, int]:
+    """Frames of a video, evenly spaced from its first to its last; all of them if it has no more than ``count``.
+
+    Args:
+        path: an animated GIF, WebP or PNG, or a folder with a picture file for each frame, in the order of the numbers
+            in their names. Film formats (MP4, WebM ...) need a decoder that no package of this project has.
+        count: at most so many.
+        height, width: of each, as in ``load_image`` with "squash".
+
+    Returns:
+        uint8 (F, 3, H, W), and how many frames the video has.
+
+    Raises:
+        BadRow: not such a file or folder, damaged, of more than ``MAX_PIXELS`` a frame.
+    """
+    if Path(path).is_dir():
+        files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in _FRAME_FILES), key=_by_number)
+        if not files:
+            raise BadRow(f"{path}: expected a picture for each frame ({', '.join(_FRAME_FILES)}), found none")
+        return torch.stack([load_image(files[i], height, width) for i in evenly(len(files), count)]), len(files)
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=ANIMATED) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise BadRow(f"{path}: {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,} in all")
+            total, frames = getattr(file, "n_frames", 1), []
+            for index in evenly(total, count):
+                file.seek(index)
+                frames.append(_squash(_to_rgb(file), height, width))
+    except _DAMAGED as error:
+        reason = _reason(error, path)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = (
+                f"expected an animated {', '.join(ANIMATED)}, or a folder of pictures, which "
+                f'"ffmpeg -i {Path(path).name} -vf fps=2 frames/%04d.png" makes of any film'
+            )
+        raise BadRow(f"{path}: cannot read the video: {reason}") from error
+    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), total
+
+
+def evenly(total: int, count: int) -> list[int]:
+    """At most ``count`` of the indices below ``total``, evenly spaced, the first and the last among them; of one only,
+    the middle."""
+    if count >= total:
+        return list(range(total))
+    return [total // 2] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def _by_number(file: Path) -> list:
+    """frame_2 before frame_10: text and numbers by turns, so that like is compared with like."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -111,17 +111,30 @@ class Thinker(nn.Module):
         return (logits, hidden) if return_hidden else logits
 
     def hidden_states(
-        self, token_ids: Tensor | None = None, *, inputs_embeds: Tensor | None = None, cache: KVCache | None = None
+        self,
+        token_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """As ``forward``, without the output head: the last, normalised hidden states (B, T, D)."""
-        return self._hidden(token_ids, inputs_embeds, cache)[0]
+        """As ``forward``, without the output head: the last, normalised hidden states (B, T, D).
+
+        Args:
+            mask: (B, 1, T, S) bool, true where a query may look; default: at itself and all before it.
+        """
+        return self._hidden(token_ids, inputs_embeds, cache, mask)[0]
 
     def head(self, hidden: Tensor) -> Tensor:
         """(..., D) -> logits (..., V)."""
         return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
     def _hidden(
-        self, token_ids: Tensor | None, inputs_embeds: Tensor | None, cache: KVCache | None
+        self,
+        token_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: KVCache | None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if (token_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either token_ids or inputs_embeds")
@@ -131,8 +144,7 @@ class Thinker(nn.Module):
         if start + T > self.arch.ctx_len:
             raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.arch.ctx_len}")
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
-        mask = None
-        if start > 0 and T > 1:
+        if mask is None and start > 0 and T > 1:
             positions = torch.arange(start + T, device=x.device)
             mask = positions <= positions[start:, None]  # (T, start + T)
         router_stats = []
@@ -191,6 +203,7 @@ class Thinker(nn.Module):
         top_p: float | None = None,
         seed: int | None = None,
         stop_ids: Sequence[int] = (),
+        inputs_embeds: Tensor | None = None,
     ) -> Iterator[int]:
         """Yield the ids that follow ``prompt_ids``, each as soon as it is known.
 
@@ -203,6 +216,7 @@ class Thinker(nn.Module):
             top_k: draw from the k likeliest only.
             top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2019).
             seed: the same seed gives the same answer; None: a new one each time.
+            inputs_embeds: (1, T, D), read in the place of the embeddings of ``prompt_ids``.
         """
         if not 0 < len(prompt_ids) <= self.arch.ctx_len:
             raise ValueError(f"expected a prompt of 1 to {self.arch.ctx_len} tokens, found {len(prompt_ids)}")
@@ -218,11 +232,11 @@ class Thinker(nn.Module):
         try:
             ids = list(prompt_ids)
             for _ in range(max_new_tokens):
-                next_id = self._next_id(ids, cache, temperature, top_k, top_p, generator)
+                next_id = self._next_id(ids, inputs_embeds, cache, temperature, top_k, top_p, generator)
                 if next_id in stop_ids:
                     return
                 yield next_id
-                ids = [next_id]
+                ids, inputs_embeds = [next_id], None
         finally:
             self.train(was_training)
 
@@ -231,14 +245,17 @@ class Thinker(nn.Module):
     def _next_id(
         self,
         ids: list[int],
+        inputs_embeds: Tensor | None,
         cache: KVCache,
         temperature: float,
         top_k: int | None,
         top_p: float | None,
         generator: torch.Generator,
     ) -> int:
-        token_ids = torch.tensor([ids], device=self.embed_tokens.weight.device)
-        hidden = self.hidden_states(token_ids, cache=cache)[0, -1]  # (D,)
+        token_ids = None
+        if inputs_embeds is None:
+            token_ids = torch.tensor([ids], device=self.embed_tokens.weight.device)
+        hidden = self.hidden_states(token_ids, inputs_embeds=inputs_embeds, cache=cache)[0, -1]  # (D,)
         logits = self.head(hidden).float()  # (V,)
         if temperature == 0:
             return int(logits.argmax())

@@ -39,6 +39,15 @@ CHAT_TEMPLATE = (
 )
 
 
+def chat_template(prompt: str = "") -> str:
+    """``CHAT_TEMPLATE`` for a model that was trained with ``prompt`` as the system message of every conversation that
+    has none of its own."""
+    if not prompt:
+        return CHAT_TEMPLATE
+    system = json.dumps(f"<|system|>{prompt}", ensure_ascii=False)  # a string in JSON is one in Jinja
+    return "{% if messages[0]['role'] != 'system' %}{{ " + system + " }}{% endif %}" + CHAT_TEMPLATE
+
+
 def _byte_of_symbol() -> dict[str, int]:
     """How byte-level BPE writes a byte as one visible character: itself if it prints, else the next one from 256."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}

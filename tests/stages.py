@@ -15,8 +15,13 @@ from PIL import Image
 
 from omni import checkpoint
 from omni.aligner import Aligner
+from omni.audio_encoder import AudioEncoder
 from omni.codec import Codec
-from omni.config import AlignerConfig, CodecConfig
+from omni.config import AlignerConfig, AudioEncoderConfig, CodecConfig, TextConfig, VisionConfig
+from omni.ctc import CtcTokenizer
+from omni.thinker import Thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import PictureTextModel
 
 WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 
@@ -209,7 +214,7 @@ VOCODER = StageCase(
     config={key: value for key, value in SHORT.items() if key not in ("lr", "dropout")}
     | {
         "n_mels": 20, "upsample_rates": [16, 10], "upsample_initial_channel": 16, "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1, 3]], "mpd_periods": [2, 3], "msd_num_scales": 1, "disc_channels": 4,
+        "resblock_dilation_sizes": [[1]], "mpd_periods": [2], "msd_num_scales": 1, "disc_channels": 4,
         "segment_samples": 800, "val_samples": 0, "lr_g": 1e-3, "lr_d": 1e-3, "adv_start_step": 4,
     },
     make_data=make_clips,
@@ -235,4 +240,52 @@ TALKER = StageCase(
     data_key="tts_csv",
 )  # fmt: skip
 
-STAGES = [TEXT, AUDIO_ENC, VISION, OCR, VOCODER, TALKER]
+
+def make_mix(folder: Path) -> dict:
+    """Dialogues, pictures and recordings; and a Thinker and encoders, as good as chance has made them."""
+    chat = folder / "chat.txt"
+    pictures, speech = make_images(folder, 18), make_speech(folder, 4)
+    if not chat.exists():
+        rng = random.Random(5)
+        turns = [[" ".join(rng.choices(WORDS, k=3)) for _ in range(2)] for _ in range(6)]
+        chat.write_text("".join(f"<|user|>{asked}<|assistant|>{said}<|end|>\n" for asked, said in turns))
+        tokenizer, ctc_tokenizer = Tokenizer.train(iter(WORDS), 300), CtcTokenizer.train(iter(WORDS), 48)
+        sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "save_dir": "-", "max_steps": 1}
+        text = TextConfig(train_text="-", vocab_size=tokenizer.vocab_size, ctx_len=64, **sizes)
+        audio = AudioEncoderConfig(train_csv="-", subsampling_channels=8, **sizes)
+        captions = {"vocab_size": 300, "text_layers": 1, "text_d_model": 16, "text_heads": 2}
+        vision = VisionConfig(train_manifest="-", img_size=16, patch=8, **captions, **sizes)
+        torch.manual_seed(5)
+        for stage, name, config, model in (
+            ("text", "thinker", text, Thinker(text)),
+            ("audio_enc", "audio_enc", audio, AudioEncoder(audio, ctc_tokenizer.vocab_size)),
+            ("vision", "vision", vision, PictureTextModel(vision)),
+        ):
+            (folder / name).mkdir()
+            payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
+            checkpoint.save(folder / name / f"{name}.pt", payload | {"model": model.state_dict()})
+        tokenizer.save(folder / "thinker" / "tokenizer.json")
+        ctc_tokenizer.save(folder / "audio_enc" / "tokenizer.json")
+    return {
+        "thinker_ckpt": str(folder / "thinker"),
+        "audio_ckpt": str(folder / "audio_enc"),
+        "vision_ckpt": str(folder / "vision"),
+        "text_path": str(chat),
+        "image_manifest": pictures["train_manifest"],
+        "image_root": pictures["image_root"],
+        "asr_csv": speech["train_csv"],
+    }
+
+
+OMNI = StageCase(
+    name="omni",
+    script="sft_omni.py",
+    prefix="omni",
+    final="omni_final.pt",
+    config=SHORT | {"lr": 3e-3, "proj_d_ff": 16, "max_answer_tokens": 4, "task_weights": {"caption": 2.0}},
+    make_data=make_mix,
+    size_key="proj_d_ff",
+    data_key="image_manifest",
+)
+
+STAGES = [TEXT, AUDIO_ENC, VISION, OCR, VOCODER, TALKER, OMNI]

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import numpy as np
@@ -205,15 +206,22 @@ def test_metrics_by_hand():
 # The first part of stage D ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def whole(tmp_path) -> Training:
-    """All three parts, the codec and the aligner trained and not given."""
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Training:
+    """All three parts, the codec and the aligner trained and not given. Trained once: no test changes its folder."""
     training = TALKER.training(
-        tmp_path, save_dir="reference", codec_steps=24, codec_batch_size=2, codec_lr=3e-3, codec_warmup_steps=3,
-        aligner_steps=8, aligner_batch_size=2, val_freq=10, max_epochs=None, max_steps=12,
+        tmp_path_factory.mktemp("whole"), save_dir="reference", codec_steps=24, codec_batch_size=2, codec_lr=3e-3,
+        codec_warmup_steps=3, aligner_steps=8, aligner_batch_size=2, val_freq=10, max_epochs=None, max_steps=12,
     )  # fmt: skip
     del training.config["codec_ckpt"]
+    training.finish()
     return training
+
+
+@pytest.fixture
+def killed(whole, request) -> Training:
+    """The same training in a folder of its own, to be killed."""
+    return whole.changed(save_dir=re.sub(r"\W+", "_", request.node.name))
 
 
 def all_state(training: Training) -> dict:
@@ -245,18 +253,15 @@ KILLS = {
 
 
 @pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS.keys())
-def test_resume_is_exact_in_all_parts(whole, kills):
-    whole.finish()
-    killed = whole.changed(save_dir="killed")
+def test_resume_is_exact_in_all_parts(whole, killed, kills):
     for kill in kills:
         assert killed.run(prelude=kill).returncode == -9
     killed.finish()
     assert differences(all_state(killed), all_state(whole)) == []
 
 
-def test_sigkill_at_random_instants_of_all_parts(whole):
-    whole.finish()
-    killed = whole.changed(save_dir="killed", prelude=SLOW)
+def test_sigkill_at_random_instants_of_all_parts(whole, killed):
+    killed.prelude = SLOW
     rng = random.Random(1)
     for _ in range(8):
         process = killed.start()
@@ -266,9 +271,7 @@ def test_sigkill_at_random_instants_of_all_parts(whole):
     assert differences(all_state(killed), all_state(whole)) == []
 
 
-def test_without_the_codebooks_state_the_comparison_fails(whole):
-    whole.finish()
-    killed = whole.changed(save_dir="killed")
+def test_without_the_codebooks_state_the_comparison_fails(whole, killed):
     assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
     forget = """
 import omni.loop
@@ -284,9 +287,7 @@ omni.loop._Training._resume = resume
     assert differences(all_state(killed)["codec newest"], all_state(whole)["codec newest"]) != []
 
 
-def test_codes_that_are_lost_are_made_again(whole):
-    whole.finish()
-    killed = whole.changed(save_dir="killed")
+def test_codes_that_are_lost_are_made_again(whole, killed):
     assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 38)).returncode == -9
     for path in (killed.save_dir / "codes").iterdir():
         path.unlink()
@@ -296,7 +297,6 @@ def test_codes_that_are_lost_are_made_again(whole):
 
 
 def test_a_finished_run_of_all_parts_changes_no_file(whole):
-    whole.finish()
     before = snapshot(whole.save_dir)
     process = whole.finish()
     assert process.stdout.count("already finished") == 3
@@ -304,7 +304,6 @@ def test_a_finished_run_of_all_parts_changes_no_file(whole):
 
 
 def test_each_part_has_its_rows_of_metrics(whole):
-    whole.finish()
     rows = [json.loads(line) for line in (whole.save_dir / "metrics.jsonl").read_text().splitlines()]
     steps = {
         stage: [r["step"] for r in rows if (r["stage"], r["kind"]) == (stage, "train")]
@@ -315,6 +314,5 @@ def test_each_part_has_its_rows_of_metrics(whole):
 
 
 def test_the_codec_keeps_its_sizes(whole):
-    whole.finish()
     process = whole.changed(codebook_size=4).run()
     assert process.returncode == 2 and "codebook_size: 8 -> 4" in process.stderr

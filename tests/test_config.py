@@ -161,4 +161,4 @@ def test_another_stage_s_checkpoint_is_refused(stage, tmp_path):
     training.finish()
     rename = "import omni.runtime, dataclasses; _Stage = omni.runtime.Stage\n"
     rename += "omni.runtime.Stage = lambda name, **keys: _Stage(name='other', **keys)\n"
-    only_error(training.run(prelude=rename), "expected a checkpoint of stage other", f"found {stage.name}")
+    only_error(training.run(prelude=rename), "expected a checkpoint of stage other, found")

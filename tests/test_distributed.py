@@ -107,6 +107,7 @@ def test_torchrun_itself(tmp_path):
     assert "2 process(es)" in result.stdout and result.stdout.count("finished:") == 1
 
 
+@pytest.mark.loop
 def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
     plain = stage.training(tmp_path, max_steps=12)
     assert plain.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9

@@ -129,6 +129,7 @@ omni.loop._Training._train_step = train_step
 """
 
 
+@pytest.mark.loop
 def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_path):
     for factor in ("nan", "inf"):
         training = stage.training(tmp_path, save_dir=factor, max_steps=10, checkpoint_freq=1, keep_checkpoints=20)

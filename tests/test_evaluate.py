@@ -64,6 +64,7 @@ def test_rows_that_cannot_be_used_are_left_out_named_and_counted(stage, trained)
         assert f"{path}: row {row}: " in process.stderr
 
 
+@pytest.mark.loop(phases=1)
 def test_bad_arguments(stage, trained, tmp_path):
     data = trained.config[stage.data_key]
     only_error(evaluate(trained, stage.name, "--data", str(tmp_path / "absent")), "absent", "found none")

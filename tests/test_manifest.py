@@ -133,7 +133,9 @@ def test_rows_that_all_lack_a_column_are_refused(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    "name", ["a.csv", *(pytest.param(name, marks=pytest.mark.torture) for name in ("a.jsonl", "a.json"))]
+)
 def test_a_line_of_100_mb_is_refused_in_bounded_memory(tmp_path, name):
     path = tmp_path / name
     with path.open("wb") as file:

@@ -82,7 +82,7 @@ def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):
     assert differences(stopped.state(), reference.state()) == []
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
@@ -99,7 +99,7 @@ def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
     assert differences(stopped.state(), reference.state()) == []
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_partial_file_of_a_killed_save_is_cleared(stage, tmp_path):
     training = stage.training(tmp_path)
     process = training.start(prelude=SLOW_SAVE)
@@ -111,7 +111,7 @@ def test_a_partial_file_of_a_killed_save_is_cleared(stage, tmp_path):
     assert not list(training.save_dir.glob("*.omni-partial"))
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
     first = training.start(prelude=SLOW)

@@ -20,6 +20,7 @@ from omni.talker import (
     Utterance,
     collate_utterances,
     draw,
+    duration_nats,
     frame_targets,
     talker_loss,
     talker_metrics,
@@ -124,6 +125,15 @@ def test_the_text_is_laid_out_by_hand():
         torch.testing.assert_close(spoken[row], expected)
 
 
+def test_the_loss_of_durations_is_least_at_their_mean():
+    batch = {"durations": torch.tensor([[1, 9]]), "text_lengths": torch.tensor([2])}
+    losses = {mean: duration_nats(torch.full((1, 2), float(mean)).log(), batch).sum().item() for mean in range(1, 10)}
+    assert min(losses, key=losses.get) == 5
+    assert duration_nats(batch["durations"].log(), batch).abs().max() < 1e-6
+    batch["text_lengths"] = torch.tensor([1])
+    assert duration_nats(torch.zeros(1, 2), batch).tolist() == [[0.0, 0.0]]
+
+
 def test_chosen_durations_are_whole_at_least_one_and_keep_the_sum():
     talker = small()
     with torch.no_grad():
@@ -212,10 +222,10 @@ def test_targets_end_once():
 
 def test_metrics_by_hand():
     nats = torch.tensor([10 * np.log(4.0), 10 * np.log(16.0)])
-    durations = {"squared_log_errors": 18.0, "symbols": 2}
+    durations = {"duration_nats": 6.0, "symbols": 2}
     metrics = talker_metrics({"nats": nats, "end_nats": 1.0, "frames": 10, "utterances": 2} | durations)
     assert metrics["code_perplexity"] == pytest.approx(8) and metrics["code_perplexity_2"] == pytest.approx(16)
-    assert metrics["loss"] == pytest.approx((nats.sum().item() + 1.0) / 22) and metrics["duration_error"] == 3.0
+    assert metrics["loss"] == pytest.approx((nats.sum().item() + 1.0) / 22) and metrics["duration_loss"] == 3.0
 
 
 def test_loss_and_validation_agree():
@@ -223,8 +233,9 @@ def test_loss_and_validation_agree():
     totals = {k: v.double() if v.dim() else v.item() for k, v in talker_sums(talker, batch).items()}
     metrics = talker_metrics(totals)
     loss, logged = talker_loss(talker, batch, frame_dropout=0.0, duration_weight=0.5)
-    assert logged["duration"].item() == pytest.approx(metrics["duration_error"] ** 2, rel=1e-5)
-    assert loss.item() == pytest.approx(metrics["loss"] + 0.5 * logged["duration"].item(), rel=1e-5)
+    assert logged["duration"].item() == pytest.approx(metrics["duration_loss"], rel=1e-5)
+    durations = 0.5 * totals["duration_nats"] / batch["weight"]
+    assert loss.item() == pytest.approx(metrics["loss"] + durations, rel=1e-5)
 
 
 def test_it_overfits_a_batch_and_then_says_it_by_itself():

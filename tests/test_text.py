@@ -86,7 +86,7 @@ def test_chat_with_a_finished_and_with_a_half_trained_stage(tmp_path):
         (["--top_p", "2"], "--top_p"),
         (["--max_new_tokens", "0"], "--max_new_tokens"),
         (["--ckpt_dir", "absent"], "absent"),
-        (["--image", "x.png"], "unrecognized arguments"),
+        (["--pitch", "2"], "unrecognized arguments"),
         (["--device", "cuda:99"], "--device"),
     ],
 )

@@ -1,0 +1,202 @@
+"""Who answers, who speaks, who reads: found in whatever kind of folder, that of a stage or an exported one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from omni.checkpoint import load_stage, step_files
+from omni.config import SftConfig
+from omni.errors import UserError
+from omni.images import load_frames
+from omni.manifest import BadRow
+from omni.merged import Merged, is_merged
+from omni.ocr import Ocr, load_ocr
+from omni.omni_model import Encoded, Inputs, OmniModel, load_omni
+from omni.speech import Speaker
+from omni.thinker import Thinker, load_thinker
+from omni.tokenizer import Tokenizer
+from omni.vocoder import load_vocoder
+
+MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
+
+
+class Assistant:
+    """A Thinker in conversation, with what it sees and hears through, if it has been taught to.
+
+    Args:
+        folder: where it comes from, for messages.
+        metrics: figures of the Thinker's training.
+        omni, config: of stage E; None: it answers to text alone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        thinker: Thinker,
+        tokenizer: Tokenizer,
+        metrics: dict[str, float],
+        omni: OmniModel | None = None,
+        config: SftConfig | None = None,
+    ) -> None:
+        self.folder, self.thinker, self.tokenizer, self.metrics, self.omni = folder, thinker, tokenizer, metrics, omni
+        self.inputs = None if omni is None else Inputs(tokenizer, config)
+        self.ctx_len = thinker.arch.ctx_len
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> "Assistant":
+        """What stage A or stage E left in ``folder``, or what ``export.py`` has put there.
+
+        Raises:
+            UserError: nothing there, damaged, or not of one run.
+        """
+        if is_merged(folder):
+            merged = Merged(folder)
+            tokenizer, metrics = merged.tokenizer(), merged.components["thinker"]["metrics"]
+            if merged.config["omni"] is None:
+                return cls(folder, merged.part("thinker", device), tokenizer, metrics)
+            omni, config = merged.omni(device)
+            return cls(folder, omni.thinker, tokenizer, metrics, omni, config)
+        if (folder / "omni_final.pt").exists() or step_files(folder, "omni"):
+            omni, tokenizer, config = load_omni(folder, device)
+            return cls(folder, omni.thinker, tokenizer, {}, omni, config)
+        return cls(folder, *load_thinker(folder, device))
+
+    # Attachments: parts of a message
+
+    def image(self, path: str | Path) -> dict:
+        """A picture file as a part of a message.
+
+        Raises:
+            UserError: it cannot be read, or the model does not see.
+        """
+        return self._attach("vision_encoder", path, lambda inputs: inputs.image(path))
+
+    def sound(self, path: str | Path) -> dict:
+        """A recording as a part of a message.
+
+        Raises:
+            UserError: it cannot be read or is too long, or the model does not hear.
+        """
+        return self._attach("audio_encoder", path, lambda inputs: inputs.sound(path))
+
+    def video(self, path: str | Path, count: int | None = None) -> tuple[list[dict], int]:
+        """Frames of a video, evenly spaced, as parts of a message; and how many frames the video has.
+
+        Args:
+            count: at most so many; None: as half of the context holds, and no more than ``MAX_FRAMES``.
+
+        Raises:
+            UserError: it cannot be read, or the model does not see.
+        """
+
+        def frames(inputs: Inputs) -> tuple[list[dict], int]:
+            fit = self.ctx_len // 2 // (inputs.image_positions + 2)  # with their start and end
+            pictures, total = load_frames(path, count or max(1, min(MAX_FRAMES, fit)), inputs.img_size, inputs.img_size)
+            return [{"type": "image", "image": picture} for picture in pictures], total
+
+        return self._attach("vision_encoder", path, frames)
+
+    def _attach(self, encoder: str, path: str | Path, read):
+        if self.omni is None or getattr(self.omni, encoder) is None:
+            does = "see" if encoder == "vision_encoder" else "hear"
+            raise UserError(
+                f"{path}: the model in {self.folder} does not {does}. Expected a folder of stage E that was trained "
+                f"to, or an export of one (export.py --omni_ckpt)"
+            )
+        try:
+            return read(self.inputs)
+        except BadRow as error:
+            raise UserError(str(error)) from error
+
+    # Conversations
+
+    def prompt(self, messages: list[dict], max_new_tokens: int) -> list[int] | Encoded:
+        """What the Thinker reads of a conversation that ends with a question.
+
+        Oldest turns are deleted from the list, in place, until there is room to answer.
+
+        Raises:
+            UserError: the question alone, with its attachments, is too long; the turns stay for a shorter one.
+        """
+        room = self.ctx_len - min(max_new_tokens, self.ctx_len // 2)
+        first = 1 if messages[0]["role"] == "system" else 0
+        for oldest in range(first, len(messages), 2):  # a turn is a question and its answer; the last has none yet
+            try:
+                prompt = self._encode(messages[:first] + messages[oldest:])
+            except BadRow as error:
+                if oldest == len(messages) - 1:
+                    raise UserError(f"the message {error}, answer included") from error
+                continue
+            if length(prompt) <= room:
+                break
+        if length(prompt) < self.ctx_len:
+            del messages[first:oldest]
+        return prompt
+
+    def _encode(self, messages: list[dict]) -> list[int] | Encoded:
+        return self.tokenizer.chat_prompt(messages) if self.inputs is None else self.inputs.encode(messages)
+
+    def generate(self, prompt: list[int] | Encoded, **sampling) -> Iterator[int]:
+        """Yield the ids of the answer, each as soon as it is known; ``sampling`` as in ``Thinker.generate``."""
+        if length(prompt) >= self.ctx_len:
+            raise UserError(
+                f"the text has {length(prompt)} tokens, and the model's context holds {self.ctx_len}, answer included"
+            )
+        sampling["stop_ids"] = (self.tokenizer.end_id, self.tokenizer.eos_id)
+        if isinstance(prompt, Encoded):
+            embeds = self.omni.embed_prompt(self.inputs, prompt)
+            return self.thinker.generate(prompt.ids, inputs_embeds=embeds, **sampling)
+        return self.thinker.generate(prompt, **sampling)
+
+
+def length(prompt: list[int] | Encoded) -> int:
+    """Positions that it takes."""
+    return len(prompt.ids if isinstance(prompt, Encoded) else prompt)
+
+
+def load_speaker(
+    folder: Path, talker_ckpt: Path | None, vocoder_ckpt: Path | None, device: torch.device
+) -> tuple[Speaker, str]:
+    """Who speaks: that of ``talker_ckpt`` (stage D), else that of ``folder``, which is stage D's or an export.
+
+    Args:
+        vocoder_ckpt: stage F; None: the export's own, else Griffin-Lim.
+
+    Returns:
+        The speaker, and a line on where it comes from and how it was judged.
+
+    Raises:
+        UserError: nobody there, damaged, or a vocoder of other log-mels than the codec's.
+    """
+    source = talker_ckpt or folder
+    if talker_ckpt is None and not is_merged(folder) and not _has(folder, "talker"):
+        raise UserError(f"{folder}: expected talker.pt, found none. Give the folder of stage D as --talker_ckpt")
+    if is_merged(source):
+        merged = Merged(source)
+        speaker = merged.speaker(device)
+        facts = merged.components["talker"]
+        if vocoder_ckpt is not None:
+            speaker = Speaker(speaker.talker, speaker.codec, load_vocoder(vocoder_ckpt, device))
+    else:
+        speaker = Speaker.load(source, vocoder_ckpt, device)
+        facts = load_stage(source, "talker", "talker", "talker.pt")
+    perplexity = facts["metrics"].get("code_perplexity")
+    judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
+    return speaker, f"{source}: talker of step {facts['step']}, {judged}"
+
+
+def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Ocr:
+    """Who reads pictures of text: the model of ``ocr_ckpt`` (stage G), else that of ``folder``, stage G's or an export.
+
+    Raises:
+        UserError: none there, or damaged.
+    """
+    source = ocr_ckpt or folder
+    if ocr_ckpt is None and not is_merged(folder) and not _has(folder, "ocr"):
+        raise UserError(f"{folder}: expected ocr.pt, found none. Give the folder of stage G as --ocr_ckpt")
+    return Merged(source).part("ocr", device) if is_merged(source) else load_ocr(source, device)
+
+
+def _has(folder: Path, prefix: str) -> bool:
+    return (folder / f"{prefix}.pt").exists() or bool(step_files(folder, prefix))

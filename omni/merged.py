@@ -1,0 +1,355 @@
+"""The exported folder: every trained part in one place. What is in it, how it is written, how μOmni runs from it.
+
+All weights stand in one ``model.safetensors``, each part's under its prefix; ``config.json`` has the parts' sizes, and
+``model_info.json`` where they come from and the SHA-256 of every other file, which is compared before a file is
+believed. Nothing in the folder can run code when it is opened.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Container, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from omni.audio_encoder import AudioEncoder
+from omni.checkpoint import load_weights
+from omni.codec import Codec
+from omni.config import (
+    AudioEncoderArchitecture,
+    CodecArchitecture,
+    OcrArchitecture,
+    SftConfig,
+    StageConfig,
+    TalkerConfig,
+    ThinkerArchitecture,
+    VocoderConfig,
+)
+from omni.errors import RunError, UserError
+from omni.files import file_sha256
+from omni.ocr import Ocr
+from omni.omni_model import OmniModel
+from omni.runtime import FolderLock
+from omni.speech import Speaker
+from omni.talker import Talker
+from omni.thinker import Thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import ViT
+from omni.vocoder import Generator, fold_weight_norm
+
+FORMAT = 1
+WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_info.json", "tokenizer.json"
+PARTIAL = ".{name}.omni-partial"  # the folder in which an export grows, beside the one that it becomes
+REPLACED = ".{name}.omni-replaced"  # and the earlier export, until the new one stands in its place
+LOCK = ".lock"  # of ``FolderLock``, in the first of these
+VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
+
+Sizes = TypeVar("Sizes", bound=BaseModel)
+
+# ---------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:
+    """The keys of ``config`` that ``cls`` has, without those that say nothing about the weights: paths, printing."""
+    free = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("free")}
+    return {name: getattr(config, name) for name in cls.model_fields if name not in free}
+
+
+def read_sizes(cls: type[Sizes], sizes: dict) -> Sizes:
+    """The inverse of ``sizes_of``; what a stage's config must have beside the sizes, such as files, is "-".
+
+    Raises:
+        ValueError: they are not the sizes of such a part.
+    """
+    rest: dict = {}
+    if issubclass(cls, StageConfig):
+        rest = {name: "-" for name, field in cls.model_fields.items() if field.is_required()} | {"max_steps": 1}
+    if cls is SftConfig:
+        rest["text_path"] = "-"
+    return cls.model_validate(rest | sizes)
+
+
+def audio_architecture(sizes: dict) -> AudioEncoderArchitecture:
+    """Of an audio encoder's sizes those that the model itself has."""
+    return AudioEncoderArchitecture.model_validate(
+        {name: sizes[name] for name in AudioEncoderArchitecture.model_fields}
+    )
+
+
+def _build_vit(sizes: dict) -> ViT:
+    side = sizes["img_size"]
+    return ViT(side, side, *(sizes[name] for name in VIT_SIZES[1:]))
+
+
+# prefix in model.safetensors -> a module of the sizes in config.json, its weights yet to be loaded
+BUILD: dict[str, Callable[[dict], nn.Module]] = {
+    "thinker": lambda sizes: Thinker(ThinkerArchitecture.model_validate(sizes)),
+    "audio_encoder": lambda sizes: AudioEncoder(audio_architecture(sizes), sizes["n_tokens"]),
+    "vision_encoder": _build_vit,
+    "talker": lambda sizes: Talker(read_sizes(TalkerConfig, sizes)),
+    "rvq": lambda sizes: Codec(CodecArchitecture.model_validate(sizes)),
+    "vocoder": lambda sizes: fold_weight_norm(Generator(read_sizes(VocoderConfig, sizes))),
+    "ocr": lambda sizes: Ocr(OcrArchitecture.model_validate(sizes)),
+}
+
+# prefix -> what it is for, and the option of export.py that brings it
+PURPOSE = {
+    "thinker": ("answers", "--thinker_ckpt or --omni_ckpt"),
+    "audio_encoder": ("hears", "--audio_ckpt or --omni_ckpt"),
+    "vision_encoder": ("sees", "--vision_ckpt or --omni_ckpt"),
+    "proj_a": ("hands what is heard to the Thinker", "--omni_ckpt"),
+    "proj_v": ("hands what is seen to the Thinker", "--omni_ckpt"),
+    "talker": ("speaks", "--talker_ckpt"),
+    "rvq": ("turns the talker's codes into log-mels", "--talker_ckpt"),
+    "vocoder": ("turns log-mels into sound", "--vocoder_ckpt"),
+    "ocr": ("reads pictures of text", "--ocr_ckpt"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, replace: bool) -> Iterator[Path]:
+    """A folder to fill, which becomes ``target`` when the block ends well: whole, or not at all.
+
+    Args:
+        target: must not exist, or be empty; or, with ``replace``, hold an earlier export, which then makes room.
+
+    Raises:
+        UserError: it holds something else, its place cannot be written to, or another process is exporting to it.
+        RunError: the disk is full.
+    """
+    target = Path(os.path.abspath(target))
+    partial, replaced = (target.with_name(name.format(name=target.name)) for name in (PARTIAL, REPLACED))
+    check_target(target, replace)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(partial)
+    except OSError as error:
+        raise UserError(f"--output_dir {target}: cannot write there: {error.strerror}") from error
+    try:
+        with _one_line(target):
+            _restore(replaced, target)
+            check_target(target, replace)
+            shutil.rmtree(replaced, ignore_errors=True)
+            for leftover in partial.iterdir():  # of an export that was killed
+                if leftover != lock.path:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            yield partial
+            for path in (*sorted(partial.rglob("*")), partial):
+                _fsync(path)
+            lock.release()
+            if target.exists() and any(target.iterdir()):
+                target.rename(replaced)
+            os.replace(partial, target)  # takes the place of an empty folder, too
+            _fsync(target.parent)
+    except BaseException:
+        _restore(replaced, target)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        lock.file.close()
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _restore(replaced: Path, target: Path) -> None:
+    """Put the earlier export back, if the new one did not come into its place."""
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)
+
+
+@contextlib.contextmanager
+def _one_line(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise RunError(f"{target}: could not write the export: {reason}. Nothing was left behind") from error
+
+
+def check_target(target: Path, replace: bool) -> None:
+    """
+    Raises:
+        UserError: ``new_folder`` may not put anything there.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"--output_dir {target}: expected a folder, found a file")
+    if not any(target.iterdir()):
+        return
+    if not is_merged(target):
+        raise UserError(f"--output_dir {target}: expected a new or empty folder, found one that holds other things")
+    if not replace:
+        raise UserError(f"--output_dir {target}: holds an earlier export already. Give --force to replace it")
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def rounded(weights: dict[str, Tensor], dtype: torch.dtype, exact: Container[str]) -> dict[str, Tensor]:
+    """``weights`` in ``dtype``, but for those named in ``exact``: statistics, codebooks and counts."""
+    return {
+        name: (tensor.to(dtype) if tensor.is_floating_point() and name not in exact else tensor).contiguous()
+        for name, tensor in weights.items()
+    }
+
+
+def buffers_of(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_buffers()}
+
+
+def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    """Safetensors, the same bytes for the same weights: with a second entry, the metadata's order would be chance."""
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # it comes readable for its owner only, unlike its neighbours
+
+
+def write_json(path: Path, value: dict) -> None:
+    """As people read it. A figure that is no number becomes null: JSON has no nan."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def info_sha256(info: dict) -> str:
+    """Of all that model_info.json says but this digest itself, however it is laid out."""
+    text = json.dumps({key: value for key, value in _finite(info).items() if key != "sha256"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def weights_sha256(weights: dict[str, Tensor]) -> str:
+    """Names, types, shapes and values; whatever file they come from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def is_merged(folder: str | Path) -> bool:
+    """Whether ``export.py`` wrote it."""
+    return (Path(folder) / INFO).is_file() and (Path(folder) / WEIGHTS).is_file()
+
+
+class Merged:
+    """An exported folder, opened.
+
+    Raises:
+        UserError: a file is missing, damaged, or of another version.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._verified: set[str] = set()
+        try:
+            info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
+            if info_sha256(info) != info["sha256"]:
+                raise ValueError("the checksum does not match")
+        except OSError as error:
+            raise UserError(f"{self.folder / INFO}: cannot read it: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.folder / INFO}: damaged, or not written by export.py") from error
+        if info["format"] != FORMAT:
+            found = f"written in format {info['format']}"
+            raise UserError(f"{self.folder / INFO}: {found}, this version reads format {FORMAT}")
+        self.components, self.checksums = info["components"], info["files"]
+        self.config = json.loads(self.file(CONFIG).read_text(encoding="utf-8"))
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the folder, which is compared with its checksum once.
+
+        Raises:
+            UserError: it is missing or differs.
+        """
+        path = self.folder / name
+        if name not in self._verified:
+            try:
+                same = file_sha256(path) == self.checksums.get(name)
+            except OSError as error:
+                raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+            if not same:
+                raise UserError(f"{path}: damaged: the checksum is not that of {INFO}. Export it again")
+            self._verified.add(name)
+        return path
+
+    def has(self, part: str) -> bool:
+        return part in self.components
+
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.file(TOKENIZER))
+
+    def weights(self, *parts: str) -> dict[str, Tensor]:
+        """The weights of some parts, with their prefixes."""
+        with safe_open(self.file(WEIGHTS), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.split(".")[0] in parts}  # noqa: SIM118
+
+    def part(self, name: str, device: torch.device | str) -> nn.Module:
+        """A part ready to run: float32, in evaluation mode.
+
+        Raises:
+            UserError: the folder does not have it; the message says which option of ``export.py`` brings it.
+        """
+        if not self.has(name):
+            purpose, option = PURPOSE[name]
+            raise UserError(f"{self.folder}: has no {name}, which {purpose}. Export it with {option}")
+        with self._sizes_of(name):
+            module = BUILD[name](self.config["parts"][name])
+        weights = {key.removeprefix(f"{name}."): tensor for key, tensor in self.weights(name).items()}
+        load_weights(module, weights, self.folder / WEIGHTS)
+        return module.to(device).eval()
+
+    @contextlib.contextmanager
+    def _sizes_of(self, what: str) -> Iterator[None]:
+        """What goes wrong in the block is a folder of a version whose parts had other sizes to choose."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{self.folder / CONFIG}: not the sizes of a {what} of this version") from error
+
+    def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:
+        """The Thinker with all that it sees and hears through, as ``load_omni`` returns it, without the tokenizer.
+
+        Raises:
+            UserError: the folder was exported without stage E.
+        """
+        if self.config["omni"] is None:
+            raise UserError(f"{self.folder}: its Thinker neither sees nor hears. Export it with --omni_ckpt")
+        with self._sizes_of("model that sees or hears"):
+            config = read_sizes(SftConfig, self.config["omni"])
+            model = OmniModel(config)
+        load_weights(model, self.weights(*dict(model.named_children())), self.folder / WEIGHTS)
+        return model.to(device).eval(), config
+
+    def speaker(self, device: torch.device) -> Speaker:
+        """What says texts: talker, codec and, if there is one, vocoder."""
+        vocoder = self.part("vocoder", device) if self.has("vocoder") else None
+        return Speaker(self.part("talker", device), self.part("rvq", device), vocoder)

@@ -1,0 +1,514 @@
+"""The omni model: a Thinker that reads text, recordings and pictures in one sequence, and how such a sequence is made.
+
+Recordings and pictures stand in a conversation where the user put them, any number, in any order. The encoders of
+stages B and C turn each into vectors, a projection brings these to the Thinker's width, and they take the places of
+``<|audio|>`` and ``<|image|>`` tokens, between a start and an end token. These six tokens are in every tokenizer of
+stage A; no text of a user can spell them (``Tokenizer.encode``).
+"""
+
+# B samples, T positions, D the Thinker's width, V vocabulary; I pictures, P positions of one; A recordings,
+# F mel frames, M mel channels, U encoder frames, R positions of all recordings of a batch
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni.audio import load_audio, log_mel, normalise_features
+from omni.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
+from omni.checkpoint import load_stage, load_weights
+from omni.codec import fingerprint
+from omni.config import AudioEncoderArchitecture, SftConfig, ThinkerArchitecture, VisionConfig
+from omni.ctc import ctc_nll, frames_needed
+from omni.errors import UserError
+from omni.images import load_image, normalise
+from omni.layers import KVCache
+from omni.manifest import BadRow
+from omni.thinker import IGNORED, Thinker, load_thinker
+from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
+from omni.vision_encoder import ViT
+
+COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
+_VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+@dataclass
+class Encoded:
+    """One conversation as the Thinker reads it. ``images`` and ``sounds`` are its attachments with the position at
+    which the placeholders of each begin; ``spoken`` is what each recording says, in tokens, [] if that is unknown."""
+
+    ids: list[int]  # with one placeholder for each position of an attachment
+    targets: list[int]  # what follows each position; -100 outside the assistant's answers
+    images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8
+    sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features
+    spoken: list[list[int]] = field(default_factory=list)
+    prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
+
+
+class Inputs:
+    """Files to what the encoders read, conversations to sequences, sequences to batches.
+
+    Args:
+        config: with ``parts`` filled in.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: SftConfig):
+        self.tokenizer, self.prompt = tokenizer, config.prompt
+        self.ctx_len = config.parts["thinker"]["ctx_len"]
+        self.audio_stack, self.image_stack = config.audio_stack, config.image_stack
+        audio, vision = config.parts.get("audio_encoder"), config.parts.get("vision_encoder")
+        self.audio = self.mel = self.img_size = None
+        if audio:
+            self.audio, self.mel = audio, mel_spec(_audio_architecture(audio))
+            self.max_s = audio["max_mel_length"] * self.mel.hop_length / self.mel.sample_rate
+        if vision:
+            self.img_size = vision["img_size"]
+            self.image_positions = (vision["img_size"] // vision["patch"] // config.image_stack) ** 2
+        self.pad_to = self.ctx_len if config.use_compile else None  # a compiled model wants one length only
+
+    # Attachments: parts of a message's content
+
+    def image(self, path: str | Path) -> dict:
+        """A picture file as a part of a message.
+
+        Raises:
+            BadRow: not a picture, damaged, too large; or the model has no vision encoder.
+        """
+        if self.img_size is None:
+            raise BadRow(f"{path}: this model has no vision encoder (no vision_ckpt)")
+        return {"type": "image", "image": load_image(path, self.img_size, self.img_size)}
+
+    def sound(self, path: str | Path, text: str = "") -> dict:
+        """A recording as a part of a message; in training with its ``text``, if that is known.
+
+        Raises:
+            BadRow: not audio, damaged, longer than the audio encoder was trained on; or the model has none.
+        """
+        if self.audio is None:
+            raise BadRow(f"{path}: this model has no audio encoder (no audio_ckpt)")
+        waveform = load_audio(path, self.mel.sample_rate, self.max_s)
+        # the header can be a sample off what resampling makes of it
+        waveform = waveform[: self.audio["max_mel_length"] * self.mel.hop_length]
+        features = normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
+        return {"type": "audio", "audio": features, "text": text}
+
+    def sound_positions(self, mel_frames: int) -> int:
+        """Positions that a recording of so many mel frames takes, its start and end token aside."""
+        return -(-output_frames(mel_frames, self.audio["downsample_time"]) // self.audio_stack)
+
+    # Conversations
+
+    def encode(self, messages: list[dict]) -> Encoded:
+        """A conversation as a sequence. One that ends with a user's message gets the ``<|assistant|>`` that asks for
+        an answer; one that ends with an answer is for training.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": ...}``, oldest first. A content is a text
+                or a list of parts: ``{"type": "text", "text": ...}``, and what ``image`` and ``sound`` return. The
+                config's ``prompt`` becomes a system message, unless there is one.
+
+        Raises:
+            BadRow: longer than ``ctx_len``.
+        """
+        tokenizer, end_id = self.tokenizer, self.tokenizer.end_id
+        if self.prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.prompt}, *messages]
+        asks = messages[-1]["role"] == "user"
+        ids, answers, encoded = [], [], Encoded([], [])
+        for message in messages + [{"role": "assistant", "content": []}] * asks:
+            if message["role"] not in ROLES:
+                raise ValueError(f"expected a role of {ROLES}, found {message['role']!r}")
+            is_answer, content = message["role"] == "assistant", message["content"]
+            ids.append(tokenizer.token_id(f"<|{message['role']}|>"))
+            if is_answer:
+                encoded.prompt = len(ids)
+            first = len(ids)
+            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+                if part["type"] == "text":
+                    ids += tokenizer.encode(part["text"], allow_special=False)
+                elif part["type"] == "image":
+                    encoded.images.append((len(ids) + 1, part["image"]))
+                    ids += self._placeholders("image", self.image_positions)
+                else:
+                    positions = self.sound_positions(len(part["audio"]))
+                    encoded.sounds.append((len(ids) + 1, part["audio"]))
+                    spoken = tokenizer.encode(part["text"], allow_special=False)
+                    encoded.spoken.append(spoken if frames_needed(spoken) <= positions else [])
+                    ids += self._placeholders("audio", positions)
+            if is_answer and not (asks and len(ids) == encoded.prompt):
+                ids.append(end_id)
+                answers += range(first, len(ids))
+        return self._finished(encoded, ids, set(answers), asks)
+
+    def encode_text(self, text: str) -> Encoded:
+        """A text that is no conversation, all of it to be learnt, as in stage A.
+
+        Raises:
+            BadRow: longer than ``ctx_len``.
+        """
+        eos_id = self.tokenizer.eos_id
+        ids = [eos_id, *self.tokenizer.encode(text, allow_special=False), eos_id]
+        return self._finished(Encoded([], []), ids, set(range(1, len(ids))), asks=False)
+
+    def _placeholders(self, kind: str, count: int) -> list[int]:
+        start, placeholder, end = (self.tokenizer.token_id(f"<|{kind}{part}|>") for part in ("_start", "", "_end"))
+        return [start, *[placeholder] * count, end]
+
+    def _finished(self, encoded: Encoded, ids: list[int], learnt: set[int], asks: bool) -> Encoded:
+        encoded.targets = [ids[i] if i in learnt else IGNORED for i in range(1, len(ids))] + [IGNORED] * asks
+        encoded.ids = ids if asks else ids[:-1]  # nothing follows the last token of a training row
+        if len(encoded.ids) > self.ctx_len:
+            raise BadRow(f"takes {len(encoded.ids)} positions, expected at most ctx_len {self.ctx_len}")
+        return encoded
+
+    # Batches
+
+    def collate(self, samples: list[Encoded]) -> dict:
+        """At least one sequence as a batch.
+
+        Returns:
+            ``tokens`` and ``targets`` (B, T), padded after their ends; ``weight``, the number of targets; ``prompts``
+            (B,). If there are pictures: ``images`` (I, 3, H, W) uint8 and ``image_at`` (I * P,), the places of their
+            positions, counted over the flattened batch. If there are recordings: ``features`` (A, F, M), zero beyond
+            ``lengths`` (A,); ``sound_at`` (R,), and ``sound_from`` (R,): which of all A * U / audio_stack padded
+            positions stands there; ``spoken`` (A, L) and ``spoken_lengths`` (A,), what they say.
+        """
+        T = self.pad_to or max(len(sample.ids) for sample in samples)
+        tokens = torch.full((len(samples), T), self.tokenizer.eos_id)
+        targets = torch.full((len(samples), T), IGNORED)
+        for row, sample in enumerate(samples):
+            tokens[row, : len(sample.ids)] = torch.tensor(sample.ids)
+            targets[row, : len(sample.ids)] = torch.tensor(sample.targets)
+        batch = {
+            "tokens": tokens,
+            "targets": targets,
+            "prompts": torch.tensor([sample.prompt for sample in samples]),
+            "weight": int((targets != IGNORED).sum()),
+        }
+        images = [(row * T + at, image) for row, sample in enumerate(samples) for at, image in sample.images]
+        if images:
+            starts = torch.tensor([at for at, _ in images])
+            batch["images"] = torch.stack([image for _, image in images])
+            batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
+        sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
+        if sounds:
+            longest = max(len(sound) for _, sound in sounds)
+            step = self.audio["downsample_time"] * self.audio_stack
+            features = torch.zeros(len(sounds), step * -(-longest // step), self.mel.n_mels)
+            per_sound, at, taken = features.shape[1] // step, [], []
+            for index, (start, sound) in enumerate(sounds):
+                features[index, : len(sound)] = sound
+                count = self.sound_positions(len(sound))
+                at.append(start + torch.arange(count))
+                taken.append(index * per_sound + torch.arange(count))
+            batch["features"], batch["sound_at"], batch["sound_from"] = features, torch.cat(at), torch.cat(taken)
+            batch["lengths"] = torch.tensor([len(sound) for _, sound in sounds])
+            spoken = [torch.tensor(ids, dtype=torch.int64) for sample in samples for ids in sample.spoken]
+            batch["spoken"] = nn.utils.rnn.pad_sequence(spoken, batch_first=True)
+            batch["spoken_lengths"] = torch.tensor([len(ids) for ids in spoken])
+        return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Projection(nn.Module):
+    """What an encoder says in the Thinker's terms, (..., K) -> (..., D): norm, linear, GELU, linear.
+
+    Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning" (LLaVA-1.5), with a norm before it.
+    """
+
+    def __init__(self, width: int, d_ff: int, d_model: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, d_ff)
+        self.fc2 = nn.Linear(d_ff, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+    @torch.no_grad()
+    def start_as_loud_as(self, embeddings: Tensor) -> None:
+        """Scale the output of a new projection to the mean square of the token embeddings (V, D), which is what the
+        Thinker's layers are used to adding to."""
+        x = torch.randn(256, self.norm.weight.shape[0], device=embeddings.device)
+        factor = embeddings.square().mean().sqrt() / self(x).square().mean().sqrt()
+        self.fc2.weight.mul_(factor)
+        self.fc2.bias.mul_(factor)
+
+
+class OmniModel(nn.Module):
+    """Thinker, encoders and projections. A part that no task of the mix needs is None, and not in the state dict.
+
+    Args:
+        config: with ``parts``, the sizes of the parts.
+        use_flash: fused attention; ``audio_flash`` of the audio encoder alone.
+
+    Liu et al. 2023, "Visual Instruction Tuning" (LLaVA), for pictures and recordings alike. Departures: neighbouring
+    frames (``audio_stack``) or patches (``image_stack`` x ``image_stack``) may share a position, side by side.
+    """
+
+    def __init__(self, config: SftConfig, *, use_flash: bool = True, audio_flash: bool = True):
+        super().__init__()
+        parts, self.frozen, self.audio_id = config.parts, config.freeze_encoders, SPECIAL_TOKENS.index("<|audio|>")
+        self.audio_stack, self.image_stack = config.audio_stack, config.image_stack
+        arch = ThinkerArchitecture.model_validate(parts["thinker"])
+        self.thinker = Thinker(arch, use_flash=use_flash)
+        self.audio_encoder = self.proj_a = self.vision_encoder = self.proj_v = None
+        if audio := parts.get("audio_encoder"):
+            audio_arch = _audio_architecture(audio)
+            self.audio_encoder = AudioEncoder(audio_arch, audio["n_tokens"], use_flash=use_flash and audio_flash)
+            self.proj_a = Projection(audio["d_model"] * self.audio_stack, config.proj_d_ff, arch.d_model)
+            self.audio_encoder.ctc_head.requires_grad_(False)  # nothing asks it here; it stays with its encoder
+        if vision := parts.get("vision_encoder"):
+            sizes = [vision[name] for name in _VIT_SIZES]
+            self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
+            self.proj_v = Projection(vision["d_model"] * self.image_stack**2, config.proj_d_ff, arch.d_model)
+        if self.frozen:
+            for encoder in self.encoders:
+                encoder.requires_grad_(False)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        return [encoder for encoder in (self.audio_encoder, self.vision_encoder) if encoder is not None]
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.frozen:
+            for encoder in self.encoders:
+                encoder.eval()  # no dropout in what is not trained
+        return self
+
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of a batch, each () float32: the mean cross-entropy of its targets in nats; the experts'
+        load-balancing loss; how badly recordings spell their texts (``_misspelling``), per target of the first."""
+        x, sounds = self._embed(batch)
+        nats, balance = self.thinker(inputs_embeds=x, targets=batch["targets"])
+        misspelling = nats.new_zeros(())
+        if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
+            misspelling = self._misspelling(sounds, batch) / (batch["targets"] != IGNORED).sum()
+        return nats, balance, misspelling
+
+    def embed(self, batch: dict) -> Tensor:
+        """What the Thinker reads, (B, T, D), of a batch of ``Inputs.collate``."""
+        return self._embed(batch)[0]
+
+    def _embed(self, batch: dict) -> tuple[Tensor, Tensor | None]:
+        """What the Thinker reads, and the recordings in it (A, U / audio_stack, D), padded."""
+        x = self.thinker.embed_tokens(batch["tokens"])  # (B, T, D)
+        rows, sounds = x.flatten(0, 1), None  # (B * T, D)
+        if "images" in batch:
+            rows = rows.index_copy(0, batch["image_at"], self._pictures(batch).flatten(0, 1).to(rows.dtype))
+        elif self.vision_encoder is not None and self.training:
+            # Each parameter has a gradient in every step, if only zero: DDP waits for all of them, and the
+            # optimizer's averages must not depend on how a step falls into micro-batches.
+            rows = rows + 0.0 * self._pictures(self._blank(x)).sum().to(rows.dtype)
+        if "features" in batch:
+            sounds = self._sounds(batch)
+            found = sounds.flatten(0, 1).index_select(0, batch["sound_from"])
+            rows = rows.index_copy(0, batch["sound_at"], found.to(rows.dtype))
+        elif self.audio_encoder is not None and self.training:
+            rows = rows + 0.0 * self._sounds(self._blank(x)).sum().to(rows.dtype)
+        return rows.view_as(x), sounds
+
+    def _pictures(self, batch: dict) -> Tensor:
+        """The pictures (I, 3, H, W) as (I, P, D): all patches, row by row, CLS left out."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            patches = self.vision_encoder(normalise(batch["images"]))[:, 1:]
+        s = self.image_stack
+        side = self.vision_encoder.img_size[0] // self.vision_encoder.patch_size[0] // s
+        grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3)  # (I, rows, columns, s, s, K)
+        return self.proj_v(grid.flatten(3).flatten(1, 2))
+
+    def _sounds(self, batch: dict) -> Tensor:
+        """The recordings (A, F, M) as (A, U / audio_stack, D), padded."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            frames, lengths = self.audio_encoder.encode(batch["features"], batch["lengths"])  # (A, U, K)
+        frames = frames * frame_mask(lengths, frames.shape[1])[:, :, None]  # the last stack may be half full
+        return self.proj_a(frames.unflatten(1, (-1, self.audio_stack)).flatten(2))
+
+    def _misspelling(self, sounds: Tensor, batch: dict) -> Tensor:
+        """How far the positions of recordings are from the token embeddings of what they say: () float32, a sum.
+
+        CTC (Graves et al. 2006) whose units are the Thinker's tokens, whose scores are cosines with their embeddings,
+        and whose blank is ``<|audio|>``. So a recording soon looks like its text, which the Thinker can read already.
+        The embeddings themselves get no gradient from it.
+        """
+        table = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1)  # (V, D)
+        blank = self.audio_id  # which CTC wants to be the last unit
+        table = torch.cat((table[:blank], table[blank + 1 :], table[blank, None]))
+        with torch.autocast(sounds.device.type, enabled=False):  # near cosines would be equal in bf16
+            logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T
+        steps = output_frames(batch["lengths"], self.audio_encoder.downsample_time * self.audio_stack)
+        units = batch["spoken"] - (batch["spoken"] > blank).long()
+        nll = ctc_nll(logits, steps, units, batch["spoken_lengths"])
+        return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
+
+    def _blank(self, like: Tensor) -> dict:
+        """A black picture and a moment of silence, which take no place."""
+        blank = {}
+        if self.vision_encoder is not None:
+            height, width = self.vision_encoder.img_size
+            blank["images"] = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=like.device)
+        if self.audio_encoder is not None:
+            frames = self.audio_encoder.downsample_time * self.audio_stack
+            mels = self.audio_encoder.subsampling.linear.in_features // self.audio_encoder.subsampling.conv.out_channels
+            blank["features"] = like.new_zeros(1, frames, mels * self.audio_encoder.downsample_time)
+            blank["lengths"] = torch.full((1,), frames, device=like.device)
+        return blank
+
+    # Answering ---------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.thinker.embed_tokens.weight.device
+
+    @torch.no_grad()
+    def embed_prompt(self, inputs: Inputs, encoded: Encoded) -> Tensor:
+        """One sequence as the Thinker reads it, (1, T, D)."""
+        batch = {k: v.to(self.device) for k, v in inputs.collate([encoded]).items() if isinstance(v, Tensor)}
+        return self.embed(batch)[:, : len(encoded.ids)]
+
+    def generate(self, inputs: Inputs, messages: list[dict], **sampling) -> Iterator[int]:
+        """Yield the ids of the answer to a conversation, each as soon as it is known.
+
+        Args:
+            messages: see ``Inputs.encode``; the last one is a user's.
+            sampling: as ``Thinker.generate`` takes it: ``max_new_tokens``, ``temperature``, ``seed`` ...
+
+        Raises:
+            BadRow: the conversation is longer than ``ctx_len``.
+        """
+        encoded = inputs.encode(messages)
+        stop_ids = (inputs.tokenizer.end_id, inputs.tokenizer.eos_id)
+        embeds = self.embed_prompt(inputs, encoded)
+        return self.thinker.generate(encoded.ids, inputs_embeds=embeds, stop_ids=stop_ids, **sampling)
+
+    @torch.no_grad()
+    def answers(self, embeds: Tensor, prompts: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...]) -> list[list]:
+        """The likeliest answer to each of several prompts at once: what ``generate`` yields one by one.
+
+        Args:
+            embeds: (B, T, D), the first ``prompts`` (B,) positions of each row, at least 1; the rest is ignored.
+
+        Returns:
+            B lists of ids, the stop ids left out.
+        """
+        room = self.thinker.arch.ctx_len - max_new_tokens
+        together = (prompts <= room).nonzero().flatten().tolist()
+        # one whose prompt leaves less room ends where ctx_len does, whatever stands beside it
+        groups = [([row], self.thinker.arch.ctx_len - int(prompts[row])) for row in range(len(prompts))]
+        groups = [group for group in groups if group[0][0] not in together]
+        groups += [(together, max_new_tokens)] if together else []
+        found: list[list] = [[] for _ in range(len(prompts))]
+        for rows, limit in groups:
+            for row, ids in zip(rows, self._answers(embeds[rows], prompts[rows], limit, stop_ids), strict=True):
+                found[row] = ids
+        return found
+
+    def _answers(self, embeds: Tensor, prompts: Tensor, limit: int, stop_ids: tuple[int, ...]) -> list[list]:
+        """Prompts of unequal length are pushed to the right, so that they end together. That shifts the positions of a
+        whole row, and rotary attention knows distances only."""
+        B, longest, device = len(prompts), int(prompts.max()), embeds.device
+        index = torch.arange(longest, device=device) - (longest - prompts)[:, None]  # (B, longest); negative: padding
+        there = index >= 0
+        x = embeds.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2]))
+        # padding sees itself, since a softmax over nothing is no number
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+        mask = (causal & there[:, None, :]) | torch.eye(longest, dtype=torch.bool, device=device)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+        cache = KVCache(self.thinker.arch, B, longest + limit, device, dtype)
+        hidden = self.thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])
+        stops = torch.tensor(stop_ids, device=device)
+        ended, written = torch.zeros(B, dtype=torch.bool, device=device), []
+        for _ in range(limit):
+            ids = self.thinker.head(hidden[:, -1]).float().argmax(dim=-1)  # (B,)
+            ended = ended | torch.isin(ids, stops)
+            if ended.all():
+                break
+            written.append(ids.masked_fill(ended, stop_ids[0]))
+            there = F.pad(there, (0, 1), value=True)
+            hidden = self.thinker.hidden_states(ids[:, None], cache=cache, mask=there[:, None, None])
+        rows = torch.stack(written, dim=1).tolist() if written else [[]] * B
+        return [row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
+
+
+def _audio_architecture(part: dict) -> AudioEncoderArchitecture:
+    return AudioEncoderArchitecture(**{name: part[name] for name in AudioEncoderArchitecture.model_fields})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Made of the stages before, and loaded again
+
+
+def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenizer, dict[str, str]]:
+    """What stage E begins with: the models of stages A to C, joined by new projections, on the CPU.
+
+    Args:
+        flash: see ``OmniModel``.
+
+    Returns:
+        The config with ``parts`` filled in; the model; the Thinker's tokenizer; a digest of each part's weights.
+
+    Raises:
+        UserError: a stage's file is missing, damaged or of another stage, or its sizes do not fit.
+    """
+    cpu = torch.device("cpu")
+    thinker, tokenizer, _ = load_thinker(config.thinker_ckpt, cpu)
+    sizes = {name: getattr(thinker.arch, name) for name in ThinkerArchitecture.model_fields}
+    sizes |= {"dropout": config.dropout, "ctx_len": config.ctx_len or thinker.arch.ctx_len}
+    parts, modules = {"thinker": sizes}, {"thinker": thinker}
+    if config.audio_ckpt is not None:
+        modules["audio_encoder"], _, trained = load_audio_encoder(config.audio_ckpt, cpu)
+        sizes = {name: getattr(trained, name) for name in (*AudioEncoderArchitecture.model_fields, "max_mel_length")}
+        parts["audio_encoder"] = sizes | {"n_tokens": modules["audio_encoder"].ctc_head.out_features - 1}
+    if config.vision_ckpt is not None:
+        saved = load_stage(config.vision_ckpt, "vision", prefix="vision", final="vision.pt")
+        trained = VisionConfig.model_validate(saved["config"])
+        sizes = parts["vision_encoder"] = {name: getattr(trained, name) for name in _VIT_SIZES}
+        vit = modules["vision_encoder"] = ViT(sizes["img_size"], *sizes.values())
+        weights = {name: weight for name, weight in saved["model"].items() if name.startswith("vit.")}
+        load_weights(vit, {name.removeprefix("vit."): weight for name, weight in weights.items()}, config.vision_ckpt)
+        side = trained.img_size // trained.patch
+        if side % config.image_stack:
+            raise UserError(
+                f'{config.vision_ckpt}: has {side} x {side} patches, key "image_stack": expected a divisor of {side}, '
+                f"found {config.image_stack}"
+            )
+    config = config.model_copy(update={"parts": parts})
+    model = OmniModel(config, **flash)
+    for name, module in modules.items():
+        getattr(model, name).load_state_dict(module.state_dict())
+    for projection in (model.proj_a, model.proj_v):
+        if projection is not None:
+            projection.start_as_loud_as(model.thinker.embed_tokens.weight)
+    return config, model, tokenizer, {name: fingerprint(module) for name, module in modules.items()}
+
+
+def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Tokenizer, SftConfig]:
+    """What stage E left in ``folder``, which is all that is needed: the model in evaluation mode, float32.
+
+    ``Inputs(tokenizer, config)`` then makes its sequences.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of one run.
+    """
+    saved, path = load_stage(folder, "omni", prefix="omni", final="omni_final.pt"), Path(folder) / "tokenizer.json"
+    # one padded length is for compiled training
+    config, tokenizer = SftConfig.model_validate(saved["config"] | {"use_compile": False}), Tokenizer.load(path)
+    if tokenizer.vocab_size != config.parts["thinker"]["vocab_size"]:
+        raise UserError(
+            f"{path}: expected {config.parts['thinker']['vocab_size']} entries as in the model, found "
+            f"{tokenizer.vocab_size}. The two files are not of one run"
+        )
+    model = OmniModel(config, use_flash=config.use_flash)
+    load_weights(model, saved["model"], Path(folder) / "omni_final.pt")
+    return model.to(device).eval(), tokenizer, config

@@ -1,0 +1,608 @@
+"""Stage E's data: each task's rows as conversations, tasks mixed by weight, and what held-out questions are judged by.
+
+A task turns a row of its manifest into messages, an attachment and a question and the true answer; what follows is the
+same for all of them.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni import world
+from omni.asr import measure_seconds
+from omni.config import SftConfig
+from omni.corpus import read_chunks
+from omni.ctc import normalise_text
+from omni.data import permute
+from omni.errors import UserError
+from omni.files import file_sha256, file_stat, write_json
+from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
+from omni.omni_model import Encoded, Inputs, OmniModel
+from omni.runtime import FolderLock, Run
+from omni.thinker import IGNORED
+
+CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
+TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording say?", "What do you hear?")
+SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
+CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
+MAX_LINE_BYTES = 1 << 20
+# What can be asked without a picture or a story, and its one answer
+KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
+    question: answer for pairs in world.FACTS.values() for question, answer in pairs
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks: rows as conversations
+
+
+class TaskRows(Rows):
+    """Rows of one task. A sample is (sequence, right answers); these are normalised, none for what is not judged.
+
+    Args:
+        inputs: how conversations become sequences.
+        others: see ``Rows``.
+    """
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs, config: SftConfig, **others) -> None:
+        super().__init__(manifest, rows, **others)
+        self.inputs, self.config = inputs, config
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        """The row as a conversation that ends with an answer, see ``Inputs.encode``."""
+        raise NotImplementedError
+
+    def right_answers(self, row: dict, messages: list[dict]) -> set[str]:
+        """What the last answer may be."""
+        return {messages[-1]["content"]}
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
+        messages = self.messages(row, rng)
+        while True:
+            try:
+                encoded = self.inputs.encode(messages)
+                return encoded, {normalise_answer(answer) for answer in self.right_answers(row, messages)}
+            except BadRow:
+                earlier = messages[:-2]  # the last question and its answer
+                if not any(message["role"] == "assistant" for message in earlier):
+                    raise
+                messages = earlier
+
+    def collate(self, samples: list[tuple[Encoded, set[str]]]) -> dict:
+        return self.inputs.collate([encoded for encoded, _ in samples])
+
+    def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, set[str]] | None:
+        """The sample of ``row``, in training perhaps of one after it, and in ``bad`` what was wrong; see ``Rows``."""
+        return self._sample(row, epoch, bad)
+
+    def picture(self, row: dict) -> dict:
+        return self.inputs.image(self.manifest.file(row["image"], self.config.image_root))
+
+    def sound(self, row: dict) -> dict:
+        return self.inputs.sound(self.manifest.file(row["wav"]), row.get("text", "").strip())
+
+
+def normalise_answer(text: str) -> str:
+    """How answers are compared: words only; an answer without any, as it stands."""
+    return normalise_text(text) or text.strip()
+
+
+def turn(answer: str, *content: dict | str) -> list[dict]:
+    """A question of parts, texts as they are, and its answer."""
+    parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+    return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
+
+
+def one_of(choices, rng: np.random.Generator | None):
+    """A random one in training, always the first otherwise."""
+    return choices[0 if rng is None else int(rng.integers(len(choices)))]
+
+
+class Dialogues(TaskRows):
+    """Lines of a text file. What is no dialogue is learnt as a whole, and not judged."""
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
+        if self.manifest.dialogues:
+            return super().read(row, rng)
+        return self.inputs.encode_text(row["text"]), set()
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        return parse_dialogue(row["text"])
+
+
+def parse_dialogue(line: str) -> list[dict]:
+    """``<|user|>Hello<|assistant|>Hello!<|end|>`` as messages.
+
+    Raises:
+        BadRow: it does not begin with a role, does not end with an answer, or an answer has no ``<|end|>``.
+    """
+    before, *found = re.split(r"<\|(system|user|assistant)\|>", line)
+    messages = []
+    for role, content in zip(found[::2], found[1::2], strict=True):
+        text, end, after = content.partition(world.END)
+        if role == "assistant" and (not end or not text.strip()):
+            raise BadRow(f'expected an answer and {world.END} after <|assistant|>, found "{content[:40]}"')
+        if after.strip() or (end and role != "assistant"):
+            raise BadRow(f'expected a role after {world.END}, found "{(after or content)[:40]}"')
+        messages.append({"role": role, "content": text})
+    if before.strip() or not messages or messages[-1]["role"] != "assistant":
+        raise BadRow(f'expected <|user|>...<|assistant|>...{world.END}, found "{line[:40]}"')
+    return messages
+
+
+class PictureQuestions(TaskRows):
+    """Pictures with ``questions``, a list of [question, answer]: several in training, one in validation."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        pairs = question_pairs(row)
+        if rng is None:
+            chosen = [pairs[zlib.crc32(row["image"].encode()) % len(pairs)]]
+        else:
+            chosen = [pairs[i] for i in rng.permutation(len(pairs))[: self.config.questions_per_picture]]
+        (question, answer), *more = chosen
+        messages = turn(answer, self.picture(row), question)
+        return messages + [message for question, answer in more for message in turn(answer, question)]
+
+
+def question_pairs(row: dict) -> list[tuple[str, str]]:
+    """
+    Raises:
+        BadRow: ``questions`` is not a list of questions with answers, or empty.
+    """
+    pairs = row.get("questions")
+    good = isinstance(pairs, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) and text.strip() for text in pair)
+        for pair in pairs
+    )
+    if not good or not pairs:
+        raise BadRow(f'expected [question, answer] pairs in "questions", found {json.dumps(pairs)[:60]}')
+    return [(question, answer) for question, answer in pairs]
+
+
+class SpokenPictureQuestions(TaskRows):
+    """Pictures of which a question is asked by a recording. See ``Recordings``."""
+
+    def __init__(self, *args, recordings: "Recordings", **others) -> None:
+        super().__init__(*args, **others)
+        self.recordings = recordings
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        pairs = [(question, answer) for question, answer in question_pairs(row) if question in self.recordings]
+        if not pairs:
+            raise BadRow("none of its questions has been recorded")
+        question, answer = one_of(pairs, rng)
+        sound = self.inputs.sound(self.recordings.find(question, rng), question)
+        return turn(answer, self.picture(row), sound)
+
+
+class Captions(TaskRows):
+    """Pictures to describe. If ``groups`` say what one shows, all of the world's captions of it are right; else there
+    is no end of right wordings, and it is not judged."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        return turn(row["caption"].strip(), self.picture(row), one_of(CAPTION_PROMPTS, rng))
+
+    def right_answers(self, row: dict, messages: list[dict]) -> set[str]:
+        of_the_scene = set() if self.training else scene_captions(row.get("groups"))
+        return of_the_scene | super().right_answers(row, messages) if of_the_scene else set()
+
+
+def scene_captions(groups) -> set[str]:
+    """All that ``omni.world`` would say of the picture; nothing for pictures that are not of that world."""
+    try:
+        scene = world.Scene(tuple(world.Group(**group | {"cell": tuple(group["cell"])}) for group in groups))
+        return {world.caption(scene, random.Random(i)) for i in range(CAPTIONS_TRIED)}
+    except (TypeError, KeyError, IndexError, StopIteration, ValueError):
+        return set()
+
+
+class Transcripts(TaskRows):
+    """Recordings to write down."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        return turn(row["text"].strip(), self.sound(row), one_of(TRANSCRIPTION_PROMPTS, rng))
+
+
+class SpokenQuestions(TaskRows):
+    """Recordings of questions: answered by the column ``answer``, or by what is known of the world."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        answer = row.get("answer") if "answer" in row else KNOWN_ANSWERS.get(row["text"])
+        if not isinstance(answer, str) or not answer.strip():
+            raise BadRow(f'expected an answer to "{row["text"][:40]}", found none')
+        return turn(answer.strip(), self.sound(row))
+
+
+class Signs(TaskRows):
+    """Pictures of a line of text to read."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        picture = self.inputs.image(self.manifest.file(row["image"]))
+        return turn(" ".join(row["text"].split()), picture, one_of(SIGN_PROMPTS, rng))
+
+
+class Conversations(TaskRows):
+    """JSONL rows of ``messages``, whose content is a text or a list of parts of type text, image and audio."""
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise BadRow(f'expected a list of objects in "messages", found {json.dumps(messages)[:60]}')
+        found = [{"role": message.get("role"), "content": self._content(message)} for message in messages]
+        if any(message["role"] not in ("system", "user", "assistant") for message in found):
+            raise BadRow("expected the roles system, user and assistant")
+        if found[-1]["role"] != "assistant":
+            raise BadRow("expected an assistant's answer as the last message")
+        return found
+
+    def _content(self, message: dict) -> str | list[dict]:
+        content = message.get("content")
+        if isinstance(content, str) and (content.strip() or message.get("role") != "assistant"):
+            return content
+        if not isinstance(content, list) or message.get("role") == "assistant":
+            raise BadRow(f'expected text, or of a user a list of parts in "content", found {json.dumps(content)[:60]}')
+        return [self._part(part) for part in content]
+
+    def _part(self, part) -> dict:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            return {"type": "text", "text": part["text"]}
+        if kind == "image":
+            return self.picture(part)
+        if kind == "audio":
+            return self.sound({"wav": part.get("audio"), "text": str(part.get("text", ""))})
+        raise BadRow(f"expected a part of type text, image or audio, found {json.dumps(part)[:60]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where the rows come from
+
+
+class TextLines(Manifest):
+    """Lines of a text file as rows, through an index as a manifest has one: its dialogues, or all lines of a file
+    without dialogues."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        super().__init__(path, folder)
+        self.dialogues = json.loads((folder / "meta.json").read_text())["dialogues"]
+
+    def _open(self) -> None:
+        super()._open()
+        self.lines = np.load(self.folder / "lines.npy", mmap_mode="r")  # (rows,) line numbers, from 1
+
+    def __getstate__(self) -> dict:
+        return {key: value for key, value in super().__getstate__().items() if key != "lines"}
+
+    def __getitem__(self, row: int) -> dict:
+        start, end = (int(byte) for byte in self.spans[row])
+        if end - start > MAX_LINE_BYTES:
+            raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+        line = os.pread(self._file, end - start, start)
+        try:
+            return {"text": line.decode("utf-8").strip()}
+        except UnicodeDecodeError as error:
+            raise BadRow(f"expected UTF-8 text, found byte {line[error.start]:#x}") from error
+
+    def where(self, row: int) -> str:
+        return f"{self.path}: row {self.lines[row]}"
+
+
+def prepare_text(run: Run, path: str) -> TextLines:
+    """The lines of a text file, through an index that is made once, and again when the file changes.
+
+    Raises:
+        UserError: no text in it, or its folder cannot be written.
+    """
+    path = Path(path)
+    digest = hashlib.sha256(f"lines {path.resolve()}".encode()).hexdigest()[:12]
+    folder = Path(run.config.cache_dir or path.parent) / f"{path.name}.index-{digest}"
+    with run.main_process_first():
+        if run.is_main and not _is_current(path, folder):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = FolderLock.wait_for(folder, run.log, run.check_stop)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
+                ) from error
+            try:
+                if not _is_current(path, folder):  # another process may have made it before this one got the lock
+                    _index_lines(run, path, folder)
+            finally:
+                lock.release()
+    return TextLines(path, folder)
+
+
+def _is_current(path: Path, folder: Path) -> bool:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    if meta["stat"] == file_stat(path):
+        return True
+    if meta["stat"]["size"] == path.stat().st_size and meta["sha256"] == file_sha256(path):
+        write_json(folder / "meta.json", meta | {"stat": file_stat(path)})  # copied: the same bytes at another time
+        return True
+    return False
+
+
+def _index_lines(run: Run, path: Path, folder: Path) -> None:
+    (folder / "meta.json").unlink(missing_ok=True)
+    stat, digest, at, number = file_stat(path), hashlib.sha256(), 0, 0
+    found: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}  # dialogues, and other lines
+    for chunk in read_chunks(path):
+        run.check_stop()
+        digest.update(chunk)
+        for line in chunk.split(b"\n")[: -1 if chunk.endswith(b"\n") else None]:
+            number += 1
+            if line.strip():
+                dialogue = world.ASSISTANT.encode() in line
+                if dialogue or not found[True]:
+                    found[dialogue].append((at, at + len(line), number, zlib.crc32(line.rstrip(b"\r"))))
+            at += len(line) + 1
+    if file_stat(path) != stat:
+        raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
+    rows = found[True] or found[False]
+    if not rows:
+        raise UserError(f"{path}: expected lines of text, found none")
+    table = np.array(rows, np.uint64)
+    for name, values in (("spans", table[:, :2]), ("lines", table[:, 2]), ("keys", table[:, 3].astype(np.uint32))):
+        save_array(folder / f"{name}.npy", values)
+    meta = {"stat": stat, "sha256": digest.hexdigest(), "header": ["text"], "columns": ["text"]}
+    write_json(folder / "meta.json", meta | {"dialogues": bool(found[True])})
+    kind = "dialogues" if found[True] else "lines (no dialogues: they are learnt as text)"
+    run.log(f"indexed {path}: {len(rows):,} {kind}")
+
+
+class Recordings:
+    """Recordings of questions, to be found by what is asked.
+
+    Args:
+        rows: (N,) row numbers of a manifest with the columns wav and text.
+    """
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray) -> None:
+        self.manifest = manifest
+        keys = np.asarray(manifest.keys)[rows]
+        order = np.argsort(keys, kind="stable")
+        self.keys, self.rows = keys[order], rows[order]
+
+    def _span(self, question: str) -> tuple[int, int]:
+        key = np.uint32(zlib.crc32(question.encode()))
+        return int(np.searchsorted(self.keys, key)), int(np.searchsorted(self.keys, key, side="right"))
+
+    def __contains__(self, question: str) -> bool:
+        first, end = self._span(question)
+        return end > first
+
+    def find(self, question: str, rng: np.random.Generator | None) -> Path:
+        """The file of a recording of ``question``: a random one in training, else the first.
+
+        Raises:
+            BadRow: the recording is not there, or says something else with the same checksum.
+        """
+        first, end = self._span(question)
+        number = int(self.rows[one_of(range(first, end), rng)])
+        row = self.manifest[number]
+        if row["text"] != question:
+            raise BadRow(f'{self.manifest.where(number)}: expected "{question}", found "{row["text"]}"')
+        return self.manifest.file(row["wav"])
+
+
+def prepare_tasks(
+    run: Run, config: SftConfig, inputs: Inputs
+) -> tuple[dict[str, TaskRows], dict[str, TaskRows], dict[str, str]]:
+    """The tasks that the config's files have rows for.
+
+    Returns:
+        Tasks to train on and tasks to validate on, by name; digests of the files of both.
+
+    Raises:
+        UserError: a file cannot be read, or no task has a row to train on.
+    """
+    sides: tuple[dict[str, TaskRows], dict[str, TaskRows]] = {}, {}
+    digests: dict[str, list[str]] = {"train": [], "validation": []}
+    recordings: list[Recordings | None] = [None, None]
+
+    def add(side: int, name: str, of: type[TaskRows], manifest: Manifest, rows: np.ndarray, **others) -> None:
+        if len(rows) and config.task_weights.get(name, 1.0) > 0:
+            keys = {"seed": config.seed, "training": side == 0}
+            sides[side][name] = of(manifest, rows, inputs, config, **keys, **others)
+
+    def both(key: str, columns: tuple[str, ...], split_by: str) -> list[tuple[Manifest, np.ndarray]]:
+        """The manifest and rows of both sides; [] if the config has no such file."""
+        paths = getattr(config, key), getattr(config, f"val_{key}")
+        if paths[0] is None:
+            return []
+        if key == "text_path":
+            manifests = [prepare_text(run, path) for path in paths if path]
+        else:
+            manifests = [prepare_manifest(run, path, columns, key=split_by) for path in paths if path]
+        digests["train"].append(manifests[0].sha256)
+        digests["validation"].append(manifests[-1].sha256)
+        if key == "question_csv":  # texts are held out, whoever says them
+            return [(manifests[side], split_rows(manifests[side], config.val_split)[abs(side)]) for side in (0, -1)]
+        if len(manifests) == 2:
+            return [(manifest, np.arange(len(manifest))) for manifest in manifests]
+        return [(manifests[0], rows) for rows in split_rows(manifests[0], config.val_split)]
+
+    for side, (lines, rows) in enumerate(both("text_path", (), "text")):
+        add(side, "text", Dialogues, lines, rows)
+    for side, (manifest, rows) in enumerate(both("asr_csv", ("wav", "text"), "text")):
+        add(side, "transcription", Transcripts, manifest, short_enough(run, manifest, rows, inputs))
+    for side, (manifest, rows) in enumerate(both("question_csv", ("wav", "text"), "text")):
+        rows = short_enough(run, manifest, rows, inputs)
+        recordings[side] = Recordings(manifest, rows)
+        if "answer" not in (manifest.header or []):
+            known = np.array([zlib.crc32(question.encode()) for question in KNOWN_ANSWERS], np.uint32)
+            rows = rows[np.isin(np.asarray(manifest.keys)[rows], known)]
+        add(side, "spoken_question", SpokenQuestions, manifest, rows)
+    for side, (manifest, rows) in enumerate(both("image_manifest", ("image", "caption"), "image")):
+        add(side, "caption", Captions, manifest, rows)
+        rows = rows[measure_rows(run, manifest, "questions", count_questions, np.uint16)[rows] > 0]
+        add(side, "image_question", PictureQuestions, manifest, rows)
+        if len(rows) and (found := recordings[side]) is not None:
+            asked = rows[count_recorded(run, manifest, found)[rows] > 0]
+            add(side, "spoken_image_question", SpokenPictureQuestions, manifest, asked, recordings=found)
+    for side, (manifest, rows) in enumerate(both("ocr_csv", ("image", "text"), "text")):
+        add(side, "sign", Signs, manifest, rows)
+    for side, (manifest, rows) in enumerate(both("jsonl_path", (), "messages")):
+        add(side, "conversation", Conversations, manifest, rows)
+    if not sides[0]:
+        raise UserError("the mix has no row to train on: expected files with rows, and a task_weights above 0")
+    for name in config.task_weights.keys() - sides[0].keys():
+        if config.task_weights[name] > 0:
+            raise UserError(f'key "task_weights": no file of the mix has rows for the task {name}')
+    # one digest each: what the loop compares is two strings, however many files there are
+    joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
+    return *sides, joined
+
+
+def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """``rows`` without recordings that last longer than those that the audio encoder was trained on; says how many.
+    Those that cannot be read stay: reading them says why."""
+    kept = rows[measure_seconds(run, manifest)[rows] <= inputs.max_s]
+    if len(kept) < len(rows):
+        run.log(
+            f"{manifest.path}: {len(rows) - len(kept)} of {len(rows)} rows left out, longer than {inputs.max_s:g} s"
+        )
+    return kept
+
+
+def count_questions(manifest: Manifest, row: int) -> int:
+    return len(question_pairs(manifest[row])) if "questions" in manifest[row] else 0
+
+
+def count_recorded(run: Run, manifest: Manifest, recordings: Recordings) -> np.ndarray:
+    """(rows,) how many questions of each picture have been recorded. Kept beside the index of the pictures."""
+
+    def count(manifest: Manifest, row: int) -> int:
+        return sum(question in recordings for question, _ in question_pairs(manifest[row]))
+
+    digest = hashlib.sha256(recordings.keys.tobytes()).hexdigest()[:12]
+    return measure_rows(run, manifest, f"recorded-{digest}", count, np.uint16)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The mix
+
+
+class Mix:
+    """Tasks in fixed shares of every epoch: a ``Source`` for ``ResumableDataset``.
+
+    An epoch has as many samples as the tasks have rows. Each sample has a slot; the slots are shared out by weight, and
+    a task goes through all of its rows, each time in another order, as its slots come up, over the epochs' ends. So
+    which row stands in a slot is a pure function of (seed, epoch, slot), and weights hold exactly.
+
+    Args:
+        tasks: by name; weights: relative, 1 for a task that is not in it.
+    """
+
+    def __init__(self, tasks: dict[str, TaskRows], weights: dict[str, float], inputs: Inputs, seed: int) -> None:
+        self.names, self.tasks, self.inputs, self.seed = list(tasks), list(tasks.values()), inputs, seed
+        shares = np.array([weights.get(name, 1.0) for name in self.names])
+        size = sum(len(task) for task in self.tasks)
+        # cumulated before rounding, so that the rounding errors do not add up; a slot at least for each
+        counts = np.maximum(1, np.diff(np.round(np.cumsum(shares) / shares.sum() * size), prepend=0)).astype(np.int64)
+        self.ends = np.cumsum(counts)
+        self.counts = counts.tolist()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def place(self, slot: int, epoch: int) -> tuple[int, int, int]:
+        """Which task stands in a slot, which of its rows, and how often the task has been through all of them."""
+        task = int(np.searchsorted(self.ends, slot, side="right"))
+        count, rows = self.counts[task], len(self.tasks[task])
+        passed, position = divmod(epoch * count + slot - int(self.ends[task]) + count, rows)
+        key = (self.seed << 32) | (zlib.crc32(self.names[task].encode()) ^ passed)
+        return task, int(permute(np.array([position]), rows, key)[0]), passed
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict:
+        """The samples of some slots. If a task has none to put into a slot, the batch has no weight, so that the run
+        stops and says why."""
+        bad: dict[str, str] = {}
+        samples = []
+        for slot in rows if len(rows) else [0]:
+            task, row, passed = self.place(int(slot), epoch)
+            sample = self.tasks[task].sample(row, passed, bad)
+            if sample is None:
+                return {"weight": 0, "bad_rows": bad}
+            samples.append(sample[0])
+        batch = self.inputs.collate(samples) | {"bad_rows": bad}
+        return batch if len(rows) else batch | {"weight": 0}
+
+
+class HeldOutItems:
+    """Up to ``limit`` rows of each task, evenly spread, one task after the other: a ``Source`` for validation."""
+
+    def __init__(self, tasks: dict[str, TaskRows], inputs: Inputs, limit: int) -> None:
+        self.tasks, self.inputs = tasks, inputs
+        self.items = [
+            (name, int(row))
+            for name, task in tasks.items()
+            for row in np.unique(np.linspace(0, len(task) - 1, min(limit, len(task))).astype(int))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict:
+        """As ``Inputs.collate``; with ``task`` and ``right``, the name and the right answers of each sample."""
+        bad: dict[str, str] = {}
+        found = [(name, self.tasks[name].sample(row, 0, bad)) for name, row in (self.items[int(i)] for i in rows)]
+        found = [(name, *sample) for name, sample in found if sample is not None]
+        if not found:
+            return {"weight": 0, "bad_rows": bad}
+        names, encoded, right = zip(*found, strict=True)
+        return self.inputs.collate(list(encoded)) | {"task": names, "right": right, "bad_rows": bad}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+class AnswerScore:
+    """How well held-out questions are answered: the ``sums`` and ``metrics`` of a ``Validation``.
+
+    ``loss``: nats per token of the true answers. ``accuracy_<task>``: share of items whose likeliest answer, written
+    token by token, has exactly the words of a right one; of a conversation, the last answer is judged, after the true
+    ones before it. ``accuracy``: the same over the items of all tasks.
+    """
+
+    def __init__(self, inputs: Inputs, max_answer_tokens: int) -> None:
+        self.inputs, self.max_answer_tokens = inputs, max_answer_tokens
+
+    def sums(self, model: OmniModel, batch: dict) -> dict[str, Tensor]:
+        embeds, targets = model.embed(batch), batch["targets"]
+        nats, _ = model.thinker.loss(None, targets, "sum", inputs_embeds=embeds)
+        totals = {"nats": nats, "targets": (targets != IGNORED).sum()}
+        judged = [index for index, right in enumerate(batch["right"]) if right]
+        if judged:
+            texts = self.answers(model, embeds[judged], batch["prompts"][judged])
+            for index, text in zip(judged, texts, strict=True):
+                task, exact = batch["task"][index], normalise_answer(text) in batch["right"][index]
+                for name, value in ((f"exact/{task}", int(exact)), (f"items/{task}", 1)):
+                    totals[name] = totals.get(name, 0) + torch.tensor(value)
+        return totals
+
+    def answers(self, model: OmniModel, embeds: Tensor, prompts: Tensor) -> list[str]:
+        tokenizer, limit = self.inputs.tokenizer, min(self.max_answer_tokens, self.inputs.ctx_len - 1)
+        found = model.answers(embeds, prompts, limit, (tokenizer.end_id, tokenizer.eos_id))
+        return [tokenizer.decode(ids, skip_special=True) for ids in found]
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        metrics = {"loss": totals["nats"] / totals["targets"]}
+        counts = {name.removeprefix("items/"): count for name, count in totals.items() if name.startswith("items/")}
+        if counts:
+            exact = {task: totals[f"exact/{task}"] for task in counts}
+            metrics["accuracy"] = sum(exact.values()) / sum(counts.values())
+            metrics |= {f"accuracy_{task}": exact[task] / counts[task] for task in counts}
+        return metrics

@@ -1,0 +1,101 @@
+"""Stage E: teach the Thinker to answer about what it reads, hears and sees.
+
+    python sft_omni.py --config configs/omni_sft_tiny.json
+
+The Thinker of stage A, the audio encoder of stage B and the vision encoder of stage C are joined by two small
+projections: recordings and pictures become vectors that stand among the Thinker's token embeddings. Then it learns a
+mix of tasks, each a conversation that ends with an answer: dialogues, questions about pictures, captions, transcripts,
+spoken questions, also about pictures, and signs. Only answers have a loss. The encoders stay as they are
+(``freeze_encoders``). What is saved holds all parts, so that it needs no other folder.
+"""
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from omni.config import SftConfig
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.loop import Phase, Validation, train
+from omni.omni_model import Inputs, assemble
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.sft import AnswerScore, HeldOutItems, Mix, prepare_tasks
+from omni.tokenizer import Tokenizer
+
+STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    config, notices, device = parse_stage_args(SftConfig, __doc__, argv)
+    with Run(config, STAGE, notices, device) as run:
+        # --- Model: what the stages before left, joined ------------------------------------------------------------
+        # fused attention on a GPU adds up the gradient of its mask, the audio encoder's positions, in any order
+        in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
+        config, model, tokenizer, digests = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
+        run.config = config  # with the sizes of the parts, and the checkpoint has them too
+        keep_tokenizer(run, tokenizer)
+        model.to(run.device)
+        if config.use_compile:  # the encoders see another number of pictures in every batch
+            model.thinker.compile(dynamic=False)
+
+        def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+            nats, balance, misspelling = model(batch)
+            balance = balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
+            parts = {"cross_entropy": nats, "misspelling": misspelling}
+            return nats + config.spelling_weight * misspelling + balance, parts
+
+        # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
+        inputs = Inputs(tokenizer, config)
+        tasks, val_tasks, data = prepare_tasks(run, config, inputs)
+        mix = Mix(tasks, config.task_weights, inputs, config.seed)
+        for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
+            run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")
+        train_set = ResumableDataset(
+            mix,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            rank=run.rank,
+            world=run.world,
+            drop_last=config.drop_last,
+        )
+
+        # --- Validation: which held-out questions are answered in exactly the right words? --------------------------
+        validation = None
+        if val_tasks:
+            items = HeldOutItems(val_tasks, inputs, config.val_items)
+            split = ResumableDataset(
+                items, seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
+            )
+            score = AnswerScore(inputs, config.max_answer_tokens)
+            validation = Validation(split, score.sums, score.metrics)
+        else:
+            run.log("no held-out rows (val_split is 0, or there are very few): nothing will be validated")
+
+        # --- Train ---------------------------------------------------------------------------------------------------
+        return train(
+            run,
+            [Phase("omni", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            train_set,
+            fingerprint=data | {"tokenizer": tokenizer.fingerprint} | digests,
+            validation=validation,
+        )
+
+
+def keep_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
+    """Put the Thinker's tokenizer into ``save_dir``, beside the model that needs it.
+
+    Raises:
+        UserError: another one is there.
+    """
+    path = Path(run.config.save_dir) / "tokenizer.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            tokenizer.save(path)
+    if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path}: is another tokenizer than that of {run.config.thinker_ckpt}. Use a new save_dir")
+
+
+if __name__ == "__main__":
+    launch(main)

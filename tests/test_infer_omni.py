@@ -1,0 +1,430 @@
+"""infer_chat.py with all that the model sees, hears, reads and says: everything attached has its effect, and what is
+missing is one line."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from test_config import only_error
+from test_export import CPU, altered, options, picture, run, train_all
+
+import export
+import infer_chat
+from omni.assistant import Assistant
+from omni.errors import UserError
+from omni.images import MAX_PIXELS, evenly, load_frames
+from omni.manifest import BadRow
+
+# ---------------------------------------------------------------------------------------------------------------
+# Frames of a video
+
+
+def clip(count: int = 10, side: int = 16) -> list[Image.Image]:
+    """Frames that can be told apart: the red of frame i is 20 i."""
+    return [Image.new("RGB", (side, side), (20 * i, 0, 200)) for i in range(count)]
+
+
+def film(path: Path, count: int = 10, **more) -> Path:
+    frames = clip(count)
+    frames[0].save(path, save_all=True, append_images=frames[1:], **more)
+    return path
+
+
+def reds(frames: torch.Tensor) -> list[int]:
+    assert frames.dtype == torch.uint8 and frames.is_contiguous()
+    return [round(float(frame[0].float().mean()) / 20) for frame in frames]
+
+
+@pytest.mark.parametrize(("name", "more"), [("a.gif", {}), ("a.webp", {"lossless": True}), ("a.png", {})])
+@pytest.mark.parametrize("count", [1, 2, 4, 10, 99])
+def test_frames_are_evenly_spaced(tmp_path, name, more, count):
+    frames, total = load_frames(film(tmp_path / name, **more), count, 8, 12)
+    assert total == 10 and frames.shape == (min(count, 10), 3, 8, 12)
+    assert reds(frames) == {1: [5], 2: [0, 9], 4: [0, 3, 6, 9]}.get(count, list(range(10)))
+
+
+def test_a_folder_of_frames_is_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i, frame in enumerate(clip(12)):
+        frame.save(folder / f"frame {i}.png")
+    (folder / "notes.txt").write_text("no frame")
+    frames, total = load_frames(folder, 12, 16, 16)
+    assert total == 12 and reds(frames) == list(range(12)), "frame 2 comes before frame 10"
+    (folder / "frame 3.png").write_bytes(b"nothing")
+    with pytest.raises(BadRow, match=r"frame 3\.png"):
+        load_frames(folder, 12, 16, 16)
+
+
+def test_a_still_picture_is_a_video_of_one_frame(tmp_path):
+    clip()[7].save(tmp_path / "a.png")
+    frames, total = load_frames(tmp_path / "a.png", 5, 16, 16)
+    assert (reds(frames), total) == ([7], 1)
+
+
+def test_what_is_no_video_says_what_would_be(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    with pytest.raises(BadRow, match=r"a\.mp4: .*GIF, WEBP, PNG.*folder of pictures.*ffmpeg"):
+        load_frames(tmp_path / "a.mp4", 4, 16, 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(BadRow, match="empty: expected a picture for each frame"):
+        load_frames(tmp_path / "empty", 4, 16, 16)
+    with pytest.raises(BadRow, match="No such file"):
+        load_frames(tmp_path / "absent.gif", 4, 16, 16)
+    whole = film(tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadRow, match=r"a\.gif"):
+        load_frames(tmp_path / "a.gif", 10, 16, 16)
+
+
+def test_a_video_bomb_is_refused_by_its_header(tmp_path):
+    buffer = io.BytesIO()
+    frames = clip(2)
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    bomb = bytearray(buffer.getvalue())
+    bomb[6:10] = b"\xff\xff\xff\xff"  # 65535 x 65535 pixels
+    (tmp_path / "bomb.gif").write_bytes(bomb)
+    with pytest.raises(BadRow, match="65535 x 65535|exceeds limit") as error:
+        load_frames(tmp_path / "bomb.gif", 2, 16, 16)
+    assert "bomb.gif" in str(error.value) and MAX_PIXELS < 65535**2
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 100])
+def test_evenly_is_even_from_end_to_end(total):
+    for count in range(2, 30):
+        found = evenly(total, count)
+        assert len(found) == len(set(found)) == min(count, total) and found[-1] == total - 1 and found[0] == 0
+        steps = {after - before for before, after in zip(found[:-1], found[1:], strict=True)}
+        assert not steps or max(steps) - min(steps) <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The program
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folders = train_all(tmp_path_factory.mktemp("stages"))
+
+    def listens(payload):  # so short a training hardly looks at anything but the text
+        for name, weight in payload["model"].items():
+            if name.startswith(("proj_a.fc2", "proj_v.fc2")):
+                weight *= 20
+
+    return folders | {"omni": altered(folders["omni"], folders["omni"].parent / "listens", "omni_final.pt", listens)}
+
+
+@pytest.fixture(scope="module")
+def merged(folders, tmp_path_factory) -> Path:
+    """An export, and nothing else beside it."""
+    output = tmp_path_factory.mktemp("alone") / "merged_model"
+    export.main(options(folders, output))
+    return output
+
+
+@pytest.fixture
+def media(folders, tmp_path) -> dict[str, str]:
+    """Files to attach: two pictures, a recording, a video."""
+    found = {"picture": picture(tmp_path), "film": film(tmp_path / "film.gif")}
+    clip()[3].save(tmp_path / "plain.png")
+    shutil.copy(folders["thinker"].parent / "0.wav", tmp_path / "question.wav")
+    found |= {"plain": tmp_path / "plain.png", "question": tmp_path / "question.wav"}
+    return {name: str(path) for name, path in found.items()}
+
+
+class Chat:
+    """Runs the program's ``main``; remembers what the Thinker was asked to read."""
+
+    def __init__(self, monkeypatch, capsys):
+        self.monkeypatch, self.capsys, self.prompts = monkeypatch, capsys, []
+        real = infer_chat.answer
+
+        def spy(assistant, tokenizer, prompt, args):
+            self.prompts.append(prompt)
+            yield from real(assistant, tokenizer, prompt, args)
+
+        monkeypatch.setattr(infer_chat, "answer", spy)
+
+    def __call__(self, folder: Path, *arguments: str, lines: list[str] = ()) -> tuple[str, str]:
+        answers = iter(lines)
+
+        def next_line(prompt: str = "") -> str:
+            line = next(answers, None)
+            if line is None:
+                raise EOFError
+            return line
+
+        self.monkeypatch.setattr("builtins.input", next_line)
+        self.prompts.clear()
+        infer_chat.main(["--ckpt_dir", str(folder), "--device", "cpu", "--max_new_tokens", "8", *arguments])
+        return self.capsys.readouterr()
+
+    def refuses(self, folder: Path, *arguments: str) -> str:
+        """The one line with which it ends; nothing else was printed."""
+        with pytest.raises(UserError) as error:
+            self(folder, *arguments)
+        assert "\n" not in str(error.value)
+        assert self.capsys.readouterr().out == ""
+        return str(error.value)
+
+
+@pytest.fixture
+def chat(monkeypatch, capsys) -> Chat:
+    return Chat(monkeypatch, capsys)
+
+
+def questions(media: dict[str, str]) -> list[list[str]]:
+    return [
+        ["--text", "red cat"],
+        ["--image", media["picture"], "--text", "red cat"],
+        ["--image", media["picture"], "--image", media["plain"], "--text", "red cat"],
+        ["--audio_in", media["question"]],
+        ["--image", media["plain"], "--audio_in", media["question"]],
+        ["--video", media["film"], "--text", "red", "--temperature", "1", "--seed", "4"],
+        ["--text", "red", "--system", "cat"],
+        ["--text", "red", "--complete"],
+    ]
+
+
+def test_the_exported_folder_alone_answers_as_stage_e_does(folders, merged, media, chat):
+    answers = []
+    for question in questions(media):
+        assert chat(merged, *question) == chat(folders["omni"], *question)
+        answers.append(chat(merged, *question).out)
+    assert all(answer.endswith("\n") and answer.count("\n") == 1 for answer in answers)
+    assert len(set(answers)) > 2, "else equality would say little"
+
+
+def test_the_script_itself_answers_on_stdout_and_only_there(merged, media, tmp_path):
+    line = ("--ckpt_dir", str(merged), "--device", "cpu", "--max_new_tokens", "8")
+    process = run(tmp_path, "infer_chat.py", *line, "--image", media["picture"], "--text", "red")
+    assert process.returncode == 0 and process.stderr == "" and process.stdout.count("\n") == 1
+    process = run(tmp_path, "infer_chat.py", *line, "--image", str(tmp_path / "absent.png"), "--text", "red")
+    only_error(process, "absent.png")
+
+
+@torch.no_grad()
+def test_everything_that_is_attached_reaches_the_thinker(merged, media, chat):
+    assistant = Assistant.load(merged, CPU)
+
+    def read(*arguments: str) -> torch.Tensor:
+        chat(merged, *arguments)
+        (prompt,) = chat.prompts
+        return assistant.omni.embed_prompt(assistant.inputs, prompt)[0]  # (T, D)
+
+    placeholder = assistant.tokenizer.token_id("<|image|>")
+    both = ["--image", media["picture"], "--image", media["plain"], "--text", "red"]
+    turned = [both[0], both[3], both[2], both[1], *both[4:]]
+    one, other = read(*both), read(*turned)
+    differs = (one - other).abs().amax(dim=-1) > 1e-4
+    at = torch.tensor(chat.prompts[0].ids) == placeholder
+    assert torch.equal(differs, at), "the two pictures change places, and nothing else"
+
+    chat(merged, "--video", media["film"], "--video_frames", "4", "--text", "red")
+    assert reds(torch.stack([image for _, image in chat.prompts[0].images])) == [0, 3, 6, 9]
+    out, err = chat(merged, "--video", media["film"], "--text", "red")
+    seen = len(chat.prompts[0].images)
+    assert 2 <= seen <= 10 and f"{media['film']}: {seen} of 10 frames" in err
+    chat(merged, "--audio_in", media["question"], "--audio_in", media["question"])
+    assert len(chat.prompts[0].sounds) == 2
+
+
+def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_path):
+    lines = [
+        f"/image {media['picture']}", "red cat", "dog", f"/audio {media['question']}", "", f"/video {media['film']}",
+        "/image absent.png", "/audio", "blue", "/reset", "big", "",
+    ]  # fmt: skip
+    out, err = chat(merged, "--max_new_tokens", "3", "--audio_out", str(tmp_path / "said.wav"), lines=lines)
+    assert len(chat.prompts) == 5, "an empty line asks only what was recorded"
+    counts = [(len(prompt.images), len(prompt.sounds)) for prompt in chat.prompts]
+    assert counts[:3] == [(1, 0), (1, 0), (1, 1)], "what was shown stays in the conversation"
+    assert counts[3][0] >= 2 and counts[4] == (0, 0)
+    assert chat.prompts[1].ids[: len(chat.prompts[0].ids)] == chat.prompts[0].ids
+    assert "error: absent.png" in err and "error: /audio: expected a file after it" in err
+    assert out.count("\n") == 5
+    spoken = sorted(path.name for path in tmp_path.glob("said*.wav"))
+    assert set(spoken) <= {f"said_{number}.wav" for number in range(1, 6)}
+    assert len(spoken) + err.count("had nothing to say") == 5
+
+
+def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
+    lines = ["red", f"/video {media['film']}", "cat " * 60, "dog"]
+    out, err = chat(merged, "--max_new_tokens", "3", lines=lines)
+    assert "error: the message takes" in err and "ctx_len 64" in err
+    assert len(chat.prompts) == 2 and chat.prompts[1].ids[: len(chat.prompts[0].ids)] == chat.prompts[0].ids
+    assert chat.prompts[1].images == []
+    too_many = chat.refuses(merged, *["--video", media["film"]] * 2, "--video_frames", "10", "--text", "red")
+    assert "positions" in too_many and "64" in too_many
+
+
+def test_old_turns_make_room_for_new_ones(merged, media, chat):
+    lines = [line for i in range(8) for line in (f"/image {media['plain']}", f"cat {i}")]
+    chat(merged, "--max_new_tokens", "3", "--system", "big", lines=lines)
+    tokenizer, ctx_len = Assistant.load(merged, CPU).tokenizer, 64
+    assert len(chat.prompts) == 8 and all(len(prompt.ids) <= ctx_len - 3 for prompt in chat.prompts)
+    last = tokenizer.decode(chat.prompts[-1].ids)
+    assert last.startswith("<|system|>big<|user|>") and "cat 7" in last and "cat 0" not in last
+    assert len(chat.prompts[-1].images) == last.count("<|image_start|>") > 1
+
+
+# Speaking and reading -----------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_spoken(folders, merged, chat, tmp_path):
+    path = tmp_path / "said.wav"
+    voices = {
+        "merged": (merged, []),
+        "stages": (folders["omni"], ["talker", "vocoder"]),
+        "stage A": (folders["thinker"], ["talker", "vocoder"]),
+        "Griffin-Lim": (folders["omni"], ["talker"]),
+    }
+    sounds = {}
+    for name, (folder, parts) in voices.items():
+        more = [word for part in parts for word in (f"--{part}_ckpt", str(folders[part]))]
+        arguments = ["--text", "red", "--audio_out", str(path), *more]
+        try:
+            out, err = chat(folder, *arguments)
+        except UserError as error:  # so short a training may fall silent, but then always
+            assert "nothing to say" in str(error)
+            sounds[name] = b""
+            continue
+        assert out.count("\n") == 1 and "first sound" in err and ("Griffin-Lim" in err) == (name == "Griffin-Lim")
+        samples, rate = soundfile.read(path)
+        assert rate == 16_000 and len(samples) and np.isfinite(samples).all()
+        sounds[name] = path.read_bytes()
+    assert sounds["merged"] == sounds["stages"]
+
+
+def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):
+    assert infer_chat.sentences(" One. Two?  Three 1.5 four!\nfive ") == ["One.", "Two?", "Three 1.5 four!", "five"]
+    asked = []
+
+    def stream(self, text, **sampling):
+        asked.append(text)
+        yield np.full(1600, 0.1 * len(asked), np.float32)
+
+    monkeypatch.setattr("omni.speech.Speaker.stream", stream)
+    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A ca", "t. Two do", "gs."]))
+    out, _ = chat(merged, "--text", "red", "--audio_out", str(tmp_path / "said.wav"))
+    assert out == "A cat. Two dogs.\n" and asked == ["A cat.", "Two dogs."]
+    samples, _ = soundfile.read(tmp_path / "said.wav")
+    assert len(samples) == 3200 and samples[0] < samples[-1]
+
+
+def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path):
+    say = ["--say", "one two", "--temperature", "1", "--seed", "3", "--audio_out"]
+    chat(merged, *say, str(tmp_path / "merged.wav"))
+    chat(folders["talker"], *say, str(tmp_path / "stage.wav"), "--vocoder_ckpt", str(folders["vocoder"]))
+    chat(
+        folders["thinker"], *say, str(tmp_path / "given.wav"), "--talker_ckpt", str(folders["talker"]),
+        "--vocoder_ckpt", str(folders["vocoder"]),
+    )  # fmt: skip
+    sound = (tmp_path / "merged.wav").read_bytes()
+    assert len(sound) > 1000
+    assert sound == (tmp_path / "stage.wav").read_bytes() == (tmp_path / "given.wav").read_bytes()
+
+
+def test_ocr_reads_what_the_stage_reads(folders, merged, media, chat):
+    signs = sorted(folders["ocr"].parent.glob("*.png"))[:3]
+    images = [word for sign in signs for word in ("--image", str(sign))]
+    out, err = chat(merged, "--ocr", *images)
+    assert out.count("\n") == 3 and err == ""
+    assert chat(folders["ocr"], "--ocr", *images).out == out
+    assert chat(folders["thinker"], "--ocr", *images, "--ocr_ckpt", str(folders["ocr"])).out == out
+
+
+# What is missing ----------------------------------------------------------------------------------------------------
+
+
+def test_what_the_folder_cannot_do_is_one_line(folders, merged, media, chat, tmp_path, capsys):
+    alone = tmp_path / "alone"
+    export.main(options({"thinker": folders["thinker"]}, alone))
+    capsys.readouterr()
+    wav = ("--audio_out", str(tmp_path / "said.wav"))
+    for folder in (folders["thinker"], alone):
+        assert "does not see" in chat.refuses(folder, "--image", media["picture"], "--text", "red")
+        assert "does not see" in chat.refuses(folder, "--video", media["film"], "--text", "red")
+        assert "does not hear" in chat.refuses(folder, "--audio_in", media["question"])
+        for arguments in (("--text", "red", *wav), ("--say", "red", *wav)):
+            assert "--talker_ckpt" in chat.refuses(folder, *arguments)
+        assert "--ocr_ckpt" in chat.refuses(folder, "--ocr", "--image", media["picture"])
+    assert "thinker.pt" in chat.refuses(tmp_path / "absent", "--text", "red")
+    assert "does not see" in chat(folders["thinker"], lines=[f"/image {media['picture']}", "red"]).err
+    absent = str(tmp_path / "absent")
+    for option, file in (("--vocoder_ckpt", "hifigan.pt"), ("--talker_ckpt", "talker.pt")):
+        assert file in chat.refuses(merged, "--text", "red", option, absent, *wav)
+    assert "ocr.pt" in chat.refuses(merged, "--ocr", "--image", media["picture"], "--ocr_ckpt", absent)
+    assert "trained on other log-mels" in chat.refuses(
+        merged, "--text", "red", *wav, "--vocoder_ckpt", str(other_vocoder(folders, tmp_path))
+    )
+    assert not (tmp_path / "said.wav").exists()
+
+
+def other_vocoder(folders: dict[str, Path], tmp_path: Path) -> Path:
+    def narrow(payload):
+        payload["config"]["win_length"] = 320
+
+    return altered(folders["vocoder"], tmp_path / "narrow", "hifigan.pt", narrow)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["--image", "a.png"], ["--image", "--text or --audio_in"]),
+        (["--video", "a.gif"], ["--video", "--text or --audio_in"]),
+        (["--video_frames", "2", "--text", "x"], ["--video_frames", "--video"]),
+        (["--video_frames", "0", "--video", "a.gif", "--text", "x"], ["--video_frames", "at least 1"]),
+        (["--say", "x"], ["--say", "--audio_out"]),
+        (["--say", "x", "--audio_out", "x.wav", "--image", "a.png"], ["--image", "no effect on --say"]),
+        (["--say", "x", "--ocr"], ["--say", "--ocr"]),
+        (["--ocr"], ["--ocr", "--image"]),
+        (["--ocr", "--image", "a.png", "--text", "x"], ["--text", "no effect on --ocr"]),
+        (["--ocr_ckpt", "x", "--text", "x"], ["--ocr_ckpt", "--ocr"]),
+        (["--talker_ckpt", "x", "--text", "x"], ["--talker_ckpt", "--audio_out"]),
+        (["--complete", "--image", "a.png", "--text", "x"], ["--image", "no effect on --complete"]),
+        (["--text", "x", "--audio_out", "absent/x.wav"], ["--audio_out", "folder that exists"]),
+        (["--image", "absent.png", "--text", "x"], ["absent.png", "No such file"]),
+        (["--audio_in", "absent.wav"], ["absent.wav"]),
+        (["--video", "absent.gif", "--text", "x"], ["absent.gif"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_arguments_are_one_line(merged, chat, arguments, fragments):
+    found = chat.refuses(merged, *arguments)
+    for fragment in fragments:
+        assert fragment in found
+
+
+def test_broken_media_are_one_line(merged, media, chat, tmp_path):
+    (tmp_path / "broken.png").write_bytes(Path(media["picture"]).read_bytes()[:200])
+    assert "broken.png" in chat.refuses(merged, "--image", str(tmp_path / "broken.png"), "--text", "red")
+    (tmp_path / "broken.wav").write_bytes(Path(media["question"]).read_bytes()[:2000])
+    assert "truncated" in chat.refuses(merged, "--audio_in", str(tmp_path / "broken.wav"))
+    soundfile.write(tmp_path / "long.wav", np.zeros(16_000 * 30), 16_000)
+    assert "lasts 30.0 s" in chat.refuses(merged, "--audio_in", str(tmp_path / "long.wav"))
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    assert "ffmpeg" in chat.refuses(merged, "--video", str(tmp_path / "film.mp4"), "--text", "red")
+
+
+def test_a_stage_e_that_still_trains_can_be_talked_to(folders, chat, tmp_path):
+    half = shutil.copytree(folders["omni"], tmp_path / "omni")
+    (half / "omni_final.pt").unlink()
+    assert list(half.glob("omni_step_*.pt"))
+    assert chat(half, "--text", "red").out.count("\n") == 1
+
+
+def test_an_untrained_model_never_answers(folders, chat, tmp_path):
+    """A weight that is missing is an error, not a number by chance."""
+
+    def forget(payload):
+        del payload["model"]["proj_v.fc1.weight"]
+
+    other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", forget)
+    assert "proj_v.fc1.weight" in chat.refuses(other, "--text", "red")
+    with pytest.raises(UserError, match=r"proj_v\.fc1\.weight"):
+        export.main(options({"omni": other}, tmp_path / "merged"))

@@ -1,0 +1,605 @@
+"""Stage E: attachments stand where the user put them, only answers have a loss, tasks come as their weights say."""
+
+import json
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.nn.functional as F
+from harness import Training, differences
+from stages import OMNI, write_csv
+from test_config import only_error
+
+from omni import sft, world
+from omni.checkpoint import load_weights
+from omni.config import SftConfig
+from omni.corpus import IGNORE
+from omni.data import ResumableDataset
+from omni.errors import UserError
+from omni.layers import KVCache
+from omni.manifest import BadRow
+from omni.omni_model import Encoded, Inputs, OmniModel, assemble, load_omni
+from omni.optim import build_adamw
+from omni.runtime import Run, Stage
+
+CPU = torch.device("cpu")
+SHAPES = {"single": {}, "stacked": {"audio_stack": 3, "image_stack": 2}, "prompted": {"prompt": "one two"}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mix")
+    OMNI.make_data(folder)
+    return folder
+
+
+def small_config(folder: Path, **keys) -> SftConfig:
+    keys = {"save_dir": str(folder / "run"), "max_steps": 1, "proj_d_ff": 16} | OMNI.make_data(folder) | keys
+    return SftConfig.model_validate(keys)
+
+
+def small_model(folder: Path, **keys) -> tuple[OmniModel, Inputs, SftConfig]:
+    """A tiny model whose every weight matters, in evaluation mode."""
+    torch.manual_seed(0)
+    config, model, tokenizer, _ = assemble(small_config(folder, **keys))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.eval(), Inputs(tokenizer, config), config
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def user(*parts) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def says(words: str) -> dict:
+    return {"role": "assistant", "content": words}
+
+
+def conversations(inputs: Inputs, folder: Path) -> list[list[dict]]:
+    """Of unequal length, with attachments in several orders; the last message is always an answer."""
+    image, sound = (lambda i: inputs.image(folder / f"{i}.png")), (lambda i: inputs.sound(folder / f"{i}.wav"))
+    return [
+        [user(text("red cat")), says("big")],
+        [user(image(0), text("what")), says("small dog")],
+        [user(sound(0)), says("one two three")],
+        [user(text("near"), sound(1), image(1), image(2), text("or"), sound(2)), says("a"), user(text("b")), says("c")],
+        [user(image(1), sound(1), text("green")), says("round"), user(image(0)), says("blue square runs")],
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_attachments_stand_at_their_placeholders(folder, shape):
+    model, inputs, config = small_model(folder, **SHAPES[shape])
+    encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
+    batch = inputs.collate(encoded)
+    x, plain = model.embed(batch), model.thinker.embed_tokens(batch["tokens"])
+    image_id, audio_id = (inputs.tokenizer.token_id(name) for name in ("<|image|>", "<|audio|>"))
+    places = (batch["tokens"] == image_id) | (batch["tokens"] == audio_id)
+    assert torch.equal(x[~places], plain[~places]) and (x[places] != plain[places]).any(dim=-1).all()
+    for row, sample in enumerate(encoded):
+        # each attachment alone, by the encoders themselves
+        for start, image in sample.images:
+            patches = model.vision_encoder(image[None].float() / 127.5 - 1)[0, 1:]
+            assert len(patches) == 4
+            if config.image_stack == 2:
+                patches = patches.view(1, -1)
+            expected = model.proj_v(patches)
+            torch.testing.assert_close(x[row, start : start + len(expected)], expected)
+        for start, sound in sample.sounds:
+            frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
+            frames = F.pad(frames[0, : int(lengths)], (0, 0, 0, -int(lengths) % config.audio_stack))
+            expected = model.proj_a(frames.view(-1, config.audio_stack * frames.shape[1]))
+            torch.testing.assert_close(x[row, start : start + len(expected)], expected, rtol=1e-4, atol=1e-4)
+            assert len(expected) == inputs.sound_positions(len(sound))
+    assert inputs.tokenizer.token_id("<|system|>") in encoded[0].ids or shape != "prompted"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_padding_and_company_change_nothing(folder, shape):
+    model, inputs, _ = small_model(folder, **SHAPES[shape])
+    encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
+    together = model.thinker(inputs_embeds=model.embed(inputs.collate(encoded)))
+    for row, sample in enumerate(encoded):
+        alone = model.thinker(inputs_embeds=model.embed_prompt(inputs, sample))[0]
+        torch.testing.assert_close(together[row, : len(sample.ids)], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_cached_answers_equal_the_full_forward_and_those_of_a_batch(folder, shape):
+    model, inputs, _ = small_model(folder, **SHAPES[shape])
+    asked = [messages[:-1] for messages in conversations(inputs, folder)]
+    encoded = [inputs.encode(messages) for messages in asked]
+    stops = (inputs.tokenizer.end_id, inputs.tokenizer.eos_id)
+    batch = inputs.collate(encoded)
+    one_by_one = []
+    for messages, sample in zip(asked, encoded, strict=True):
+        cached = list(model.generate(inputs, messages, max_new_tokens=6))
+        x, full = model.embed_prompt(inputs, sample), []
+        while len(full) < 6:
+            token = int(model.thinker(inputs_embeds=x)[0, -1].argmax())
+            if token in stops:
+                break
+            full.append(token)
+            x = torch.cat((x, model.thinker.embed_tokens(torch.tensor([[token]]))), dim=1)
+        assert cached == full
+        one_by_one.append(cached)
+    assert model.answers(model.embed(batch), batch["prompts"], 6, stops) == one_by_one
+    # where the context ends, too: prompts that leave less room are answered as if alone
+    room = model.thinker.arch.ctx_len
+    limits = [list(model.generate(inputs, messages, max_new_tokens=room)) for messages in asked]
+    assert model.answers(model.embed(batch), batch["prompts"], room - 20, stops) == [a[: room - 20] for a in limits]
+    assert max(map(len, one_by_one)) > 0
+
+
+def test_sampling_follows_its_seed(folder):
+    model, inputs, _ = small_model(folder)
+    messages = conversations(inputs, folder)[4][:-1]
+    draws = [list(model.generate(inputs, messages, max_new_tokens=9, temperature=1.5, seed=s)) for s in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_the_thinker_takes_a_mask_of_its_own(folder):
+    model, inputs, _ = small_model(folder)
+    x = torch.randn(2, 5, 16)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad():
+        plain = model.thinker.hidden_states(inputs_embeds=x)
+        torch.testing.assert_close(model.thinker.hidden_states(inputs_embeds=x, mask=causal), plain)
+        hidden = causal.clone()
+        hidden[..., 1:, 0] = False
+        assert not torch.allclose(model.thinker.hidden_states(inputs_embeds=x, mask=hidden)[:, 4], plain[:, 4])
+        cache = KVCache(model.thinker.arch, 2, 5, CPU, torch.float32)
+        model.thinker.hidden_states(inputs_embeds=x[:, :4], cache=cache)
+        last = model.thinker.hidden_states(inputs_embeds=x[:, 4:], cache=cache, mask=causal[..., 4:, :])
+        torch.testing.assert_close(last, plain[:, 4:])
+
+
+# Loss ---------------------------------------------------------------------------------------------------------------
+
+
+def test_only_answers_have_a_loss(folder):
+    model, inputs, _ = small_model(folder, prompt="one")
+    for messages in conversations(inputs, folder):
+        encoded = inputs.encode(messages)
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        learnt = [target for target in encoded.targets if target != IGNORE]
+        assert inputs.tokenizer.decode(learnt) == "".join(f"{answer}<|end|>" for answer in answers)
+        assert len(encoded.ids) == len(encoded.targets)
+        for position, target in enumerate(encoded.targets[:-1]):
+            assert target in (IGNORE, encoded.ids[position + 1])
+        prompt = inputs.encode(messages[:-1])
+        assert prompt.ids == encoded.ids[: encoded.prompt] and prompt.prompt == len(prompt.ids) == encoded.prompt
+        assert set(prompt.targets[encoded.prompt - 1 :]) == {IGNORE}
+    batch = inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)])
+    with torch.no_grad():
+        logits = model.thinker(inputs_embeds=model.embed(batch))
+        nats, _, _ = model(batch)
+    counted = batch["targets"] != IGNORE
+    expected = F.cross_entropy(logits[counted], batch["targets"][counted])
+    torch.testing.assert_close(nats, expected)
+    assert batch["weight"] == int(counted.sum())
+
+
+def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
+    """A position that is a token's embedding spells that token, and one that is <|audio|>'s spells nothing."""
+    model, inputs, _ = small_model(folder)
+    sounds = [inputs.sound(folder / f"{i}.wav", words) for i, words in enumerate(("cat", "dog one", "", "red " * 9))]
+    batch = inputs.collate([inputs.encode([user(sound), says("a")]) for sound in sounds])
+    spoken = [inputs.tokenizer.encode(words) for words in ("cat", "dog one")]
+    assert batch["spoken_lengths"].tolist() == [*map(len, spoken), 0, 0], "not known, and too much for its positions"
+    table, blank = model.thinker.embed_tokens.weight, model.audio_id
+    used = sorted({blank, *spoken[0], *spoken[1]})
+    with torch.no_grad():  # few channels: make the tokens that count as different as can be
+        table.fill_(-1.0)
+        table[used] = torch.eye(16)[: len(used)]
+    positions = torch.full((4, 12), blank)
+    for row, ids in enumerate(spoken):
+        positions[row, : len(ids)] = torch.tensor(ids)
+    fits = {key: batch[key] for key in ("lengths", "spoken", "spoken_lengths")}
+    with torch.no_grad():
+        spelled = model._misspelling(table[positions], fits)
+        wrong = model._misspelling(table[torch.full((4, 12), blank)], fits)
+    assert spelled < 1 and wrong > 5 * len(spoken)
+    nats, _, misspelling = model.train()(batch)
+    misspelling.backward()
+    assert misspelling > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
+
+
+def test_no_text_can_spell_a_placeholder(folder):
+    _, inputs, _ = small_model(folder)
+    encoded = inputs.encode([user(text("<|image|><|audio|><|assistant|>")), says("<|end|>")])
+    special = {inputs.tokenizer.token_id(name) for name in ("<|image|>", "<|audio|>")}
+    assert not special & set(encoded.ids) and encoded.ids.count(inputs.tokenizer.token_id("<|assistant|>")) == 1
+
+
+def test_a_sequence_longer_than_the_context_is_refused_or_loses_its_last_turns(folder):
+    _, inputs, config = small_model(folder)
+    with pytest.raises(BadRow, match="expected at most ctx_len 64"):
+        inputs.encode([user(text("cat " * 90)), says("dog")])
+    turns = [message for _ in range(20) for message in (user(text("cat")), says("dog"))]
+
+    class Talk(sft.TaskRows):
+        def messages(self, row, rng):
+            return turns
+
+    encoded, right = Talk(None, np.arange(1), inputs, config, training=True).read({}, None)
+    assert 40 < len(encoded.ids) <= 64 and right == {"dog"}
+    learnt = inputs.tokenizer.decode([target for target in encoded.targets if target != IGNORE])
+    assert learnt.replace("dog<|end|>", "") == ""
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_each_step_moves_what_is_trained_and_nothing_else(folder, frozen):
+    model, inputs, _ = small_model(folder, freeze_encoders=frozen)
+    model.train()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    optimizer = build_adamw(model, lr=1e-2, wd=0.0)
+    assert all(encoder.training is not frozen for encoder in model.encoders)
+    model(inputs.collate([inputs.encode(conversations(inputs, folder)[0])]))[0].backward()  # a text alone
+    assert all((p.grad is not None) == p.requires_grad for p in model.parameters()), "DDP waits for every gradient"
+    model(inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)]))[0].backward()
+    optimizer.step()
+    moved = {name.split(".")[0] for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    encoders = set() if frozen else {"audio_encoder", "vision_encoder"}
+    assert moved == {"thinker", "proj_a", "proj_v"} | encoders
+    assert all(name in before for name in model.state_dict())
+    assert not any("ctc_head" in n and not torch.equal(w, before[n]) for n, w in model.state_dict().items())
+
+
+def test_overfits_one_batch_and_then_answers_exactly(folder):
+    model, inputs, _ = small_model(folder)
+    talks = conversations(inputs, folder)[:3]
+    batch = inputs.collate([inputs.encode(messages) for messages in talks])
+    optimizer = build_adamw(model.train(), lr=1e-2, wd=0.0)
+    for _ in range(150):
+        loss, _, _ = model(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    model.eval()
+    score = sft.AnswerScore(inputs, max_answer_tokens=12)
+    judged = batch | {"task": ("text", "a", "a"), "right": ({"big"}, {"small dog"}, {"one two four"})}
+    with torch.no_grad():
+        metrics = score.metrics({name: value.item() for name, value in score.sums(model, judged).items()})
+    assert (metrics["accuracy_text"], metrics["accuracy_a"]) == (1, 0.5)
+    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=0.5)
+    # which picture is seen, and what is heard, decides
+    other = [talks[1][0] | {"content": [inputs.image(folder / "5.png"), text("what")]}]
+    assert not torch.allclose(*(model.embed_prompt(inputs, inputs.encode(m)) for m in (other, talks[1][:1])))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tasks
+
+
+class FakeTask:
+    """Rows that say which one they are."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.read = count, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def sample(self, row, epoch, bad):
+        self.read.append(row)
+        return Encoded([row], [row]), set()
+
+
+class FakeInputs:
+    def collate(self, samples):
+        return {"ids": [sample.ids[0] for sample in samples], "weight": len(samples)}
+
+
+def mixed(seed: int = 3) -> sft.Mix:
+    tasks = {"text": FakeTask(10), "caption": FakeTask(40), "sign": FakeTask(7)}
+    return sft.Mix(tasks, {"caption": 0.5, "sign": 1.5}, FakeInputs(), seed)
+
+
+def test_weights_hold_in_every_epoch_and_each_task_goes_through_its_rows():
+    mix = mixed()
+    assert len(mix) == 57 and mix.counts == [19, 9, 29]  # 1 : 0.5 : 1.5, in whole slots
+    places = [[mix.place(slot, epoch) for slot in range(57)] for epoch in range(40)]
+    for epoch in places:
+        assert np.bincount([task for task, _, _ in epoch]).tolist() == mix.counts
+    for task, rows in enumerate(len(task) for task in mix.tasks):
+        order = [(row, passed) for epoch in places for found, row, passed in epoch if found == task]
+        passes = [[row for row, passed in order if passed == number] for number in range(order[-1][1])]
+        assert len(passes) > 5 and all(sorted(one) == list(range(rows)) for one in passes)
+        assert passes[0] != passes[1] != passes[2]
+    tiny = sft.Mix({"text": FakeTask(1000), "sign": FakeTask(5)}, {"sign": 1e-6}, FakeInputs(), 0)
+    assert tiny.counts[1] == 1 and len(tiny) == sum(tiny.counts)
+
+
+def test_the_order_is_pure_and_resumes_anywhere_without_reading_what_it_skips():
+    def batches(skip: int, mix: sft.Mix) -> list[list[int]]:
+        dataset = ResumableDataset(mix, seed=5, batch_size=4, drop_last=False)
+        dataset.skip_samples = skip * 4
+        return [batch["ids"] for batch in dataset]
+
+    whole = batches(15, mixed())  # the second epoch
+    assert batches(15, pickle.loads(pickle.dumps(mixed()))) == whole != batches(15, mixed(seed=4))
+    for step in (1, 7, 14):
+        mix = mixed()
+        rest = batches(15 + step, mix)
+        assert rest == whole[step:]
+        assert sum(len(task.read) for task in mix.tasks) == sum(map(len, rest))
+
+
+def prepared(config: SftConfig, **keys):
+    with Run(config, Stage("omni", "omni", "omni_final.pt", "tokens", "loss"), [], "cpu") as run:
+        run.config, _, tokenizer, _ = assemble(config)
+        inputs = Inputs(tokenizer, run.config)
+        return *sft.prepare_tasks(run, run.config, inputs), inputs
+
+
+def test_the_tasks_of_the_world(tmp_path):
+    """Questions about pictures, spoken ones, and what is held out of them."""
+    data = OMNI.make_data(tmp_path)
+    rng, rows, spoken = random.Random(0), json.loads(Path(data["image_manifest"]).read_text()), []
+    for row in rows:
+        scene = world.draw(world.sample_scene, rng, unseen=False)
+        row["caption"], row["questions"] = world.caption(scene, rng), world.questions(scene, rng)
+        row["groups"] = [vars(group) for group in scene.groups]
+    Path(data["image_manifest"]).write_text(json.dumps(rows))
+    asked = sorted({question for row in rows for question, _ in row["questions"]})[::2]
+    known = sorted(sft.KNOWN_ANSWERS)[::40]
+    for i, words in enumerate(asked + known):
+        shutil.copy(tmp_path / f"{i % 4}.wav", tmp_path / f"asked{i}.wav")
+        spoken.append({"wav": f"asked{i}.wav", "text": words})
+    write_csv(tmp_path / "asked.csv", spoken)
+    config = small_config(tmp_path, question_csv=str(tmp_path / "asked.csv"), val_split=0.3, ctx_len=300)
+    tasks, val_tasks, digests, inputs = prepared(config)
+    assert set(tasks) == {*SftConfig.TASKS} - {"sign", "conversation"} and len(set(digests.values())) == 1
+
+    def questions(task: sft.TaskRows) -> set[str]:
+        return {task.manifest[int(row)]["text"] for row in task.row_numbers}
+
+    heard, held_out = questions(tasks["spoken_question"]), questions(val_tasks["spoken_question"])
+    assert heard and held_out and not heard & held_out and heard | held_out >= set(known)
+    for side in (tasks, val_tasks):
+        recordings = side["spoken_image_question"].recordings
+        own = {row["text"] for row in spoken if row["text"] in recordings}
+        assert held_out.isdisjoint(own) if side is tasks else heard.isdisjoint(own)
+        for name, task in side.items():
+            encoded, right = task.sample(0, 0, bad := {})
+            assert bad == {} and bool(right) == (name != "caption" or side is val_tasks), name
+            words = inputs.tokenizer.decode(encoded.ids)
+            seen, is_heard = "image" in name or name == "caption", name.startswith(("spoken", "transcription"))
+            assert bool(encoded.images) == seen == ("<|image|>" in words)
+            assert bool(encoded.sounds) == is_heard == ("<|audio|>" in words)
+    turns = [tasks["image_question"].sample(i, 0, {})[0].ids.count(inputs.tokenizer.end_id) for i in range(8)]
+    assert set(turns) == {2}, "three questions, of which the last answer's end is predicted and not read"
+    assert val_tasks["image_question"].sample(0, 0, {})[0].ids.count(inputs.tokenizer.end_id) == 0
+    # in another epoch other questions, in the same the same
+    draws = [tasks["image_question"].sample(0, epoch, {})[0].ids for epoch in (0, 0, 1, 2)]
+    assert draws[0] == draws[1] and len({tuple(ids) for ids in draws}) > 1
+    # a caption may be any of the world's
+    for row in rows:
+        right = sft.scene_captions(row["groups"])
+        assert row["caption"] in right and len(right) <= 16
+    assert sft.scene_captions(None) == sft.scene_captions([{"shape": "x"}]) == set()
+    # held-out rows: all of them up to the limit, evenly spread beyond it
+    items = sft.HeldOutItems(val_tasks, inputs, 2)
+    assert len(items) == sum(min(2, len(task)) for task in val_tasks.values())
+    assert len(sft.HeldOutItems(val_tasks, inputs, 10**6)) == sum(map(len, val_tasks.values()))
+    batch = items.batch(np.arange(len(items)), 0)
+    assert len(batch["right"]) == len(batch["task"]) == len(batch["tokens"])
+
+
+def test_answers_of_a_column_win_over_what_is_known(tmp_path):
+    data = OMNI.make_data(tmp_path)
+    rows = [{"wav": "0.wav", "text": "who knows", "answer": "Nobody."}, {"wav": "1.wav", "text": "why", "answer": ""}]
+    write_csv(tmp_path / "asked.csv", rows)
+    config = small_config(tmp_path, question_csv=str(tmp_path / "asked.csv"), val_split=0.0, task_weights={"text": 0})
+    tasks, val_tasks, _, _ = prepared(config)
+    assert "text" not in tasks and val_tasks == {} and data["text_path"]
+    bad: dict[str, str] = {}
+    found = [tasks["spoken_question"].sample(i, 0, bad)[1] for i in range(2)]
+    assert found == [{"nobody"}] * 2 and list(bad) == [f"{tmp_path}/asked.csv: row 2"]
+
+
+def test_signs_and_conversations(tmp_path):
+    OMNI.make_data(tmp_path)
+    write_csv(tmp_path / "ocr.csv", [{"image": "3.png", "text": "  STOP  here"}])
+    talk = [user(text("hear"), {"type": "audio", "audio": "0.wav"}, {"type": "image", "image": "1.png"}), says("Yes.")]
+    bad = [
+        ([], "expected a list of objects"),
+        ([user(text("a"))], "assistant's answer as the last"),
+        ([{"role": "robot", "content": "a"}, says("b")], "expected the roles"),
+        ([user({"type": "video", "video": "x"}), says("b")], "text, image or audio"),
+        ([user({"type": "image", "image": "nowhere.png"}), says("b")], "found none at"),
+        ([user({"type": "image", "image": "../1.png"}), says("b")], "leaves the folder"),
+        ([user({"type": "audio", "audio": 7}), says("b")], "file name"),
+        ([user(text("a")), says("")], "expected text"),
+    ]
+    lines = [{"messages": messages} for messages in (talk, *(messages for messages, _ in bad))]
+    (tmp_path / "talk.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {"ocr_csv": str(tmp_path / "ocr.csv"), "jsonl_path": str(tmp_path / "talk.jsonl")}
+    tasks, _, _, inputs = prepared(small_config(tmp_path, val_split=0.0, **files))
+    encoded, right = tasks["sign"].sample(0, 0, {})
+    assert right == {"stop here"} and len(encoded.images) == 1
+    encoded, right = tasks["conversation"].sample(0, 0, {})
+    assert right == {"yes"} and encoded.sounds[0][0] < encoded.images[0][0]
+    for row, (_, why) in enumerate(bad, start=1):
+        with pytest.raises(BadRow, match=why):
+            tasks["conversation"].read(tasks["conversation"].manifest[row], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("<|user|>a<|assistant|>b", "an answer and"),
+        ("<|user|>a<|assistant|><|end|>", "an answer and"),
+        ("<|user|>a", "expected <|user|>"),
+        ("hello <|user|>a<|assistant|>b<|end|>", "expected <|user|>"),
+        ("<|user|>a<|assistant|>b<|end|>c", "expected a role"),
+    ],
+)
+def test_damaged_dialogues_are_named(line, why):
+    with pytest.raises(BadRow, match=why):
+        sft.parse_dialogue(line)
+
+
+def test_dialogues_and_plain_lines_of_a_text_file(tmp_path):
+    OMNI.make_data(tmp_path)
+    path = tmp_path / "mine.txt"
+    lines = ["plain text", "", "<|system|>s<|user|>cat<|assistant|>dog<|end|>", "<|user|>one<|assistant|>two", "more"]
+    path.write_text("\r\n".join(lines))
+    config = small_config(tmp_path, text_path=str(path), val_split=0.0, cache_dir=str(tmp_path / "cache"))
+    tasks, _, digests, inputs = prepared(config)
+    assert len(tasks["text"]) == 2
+    found = [tasks["text"].sample(i, 0, bad := {})[1] for i in range(2)]
+    assert found == [{"dog"}] * 2 and list(bad) == [f"{path}: row 4"]
+    assert pickle.loads(pickle.dumps(tasks["text"].manifest))[0] == {"text": lines[2]}
+    # a file without dialogues is learnt as text, and not judged
+    path.write_text("plain text\nmore\n")
+    tasks, _, changed, inputs = prepared(config)
+    encoded, right = tasks["text"].sample(1, 0, {})
+    assert right == set() and changed["train"] != digests["train"]
+    assert inputs.tokenizer.decode(encoded.targets) == "more<|endoftext|>"
+    path.write_text("\n")
+    with pytest.raises(UserError, match="mine.txt: expected lines of text"):
+        prepared(config)
+
+
+def test_recordings_longer_than_the_encoder_knows_are_left_out(tmp_path, capsys):
+    OMNI.make_data(tmp_path)
+    soundfile.write(tmp_path / "0.wav", np.zeros(21 * 16_000), 16_000)
+    tasks, _, _, _ = prepared(small_config(tmp_path, val_split=0.0))
+    assert len(tasks["transcription"]) == 3
+    assert "asr.csv: 1 of 4 rows left out, longer than 20.48 s" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Training:
+    folder = tmp_path_factory.mktemp("trained")
+    training = OMNI.training(folder, max_steps=8, val_asr_csv=OMNI.make_data(folder)["asr_csv"])
+    training.finish()
+    return training
+
+
+def test_the_final_file_needs_no_other_folder(trained, tmp_path):
+    for name in ("omni_final.pt", "tokenizer.json"):
+        shutil.copy(trained.save_dir / name, tmp_path / name)
+    for name in ("thinker", "audio_enc", "vision"):  # gone while it is loaded
+        (trained.folder / name).rename(trained.folder / f"{name} elsewhere")
+    try:
+        model, tokenizer, config = load_omni(tmp_path, CPU)
+    finally:
+        for name in ("thinker", "audio_enc", "vision"):
+            (trained.folder / f"{name} elsewhere").rename(trained.folder / name)
+    final = trained.final_file()
+    assert final["stage"] == "omni" and differences(model.state_dict(), final["model"]) == []
+    assert {key.split(".")[0] for key in final["model"]} == {
+        "thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v"
+    }  # fmt: skip
+    assert set(config.parts) == {"thinker", "audio_encoder", "vision_encoder"} and not model.training
+    # the encoders are those of their stages
+    _, begun, _, _ = assemble(small_config(trained.folder))
+    for name in ("audio_encoder", "vision_encoder"):
+        assert differences(getattr(model, name).state_dict(), getattr(begun, name).state_dict()) == []
+    inputs = Inputs(tokenizer, config)
+    messages = [user(inputs.image(trained.folder / "0.png"), inputs.sound(trained.folder / "0.wav"), text("what?"))]
+    answer = list(model.generate(inputs, messages, max_new_tokens=5))
+    load_weights(begun, final["model"], tmp_path)
+    assert list(begun.eval().generate(inputs, messages, max_new_tokens=5)) == answer
+    shutil.copy(trained.step_path(trained.steps()[-1]), tmp_path)
+    (tmp_path / "omni_final.pt").unlink()  # while it still trains
+    assert load_omni(tmp_path, CPU)[2].parts == config.parts
+
+
+def test_accuracy_is_reported_for_each_task(trained):
+    metrics = trained.final_file()["metrics"]
+    tasks = {name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_")}
+    assert tasks == {"text", "transcription"}, "these pictures do not say what they show"
+    assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0
+    assert "task caption: " in (trained.save_dir / "training.log").read_text()
+
+
+def test_another_tokenizer_beside_the_final_file_is_refused(trained, tmp_path):
+    shutil.copy(trained.save_dir / "omni_final.pt", tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer.json"):
+        load_omni(tmp_path, CPU)
+    with pytest.raises(UserError, match="expected omni_final.pt or omni_step_"):
+        load_omni(trained.folder / "thinker", CPU)
+
+
+def test_another_base_model_in_the_same_save_dir_is_refused(trained, tmp_path):
+    other = OMNI.training(tmp_path)
+    other.config |= {"save_dir": str(trained.save_dir), "max_steps": 12}
+    files = ("text_path", "image_manifest", "image_root", "asr_csv", "val_asr_csv")
+    other.config |= {key: trained.config[key] for key in files}
+    path = tmp_path / "vision" / "vision.pt"
+    payload = torch.load(path, weights_only=True)
+    payload["model"]["vit.cls_token"] += 1
+    from omni import checkpoint
+
+    checkpoint.save(path, payload)
+    only_error(other.run(), "data (vision_encoder)", "new save_dir")
+
+
+def test_absent_and_mismatched_checkpoints_are_one_clear_error(tmp_path):
+    training = OMNI.training(tmp_path, max_steps=1)
+    for key, file in (
+        ("thinker_ckpt", "thinker.pt"),
+        ("audio_ckpt", "audio_enc.pt"),
+        ("vision_ckpt", "vision.pt"),
+        ("talker_ckpt", "talker.pt"),
+    ):
+        process = training.changed(**{key: str(tmp_path / "nowhere")}).run()
+        only_error(process, f'"{key}"', f"a folder with {file}", "nowhere", "Train stage")
+        assert not training.save_dir.exists()
+    only_error(training.changed(vision_ckpt=None).run(), '"vision_ckpt"', "stage C", "image_manifest")
+    only_error(training.changed(image_stack=3).run(), "vision", "2 x 2 patches", '"image_stack"')
+    only_error(training.changed(sft_mix={"txt_path": "x"}).run(), 'unknown key "txt_path"', '"text_path"')
+    only_error(training.changed(task_weights={"sign": 1}).run(), '"task_weights"', "the task sign")
+    wrong, vision = tmp_path / "wrong", tmp_path / "vision" / "vision.pt"
+    wrong.mkdir()
+    shutil.copy(tmp_path / "audio_enc" / "audio_enc.pt", wrong / "vision.pt")
+    only_error(training.changed(vision_ckpt=str(wrong)).run(), "vision.pt", "stage vision, found audio_enc")
+    (wrong / "vision.pt").write_bytes(vision.read_bytes()[:-7])
+    only_error(training.changed(vision_ckpt=str(wrong)).run(), "vision.pt", "checksum")
+
+
+def test_the_mix_as_an_object_and_a_mix_of_text_alone(tmp_path):
+    training = OMNI.training(tmp_path, max_steps=2)
+    mix = {key: training.config.pop(key) for key in ("text_path", "image_manifest", "image_root", "asr_csv")}
+    training.config["sft_mix"] = {"text_path": mix["text_path"]}
+    for key in ("audio_ckpt", "vision_ckpt"):
+        del training.config[key]
+    training.config["task_weights"] = {}
+    training.finish()
+    assert {key.split(".")[0] for key in training.final_file()["model"]} == {"thinker"}
+    model, tokenizer, config = load_omni(training.save_dir, CPU)
+    inputs = Inputs(tokenizer, config)
+    for attach, file in ((inputs.image, "0.png"), (inputs.sound, "0.wav")):
+        with pytest.raises(BadRow, match="has no"):
+            attach(tmp_path / file)
+    assert list(model.generate(inputs, [user(text("cat"))], max_new_tokens=3)) is not None
