@@ -8,6 +8,7 @@ on held-out data, are written to checkpoints/demo_results.json.
 """
 
 import argparse
+import csv
 import json
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from omni.errors import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"
+MERGED = ROOT / "checkpoints" / "merged_demo"
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class DemoStage:
     smoke: tuple[str, ...] = ()  # overrides that make it a matter of seconds
     held_out: str | None = None  # data to show a few items of, beside what the model makes of them
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it wants
+    bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
+    each_task: str | None = None  # target of each accuracy_<task> that the metrics have
 
     @property
     def folder(self) -> Path:
@@ -126,9 +130,29 @@ STAGES = [
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
         smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
+    DemoStage(
+        name="sft",
+        script="sft_omni.py",
+        config="configs/omni_sft_demo.json",
+        final="omni_final.pt",
+        metrics={"accuracy": "> 0.6"},
+        each_task="> 0.5",
+        data={
+            "text_path": "text/tiny_corpus.txt",
+            "val_text_path": "text/tiny_corpus.val.txt",
+            "image_manifest": "images/annotations.json",
+            "val_image_manifest": "images/annotations.val.json",
+            "asr_csv": "audio/asr.csv",
+            "val_asr_csv": "audio/asr.val.csv",
+        },
+        smoke=("max_steps=4", "batch_size=4", "val_items=2"),
+        bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
+    ),
 ]
 
 SPOKEN = "Anna is reading at the market."
+ABOUT_PICTURE = "What does the picture show?"
+ABOUT_RECORDING = "What does the recording say?"
 QUESTIONS = [
     "Hello!",
     "What is your name?",
@@ -160,6 +184,11 @@ def demo() -> int:
             run(stage.script, "--config", stage.config)
             metrics = load(stage.folder / stage.final)["metrics"]
             results[stage.name] = {name: round(metrics[name], 4) for name in stage.metrics}
+            if stage.each_task:
+                by_task = {name: value for name, value in metrics.items() if name.startswith("accuracy_")}
+                results[stage.name]["by_task"] = {
+                    name.removeprefix("accuracy_"): round(value, 4) for name, value in by_task.items()
+                }
         finally:
             if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing
                 minutes[stage.name] = round(minutes.get(stage.name, 0.0) + (time.monotonic() - started) / 60, 2)
@@ -169,9 +198,10 @@ def demo() -> int:
     for stage in STAGES:
         if stage.held_out:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
-    say(folders, ROOT / "checkpoints" / "speech.wav")
+    export(folders, MERGED)
+    ask_exported(MERGED, ROOT / "data", ROOT / "checkpoints")
     print_table(results)
-    print("\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir checkpoints/thinker_demo")
+    print(f"\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir {MERGED.relative_to(ROOT)}")
     return 0
 
 
@@ -179,15 +209,21 @@ def smoke(folder: Path) -> int:
     started = time.monotonic()
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
     for stage in STAGES:
+        data = {key: str(folder / "data" / name) for key, name in stage.data.items()}
         overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
-        overrides += [f"{key}={folder / 'data' / name}" for key, name in stage.data.items()]
+        overrides += [f"{key}={folder / base}" for key, base in stage.bases.items()]
+        if stage.name == "sft":  # the one stage that names its data in one key
+            overrides.append(f"sft_mix={json.dumps(data)}")
+        else:
+            overrides += [f"{key}={name}" for key, name in data.items()]
         run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
     ask(str(folder / "thinker"), QUESTIONS[:1])
     folders = {stage.name: folder / stage.name for stage in STAGES}
     for stage in STAGES:
         if stage.held_out:
             show(stage, folders, folder / "data" / stage.held_out, items=1)
-    say(folders, folder / "speech.wav")
+    export(folders, folder / "merged_model")
+    ask_exported(folder / "merged_model", folder / "data", folder)
     print(f"\nsmoke: every stage ran in {time.monotonic() - started:.0f} s; so short a training answers at random")
     return 0
 
@@ -220,24 +256,51 @@ def show(stage: DemoStage, folders: dict[str, Path], data: Path, items: int) -> 
     run(*evaluate, "--limit", "64", "--show", str(items))
 
 
-def say(folders: dict[str, Path], path: Path) -> None:
-    """The talker's voice, in files: by Griffin-Lim, and by the vocoder."""
-    for vocoder, file in (((), path), (("--vocoder_ckpt", str(folders["vocoder"])), path.with_stem("speech_vocoder"))):
-        print(f"\n=== {SPOKEN!r} said by {folders['talker']}, in {file}", flush=True)
-        run("infer_chat.py", "--ckpt_dir", str(folders["talker"]), *vocoder, "--say", SPOKEN, "--audio_out", str(file))
+def export(folders: dict[str, Path], output: Path) -> None:
+    """All stages in one folder."""
+    print(f"\n=== Export to {output}", flush=True)
+    stages = ("thinker", "audio_enc", "vision", "talker", "vocoder", "ocr")
+    options = {"omni": "sft", "audio": "audio_enc"} | {name: name for name in stages if name != "audio_enc"}
+    flags = [word for option, stage in options.items() for word in (f"--{option}_ckpt", str(folders[stage]))]
+    run("export.py", *flags, "--output_dir", str(output), "--force")
+
+
+def ask_exported(model: Path, data: Path, sounds: Path) -> None:
+    """One question for each way in and out, about things that were not trained on."""
+    picture = json.loads((data / "images/annotations.val.json").read_text())[0]
+    recording = first_row(data / "audio/asr.val.csv")
+    sign = first_row(data / "ocr/ocr.val.csv")
+    for shown, *arguments in (
+        (QUESTIONS[2], "--text", QUESTIONS[2]),
+        (f"{picture['image']}: {ABOUT_PICTURE}", "--image", f"{data}/images/{picture['image']}",
+         "--text", ABOUT_PICTURE),
+        (f"{recording['wav']} ({recording['text']})", "--audio_in", f"{data}/audio/{recording['wav']}",
+         "--text", ABOUT_RECORDING),
+        (f"{sign['image']} ({sign['text']})", "--ocr", "--image", f"{data}/ocr/{sign['image']}"),
+    ):  # fmt: skip
+        print(f"\nyou>  {shown}\nomni> ", end="", flush=True)
+        run("infer_chat.py", "--ckpt_dir", str(model), *arguments)
+    print(f"\nsay>  {SPOKEN} -> {sounds / 'speech.wav'}", flush=True)
+    run("infer_chat.py", "--ckpt_dir", str(model), "--say", SPOKEN, "--audio_out", str(sounds / "speech.wav"))
+
+
+def first_row(path: Path) -> dict:
+    with path.open(newline="", encoding="utf-8") as file:
+        return next(csv.DictReader(file))
 
 
 def print_table(results: dict) -> None:
-    print(f"\n{'stage':<12}{'held-out figure':<22}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
+    print(f"\n{'stage':<12}{'held-out figure':<28}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
     for stage in STAGES:
-        for row, (name, target) in enumerate(stage.metrics.items()):
-            figures = results[stage.name]
-            value = figures[name]
+        figures = results[stage.name]
+        rows = [(name, figures[name], target) for name, target in stage.metrics.items()]
+        rows += [(f"  {task}", value, stage.each_task) for task, value in figures.get("by_task", {}).items()]
+        for row, (name, value, target) in enumerate(rows):
             minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
             label = stage.name if row == 0 else ""
-            cells = f"{label:<12}{name:<22}{value:>10.3f}  {target or '':<24}"
+            cells = f"{label:<12}{name:<28}{value:>10.3f}  {target or '':<24}"
             print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")
-    print(f"written to {RESULTS.relative_to(ROOT)}")
+    print(f"in all {sum(results['minutes'].values()):.0f} minutes; written to {RESULTS.relative_to(ROOT)}")
 
 
 def verdict(value: float, target: str | None, figures: dict[str, float]) -> str:
