@@ -70,10 +70,10 @@ class TaskRows(Rows):
                 encoded = self.inputs.encode(messages)
                 return encoded, {normalise_answer(answer) for answer in self.right_answers(row, messages)}
             except BadRow:
-                earlier = messages[:-2]  # the last question and its answer
-                if not any(message["role"] == "assistant" for message in earlier):
+                answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+                if len(answers) < 2:
                     raise
-                messages = earlier
+                messages = messages[: answers[-2] + 1]  # without the last question and its answer
 
     def collate(self, samples: list[tuple[Encoded, set[str]]]) -> dict:
         return self.inputs.collate([encoded for encoded, _ in samples])

@@ -64,6 +64,7 @@ def test_bad_rows_are_named_replaced_and_counted(stage, tmp_path):
     assert all(len(rows) == batch_size for rows in eval(next(iter(training.trace().values())))), "no slot is empty"
 
 
+@pytest.mark.loop
 def test_resume_is_exact_with_bad_rows(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", num_workers=2)
     spoil(stage, reference)

@@ -161,7 +161,7 @@ omni.checkpoint.save = save
     assert differences(full.state(), reference.state()) == []
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 @pytest.mark.parametrize("call", ["os:fsync", "os:replace", "omni.checkpoint:_SealingFile.write"])
 def test_killed_at_each_write_fsync_and_rename_of_a_save(stage, tmp_path, call):
     prepared = stage.training(tmp_path, save_dir="prepared")

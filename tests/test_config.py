@@ -107,6 +107,7 @@ def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
 # Drift -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.loop
 def test_another_training_is_refused_with_the_differences(stage, tmp_path):
     training = stage.training(tmp_path)
     assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9

@@ -29,6 +29,7 @@ def finish_pair(training: Training) -> None:
         assert process.wait().returncode == 0, process.stderr
 
 
+@pytest.mark.loop
 def test_two_processes_agree_with_one(stage, tmp_path):
     keys = {"dropout": 0.0, "drop_last": False, "print_freq": 1}
     # the pairs of a contrastive loss are those of one process's micro-batch
