@@ -25,6 +25,7 @@ from omni.aligner import (
     load_aligner,
     prepare_durations,
 )
+from omni.asr import static_lengths
 from omni.audio import load_audio
 from omni.checkpoint import load_stage, replace_file
 from omni.codec import (
@@ -65,6 +66,9 @@ PARTS = (SpeechClips, SpokenTexts)  # what the codec learns from, and the aligne
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(TalkerConfig, __doc__, argv)
     with Run(config, STAGE, notices, device) as run:
+        if config.use_compile:  # each padded length is compiled for training and for validation
+            torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
+
         # --- Data: recordings of no more than max_mel_length frames ------------------------------------------------
         manifest = val_manifest = prepare_manifest(run, config.tts_csv, COLUMNS, key="text")
         lengths = count_codes(run, manifest)
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         coded = val_coded = computed(manifest, "train")
         if config.val_csv:
             val_coded = computed(val_manifest, "validation")
-        speech = CodedSpeech(coded, train_rows, seed=config.seed, training=True, lengths=lengths[train_rows])
+        speech = CodedSpeech(coded, train_rows, config, seed=config.seed, training=True, lengths=lengths[train_rows])
         train_set = ResumableDataset(speech, batch_size=config.batch_size, **own, **how)
 
         # --- Third part: the talker --------------------------------------------------------------------------------
@@ -139,7 +143,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         validation = None
         if len(val_rows):
-            held_out = CodedSpeech(val_coded, val_rows, training=False)
+            held_out = CodedSpeech(val_coded, val_rows, config, training=False)
             split = ResumableDataset(held_out, batch_size=config.batch_size, **own, shuffle=False)
             score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show, config.val_samples)
             validation = Validation(split, score.sums, score.metrics)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omni.checkpoint import load_stage, load_weights
 from omni.codec import ConvNeXtBlock, SpeechClips, fingerprint
-from omni.config import AlignerConfig
+from omni.config import AlignerConfig, TalkerConfig
 from omni.ctc import ctc_nll
 from omni.manifest import BadRow
 from omni.precompute import Ragged, precompute
@@ -180,6 +180,19 @@ def likeliest_durations(scores: Tensor, slots: Tensor, text_lengths: Tensor) -> 
     return [one[:length] for one, length in zip(durations, text_lengths, strict=True)]
 
 
+def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig) -> Tensor:
+    """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
+
+    L is that of the longest text, or under ``use_compile`` the slots of ``n_frames`` mel frames: so the recordings'
+    static lengths are the texts' too, and no text that fits has more bytes.
+    """
+    padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
+    if not config.use_compile:
+        return padded
+    slots = n_frames // config.frames_per_code * config.slots_per_code
+    return nn.functional.pad(padded, (0, slots - padded.shape[1]))
+
+
 class SpokenTexts(SpeechClips):
     """Texts and the log-mels of their recordings. A sample is (symbols, (T, M))."""
 
@@ -192,10 +205,10 @@ class SpokenTexts(SpeechClips):
     def collate(self, samples: list[tuple[list[int], Tensor]]) -> dict:
         """``log_mels`` and ``lengths`` as ``SpeechClips``; ``symbols`` (B, L), zero beyond ``text_lengths`` (B,)."""
         texts, clips = zip(*samples, strict=True)
-        symbols = nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
+        batch = super().collate(list(clips))
         text_lengths = torch.tensor([len(text) for text in texts])
-        return super().collate(list(clips)) | {
-            "symbols": symbols,
+        return batch | {
+            "symbols": pad_bytes([torch.tensor(text) for text in texts], batch["log_mels"].shape[1], self.config),
             "text_lengths": text_lengths,
             "weight": int(text_lengths.sum()),
         }
@@ -226,6 +239,6 @@ def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "aligner", "aligner", "aligner.pt")
-    aligner = Aligner(AlignerConfig.model_validate(saved["config"]))
+    aligner = Aligner(AlignerConfig.model_validate(saved["config"] | {"use_compile": False}))
     load_weights(aligner, saved["model"], Path(folder) / "aligner.pt")
     return aligner.to(device).eval().requires_grad_(False)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.asr import measure_seconds
+from omni.asr import measure_seconds, static_lengths
 from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
 from omni.checkpoint import load_stage, load_weights
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
@@ -369,7 +369,8 @@ class SpeechClips(Rows):
         self, manifest: Manifest, rows: np.ndarray, config: CodecConfig | AlignerConfig | TalkerConfig, **others
     ) -> None:
         super().__init__(manifest, rows, **others)
-        self.mel, self.per_code, self.slots_per_code = mel_spec(config), config.frames_per_code, config.slots_per_code
+        self.config, self.mel = config, mel_spec(config)
+        self.per_code, self.slots_per_code = config.frames_per_code, config.slots_per_code
         self.max_frames = config.max_mel_length * self.per_code
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Tensor:
@@ -381,10 +382,18 @@ class SpeechClips(Rows):
     def collate(self, samples: list[Tensor]) -> dict:
         """``log_mels`` (B, T, M), zero beyond ``lengths`` (B,); T is a multiple of ``frames_per_code``."""
         lengths = [len(sample) for sample in samples]
-        log_mels = torch.zeros(len(samples), self.per_code * -(-max(lengths) // self.per_code), self.mel.n_mels)
+        n_codes = padded_codes(-(-max(lengths) // self.per_code), self.config)
+        log_mels = torch.zeros(len(samples), n_codes * self.per_code, self.mel.n_mels)
         for index, sample in enumerate(samples):
             log_mels[index, : lengths[index]] = sample
         return {"log_mels": log_mels, "lengths": torch.tensor(lengths), "weight": sum(lengths)}
+
+
+def padded_codes(longest: int, config: CodecConfig | AlignerConfig | TalkerConfig) -> int:
+    """What a batch is padded to, in codes: its longest, or under ``use_compile`` the next of a few static lengths."""
+    if not config.use_compile:
+        return longest
+    return next(length for length in static_lengths(config.max_mel_length) if length >= longest)
 
 
 def count_codes(run: Run, manifest: Manifest) -> np.ndarray:

@@ -457,9 +457,9 @@ def prepare_tasks(
         add(side, "conversation", Conversations, manifest, rows)
     if not sides[0]:
         raise UserError("the mix has no row to train on: expected files with rows, and a task_weights above 0")
-    for name in config.task_weights.keys() - sides[0].keys():
-        if config.task_weights[name] > 0:
-            raise UserError(f'key "task_weights": no file of the mix has rows for the task {name}')
+    for name, weight in config.task_weights.items():
+        if weight > 0 and name not in sides[0]:
+            run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined

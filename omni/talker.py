@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.aligner import TEXT_SYMBOLS, read_symbols
+from omni.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
 from omni.audio import audio_duration
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import ConvNeXtBlock
+from omni.codec import ConvNeXtBlock, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
 from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import BadRow, Rows
+from omni.precompute import RowsWith
 from omni.thinker import INIT_STD, Block
 
 IGNORED = -100  # a target that has no loss
@@ -392,7 +393,7 @@ def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "talker", "talker", "talker.pt")
-    config = TalkerConfig.model_validate(saved["config"])
+    config = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
     talker = Talker(config)
     load_weights(talker, saved["model"], Path(folder) / "talker.pt")
     return talker.to(device).eval()
@@ -416,6 +417,10 @@ class Utterance:
 class CodedSpeech(Rows):
     """Texts with the codes and durations of their recordings, from ``RowsWith`` the columns codes and durations."""
 
+    def __init__(self, manifest: RowsWith, rows: np.ndarray, config: TalkerConfig, **others) -> None:
+        super().__init__(manifest, rows, **others)
+        self.config = config
+
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
         symbols = read_symbols(row)
         if not len(row["codes"]):
@@ -429,19 +434,21 @@ class CodedSpeech(Rows):
         return Utterance(row["text"], symbols, codes, durations, row["wav"])
 
     def collate(self, samples: list[Utterance]) -> dict:
-        return collate_utterances(samples)
+        return collate_utterances(samples, self.config)
 
 
-def collate_utterances(samples: Sequence[Utterance]) -> dict:
+def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig) -> dict:
     """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
-    ``texts``, ``wavs``."""
-    pad = nn.utils.rnn.pad_sequence
+    ``texts``, ``wavs``. Under ``use_compile`` L and T are a few static lengths."""
+    lengths = [len(sample.codes) for sample in samples]
+    n_codes = padded_codes(max(lengths), config)
+    n_frames = n_codes * config.frames_per_code
     return {
-        "symbols": pad([torch.tensor(sample.symbols) for sample in samples], batch_first=True),
-        "durations": pad([sample.durations for sample in samples], batch_first=True),
+        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config),
+        "durations": pad_bytes([sample.durations for sample in samples], n_frames, config),
         "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
-        "codes": pad([sample.codes for sample in samples], batch_first=True),
-        "lengths": torch.tensor([len(sample.codes) for sample in samples]),
+        "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
+        "lengths": torch.tensor(lengths),
         "texts": [sample.text for sample in samples],
         "wavs": [sample.wav for sample in samples],
         "weight": sum(sample.codes.numel() + 1 for sample in samples),

@@ -144,6 +144,8 @@ STAGES = [
             "val_image_manifest": "images/annotations.val.json",
             "asr_csv": "audio/asr.csv",
             "val_asr_csv": "audio/asr.val.csv",
+            "question_csv": "audio/asr.csv",
+            "val_question_csv": "audio/tts.csv",
         },
         smoke=("max_steps=4", "batch_size=4", "val_items=2"),
         bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},

@@ -187,7 +187,10 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
             continue
         texts = [utterance.text for utterance in utterances]
         judgement.rows += len(texts)
-        add(totals, talker_sums(speaker.talker, to_device(collate_utterances(utterances), device)))
+        add(
+            totals,
+            talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.config), device)),
+        )
         if listener is None and args.save_speech is None:
             for text in texts[: args.show - len(judgement.shown)]:
                 (codes,) = speaker.codes([text])

@@ -24,6 +24,7 @@ CONFIGS = {
     "ocr": OcrConfig,
     "vocoder": VocoderConfig,
     "talker": TalkerConfig,
+    "omni_sft": SftConfig,
 }
 
 BAD = {

@@ -579,7 +579,8 @@ def test_absent_and_mismatched_checkpoints_are_one_clear_error(tmp_path):
     only_error(training.changed(vision_ckpt=None).run(), '"vision_ckpt"', "stage C", "image_manifest")
     only_error(training.changed(image_stack=3).run(), "vision", "2 x 2 patches", '"image_stack"')
     only_error(training.changed(sft_mix={"txt_path": "x"}).run(), 'unknown key "txt_path"', '"text_path"')
-    only_error(training.changed(task_weights={"sign": 1}).run(), '"task_weights"', "the task sign")
+    only_error(training.changed(task_weights={"sing": 1}).run(), '"task_weights"', '"sing"', "transcription, ")
+    only_error(training.changed(task_weights=dict.fromkeys(SftConfig.TASKS, 0.0)).run(), "no row to train on")
     wrong, vision = tmp_path / "wrong", tmp_path / "vision" / "vision.pt"
     wrong.mkdir()
     shutil.copy(tmp_path / "audio_enc" / "audio_enc.pt", wrong / "vision.pt")
@@ -594,8 +595,8 @@ def test_the_mix_as_an_object_and_a_mix_of_text_alone(tmp_path):
     training.config["sft_mix"] = {"text_path": mix["text_path"]}
     for key in ("audio_ckpt", "vision_ckpt"):
         del training.config[key]
-    training.config["task_weights"] = {}
-    training.finish()
+    training.config["task_weights"] = {"sign": 1.0}
+    assert "no file of the mix has rows for the task sign" in training.finish().stdout
     assert {key.split(".")[0] for key in training.final_file()["model"]} == {"thinker"}
     model, tokenizer, config = load_omni(training.save_dir, CPU)
     inputs = Inputs(tokenizer, config)

@@ -77,15 +77,26 @@ def test_text_symbols_are_bytes_and_an_end():
 
 def test_padding_changes_nothing():
     talker, samples = small(), utterances()
-    together = forward(talker, collate_utterances(samples))
+    together = forward(talker, collate_utterances(samples, talker.config))
     for row, sample in enumerate(samples):
-        single = forward(talker, collate_utterances([sample]))
+        single = forward(talker, collate_utterances([sample], talker.config))
         for whole, part in zip(together, single, strict=True):  # logits, durations
             torch.testing.assert_close(whole[row, : part.shape[1]], part[0], rtol=1e-4, atol=1e-4)
 
 
+def test_static_shapes_under_compile_change_nothing():
+    talker, samples = small(max_mel_length=40), utterances()
+    plain = collate_utterances(samples, talker.config)
+    padded = collate_utterances(samples, talker.config.model_copy(update={"use_compile": True}))
+    assert plain["codes"].shape == (3, 9, 3) and plain["symbols"].shape == (3, 12)
+    assert padded["codes"].shape == (3, 16, 3) and padded["symbols"].shape == padded["durations"].shape == (3, 64)
+    weights = {"frame_dropout": 0.0, "duration_weight": 1.0}
+    torch.testing.assert_close(talker_loss(talker, padded, **weights)[0], talker_loss(talker, plain, **weights)[0])
+
+
 def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
-    talker, batch = small(), collate_utterances(utterances()[:1])
+    talker = small()
+    batch = collate_utterances(utterances()[:1], talker.config)
     before = logits_of(talker, batch)
     batch["codes"] = batch["codes"].clone()
     batch["codes"][0, 4, 1] = (batch["codes"][0, 4, 1] + 1) % 16
@@ -96,7 +107,8 @@ def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
 
 
 def test_a_byte_matters_from_the_frame_on_in_which_it_begins():
-    talker, batch = small(text_layers=0), collate_utterances(utterances()[:1])
+    talker = small(text_layers=0)
+    batch = collate_utterances(utterances()[:1], talker.config)
     before, starts = logits_of(talker, batch), batch["durations"][0].cumsum(0) - batch["durations"][0]
     for place in range(len(TEXTS[0])):
         changed = batch | {"symbols": batch["symbols"].clone()}
@@ -107,7 +119,8 @@ def test_a_byte_matters_from_the_frame_on_in_which_it_begins():
 
 
 def test_a_byte_is_read_with_its_neighbours():
-    talker, batch = small(), collate_utterances(utterances()[:1])
+    talker = small()
+    batch = collate_utterances(utterances()[:1], talker.config)
     before = logits_of(talker, batch)
     changed = batch | {"symbols": batch["symbols"].clone()}
     changed["symbols"][0, 6] = ord("z")
@@ -157,7 +170,8 @@ def test_an_utterance_that_never_ends_is_cut():
 
 
 def test_the_thinkers_states_are_heard_and_may_be_absent():
-    talker, batch = small(thinker_d_model=24), collate_utterances(utterances())
+    talker = small(thinker_d_model=24)
+    batch = collate_utterances(utterances(), talker.config)
     without = logits_of(talker, batch)
     shape = (*batch["symbols"].shape, 24)
     assert torch.equal(logits_of(talker, batch | {"thinker_states": torch.zeros(shape)}), without)
@@ -165,7 +179,8 @@ def test_the_thinkers_states_are_heard_and_may_be_absent():
 
 
 def test_hidden_frames_are_not_seen():
-    talker, batch = small(), collate_utterances(utterances()[:1])
+    talker = small()
+    batch = collate_utterances(utterances()[:1], talker.config)
     hidden = torch.zeros(1, 9, dtype=torch.bool)
     hidden[0, 3] = True
     one, _ = forward(talker, batch, frame_dropout=hidden)
@@ -229,7 +244,8 @@ def test_metrics_by_hand():
 
 
 def test_loss_and_validation_agree():
-    talker, batch = small(), collate_utterances(utterances())
+    talker = small()
+    batch = collate_utterances(utterances(), talker.config)
     totals = {k: v.double() if v.dim() else v.item() for k, v in talker_sums(talker, batch).items()}
     metrics = talker_metrics(totals)
     loss, logged = talker_loss(talker, batch, frame_dropout=0.0, duration_weight=0.5)
@@ -242,7 +258,7 @@ def test_it_overfits_a_batch_and_then_says_it_by_itself():
     torch.manual_seed(1)
     config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **SIZES)
     talker, samples = Talker(config), utterances()
-    batch = collate_utterances(samples)
+    batch = collate_utterances(samples, config)
     optimizer = torch.optim.AdamW(talker.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(120):
         loss, _ = talker_loss(talker, batch, frame_dropout=0.1, duration_weight=1.0)
