@@ -9,6 +9,7 @@ from stages import STAGES
 from omni.config import (
     AudioEncoderConfig,
     OcrConfig,
+    SftConfig,
     TalkerConfig,
     TextConfig,
     VisionConfig,
