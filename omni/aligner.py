@@ -26,7 +26,7 @@ TEXT_SYMBOLS = 257
 MAX_TEXT_BYTES = 4096
 _KERNEL = 5
 _BLANK = -1.0  # score of being between two bytes, while training; as Badlani et al.
-_PRIOR_STD = 0.2  # how far a byte may be from the diagonal, as a share of the whole
+_PRIOR_STD = 0.1  # how far a byte may be from the diagonal, as a share of the whole
 _NEVER = -1e4  # score of a byte beyond the text's end
 
 

@@ -140,4 +140,4 @@ def test_validation_is_the_mean_over_bytes():
 def test_the_prior_is_highest_on_the_diagonal():
     prior = diagonal_prior(torch.tensor([10, 5]), torch.tensor([10, 5]), 10, 10)
     assert prior[0].argmax(dim=1).tolist() == list(range(10)) and prior[1, :5].argmax(dim=1).tolist() == list(range(5))
-    assert prior[0, 0, 0] == 0 and prior[0, 0, 2] == pytest.approx(-0.5), "0.2 of the whole is a standard deviation"
+    assert prior[0, 0, 0] == 0 and prior[0, 0, 1] == pytest.approx(-0.5), "a tenth of the whole is a standard deviation"
