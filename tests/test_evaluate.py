@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 from harness import Process, Training, run_script
+from stages import STAGES, StageCase
 from test_bad_rows import read_rows, spoil
 from test_config import only_error
 
 HELD_OUT_KEY = {"text": "val_text", "vision": "val_manifest"}  # of the others: val_csv
+
+
+# stage E is judged in its own validation only: its held-out data are several files
+@pytest.fixture(params=[stage for stage in STAGES if stage.name != "omni"], ids=lambda stage: stage.name)
+def stage(request) -> StageCase:
+    return request.param
 
 
 def evaluate(training: Training, stage: str, *arguments: str) -> Process:
