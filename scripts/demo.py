@@ -25,7 +25,6 @@ from omni.errors import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"
-MERGED = ROOT / "checkpoints" / "merged_demo"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class DemoStage:
     held_out: str | None = None  # data to show a few items of, beside what the model makes of them
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it wants
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
-    each_task: str | None = None  # target of each accuracy_<task> that the metrics have
 
     @property
     def folder(self) -> Path:
@@ -130,13 +128,16 @@ STAGES = [
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
         smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
+]
+
+# It runs, but is far from its target yet, and so is no part of the demo; nor is the export of all stages.
+UNFINISHED = [
     DemoStage(
         name="sft",
         script="sft_omni.py",
         config="configs/omni_sft_demo.json",
         final="omni_final.pt",
         metrics={"accuracy": "> 0.6"},
-        each_task="> 0.5",
         data={
             "text_path": "text/tiny_corpus.txt",
             "val_text_path": "text/tiny_corpus.val.txt",
@@ -186,11 +187,6 @@ def demo() -> int:
             run(stage.script, "--config", stage.config)
             metrics = load(stage.folder / stage.final)["metrics"]
             results[stage.name] = {name: round(metrics[name], 4) for name in stage.metrics}
-            if stage.each_task:
-                by_task = {name: value for name, value in metrics.items() if name.startswith("accuracy_")}
-                results[stage.name]["by_task"] = {
-                    name.removeprefix("accuracy_"): round(value, 4) for name, value in by_task.items()
-                }
         finally:
             if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing
                 minutes[stage.name] = round(minutes.get(stage.name, 0.0) + (time.monotonic() - started) / 60, 2)
@@ -200,17 +196,18 @@ def demo() -> int:
     for stage in STAGES:
         if stage.held_out:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
-    export(folders, MERGED)
-    ask_exported(MERGED, ROOT / "data", ROOT / "checkpoints")
+    talker, sound = folders["talker"], ROOT / "checkpoints" / "speech.wav"
+    print(f"\nsay>  {SPOKEN} -> {sound}", flush=True)
+    run("infer_chat.py", "--ckpt_dir", str(talker), "--say", SPOKEN, "--audio_out", str(sound))
     print_table(results)
-    print(f"\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir {MERGED.relative_to(ROOT)}")
+    print("\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir checkpoints/thinker_demo")
     return 0
 
 
 def smoke(folder: Path) -> int:
-    started = time.monotonic()
+    started, stages = time.monotonic(), STAGES + UNFINISHED
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
-    for stage in STAGES:
+    for stage in stages:
         data = {key: str(folder / "data" / name) for key, name in stage.data.items()}
         overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
         overrides += [f"{key}={folder / base}" for key, base in stage.bases.items()]
@@ -220,8 +217,8 @@ def smoke(folder: Path) -> int:
             overrides += [f"{key}={name}" for key, name in data.items()]
         run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
     ask(str(folder / "thinker"), QUESTIONS[:1])
-    folders = {stage.name: folder / stage.name for stage in STAGES}
-    for stage in STAGES:
+    folders = {stage.name: folder / stage.name for stage in stages}
+    for stage in stages:
         if stage.held_out:
             show(stage, folders, folder / "data" / stage.held_out, items=1)
     export(folders, folder / "merged_model")
@@ -295,9 +292,8 @@ def print_table(results: dict) -> None:
     print(f"\n{'stage':<12}{'held-out figure':<28}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
     for stage in STAGES:
         figures = results[stage.name]
-        rows = [(name, figures[name], target) for name, target in stage.metrics.items()]
-        rows += [(f"  {task}", value, stage.each_task) for task, value in figures.get("by_task", {}).items()]
-        for row, (name, value, target) in enumerate(rows):
+        for row, (name, target) in enumerate(stage.metrics.items()):
+            value = figures[name]
             minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
             label = stage.name if row == 0 else ""
             cells = f"{label:<12}{name:<28}{value:>10.3f}  {target or '':<24}"
