@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from omni.checkpoint import replace_file
 from omni.errors import UserError
-from omni.files import file_sha256, file_stat, write_json
+from omni.files import file_stat, index_is_current, write_json
 from omni.runtime import FolderLock, Run
 
 T = TypeVar("T")
@@ -174,7 +174,7 @@ def load_manifest(
     if not path.is_file():
         raise UserError(f"{path}: expected a file, found none")
     try:
-        fresh = _is_fresh(path, folder)
+        fresh = index_is_current(path, folder)
         if not fresh:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -182,25 +182,12 @@ def load_manifest(
     if not fresh:
         lock = FolderLock.wait_for(folder, log, check_stop)
         try:
-            if not _is_fresh(path, folder):  # another process may have made it before this one got the lock
+            if not index_is_current(path, folder):  # another process may have made it before this one got the lock
                 _make_index(path, folder, columns, key, check_stop)
                 log(f"indexed {path}: {len(np.load(folder / 'keys.npy', mmap_mode='r')):,} rows")
         finally:
             lock.release()
     return Manifest(path, folder)
-
-
-def _is_fresh(path: Path, folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if meta["stat"] == file_stat(path):
-        return True
-    if meta["stat"]["size"] == path.stat().st_size and meta["sha256"] == file_sha256(path):
-        write_json(folder / "meta.json", meta | {"stat": file_stat(path)})  # copied: the same bytes at another time
-        return True
-    return False
 
 
 def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, check_stop) -> None:

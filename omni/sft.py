@@ -23,7 +23,7 @@ from omni.corpus import read_chunks
 from omni.ctc import normalise_text
 from omni.data import permute
 from omni.errors import UserError
-from omni.files import file_sha256, file_stat, write_json
+from omni.files import file_stat, index_is_current, write_json
 from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
 from omni.runtime import FolderLock, Run
@@ -304,7 +304,7 @@ def prepare_text(run: Run, path: str) -> TextLines:
     digest = hashlib.sha256(f"lines {path.resolve()}".encode()).hexdigest()[:12]
     folder = Path(run.config.cache_dir or path.parent) / f"{path.name}.index-{digest}"
     with run.main_process_first():
-        if run.is_main and not _is_current(path, folder):
+        if run.is_main and not index_is_current(path, folder):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = FolderLock.wait_for(folder, run.log, run.check_stop)
@@ -313,24 +313,11 @@ def prepare_text(run: Run, path: str) -> TextLines:
                     f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
                 ) from error
             try:
-                if not _is_current(path, folder):  # another process may have made it before this one got the lock
+                if not index_is_current(path, folder):  # another process may have made it before this one got the lock
                     _index_lines(run, path, folder)
             finally:
                 lock.release()
     return TextLines(path, folder)
-
-
-def _is_current(path: Path, folder: Path) -> bool:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if meta["stat"] == file_stat(path):
-        return True
-    if meta["stat"]["size"] == path.stat().st_size and meta["sha256"] == file_sha256(path):
-        write_json(folder / "meta.json", meta | {"stat": file_stat(path)})  # copied: the same bytes at another time
-        return True
-    return False
 
 
 def _index_lines(run: Run, path: Path, folder: Path) -> None:
