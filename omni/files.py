@@ -23,7 +23,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def index_is_current(path: Path, folder: Path) -> bool:
-    """Whether the index in ``folder``, of which ``meta.json`` holds ``stat`` and ``sha256``, is of ``path`` as it is."""
+    """Whether the index in ``folder`` (its ``meta.json`` has ``stat`` and ``sha256``) is of ``path`` as it is."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
     except (FileNotFoundError, ValueError):
