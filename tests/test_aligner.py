@@ -23,9 +23,14 @@ from omni.manifest import BadRow
 KEYS = {"save_dir": "-", "tts_csv": "-", "max_steps": 1, "n_mels": 8, "aligner_d_model": 32}
 
 
-def small(**keys) -> Aligner:
+def small(*, mixing: bool = False, **keys) -> Aligner:
+    """An untrained aligner; ``mixing``: its layers, which begin as identities, do something."""
     torch.manual_seed(1)
-    return Aligner(AlignerConfig(**(KEYS | keys))).eval()
+    aligner = Aligner(AlignerConfig(**(KEYS | keys))).eval()
+    if mixing:
+        for parameter in aligner.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return aligner
 
 
 def spelled(texts: list[str], seed: int = 0) -> tuple[dict, list[list[int]]]:
@@ -60,13 +65,23 @@ def test_slots_are_whole_mel_frames(frame_ms, slots):
 
 
 def test_padding_changes_nothing():
-    aligner = small()
+    aligner = small(mixing=True)
     batch, _ = spelled(["a red cat", "no"])
-    together = aligner(*batch.values())
     L, T = int(batch["text_lengths"][1]), int(batch["lengths"][1])
-    short = {"symbols": batch["symbols"][:, :L], "log_mels": batch["log_mels"][:, :T]}
+    batch["lengths"][1] -= 3  # a code begun counts as a whole one, and is silent where the recording has ended
+    batch["symbols"][1, L:] = 7
+    batch["log_mels"][1, T - 3 :] = 100.0
+    together = aligner(*batch.values())
+    short = {"symbols": batch["symbols"][:, :L], "log_mels": batch["log_mels"][:, :T].clone()}
+    short["log_mels"][1, T - 3 :] = -100.0
     alone = aligner(*(value[1:] for value in (batch | short).values()))
     torch.testing.assert_close(together[1, : T // 2, :L], alone[0], rtol=1e-4, atol=1e-4)
+    chosen = together[1].softmax(dim=-1)
+    assert chosen[:, :L].sum(dim=-1).allclose(torch.ones(len(chosen))), "nothing is left for what is no byte"
+
+
+def test_a_code_begun_has_its_slots():
+    assert small().slots(torch.tensor([1, 8, 9])).tolist() == [4, 4, 8]
 
 
 def test_the_likeliest_way_is_the_best_of_all():

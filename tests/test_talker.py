@@ -169,6 +169,20 @@ def test_an_utterance_that_never_ends_is_cut():
     assert len(list(talker.generate(symbols, max_frames=3))) == 3
 
 
+def test_each_utterance_is_cut_at_its_own_limit():
+    talker, symbols = small(), [text_symbols(text) for text in TEXTS]
+    without_end(talker)
+    alone = [len(list(talker.generate([line], max_frames=10_000))) for line in symbols]
+    going_on = torch.stack([going_on for _, going_on in talker.generate(symbols, max_frames=10_000)])
+    assert going_on.sum(dim=0).tolist() == alone and len(set(alone)) > 1
+
+
+def test_only_the_first_codebook_can_end_an_utterance():
+    talker = small()
+    logits, _ = forward(talker, collate_utterances(utterances(), talker.config))
+    assert logits[:, :, 0, -1].isfinite().all() and (logits[:, :, 1:, -1] == -torch.inf).all()
+
+
 def test_the_thinkers_states_are_heard_and_may_be_absent():
     talker = small(thinker_d_model=24)
     batch = collate_utterances(utterances(), talker.config)
