@@ -4,13 +4,14 @@
 # make smoke  every stage on a few steps, and one question: under three minutes
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios
+# make web    install what scripts/web_demo.py needs
 
 # The first of these that is Python 3.11 or newer; or say: make PYTHON=/path/to/python3
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture lint format bench clean
+.PHONY: demo smoke test torture lint format bench web clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -22,6 +23,11 @@ BIN := .venv/bin
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+# --no-deps: see requirements-web.txt
+.venv/.installed-web: .venv/.installed requirements-web.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-web.txt
 	@touch $@
 
 demo: .venv/.installed
@@ -46,6 +52,8 @@ format: .venv/.installed-dev
 
 bench: .venv/.installed-dev
 	$(BIN)/python scripts/bench.py
+
+web: .venv/.installed-web
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -17,7 +17,6 @@ have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt`
 
 import argparse
 import itertools
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,15 +25,12 @@ from pathlib import Path
 import soundfile
 
 from omni.aligner import MAX_TEXT_BYTES
-from omni.assistant import Assistant, load_reader, load_speaker
+from omni.assistant import Assistant, clean, load_reader, load_speaker, message, read_picture, sentences, spoken
 from omni.checkpoint import replace_file
 from omni.errors import UserError
-from omni.images import load_image
-from omni.manifest import BadRow
-from omni.ocr import read_text
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import MAX_SECONDS, Speaker
-from omni.tokenizer import StreamDecoder, Tokenizer
+from omni.tokenizer import Tokenizer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -131,17 +127,14 @@ def without_effect(args: argparse.Namespace, mode: str, *names: str) -> None:
 
 def answer(assistant: Assistant, tokenizer: Tokenizer, prompt, args: argparse.Namespace) -> Iterator[str]:
     """Yield the pieces of text that follow ``prompt``, token ids or what ``Assistant.prompt`` returns."""
-    decoder = StreamDecoder(tokenizer, skip_special=True)
-    for token_id in assistant.generate(
+    yield from assistant.answer(
         prompt,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
         seed=args.seed,
-    ):
-        yield decoder.push(token_id)
-    yield decoder.flush()
+    )
 
 
 def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> str:
@@ -165,13 +158,6 @@ def frames_of(assistant: Assistant, path: str, count: int | None) -> list[dict]:
     frames, total = assistant.video(path, count)
     print(f"{path}: {len(frames)} of {total} frames", file=sys.stderr)
     return frames
-
-
-def message(attached: list[dict], text: str) -> dict:
-    """What the user says: attachments first, as in training, then the text."""
-    if not attached:
-        return {"role": "user", "content": text}
-    return {"role": "user", "content": attached + ([{"type": "text", "text": text}] if text.strip() else [])}
 
 
 def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
@@ -283,11 +269,6 @@ def read_line() -> str | None:
             return None
 
 
-def clean(text: str) -> str:
-    """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
 # --- Speaking and reading --------------------------------------------------------------------------------------------
 
 
@@ -299,11 +280,6 @@ def find_speaker(args: argparse.Namespace) -> Speaker:
     return speaker
 
 
-def sentences(text: str) -> list[str]:
-    """A text as the talker has learnt to speak: one sentence at a time."""
-    return [sentence for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text.strip()) if sentence.strip()]
-
-
 def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling) -> None:
     """Speak one text after the other into a WAV file, piece by piece; how fast that went is told on stderr.
 
@@ -311,23 +287,12 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
         UserError: there is nothing to say, or the file cannot be written.
     """
     started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
-    longest = int(speaker.max_frames * speaker.code_s * rate)
 
-    def pieces() -> Iterator:
-        for text in texts:
-            if len(text.encode()) >= MAX_TEXT_BYTES:
-                raise UserError(f"{what}: has a sentence of {len(text.encode())} bytes, too long to be spoken")
-            said = 0
-            for piece in speaker.stream(text, **sampling):
-                said += len(piece)
-                yield piece
-            if said >= longest:
-                print(f"{path}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
+    def cut(text: str) -> None:
+        print(f"{path}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
 
-    sound = pieces()
-    first = next(sound, None)
-    if first is None:
-        raise UserError(f"{what}: the talker had nothing to say to it")
+    sound = spoken(speaker, texts, what, cut, **sampling)
+    first = next(sound)
     first_s = time.perf_counter() - started
 
     def write(file) -> None:
@@ -359,14 +324,9 @@ def say(args: argparse.Namespace) -> None:
 
 def read(args: argparse.Namespace) -> None:
     """Print the text of each ``--image``, a line each."""
-    device = pick_device(args.device)
-    reader = load_reader(args.ckpt_dir, args.ocr_ckpt, device)
+    reader = load_reader(args.ckpt_dir, args.ocr_ckpt, pick_device(args.device))
     for path in args.image:
-        try:
-            picture = load_image(path, reader.arch.height, reader.arch.width, fit="pad")
-        except BadRow as error:
-            raise UserError(str(error)) from error
-        print(*read_text(reader, picture[None].to(device)), flush=True)
+        print(read_picture(reader, path), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

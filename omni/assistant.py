@@ -1,21 +1,24 @@
 """Who answers, who speaks, who reads: found in whatever kind of folder, that of a stage or an exported one."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from omni.aligner import MAX_TEXT_BYTES
 from omni.checkpoint import load_stage, step_files
 from omni.config import SftConfig
 from omni.errors import UserError
-from omni.images import load_frames
+from omni.images import load_frames, load_image
 from omni.manifest import BadRow
 from omni.merged import Merged, is_merged
-from omni.ocr import Ocr, load_ocr
+from omni.ocr import Ocr, load_ocr, read_text
 from omni.omni_model import Encoded, Inputs, OmniModel, load_omni
 from omni.speech import Speaker
 from omni.thinker import Thinker, load_thinker
-from omni.tokenizer import Tokenizer
+from omni.tokenizer import StreamDecoder, Tokenizer
 from omni.vocoder import load_vocoder
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
@@ -97,13 +100,19 @@ class Assistant:
 
         return self._attach("vision_encoder", path, frames)
 
+    def lacks(self, encoder: str) -> str | None:
+        """Why it does not see (``vision_encoder``) or hear (``audio_encoder``), as a sentence; None: it does."""
+        if self.omni is not None and getattr(self.omni, encoder) is not None:
+            return None
+        does = "see" if encoder == "vision_encoder" else "hear"
+        return (
+            f"the model in {self.folder} does not {does}. Expected a folder of stage E that was trained to, or an "
+            f"export of one (export.py --omni_ckpt)"
+        )
+
     def _attach(self, encoder: str, path: str | Path, read):
-        if self.omni is None or getattr(self.omni, encoder) is None:
-            does = "see" if encoder == "vision_encoder" else "hear"
-            raise UserError(
-                f"{path}: the model in {self.folder} does not {does}. Expected a folder of stage E that was trained "
-                f"to, or an export of one (export.py --omni_ckpt)"
-            )
+        if reason := self.lacks(encoder):
+            raise UserError(f"{path}: {reason}")
         try:
             return read(self.inputs)
         except BadRow as error:
@@ -146,8 +155,30 @@ class Assistant:
         sampling["stop_ids"] = (self.tokenizer.end_id, self.tokenizer.eos_id)
         if isinstance(prompt, Encoded):
             embeds = self.omni.embed_prompt(self.inputs, prompt)
-            return self.thinker.generate(prompt.ids, inputs_embeds=embeds, **sampling)
+            return self.thinker.generate(inputs_embeds=embeds, **sampling)
         return self.thinker.generate(prompt, **sampling)
+
+    def answer(self, prompt: list[int] | Encoded, **sampling) -> Iterator[str]:
+        """The text that follows ``prompt``, in pieces, each as soon as it is known; as ``generate``."""
+        return self._decoded(self.generate(prompt, **sampling))
+
+    def _decoded(self, ids: Iterator[int]) -> Iterator[str]:
+        decoder = StreamDecoder(self.tokenizer, skip_special=True)
+        for token_id in ids:
+            yield decoder.push(token_id)
+        yield decoder.flush()
+
+
+def message(attached: list[dict], text: str) -> dict:
+    """What the user says: attachments first, as in training, then the text."""
+    if not attached:
+        return {"role": "user", "content": text}
+    return {"role": "user", "content": attached + ([{"type": "text", "text": text}] if text.strip() else [])}
+
+
+def clean(text: str) -> str:
+    """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def length(prompt: list[int] | Encoded) -> int:
@@ -186,6 +217,39 @@ def load_speaker(
     return speaker, f"{source}: talker of step {facts['step']}, {judged}"
 
 
+def sentences(text: str) -> list[str]:
+    """A text as the talker has learnt to speak: one sentence at a time."""
+    return [sentence for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text.strip()) if sentence.strip()]
+
+
+def spoken(
+    speaker: Speaker, texts: list[str], what: str, on_cut: Callable[[str], None], **sampling
+) -> Iterator[np.ndarray]:
+    """The sound of one text after the other, (S,) float32 pieces as they come.
+
+    Args:
+        what: whose texts they are, for messages.
+        on_cut: called with a text of which more than ``MAX_SECONDS`` would have been said.
+        sampling: as in ``Speaker.stream``.
+
+    Raises:
+        UserError: a text is too long to be spoken, or there is nothing to say.
+    """
+    longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
+    silent = True
+    for text in texts:
+        if len(text.encode()) >= MAX_TEXT_BYTES:
+            raise UserError(f"{what}: has a sentence of {len(text.encode())} bytes, too long to be spoken")
+        said = 0
+        for piece in speaker.stream(text, **sampling):
+            said, silent = said + len(piece), False
+            yield piece
+        if said >= longest:
+            on_cut(text)
+    if silent:
+        raise UserError(f"{what}: the talker had nothing to say to it")
+
+
 def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Ocr:
     """Who reads pictures of text: the model of ``ocr_ckpt`` (stage G), else that of ``folder``, stage G's or an export.
 
@@ -196,6 +260,24 @@ def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Oc
     if ocr_ckpt is None and not is_merged(folder) and not _has(folder, "ocr"):
         raise UserError(f"{folder}: expected ocr.pt, found none. Give the folder of stage G as --ocr_ckpt")
     return Merged(source).part("ocr", device) if is_merged(source) else load_ocr(source, device)
+
+
+def read_picture(reader: Ocr, path: str | Path) -> str:
+    """The text of a picture file of one line of text.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        picture = load_image(path, reader.arch.height, reader.arch.width, fit="pad")
+    except BadRow as error:
+        raise UserError(str(error)) from error
+    return read_text(reader, picture[None].to(next(reader.parameters()).device))[0]
+
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a stage's folder or an export holds a ``talker`` or an ``ocr``, damaged or not."""
+    return Merged(folder).has(part) if is_merged(folder) else _has(folder, part)
 
 
 def _has(folder: Path, prefix: str) -> bool:

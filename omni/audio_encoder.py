@@ -227,6 +227,7 @@ class AudioEncoder(nn.Module):
         self.d_model, self.downsample_time = arch.d_model, arch.downsample_time
         self.subsampling = Subsampling(arch)
         self.layers = nn.ModuleList(Block(arch, use_flash) for _ in range(arch.n_layers))
+        self.n_tokens = n_tokens
         self.ctc_head = nn.Linear(arch.d_model, n_tokens + 1)
         self.dropout = nn.Dropout(arch.dropout)
         for module in self.modules():

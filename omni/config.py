@@ -741,7 +741,7 @@ class SftConfig(StageConfig):
     # Sizes
     ctx_len: int | None = Field(None, ge=8, description="positions of a sample; default: the Thinker's ctx_len")
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
-    audio_stack: int = Field(1, ge=1, description="neighbouring audio frames in one position of the Thinker")
+    drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head hears nothing new")
     image_stack: int = Field(1, ge=1, description="side of the square of neighbouring patches in one position")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the Thinker's residual branches, in training only")
     freeze_encoders: bool = Field(True, description="leave audio and vision encoder as they are")

@@ -12,6 +12,7 @@ stage A; no text of a user can spell them (``Tokenizer.encode``).
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,6 @@ class Inputs:
     def __init__(self, tokenizer: Tokenizer, config: SftConfig):
         self.tokenizer, self.prompt = tokenizer, config.prompt
         self.ctx_len = config.parts["thinker"]["ctx_len"]
-        self.audio_stack, self.image_stack = config.audio_stack, config.image_stack
         audio, vision = config.parts.get("audio_encoder"), config.parts.get("vision_encoder")
         self.audio = self.mel = self.img_size = None
         if audio:
@@ -99,8 +99,9 @@ class Inputs:
         return {"type": "audio", "audio": features, "text": text}
 
     def sound_positions(self, mel_frames: int) -> int:
-        """Positions that a recording of so many mel frames takes, its start and end token aside."""
-        return -(-output_frames(mel_frames, self.audio["downsample_time"]) // self.audio_stack)
+        """Positions of a recording of so many mel frames, its start and end token aside: one for each frame of the
+        encoder, of which the model may leave some out."""
+        return output_frames(mel_frames, self.audio["downsample_time"])
 
     # Conversations
 
@@ -174,10 +175,11 @@ class Inputs:
 
         Returns:
             ``tokens`` and ``targets`` (B, T), padded after their ends; ``weight``, the number of targets; ``prompts``
-            (B,). If there are pictures: ``images`` (I, 3, H, W) uint8 and ``image_at`` (I * P,), the places of their
-            positions, counted over the flattened batch. If there are recordings: ``features`` (A, F, M), zero beyond
-            ``lengths`` (A,); ``sound_at`` (R,), and ``sound_from`` (R,): which of all A * U / audio_stack padded
-            positions stands there; ``spoken`` (A, L) and ``spoken_lengths`` (A,), what they say.
+            (B,); ``sizes`` (B,), the positions that are no padding. If there are pictures: ``images`` (I, 3, H, W)
+            uint8 and ``image_at`` (I * P,), the places of their positions, counted over the flattened batch. If there
+            are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,); ``sound_at`` (R,), and ``sound_from``
+            (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and ``spoken_lengths`` (A,), what
+            they say.
         """
         T = self.pad_to or max(len(sample.ids) for sample in samples)
         tokens = torch.full((len(samples), T), self.tokenizer.eos_id)
@@ -189,6 +191,7 @@ class Inputs:
             "tokens": tokens,
             "targets": targets,
             "prompts": torch.tensor([sample.prompt for sample in samples]),
+            "sizes": torch.tensor([len(sample.ids) for sample in samples]),
             "weight": int((targets != IGNORED).sum()),
         }
         images = [(row * T + at, image) for row, sample in enumerate(samples) for at, image in sample.images]
@@ -199,7 +202,7 @@ class Inputs:
         sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
         if sounds:
             longest = max(len(sound) for _, sound in sounds)
-            step = self.audio["downsample_time"] * self.audio_stack
+            step = self.audio["downsample_time"]
             features = torch.zeros(len(sounds), step * -(-longest // step), self.mel.n_mels)
             per_sound, at, taken = features.shape[1] // step, [], []
             for index, (start, sound) in enumerate(sounds):
@@ -244,6 +247,15 @@ class Projection(nn.Module):
         self.fc2.bias.mul_(factor)
 
 
+class Sequences(NamedTuple):
+    """What the Thinker reads of a batch: B rows, each without the positions that have nothing to say."""
+
+    embeds: Tensor  # (B, T, D)
+    targets: Tensor  # (B, T)
+    dropped: Tensor  # (B,) how many positions shorter each row has become
+    sounds: Tensor | None  # (A, U, D), the recordings before any of their positions were dropped
+
+
 class OmniModel(nn.Module):
     """Thinker, encoders and projections. A part that no task of the mix needs is None, and not in the state dict.
 
@@ -252,21 +264,24 @@ class OmniModel(nn.Module):
         use_flash: fused attention; ``audio_flash`` of the audio encoder alone.
 
     Liu et al. 2023, "Visual Instruction Tuning" (LLaVA), for pictures and recordings alike. Departures: neighbouring
-    frames (``audio_stack``) or patches (``image_stack`` x ``image_stack``) may share a position, side by side.
+    patches (``image_stack`` x ``image_stack``) may share a position, side by side; and of a recording, those frames may
+    be left out in which the encoder's CTC head hears nothing new (``drop_blanks``, as Gaido et al. 2021, "CTC-based
+    Compression for Direct Speech Translation"): what is left is as long as a text.
     """
 
     def __init__(self, config: SftConfig, *, use_flash: bool = True, audio_flash: bool = True):
         super().__init__()
         parts, self.frozen, self.audio_id = config.parts, config.freeze_encoders, SPECIAL_TOKENS.index("<|audio|>")
-        self.audio_stack, self.image_stack = config.audio_stack, config.image_stack
+        self.drop_blanks, self.image_stack = config.drop_blanks, config.image_stack
+        self.static = config.use_compile  # the Thinker wants one length only
         arch = ThinkerArchitecture.model_validate(parts["thinker"])
         self.thinker = Thinker(arch, use_flash=use_flash)
         self.audio_encoder = self.proj_a = self.vision_encoder = self.proj_v = None
         if audio := parts.get("audio_encoder"):
             audio_arch = _audio_architecture(audio)
             self.audio_encoder = AudioEncoder(audio_arch, audio["n_tokens"], use_flash=use_flash and audio_flash)
-            self.proj_a = Projection(audio["d_model"] * self.audio_stack, config.proj_d_ff, arch.d_model)
-            self.audio_encoder.ctc_head.requires_grad_(False)  # nothing asks it here; it stays with its encoder
+            self.proj_a = Projection(audio["d_model"], config.proj_d_ff, arch.d_model)
+            self.audio_encoder.ctc_head.requires_grad_(False)  # it says which frames are left out, and stays as it is
         if vision := parts.get("vision_encoder"):
             sizes = [vision[name] for name in _VIT_SIZES]
             self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
@@ -289,21 +304,17 @@ class OmniModel(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of a batch, each () float32: the mean cross-entropy of its targets in nats; the experts'
         load-balancing loss; how badly recordings spell their texts (``_misspelling``), per target of the first."""
-        x, sounds = self._embed(batch)
-        nats, balance = self.thinker(inputs_embeds=x, targets=batch["targets"])
+        embeds, targets, _, sounds = self.embed(batch)
+        nats, balance = self.thinker(inputs_embeds=embeds, targets=targets)
         misspelling = nats.new_zeros(())
         if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
             misspelling = self._misspelling(sounds, batch) / (batch["targets"] != IGNORED).sum()
         return nats, balance, misspelling
 
-    def embed(self, batch: dict) -> Tensor:
-        """What the Thinker reads, (B, T, D), of a batch of ``Inputs.collate``."""
-        return self._embed(batch)[0]
-
-    def _embed(self, batch: dict) -> tuple[Tensor, Tensor | None]:
-        """What the Thinker reads, and the recordings in it (A, U / audio_stack, D), padded."""
+    def embed(self, batch: dict) -> Sequences:
+        """What the Thinker reads of a batch of ``Inputs.collate``."""
         x = self.thinker.embed_tokens(batch["tokens"])  # (B, T, D)
-        rows, sounds = x.flatten(0, 1), None  # (B * T, D)
+        rows, sounds, new = x.flatten(0, 1), None, None  # (B * T, D)
         if "images" in batch:
             rows = rows.index_copy(0, batch["image_at"], self._pictures(batch).flatten(0, 1).to(rows.dtype))
         elif self.vision_encoder is not None and self.training:
@@ -311,12 +322,23 @@ class OmniModel(nn.Module):
             # optimizer's averages must not depend on how a step falls into micro-batches.
             rows = rows + 0.0 * self._pictures(self._blank(x)).sum().to(rows.dtype)
         if "features" in batch:
-            sounds = self._sounds(batch)
+            sounds, new = self._sounds(batch)
             found = sounds.flatten(0, 1).index_select(0, batch["sound_from"])
             rows = rows.index_copy(0, batch["sound_at"], found.to(rows.dtype))
         elif self.audio_encoder is not None and self.training:
-            rows = rows + 0.0 * self._sounds(self._blank(x)).sum().to(rows.dtype)
-        return rows.view_as(x), sounds
+            rows = rows + 0.0 * self._sounds(self._blank(x))[0].sum().to(rows.dtype)
+        x, targets = rows.view_as(x), batch["targets"]
+        if new is None or not self.drop_blanks:
+            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), sounds)
+        kept = torch.ones(targets.numel(), dtype=torch.bool, device=x.device)
+        kept[batch["sound_at"]] = new.flatten()[batch["sound_from"]]
+        kept = kept.view_as(targets)
+        # what is left out goes to the end, where it is padding
+        order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
+        if x.device.type == "cpu" and not self.static:  # a GPU would have to be waited for
+            order = order[:, : int((batch["sizes"] - dropped).max())]
+        targets = targets.masked_fill(~kept, IGNORED).gather(1, order)
+        return Sequences(x.gather(1, order[..., None].expand(-1, -1, x.shape[2])), targets, dropped, sounds)
 
     def _pictures(self, batch: dict) -> Tensor:
         """The pictures (I, 3, H, W) as (I, P, D): all patches, row by row, CLS left out."""
@@ -327,12 +349,14 @@ class OmniModel(nn.Module):
         grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3)  # (I, rows, columns, s, s, K)
         return self.proj_v(grid.flatten(3).flatten(1, 2))
 
-    def _sounds(self, batch: dict) -> Tensor:
-        """The recordings (A, F, M) as (A, U / audio_stack, D), padded."""
+    def _sounds(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """The recordings (A, F, M) as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not
+        the same as in the frame before."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             frames, lengths = self.audio_encoder.encode(batch["features"], batch["lengths"])  # (A, U, K)
-        frames = frames * frame_mask(lengths, frames.shape[1])[:, :, None]  # the last stack may be half full
-        return self.proj_a(frames.unflatten(1, (-1, self.audio_stack)).flatten(2))
+        frames = frames * frame_mask(lengths, frames.shape[1])[:, :, None]
+        heard, blank = self.audio_encoder.ctc_head(frames.detach()).argmax(dim=-1), self.audio_encoder.n_tokens
+        return self.proj_a(frames), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
 
     def _misspelling(self, sounds: Tensor, batch: dict) -> Tensor:
         """How far the positions of recordings are from the token embeddings of what they say: () float32, a sum.
@@ -346,7 +370,7 @@ class OmniModel(nn.Module):
         table = torch.cat((table[:blank], table[blank + 1 :], table[blank, None]))
         with torch.autocast(sounds.device.type, enabled=False):  # near cosines would be equal in bf16
             logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T
-        steps = output_frames(batch["lengths"], self.audio_encoder.downsample_time * self.audio_stack)
+        steps = output_frames(batch["lengths"], self.audio_encoder.downsample_time)
         units = batch["spoken"] - (batch["spoken"] > blank).long()
         nll = ctc_nll(logits, steps, units, batch["spoken_lengths"])
         return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
@@ -358,9 +382,9 @@ class OmniModel(nn.Module):
             height, width = self.vision_encoder.img_size
             blank["images"] = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=like.device)
         if self.audio_encoder is not None:
-            frames = self.audio_encoder.downsample_time * self.audio_stack
+            frames = self.audio_encoder.downsample_time
             mels = self.audio_encoder.subsampling.linear.in_features // self.audio_encoder.subsampling.conv.out_channels
-            blank["features"] = like.new_zeros(1, frames, mels * self.audio_encoder.downsample_time)
+            blank["features"] = like.new_zeros(1, frames, mels * frames)
             blank["lengths"] = torch.full((1,), frames, device=like.device)
         return blank
 
@@ -374,7 +398,8 @@ class OmniModel(nn.Module):
     def embed_prompt(self, inputs: Inputs, encoded: Encoded) -> Tensor:
         """One sequence as the Thinker reads it, (1, T, D)."""
         batch = {k: v.to(self.device) for k, v in inputs.collate([encoded]).items() if isinstance(v, Tensor)}
-        return self.embed(batch)[:, : len(encoded.ids)]
+        sequences = self.embed(batch)
+        return sequences.embeds[:, : len(encoded.ids) - int(sequences.dropped)]
 
     def generate(self, inputs: Inputs, messages: list[dict], **sampling) -> Iterator[int]:
         """Yield the ids of the answer to a conversation, each as soon as it is known.
@@ -389,7 +414,7 @@ class OmniModel(nn.Module):
         encoded = inputs.encode(messages)
         stop_ids = (inputs.tokenizer.end_id, inputs.tokenizer.eos_id)
         embeds = self.embed_prompt(inputs, encoded)
-        return self.thinker.generate(encoded.ids, inputs_embeds=embeds, stop_ids=stop_ids, **sampling)
+        return self.thinker.generate(inputs_embeds=embeds, stop_ids=stop_ids, **sampling)
 
     @torch.no_grad()
     def answers(self, embeds: Tensor, prompts: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...]) -> list[list]:

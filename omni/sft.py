@@ -568,12 +568,12 @@ class AnswerScore:
         self.inputs, self.max_answer_tokens = inputs, max_answer_tokens
 
     def sums(self, model: OmniModel, batch: dict) -> dict[str, Tensor]:
-        embeds, targets = model.embed(batch), batch["targets"]
+        embeds, targets, dropped, _ = model.embed(batch)
         nats, _ = model.thinker.loss(None, targets, "sum", inputs_embeds=embeds)
         totals = {"nats": nats, "targets": (targets != IGNORED).sum()}
         judged = [index for index, right in enumerate(batch["right"]) if right]
         if judged:
-            texts = self.answers(model, embeds[judged], batch["prompts"][judged])
+            texts = self.answers(model, embeds[judged], (batch["prompts"] - dropped)[judged])
             for index, text in zip(judged, texts, strict=True):
                 task, exact = batch["task"][index], normalise_answer(text) in batch["right"][index]
                 for name, value in ((f"exact/{task}", int(exact)), (f"items/{task}", 1)):

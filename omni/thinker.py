@@ -195,7 +195,7 @@ class Thinker(nn.Module):
 
     def generate(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] = (),
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -216,17 +216,18 @@ class Thinker(nn.Module):
             top_k: draw from the k likeliest only.
             top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2019).
             seed: the same seed gives the same answer; None: a new one each time.
-            inputs_embeds: (1, T, D), read in the place of the embeddings of ``prompt_ids``.
+            inputs_embeds: (1, T, D), a prompt of any modality, in the place of ``prompt_ids``.
         """
-        if not 0 < len(prompt_ids) <= self.arch.ctx_len:
-            raise ValueError(f"expected a prompt of 1 to {self.arch.ctx_len} tokens, found {len(prompt_ids)}")
+        prompt_length = len(prompt_ids) if inputs_embeds is None else inputs_embeds.shape[1]
+        if not 0 < prompt_length <= self.arch.ctx_len:
+            raise ValueError(f"expected a prompt of 1 to {self.arch.ctx_len} tokens, found {prompt_length}")
         device = self.embed_tokens.weight.device
         generator = torch.Generator(device=device)
         generator.seed() if seed is None else generator.manual_seed(seed)
-        max_new_tokens = min(max_new_tokens, self.arch.ctx_len - len(prompt_ids))
+        max_new_tokens = min(max_new_tokens, self.arch.ctx_len - prompt_length)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
-        cache = KVCache(self.arch, 1, len(prompt_ids) + max_new_tokens, device, dtype)
+        cache = KVCache(self.arch, 1, prompt_length + max_new_tokens, device, dtype)
         was_training = self.training
         self.eval()
         try:

@@ -734,8 +734,8 @@ def _casual(question: str, rng: random.Random) -> str:
 
 
 def _dialogue(context: str, pairs: list[tuple[str, str]], rng: random.Random) -> str:
-    """`context`, then one to four different questions about it."""
-    chosen = list(dict.fromkeys(rng.sample(pairs, min(len(pairs), rng.randint(1, 4)))))
+    """`context`, then two to eight different questions about it: the answers are all that can be learnt by reading."""
+    chosen = list(dict.fromkeys(rng.sample(pairs, min(len(pairs), rng.randint(2, 8)))))
     turns = [(_casual(question, rng), answer) for question, answer in chosen]
     turns[0] = (f"{context} {turns[0][0]}", turns[0][1])
     return chat(turns, SYSTEM_PROMPT if rng.random() < 0.05 else "")
@@ -756,12 +756,12 @@ def _everyday(rng: random.Random) -> str:
 
 
 def text_line(rng: random.Random, unseen: bool = False) -> str:
-    """One line of the text corpus: running text or a dialogue, half and half.
+    """One line of the text corpus: running text or, three times in four, a dialogue.
 
     A held-out line (`unseen`) always shows a held-out combination, a training line never does.
     """
     kinds = ("caption", "describe", "story", "scene chat", "story chat", "facts", "everyday")
-    weights = (12, 14, 14, 24, 14, 0 if unseen else 8, 0 if unseen else 14)  # facts have no combinations to hold out
+    weights = (5, 5, 5, 25, 20, 0 if unseen else 12, 0 if unseen else 28)  # facts have no combinations to hold out
     kind = rng.choices(kinds, weights)[0]
     if kind == "facts":
         return " ".join(dict.fromkeys(fact(rng)[1] for _ in range(rng.randint(2, 5))))

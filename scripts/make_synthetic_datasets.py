@@ -45,7 +45,7 @@ from omni import world
 from omni.errors import Interrupted, RunError, UserError
 from omni.synthetic import pictures, signs, speech
 
-TEXT_LINES = {"smoke": 2_000, "demo": 100_000, "large": 1_000_000}
+TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
 CLIPS = {  # collection -> clips; a clip lasts about 2 s
     "smoke": {"asr": 48, "asr.val": 16, "asr.val_voices": 16, "tts": 48, "tts.val": 16},

@@ -1,5 +1,6 @@
 """Stage E: attachments stand where the user put them, only answers have a loss, tasks come as their weights say."""
 
+import itertools
 import json
 import pickle
 import random
@@ -28,7 +29,7 @@ from omni.optim import build_adamw
 from omni.runtime import Run, Stage
 
 CPU = torch.device("cpu")
-SHAPES = {"single": {}, "stacked": {"audio_stack": 3, "image_stack": 2}, "prompted": {"prompt": "one two"}}
+SHAPES = {"single": {}, "stacked": {"image_stack": 2, "drop_blanks": False}, "prompted": {"prompt": "one two"}}
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +85,10 @@ def conversations(inputs: Inputs, folder: Path) -> list[list[dict]]:
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_attachments_stand_at_their_placeholders(folder, shape):
-    model, inputs, config = small_model(folder, **SHAPES[shape])
+    model, inputs, config = small_model(folder, **SHAPES[shape] | {"drop_blanks": False})
     encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
     batch = inputs.collate(encoded)
-    x, plain = model.embed(batch), model.thinker.embed_tokens(batch["tokens"])
+    x, plain = model.embed(batch).embeds, model.thinker.embed_tokens(batch["tokens"])
     image_id, audio_id = (inputs.tokenizer.token_id(name) for name in ("<|image|>", "<|audio|>"))
     places = (batch["tokens"] == image_id) | (batch["tokens"] == audio_id)
     assert torch.equal(x[~places], plain[~places]) and (x[places] != plain[places]).any(dim=-1).all()
@@ -102,11 +103,35 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
             torch.testing.assert_close(x[row, start : start + len(expected)], expected)
         for start, sound in sample.sounds:
             frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
-            frames = F.pad(frames[0, : int(lengths)], (0, 0, 0, -int(lengths) % config.audio_stack))
-            expected = model.proj_a(frames.view(-1, config.audio_stack * frames.shape[1]))
+            expected = model.proj_a(frames[0, : int(lengths)])
             torch.testing.assert_close(x[row, start : start + len(expected)], expected, rtol=1e-4, atol=1e-4)
             assert len(expected) == inputs.sound_positions(len(sound))
     assert inputs.tokenizer.token_id("<|system|>") in encoded[0].ids or shape != "prompted"
+
+
+@torch.no_grad()
+def test_of_a_recording_only_frames_stay_in_which_something_new_is_heard(folder):
+    model, inputs, _ = small_model(folder)
+    encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
+    batch = inputs.collate(encoded)
+    model.drop_blanks = False
+    whole = model.embed(batch)
+    model.drop_blanks = True
+    short, left_out = model.embed(batch), 0
+    for row, sample in enumerate(encoded):
+        kept = torch.ones(len(sample.ids), dtype=torch.bool)
+        for start, sound in sample.sounds:
+            frames, _ = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
+            heard = [model.audio_encoder.n_tokens, *model.audio_encoder.ctc_head(frames)[0].argmax(dim=-1).tolist()]
+            for at, (before, now) in enumerate(itertools.pairwise(heard)):
+                kept[start + at] = now not in (before, heard[0])
+        left_out += int((~kept).sum())
+        assert short.dropped[row] == (~kept).sum()
+        for one, other in ((short.embeds, whole.embeds), (short.targets, whole.targets)):
+            torch.testing.assert_close(one[row, : int(kept.sum())], other[row, : len(kept)][kept])
+        assert (short.targets[row, int(kept.sum()) :] == IGNORE).all()
+    longest = (batch["sizes"] - short.dropped).max()
+    assert 0 < left_out < len(batch["sound_at"]) and short.embeds.shape[1] == longest
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -114,10 +139,10 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
 def test_padding_and_company_change_nothing(folder, shape):
     model, inputs, _ = small_model(folder, **SHAPES[shape])
     encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
-    together = model.thinker(inputs_embeds=model.embed(inputs.collate(encoded)))
+    together = model.thinker(inputs_embeds=model.embed(inputs.collate(encoded)).embeds)
     for row, sample in enumerate(encoded):
         alone = model.thinker(inputs_embeds=model.embed_prompt(inputs, sample))[0]
-        torch.testing.assert_close(together[row, : len(sample.ids)], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -128,6 +153,8 @@ def test_cached_answers_equal_the_full_forward_and_those_of_a_batch(folder, shap
     encoded = [inputs.encode(messages) for messages in asked]
     stops = (inputs.tokenizer.end_id, inputs.tokenizer.eos_id)
     batch = inputs.collate(encoded)
+    embeds, _, dropped, _ = model.embed(batch)
+    prompts = batch["prompts"] - dropped
     one_by_one = []
     for messages, sample in zip(asked, encoded, strict=True):
         cached = list(model.generate(inputs, messages, max_new_tokens=6))
@@ -140,11 +167,11 @@ def test_cached_answers_equal_the_full_forward_and_those_of_a_batch(folder, shap
             x = torch.cat((x, model.thinker.embed_tokens(torch.tensor([[token]]))), dim=1)
         assert cached == full
         one_by_one.append(cached)
-    assert model.answers(model.embed(batch), batch["prompts"], 6, stops) == one_by_one
+    assert model.answers(embeds, prompts, 6, stops) == one_by_one
     # where the context ends, too: prompts that leave less room are answered as if alone
     room = model.thinker.arch.ctx_len
     limits = [list(model.generate(inputs, messages, max_new_tokens=room)) for messages in asked]
-    assert model.answers(model.embed(batch), batch["prompts"], room - 20, stops) == [a[: room - 20] for a in limits]
+    assert model.answers(embeds, prompts, room - 20, stops) == [a[: room - 20] for a in limits]
     assert max(map(len, one_by_one)) > 0
 
 
@@ -189,10 +216,11 @@ def test_only_answers_have_a_loss(folder):
         assert set(prompt.targets[encoded.prompt - 1 :]) == {IGNORE}
     batch = inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)])
     with torch.no_grad():
-        logits = model.thinker(inputs_embeds=model.embed(batch))
+        embeds, targets, _, _ = model.embed(batch)
+        logits = model.thinker(inputs_embeds=embeds)
         nats, _, _ = model(batch)
-    counted = batch["targets"] != IGNORE
-    expected = F.cross_entropy(logits[counted], batch["targets"][counted])
+    counted = targets != IGNORE
+    expected = F.cross_entropy(logits[counted], targets[counted])
     torch.testing.assert_close(nats, expected)
     assert batch["weight"] == int(counted.sum())
 

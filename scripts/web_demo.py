@@ -1,0 +1,162 @@
+"""Talk to a trained model in the browser: ``python scripts/web_demo.py --ckpt_dir merged_model``.
+
+A page for conversations with text, pictures and recordings, whose answers can be heard while they are spoken; for
+texts to say; and for pictures of text to read. What the model cannot do is switched off there, with the reason. It
+needs Gradio (``make web``). Nothing leaves the machine: no telemetry, no share link, and the page may load nothing
+from elsewhere. What is uploaded is deleted after an hour, and when the program ends (Ctrl-C).
+
+    python scripts/web_demo.py --ckpt_dir checkpoints/thinker_demo --talker_ckpt checkpoints/talker_demo --port 8000
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
+
+from omni.assistant import Assistant, has_part, load_reader, load_speaker
+from omni.errors import UserError
+from omni.runtime import OneLineErrors, launch, pick_device
+from omni.synthetic import pictures, signs, speech
+
+INSTALL = "pip install --no-deps -r requirements-web.txt"
+try:
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    from omni.web import Page, build
+except ImportError as error:  # told by main, as one line
+    gr, missing = None, error
+
+# The browser itself refuses what the page might want from other machines, whatever Gradio puts into it.
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+
+
+def draw_examples(assistant: Assistant, folder: Path) -> tuple[list[dict], Path]:
+    """Questions of the built-in world that the model can be asked, and a sign to read; the files go into ``folder``."""
+    examples = [{"text": "What is the opposite of big?", "files": []}, {"text": "What is your name?", "files": []}]
+    image, facts = pictures.picture(9, 1, unseen=True)
+    image.save(folder / "picture.png")
+    signs.sign(9, 0, unseen=True)[0].save(folder / "sign.png")
+    if not assistant.lacks("vision_encoder"):
+        examples.append({"text": facts["questions"][0][0], "files": [str(folder / "picture.png")]})
+    if not assistant.lacks("audio_encoder"):
+        wav, _ = next(speech.make_clips("asr.val", 9, ["What is the opposite of big?"], 0, 1))
+        (folder / "question.wav").write_bytes(wav)
+        examples.append({"text": "", "files": [str(folder / "question.wav")]})
+    return examples, folder / "sign.png"
+
+
+def optional(load: Callable, folder: Path, given: bool, part: str) -> tuple:
+    """What ``load`` returns and "", or None and why nobody can be expected there. What is there and damaged raises."""
+    try:
+        return load(), ""
+    except UserError as error:
+        if given or has_part(folder, part):
+            raise
+        return None, str(error)
+
+
+# Gradio's share buttons hand files to a public site; there is nothing for them to do here
+STYLE = '[aria-label="Share"] { display: none !important; }'
+
+
+class Guard:
+    """ASGI: adds POLICY to every answer of ``app``."""
+
+    def __init__(self, app) -> None:
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def guarded(event):
+            if event["type"] == "http.response.start":
+                event["headers"] = [*event["headers"], (b"content-security-policy", POLICY)]
+            await send(event)
+
+        await self.app(scope, receive, guarded)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
+    parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
+    parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
+    parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, to read signs")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default: this machine only")
+    parser.add_argument("--port", type=int, default=7860, help="7860; 0: any that is free")
+    parser.add_argument("--max_upload_mb", type=float, default=10, help="largest file that can be uploaded, in MB (10)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    args = parser.parse_args(argv)
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port: expected 0 to 65535, found {args.port}")
+    if not args.max_upload_mb > 0:
+        raise UserError(f"--max_upload_mb: expected more than 0, found {args.max_upload_mb:g}")
+    return args
+
+
+def listen(host: str, port: int) -> tuple[socket.socket, str]:
+    """A socket that listens, and the page's address; what it means that others can reach it is told on stderr.
+
+    Raises:
+        UserError: no such address here, or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there: {error.strerror}") from error
+    address, port = listening.getsockname()[:2]
+    if not ipaddress.ip_address(address).is_loopback:
+        print(
+            f"--host {host}: everyone who can reach this machine can use the model, with neither password nor "
+            f"encryption; and browsers lend a page from elsewhere no microphone",
+            file=sys.stderr,
+        )
+    return listening, f"http://{f'[{address}]' if ':' in address else address}:{port}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    if gr is None:
+        raise UserError(f"scripts/web_demo.py needs Gradio ({missing}). Install it with: {INSTALL}")
+    device, folder = pick_device(args.device), args.ckpt_dir
+    assistant = Assistant.load(folder, device)
+    given = (folder, args.talker_ckpt, args.vocoder_ckpt, device)
+    speaker = optional(lambda: load_speaker(*given)[0], folder, bool(args.talker_ckpt or args.vocoder_ckpt), "talker")
+    reader = optional(lambda: load_reader(folder, args.ocr_ckpt, device), folder, bool(args.ocr_ckpt), "ocr")
+    with tempfile.TemporaryDirectory(prefix="omni_web_") as temporary:
+        os.environ["GRADIO_TEMP_DIR"] = temporary
+        examples = draw_examples(assistant, Path(temporary))
+        blocks = build(Page(assistant, speaker, reader), folder.resolve().name, *examples)
+        listening, url = listen(args.host, args.port)
+        app = FastAPI(openapi_url=None)
+        if ipaddress.ip_address(listening.getsockname()[0]).is_loopback:  # no other site's name may lead here
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
+        fonts = {"font": ("system-ui", "sans-serif"), "font_mono": "monospace"}  # the visitor's own
+        theme = gr.themes.Default(primary_hue="indigo", **fonts)
+        gr.mount_gradio_app(
+            app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=False,
+            max_file_size=int(args.max_upload_mb * 1e6), theme=theme, css=STYLE,
+        )  # fmt: skip
+        # Mounting leaves them False; Gradio then reads any file of this machine that a visitor names, and serves SVGs
+        # that were uploaded as pages.
+        blocks.has_launched = blocks.is_running = True
+        print(url, flush=True)
+        server = uvicorn.Server(uvicorn.Config(Guard(app), log_level="warning", timeout_graceful_shutdown=1))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
+            server.run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    launch(main)

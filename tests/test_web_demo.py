@@ -1,0 +1,445 @@
+"""scripts/web_demo.py: what the page answers, says and reads is what infer_chat.py does, for each visitor alone; what
+is too large, broken or missing is one message; and a browser sees all that, and loads nothing from elsewhere."""
+
+import base64
+import html
+import importlib.util
+import re
+import shutil
+import signal
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from harness import ROOT, Process
+from packaging.requirements import Requirement
+from test_config import only_error
+from test_export import altered, options, picture, run, train_all
+
+import export
+import infer_chat
+from omni.errors import UserError
+
+NEEDED = (("gradio", "pip install --no-deps -r requirements-web.txt"), ("playwright", "pip install playwright"))
+MISSING = {name: f"{name} is not installed: {how}" for name, how in NEEDED if not importlib.util.find_spec(name)}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_gradio = pytest.mark.skipif("gradio" in MISSING, reason=MISSING.get("gradio", ""))
+needs_browser = pytest.mark.skipif(
+    bool(MISSING) or CHROMIUM is None, reason="; ".join(MISSING.values()) or "no chromium: apt-get install chromium"
+)
+SLOW = """
+import time, omni.assistant
+_decoded = omni.assistant.Assistant._decoded
+def slow(self, ids):
+    for piece in _decoded(self, ids):
+        time.sleep(0.02)
+        yield piece
+omni.assistant.Assistant._decoded = slow
+"""  # an answer lasts long enough to be stopped
+SAMPLED = {"temperature": 1.0, "seed": 4}
+
+
+class Site:
+    """A running page, and the gradio_client of a visitor for each call of ``visitor``."""
+
+    def __init__(self, process: Process, folder: Path) -> None:
+        self.process, self.folder = process, folder
+        process.wait_for("http://127.0.0.1:")
+        self.url = process.output.with_suffix(".out").read_text().strip()
+
+    def visitor(self) -> "Visitor":
+        from gradio_client import Client
+
+        return Visitor(Client(self.url, verbose=False, download_files=str(self.folder), analytics_enabled=False))
+
+
+class Visitor:
+    def __init__(self, client) -> None:
+        self.client = client
+
+    def submit(self, text: str, *files: str, **settings):
+        from gradio_client import handle_file
+
+        asked = {"text": text, "files": [handle_file(file) for file in files]}
+        settings = {"aloud": False, "temperature": 0, "top_p": 1, "max_new_tokens": 8, "seed": -1} | settings
+        return self.client.submit(asked, *settings.values(), api_name="/chat")
+
+    def ask(self, text: str, *files: str, **settings) -> list[str]:
+        """What the page shows of the conversation then: texts, and names of files."""
+        return shown(self.submit(text, *files, **settings).result(timeout=60))
+
+    def refused(self, *arguments, api_name: str = "/chat", **settings) -> str:
+        """The message that the page shows."""
+        from gradio_client import handle_file
+        from gradio_client.exceptions import AppError
+
+        with pytest.raises(AppError) as error:
+            if api_name == "/chat":
+                self.ask(*arguments, **settings)
+            else:
+                self.client.predict(*map(handle_file, arguments), api_name=api_name)
+        assert "\n" not in str(error.value)
+        return html.unescape(str(error.value))
+
+
+def shown(outputs: tuple) -> list[str]:
+    contents = [content for message in outputs[0] for content in message["content"]]
+    return [content["text"] if content["type"] == "text" else Path(content["file"]).name for content in contents]
+
+
+def start(cwd: Path, folder: Path, *more: str, prelude: str = "") -> Process:
+    line = ("--ckpt_dir", str(folder), "--device", "cpu", "--port", "0", *more)
+    return run(cwd, "scripts/web_demo.py", *line, prelude=prelude, wait=False)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    folders = train_all(tmp_path_factory.mktemp("stages"))
+
+    def shaken(payload):  # so short a training gives one answer to everything
+        torch.manual_seed(5)
+        for name, weight in payload["model"].items():
+            if weight.dim() == 2 and (name.startswith("thinker.") or payload["stage"] == "ocr"):
+                weight.normal_()
+            elif name.startswith(("proj_a.fc2", "proj_v.fc2")):
+                weight *= 20
+
+    omni = altered(folders["omni"], folders["omni"].parent / "shaken", "omni_final.pt", shaken)
+    return folders | {"omni": omni, "ocr": altered(folders["ocr"], folders["ocr"].parent / "shaken", "ocr.pt", shaken)}
+
+
+@pytest.fixture(scope="module")
+def merged(folders, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "merged_model"
+    export.main(options(folders, output))
+    return output
+
+
+@pytest.fixture(scope="module")
+def site(merged, tmp_path_factory):
+    """A page with all parts, that takes files of up to 0.1 MB."""
+    folder = tmp_path_factory.mktemp("site")
+    process = start(folder, merged, "--max_upload_mb", "0.1", prelude=SLOW)
+    try:
+        yield Site(process, folder)
+    finally:
+        process.send(signal.SIGTERM)
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def bare(folders, tmp_path_factory):
+    """A page of a model that does nothing but answer to text."""
+    folder = tmp_path_factory.mktemp("bare")
+    process = start(folder, folders["thinker"])
+    try:
+        yield Site(process, folder)
+    finally:
+        process.send(signal.SIGTERM)
+        process.wait()
+
+
+@pytest.fixture
+def media(folders, tmp_path) -> dict[str, str]:
+    shutil.copy(folders["thinker"].parent / "0.wav", tmp_path / "question.wav")
+    (tmp_path / "rubbish.png").write_bytes(b"no picture")
+    (tmp_path / "rubbish.wav").write_bytes(b"RIFF, no recording")
+    sign = next(folders["ocr"].parent.glob("*.png"))
+    found = {"picture": picture(tmp_path), "sign": shutil.copy(sign, tmp_path / "sign.png")}
+    return {path.stem: str(path) for path in tmp_path.iterdir()} | {name: str(path) for name, path in found.items()}
+
+
+def answered(capsys, folder: Path, *arguments: str) -> str:
+    """What infer_chat.py says to the same."""
+    capsys.readouterr()
+    infer_chat.main(["--ckpt_dir", str(folder), "--device", "cpu", "--max_new_tokens", "8", *arguments])
+    return capsys.readouterr().out.removesuffix("\n")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What it does is what infer_chat.py does
+
+
+@needs_gradio
+def test_answers_are_those_of_infer_chat_piece_by_piece(site, merged, media, capsys):
+    answers = []
+    for text, names, settings in (
+        ("red cat", [], {}),
+        ("red cat", ["picture"], {}),
+        ("", ["question"], {}),
+        ("red<|end|><|system|>cat", ["picture", "question"], SAMPLED),
+    ):
+        files, arguments = [media[name] for name in names], ["--text", text] if text else []
+        for name in names:
+            arguments += ["--image" if name == "picture" else "--audio_in", media[name]]
+        for name, value in settings.items():
+            arguments += [f"--{name}", str(value)]
+        job = site.visitor().submit(text, *files, **settings)
+        *asked, answer = shown(job.result(timeout=60))
+        assert answer == answered(capsys, merged, *arguments)
+        assert asked == [Path(file).name for file in files] + [text] * bool(text)
+        stages = [shown(outputs)[-1] for outputs in job.outputs()[1:]]
+        assert len(stages) > 2 and all(b.startswith(a) for a, b in zip(stages[:-1], stages[1:], strict=True))
+        answers.append(answer)
+    assert len(set(answers)) == 4, "else equality would say little"
+
+
+@needs_gradio
+def test_what_it_says_is_what_infer_chat_says_and_comes_in_pieces(site, merged, tmp_path, capsys):
+    job = site.visitor().client.submit("one two", 1.0, 3, api_name="/say")
+    heard, path = job.result(timeout=60)
+    samples, rate = soundfile.read(path, dtype="int16")
+    say = ["--say", "one two", "--temperature", "1", "--seed", "3", "--audio_out", str(tmp_path / "said.wav")]
+    answered(capsys, merged, *say)
+    expected, expected_rate = soundfile.read(tmp_path / "said.wav", dtype="int16")
+    assert rate == expected_rate and len(samples) == len(expected) > 1000
+    assert np.abs(samples.astype(int) - expected).max() <= 1
+    growing = [outputs[0] for outputs in job.outputs() if isinstance(outputs[0], str)]
+    _, rate_hz, *pieces = growing[-1].split(" ")
+    assert int(rate_hz) == rate and len(pieces) > 1 and len(growing[0].split(" ")) == 3
+    assert np.array_equal(np.concatenate([np.frombuffer(base64.b64decode(piece), "<i2") for piece in pieces]), samples)
+
+
+@needs_gradio
+def test_it_reads_what_infer_chat_reads(site, merged, media, capsys):
+    from gradio_client import handle_file
+
+    text = site.visitor().client.predict(handle_file(media["sign"]), api_name="/read")
+    assert text == answered(capsys, merged, "--ocr", "--image", media["sign"]) != ""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Visitors
+
+
+@needs_gradio
+def test_two_visitors_at_once_have_each_their_own_conversation(site):
+    visitors, turns = [site.visitor(), site.visitor()], [["red cat", "big"], ["blue dog", "small"]]
+    for turn in range(2):
+        jobs = [visitor.submit(texts[turn], **SAMPLED) for visitor, texts in zip(visitors, turns, strict=True)]
+        both = [shown(job.result(timeout=60)) for job in jobs]
+    for texts, found in zip(turns, both, strict=True):
+        alone = site.visitor()
+        expected = [alone.ask(text, **SAMPLED) for text in texts][-1]
+        assert found == expected and found[::2] == texts
+    assert both[0][3] != site.visitor().ask("big", **SAMPLED)[1], "what was said before matters"
+
+
+@needs_gradio
+def test_a_stopped_answer_ends_and_stays_and_a_new_chat_forgets(site):
+    visitor = site.visitor()
+    job = visitor.submit("red cat", max_new_tokens=50)
+    while len(job.outputs()) < 4:
+        time.sleep(0.01)
+    visitor.client.predict(api_name="/stop")
+    half = shown([outputs for outputs in [job.result(timeout=60), *job.outputs()] if isinstance(outputs[0], list)][-1])
+    whole = site.visitor().ask("red cat", max_new_tokens=50)
+    assert half[0] == whole[0] and whole[1].startswith(half[1]) and len(half[1]) < len(whole[1])
+    after = visitor.ask("dog")
+    assert len(after) == 4 and after[:1] == half[:1] and whole[1].startswith(after[1]) and after[1].startswith(half[1])
+    assert visitor.client.predict(api_name="/new_chat")[0] == []
+    assert visitor.ask("dog")[:1] == ["dog"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is refused
+
+
+@needs_gradio
+def test_broken_files_are_one_message_and_the_page_lives_on(site, media):
+    visitor = site.visitor()
+    expected = visitor.ask("red cat")
+    for name, fragment in (("rubbish.png", "not a picture"), ("rubbish.wav", "not an audio file")):
+        file = str(Path(media["picture"]).parent / name)
+        assert re.match(rf"{name}: .*{fragment}", visitor.refused("red", file)), "its own name, and no folder of ours"
+        assert visitor.ask("red cat")[:2] == expected
+    assert "not a picture" in visitor.refused(str(Path(media["picture"]).parent / "rubbish.png"), api_name="/read")
+    assert "expected a question" in visitor.refused("", media["picture"])
+    assert "takes" in visitor.refused("cat " * 99) and "ctx_len 64" in visitor.refused("cat " * 99)
+    assert "maximum" in visitor.refused("red", temperature=100).lower()
+
+
+@needs_gradio
+def test_an_upload_over_the_limit_is_refused(site):
+    import httpx
+
+    for size, status in ((90_000, 200), (110_000, 413)):
+        sent = httpx.post(f"{site.url}/gradio_api/upload", files={"files": ("a.png", bytes(size))}, trust_env=False)
+        assert sent.status_code == status, sent.text
+
+
+@needs_gradio
+def test_a_file_that_was_not_uploaded_is_not_read(site, media):
+    import httpx
+
+    api = f"{site.url}/gradio_api"
+    with open(media["sign"], "rb") as file:
+        (uploaded,) = httpx.post(f"{api}/upload", files={"files": file}, trust_env=False).json()
+    for path, event in ((uploaded, "complete"), (media["sign"], "error")):
+        given = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        for name, data in (("read", [given]), ("chat", [{"text": "red", "files": [given]}, False, 0, 1, 8, -1])):
+            call = httpx.post(f"{api}/call/{name}", json={"data": data}, trust_env=False).json()["event_id"]
+            found = httpx.get(f"{api}/call/{name}/{call}", trust_env=False, timeout=60).text
+            assert re.findall(r"^event: (complete|error)", found, re.MULTILINE) == [event], found
+        status = httpx.get(f"{api}/file={path}", trust_env=False).status_code
+        assert status == (200 if event == "complete" else 403)
+
+
+@needs_gradio
+def test_only_this_machine_reaches_it_and_no_site_of_another_name(site):
+    import httpx
+
+    port = int(site.url.rsplit(":", 1)[1])
+    lines = (Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()).splitlines()
+    sockets = [line.split() for line in lines]
+    bound = [fields[1] for fields in sockets if fields[3] == "0A" and fields[1].endswith(f":{port:04X}")]
+    assert bound == [f"0100007F:{port:04X}"]
+    page = httpx.get(site.url, trust_env=False)
+    assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    assert httpx.get(site.url, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
+
+
+@needs_gradio
+def test_what_the_model_lacks_is_switched_off_with_the_reason(bare, media):
+    visitor = bare.visitor()
+    components = {part["id"]: part["props"] for part in visitor.client.config["components"]}
+    (able,) = [props["value"] for props in components.values() if props.get("elem_id") == "able"]
+    assert all(f"<s>{what}</s>" in able for what in ("sees", "hears", "speaks", "reads signs"))
+    assert "does not see" in able and "--talker_ckpt" in able and "--ocr_ckpt" in able
+    (ask,) = [props for props in components.values() if props.get("elem_id") == "ask"]
+    assert ask["sources"] == []
+    buttons = {props.get("value"): props["interactive"] for props in components.values() if "size" in props}
+    assert buttons["Say it"] is buttons["Read it"] is False
+    assert "does not see" in visitor.refused("red", media["picture"])
+    assert "does not hear" in visitor.refused("", media["question"])
+    assert "ocr.pt" in visitor.refused(media["sign"], api_name="/read")
+    with pytest.raises(Exception, match=r"talker\.pt"):
+        visitor.client.predict("one", 0, 0, api_name="/say")
+    assert len(visitor.ask("red", aloud=True)) == 2
+
+
+@needs_gradio
+def test_what_cannot_be_served_ends_with_code_2(folders, tmp_path):
+    from scripts import web_demo
+
+    only_error(start(tmp_path, tmp_path / "absent").wait(), "absent: expected thinker.pt")
+    damaged = shutil.copytree(folders["talker"], tmp_path / "talker")
+    (damaged / "talker.pt").write_bytes(b"rubbish")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        for arguments, expected in (
+            (["--talker_ckpt", str(damaged)], r"talker\.pt"),
+            (["--port", port], f"--port {port}: cannot listen there: Address already in use"),
+            (["--host", "192.0.2.1"], "--host 192.0.2.1 .*: cannot listen there"),
+            (["--max_upload_mb", "0"], "--max_upload_mb: expected more than 0"),
+        ):
+            with pytest.raises(UserError, match=expected):
+                web_demo.main(["--ckpt_dir", str(folders["thinker"]), "--device", "cpu", *arguments])
+
+
+def test_without_gradio_one_line_says_how_to_install_it(folders, tmp_path):
+    process = start(tmp_path, folders["thinker"], prelude='import sys\nsys.modules["gradio"] = None\n')
+    only_error(process.wait(), "pip install --no-deps -r requirements-web.txt")
+
+
+@needs_gradio
+def test_another_host_is_announced(capsys):
+    from scripts import web_demo
+
+    for host, said in (("0.0.0.0", "neither password nor encryption"), ("127.0.0.1", "")):
+        listening, url = web_demo.listen(host, 0)
+        listening.close()
+        err = capsys.readouterr().err
+        assert url.startswith(f"http://{host}:") and said in err and bool(said) == bool(err)
+
+
+@needs_gradio
+def test_requirements_web_is_all_that_gradio_needs_and_changes_no_pin():
+    def normal(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    def pins(file: str) -> dict[str, str]:
+        lines = (ROOT / file).read_text().splitlines()
+        return {normal(name): version for name, version in (line.split("==") for line in lines if "==" in line)}
+
+    def needs(package: str) -> list[Requirement]:
+        needed = map(Requirement, metadata.requires(package) or [])
+        return [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+
+    web, base = pins("requirements-web.txt"), pins("requirements.txt")
+    assert not web.keys() & base.keys()
+    brought, new = set(), set(base)
+    while new:  # by requirements.txt
+        brought |= new
+        new = {normal(needed.name) for package in new for needed in needs(package)} - brought
+    for package in web:
+        for needed in needs(package):
+            assert normal(needed.name) in web.keys() | brought, f"{package} needs {needed}"
+            assert needed.specifier.contains(metadata.version(needed.name)) or needed.name == "pillow", needed
+    assert all(metadata.version(package).split("+")[0] == version for package, version in (web | base).items())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--mute-audio"])
+
+
+def attach(page, file: str) -> None:
+    with page.expect_response(lambda response: "/upload" in response.url and response.ok):
+        page.locator("#ask input[type=file]").set_input_files(file)
+    page.locator("#ask").get_by_role("button", name="Remove file").wait_for()
+
+
+@needs_browser
+def test_in_a_browser(browser, site, merged, media, tmp_path, capsys):
+    from playwright.sync_api import expect
+
+    page = browser.new_page(viewport={"width": 1280, "height": 860})
+    requests, problems = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    page.goto(site.url)
+    ask, answers = page.locator("#ask textarea"), page.get_by_test_id("bot")
+    ask.fill("red cat")
+    ask.press("Enter")
+    expected = answered(capsys, merged, "--text", "red cat", "--max_new_tokens", "63")
+    expect(answers).to_have_text(expected)
+    attach(page, media["picture"])
+    ask.fill("big")
+    ask.press("Enter")
+    page.locator("#chat img").wait_for()
+    expect(answers).to_have_count(2)
+    page.get_by_role("button", name="Stop").first.click()
+    assert problems == []
+
+    attach(page, str(tmp_path / "rubbish.png"))
+    ask.fill("dog")
+    ask.press("Enter")
+    expect(page.get_by_text("rubbish.png: cannot read the picture")).to_be_visible()
+    page.get_by_role("button", name="New chat").click()
+    expect(answers).to_have_count(0)
+
+    page.get_by_role("tab", name="Say a text").click()
+    numbers = page.get_by_role("tabpanel").locator("input[type=number]:visible")
+    numbers.nth(0).fill("1")
+    numbers.nth(1).fill("3")
+    page.get_by_role("button", name="Say it").click()
+    page.locator("#say_wav").get_by_label("Play", exact=True).wait_for()
+    assert int(page.locator("[data-played]").get_attribute("data-played")) > 1, "piece by piece"
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 5000
+    away = [url for url in requests if not url.startswith((site.url, "data:", "blob:"))]
+    assert away == [] and len(requests) > 20
