@@ -27,6 +27,7 @@ from omni.audio import MelSpec
 from omni.audio_encoder import mel_spec as audio_mel_spec
 from omni.audio_encoder import parakeet_config, to_parakeet_state_dict
 from omni.checkpoint import load_stage, load_weights
+from omni.codec import fingerprint
 from omni.codec import mel_spec as codec_mel_spec
 from omni.config import (
     AudioEncoderArchitecture,
@@ -223,6 +224,11 @@ def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokeniz
                 f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
         refuse_others(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
+        if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
+            raise UserError(
+                f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their weights differ. "
+                "Give the folder that it was made of, or leave --thinker_ckpt out"
+            )
     parts = {
         name: Part(module, config.parts.get(name, {}), "omni", file, saved["step"], saved["metrics"])
         for name, module in omni.named_children()

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Model: what the stages before left, joined ------------------------------------------------------------
         # fused attention on a GPU adds up the gradient of its mask, the audio encoder's positions, in any order
         in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
-        config, model, tokenizer, digests = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
+        config, model, tokenizer = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
         run.config = config  # with the sizes of the parts, and the checkpoint has them too
         keep_tokenizer(run, tokenizer)
         model.to(run.device)
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run,
             [Phase("omni", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
             train_set,
-            fingerprint=data | {"tokenizer": tokenizer.fingerprint} | digests,
+            fingerprint=data | {"tokenizer": tokenizer.fingerprint} | config.origins,
             validation=validation,
         )
 

@@ -751,6 +751,9 @@ class SftConfig(StageConfig):
     parts: dict[str, dict[str, int | float | bool | str | None]] | None = Field(
         None, description="the sizes of Thinker and encoders: filled in by the script, from their checkpoints"
     )
+    origins: dict[str, str] | None = free(
+        None, description="SHA-256 of the weights that each part began with: likewise"
+    )
 
     # Validation
     val_items: int = free(100, ge=1, description="held-out items of each task that are answered, evenly spaced")

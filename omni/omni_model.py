@@ -474,14 +474,14 @@ def _audio_architecture(part: dict) -> AudioEncoderArchitecture:
 # Made of the stages before, and loaded again
 
 
-def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenizer, dict[str, str]]:
+def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenizer]:
     """What stage E begins with: the models of stages A to C, joined by new projections, on the CPU.
 
     Args:
         flash: see ``OmniModel``.
 
     Returns:
-        The config with ``parts`` filled in; the model; the Thinker's tokenizer; a digest of each part's weights.
+        The config with ``parts`` and ``origins`` filled in; the model; the Thinker's tokenizer.
 
     Raises:
         UserError: a stage's file is missing, damaged or of another stage, or its sizes do not fit.
@@ -508,14 +508,15 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
                 f'{config.vision_ckpt}: has {side} x {side} patches, key "image_stack": expected a divisor of {side}, '
                 f"found {config.image_stack}"
             )
-    config = config.model_copy(update={"parts": parts})
+    origins = {name: fingerprint(module) for name, module in modules.items()}
+    config = config.model_copy(update={"parts": parts, "origins": origins})
     model = OmniModel(config, **flash)
     for name, module in modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
     for projection in (model.proj_a, model.proj_v):
         if projection is not None:
             projection.start_as_loud_as(model.thinker.embed_tokens.weight)
-    return config, model, tokenizer, {name: fingerprint(module) for name, module in modules.items()}
+    return config, model, tokenizer
 
 
 def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Tokenizer, SftConfig]:

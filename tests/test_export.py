@@ -422,9 +422,10 @@ def test_stages_that_do_not_fit_together_are_refused(folders, tmp_path):
 
     other = altered(folders["thinker"], tmp_path / "wide", "thinker.pt", wide)
     check({"thinker": other}, str(folders["omni"]), str(other), "d_ff 32 here, 48 there")
-    for name, file in (("audio", "audio_enc.pt"), ("vision", "vision.pt")):
+    parts = ("audio", "audio_enc.pt", "freeze_encoders"), ("vision", "vision.pt", "freeze_encoders")
+    for name, file, reason in (("thinker", "thinker.pt", "weights differ"), *parts):
         other = altered(folders[name], tmp_path / name, file, scaled)
-        check({name: other}, str(folders["omni"]), str(other), "freeze_encoders")
+        check({name: other}, str(folders["omni"]), str(other), reason)
 
     def coarse(payload):
         payload["config"]["frame_ms"] = 40

@@ -47,7 +47,7 @@ def small_config(folder: Path, **keys) -> SftConfig:
 def small_model(folder: Path, **keys) -> tuple[OmniModel, Inputs, SftConfig]:
     """A tiny model whose every weight matters, in evaluation mode."""
     torch.manual_seed(0)
-    config, model, tokenizer, _ = assemble(small_config(folder, **keys))
+    config, model, tokenizer = assemble(small_config(folder, **keys))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -378,7 +378,7 @@ def test_the_order_is_pure_and_resumes_anywhere_without_reading_what_it_skips():
 
 def prepared(config: SftConfig, **keys):
     with Run(config, Stage("omni", "omni", "omni_final.pt", "tokens", "loss"), [], "cpu") as run:
-        run.config, _, tokenizer, _ = assemble(config)
+        run.config, _, tokenizer = assemble(config)
         inputs = Inputs(tokenizer, run.config)
         return *sft.prepare_tasks(run, run.config, inputs), inputs
 
@@ -550,7 +550,7 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
     }  # fmt: skip
     assert set(config.parts) == {"thinker", "audio_encoder", "vision_encoder"} and not model.training
     # the encoders are those of their stages
-    _, begun, _, _ = assemble(small_config(trained.folder))
+    _, begun, _ = assemble(small_config(trained.folder))
     for name in ("audio_encoder", "vision_encoder"):
         assert differences(getattr(model, name).state_dict(), getattr(begun, name).state_dict()) == []
     inputs = Inputs(tokenizer, config)
