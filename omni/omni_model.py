@@ -32,6 +32,7 @@ from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
 from omni.vision_encoder import ViT
 
+ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
 _VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
 
@@ -273,7 +274,7 @@ class OmniModel(nn.Module):
         super().__init__()
         parts, self.frozen, self.audio_id = config.parts, config.freeze_encoders, SPECIAL_TOKENS.index("<|audio|>")
         self.drop_blanks, self.image_stack = config.drop_blanks, config.image_stack
-        self.static = config.use_compile  # the Thinker wants one length only
+        self.static = config.use_compile
         arch = ThinkerArchitecture.model_validate(parts["thinker"])
         self.thinker = Thinker(arch, use_flash=use_flash)
         self.audio_encoder = self.proj_a = self.vision_encoder = self.proj_v = None
@@ -304,12 +305,31 @@ class OmniModel(nn.Module):
     def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of a batch, each () float32: the mean cross-entropy of its targets in nats; the experts'
         load-balancing loss; how badly recordings spell their texts (``_misspelling``), per target of the first."""
-        embeds, targets, _, sounds = self.embed(batch)
-        nats, balance = self.thinker(inputs_embeds=embeds, targets=targets)
+        embeds, targets, dropped, sounds = self.embed(batch)
+        nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
         misspelling = nats.new_zeros(())
         if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
             misspelling = self._misspelling(sounds, batch) / (batch["targets"] != IGNORED).sum()
         return nats, balance, misspelling
+
+    def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The first two of ``forward``. A dialogue is several times as long as a recording, so rows of similar length
+        go through the Thinker together, each group padded to its own longest only."""
+        if not self.ragged:
+            return self.thinker(inputs_embeds=embeds, targets=targets)
+        nats, balance = [], []
+        for rows in lengths.argsort(stable=True).split(ROWS_TOGETHER):
+            T = int(lengths[rows].max())
+            sums = self.thinker(inputs_embeds=embeds[rows, :T], targets=targets[rows, :T], reduction="sum")
+            nats.append(sums[0])
+            balance.append(sums[1] * len(rows) / len(lengths))
+        return sum(nats) / (targets != IGNORED).sum().clamp(min=1), sum(balance)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a batch may be cut as its lengths suggest: on a GPU they would have to be waited for, and a compiled
+        Thinker wants one length only."""
+        return self.device.type == "cpu" and not self.static
 
     def embed(self, batch: dict) -> Sequences:
         """What the Thinker reads of a batch of ``Inputs.collate``."""
@@ -335,7 +355,7 @@ class OmniModel(nn.Module):
         kept = kept.view_as(targets)
         # what is left out goes to the end, where it is padding
         order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
-        if x.device.type == "cpu" and not self.static:  # a GPU would have to be waited for
+        if self.ragged:
             order = order[:, : int((batch["sizes"] - dropped).max())]
         targets = targets.masked_fill(~kept, IGNORED).gather(1, order)
         return Sequences(x.gather(1, order[..., None].expand(-1, -1, x.shape[2])), targets, dropped, sounds)

@@ -16,7 +16,7 @@ from harness import Training, differences
 from stages import OMNI, write_csv
 from test_config import only_error
 
-from omni import sft, world
+from omni import omni_model, sft, world
 from omni.checkpoint import load_weights
 from omni.config import SftConfig
 from omni.corpus import IGNORE
@@ -201,7 +201,7 @@ def test_the_thinker_takes_a_mask_of_its_own(folder):
 # Loss ---------------------------------------------------------------------------------------------------------------
 
 
-def test_only_answers_have_a_loss(folder):
+def test_only_answers_have_a_loss(folder, monkeypatch):
     model, inputs, _ = small_model(folder, prompt="one")
     for messages in conversations(inputs, folder):
         encoded = inputs.encode(messages)
@@ -219,6 +219,8 @@ def test_only_answers_have_a_loss(folder):
         embeds, targets, _, _ = model.embed(batch)
         logits = model.thinker(inputs_embeds=embeds)
         nats, _, _ = model(batch)
+        monkeypatch.setattr(omni_model, "ROWS_TOGETHER", 2)
+        torch.testing.assert_close(model(batch)[0], nats)
     counted = targets != IGNORE
     expected = F.cross_entropy(logits[counted], targets[counted])
     torch.testing.assert_close(nats, expected)
