@@ -357,7 +357,7 @@ class OmniModel(nn.Module):
         order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
         if self.ragged:
             order = order[:, : int((batch["sizes"] - dropped).max())]
-        targets = targets.masked_fill(~kept, IGNORED).gather(1, order)
+        targets = targets.gather(1, order)  # nothing is to be learnt where a recording stands
         return Sequences(x.gather(1, order[..., None].expand(-1, -1, x.shape[2])), targets, dropped, sounds)
 
     def _pictures(self, batch: dict) -> Tensor:

@@ -109,11 +109,17 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
     assert inputs.tokenizer.token_id("<|system|>") in encoded[0].ids or shape != "prompted"
 
 
+@pytest.mark.parametrize("blanks", [False, True])
 @torch.no_grad()
-def test_of_a_recording_only_frames_stay_in_which_something_new_is_heard(folder):
+def test_of_a_recording_only_frames_stay_in_which_something_new_is_heard(folder, blanks):
     model, inputs, _ = small_model(folder)
     encoded = [inputs.encode(messages) for messages in conversations(inputs, folder)]
     batch = inputs.collate(encoded)
+    encoder = model.audio_encoder
+    frames, _ = encoder.encode(batch["features"], batch["lengths"])
+    logits = encoder.ctc_head(frames)
+    if blanks:  # half of the frames
+        encoder.ctc_head.bias[-1] += (logits.amax(dim=-1) - logits[..., -1]).median()
     model.drop_blanks = False
     whole = model.embed(batch)
     model.drop_blanks = True
