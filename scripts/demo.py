@@ -296,7 +296,7 @@ def first_row(path: Path) -> dict:
 
 
 def print_table(results: dict) -> None:
-    print(f"\n{'stage':<12}{'held-out figure':<28}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
+    print(f"\n{'stage':<12}{'held-out figure':<32}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
     for stage in STAGES:
         figures = {f"accuracy_{task}": value for task, value in results[stage.name].get("by_task", {}).items()}
         figures |= results[stage.name]
@@ -304,7 +304,7 @@ def print_table(results: dict) -> None:
             value = figures[name]
             minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
             label = stage.name if row == 0 else ""
-            cells = f"{label:<12}{name:<28}{value:>10.3f}  {target or '':<24}"
+            cells = f"{label:<12}{name:<32}{value:>10.3f}  {target or '':<24}"
             print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")
     print(f"in all {sum(results['minutes'].values()):.0f} minutes; written to {RESULTS.relative_to(ROOT)}")
 
