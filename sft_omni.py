@@ -18,7 +18,7 @@ from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.omni_model import Inputs, assemble
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.sft import AnswerScore, HeldOutItems, Mix, prepare_tasks
 from omni.tokenizer import Tokenizer
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Train ---------------------------------------------------------------------------------------------------
         return train(
             run,
-            [Phase("omni", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("omni", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint=data | {"tokenizer": tokenizer.fingerprint} | config.origins,
             validation=validation,

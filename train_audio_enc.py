@@ -31,7 +31,7 @@ from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.manifest import prepare_manifest, split_rows
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 
 STAGE = Stage(name="audio_enc", prefix="audio_enc", final="audio_enc.pt", unit="tokens", best_metric="wer")
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Train -----------------------------------------------------------------------------------------------
         return train(
             run,
-            [Phase("audio_enc", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("audio_enc", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint={
                 "train": manifest.sha256,

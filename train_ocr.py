@@ -20,7 +20,7 @@ from omni.files import write_json
 from omni.loop import Phase, Validation, train
 from omni.manifest import BadRow, Manifest, measure_rows, prepare_manifest, split_rows
 from omni.ocr import Ocr, OcrRows, clean_text, ocr_loss, ocr_metrics, ocr_sums, text_length
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 
 STAGE = Stage(name="ocr", prefix="ocr", final="ocr.pt", unit="characters", best_metric="cer")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Train -----------------------------------------------------------------------------------------------
         return train(
             run,
-            [Phase("ocr", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("ocr", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint={"train": manifest.sha256, "validation": val_manifest.sha256},
             validation=validation,

@@ -48,7 +48,7 @@ from omni.errors import UserError
 from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
 from omni.manifest import prepare_manifest, split_rows
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.precompute import RowsWith
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
-        optimizer = build_adamw(talker, lr=config.lr, wd=config.wd)
+        optimizer = build_optimizer(talker, config)
         return train(
             run,
             [Phase("talker", talker, optimizer, partial(talker_loss, **weights), peak_lr=config.lr)],
@@ -228,7 +228,7 @@ def train_part(
     own = {"seed": config.seed, "batch_size": config.batch_size, "rank": run.rank, "world": run.world}
     how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
     validation = Validation(ResumableDataset(val_source, **own, shuffle=False), *judge) if len(val_source) else None
-    optimizer = build_adamw(model, lr=config.lr, wd=config.wd)
+    optimizer = build_optimizer(model, config)
     phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=config.lr, after_update=after_update)
     return train(run, [phase], ResumableDataset(source, **own, **how), fingerprint=data, validation=validation)
 

@@ -17,7 +17,7 @@ from omni.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
 from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.thinker import Thinker
 from omni.tokenizer import Tokenizer
@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=config.val_split)
             held_out, held_out_sha256 = corpus.val, corpus.sha256
         train_set = ResumableDataset(
-            PackedTokens(corpus.train, config.ctx_len),
+            PackedTokens(
+                corpus.train, config.ctx_len, context_weight=config.context_weight, answer_ids=tokenizer.answer_ids
+            ),
             seed=config.seed,
             batch_size=config.batch_size,
             accumulation=config.gradient_accumulation_steps,
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = run.prepare(Thinker(config, use_flash=config.use_flash))
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            nats, balance = model(batch["tokens"], targets=batch["targets"])
+            nats, balance = model(batch["tokens"], targets=batch["targets"], weights=batch.get("weights"))
             if not config.use_moe:
                 return nats, {}
             return nats + config.router_aux_loss_coef * balance, {"cross_entropy": nats, "balance": balance}
@@ -73,7 +75,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Train -----------------------------------------------------------------------------------------------
         return train(
             run,
-            [Phase("thinker", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("thinker", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint={
                 "train": corpus.sha256,

@@ -20,7 +20,7 @@ from omni.errors import UserError
 from omni.images import normalise
 from omni.loop import Phase, Validation, train
 from omni.manifest import BadRow, Manifest, prepare_manifest, split_rows
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.thinker import load_thinker
 from omni.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             fingerprint["Thinker"] = bytes(model.thinker_sha256.tolist()).hex()
         return train(
             run,
-            [Phase("vision", model, build_adamw(model, lr=config.lr, wd=config.wd), loss, peak_lr=config.lr)],
+            [Phase("vision", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint=fingerprint,
             validation=validation,

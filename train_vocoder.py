@@ -20,7 +20,7 @@ from omni.config import VocoderConfig
 from omni.data import ResumableDataset
 from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, prepare_manifest, read_some, split_rows
-from omni.optim import build_adamw
+from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
 from omni.vocoder import (
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             loss = config.lambda_adv * adversarial + config.lambda_fm * feature + config.lambda_mel * mel
             return loss, {"mel": mel, "adversarial": adversarial, "feature": feature}
 
-        optimizer = partial(build_adamw, wd=config.wd, betas=BETAS)
+        optimizer = partial(build_optimizer, config=config, betas=BETAS)
         phases = [
             Phase(
                 "discriminator", discriminators, optimizer(discriminators, lr=config.lr_d), loss_of_discriminators,

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import ClassVar, Self, TypeVar
+from typing import ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -52,9 +52,10 @@ class StageConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**32)
 
     # Optimisation
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: of the matrices, AdamW of all else")
     lr: float = free(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = free(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
-    wd: float = free(0.1, ge=0, description="AdamW weight decay, on matrices only")
+    wd: float = free(0.1, ge=0, description="weight decay, on matrices only")
     warmup_steps: int = free(100, ge=0)
     max_steps: int | None = free(None, ge=1, description="optimizer updates; wins over max_epochs")
     max_epochs: int | None = free(None, ge=1, description="used when max_steps is absent")
@@ -165,6 +166,9 @@ class TextConfig(ThinkerArchitecture, StageConfig):
         None, hint=_TEXT_HINT, description="held-out corpus; default: val_split of train_text's lines"
     )
     tokenizer_path: str | None = input_file(None, description="tokenizer.json to use; default: trained into save_dir")
+    context_weight: float = Field(
+        1.0, gt=0, le=1, description="weight, in training, of what is not an assistant's answer, beside 1 for answers"
+    )
 
 
 class AudioEncoderArchitecture(BaseModel):
@@ -623,7 +627,7 @@ class VocoderConfig(StageConfig):
     segment_samples: int = Field(8000, description="length of the random segments trained on, a multiple of hop_length")
     lr_g: float = free(2e-4, gt=0, description="peak learning rate of the generator")
     lr_d: float = free(2e-4, gt=0, description="peak learning rate of the discriminators")
-    wd: float = free(0.01, ge=0, description="AdamW weight decay")
+    wd: float = free(0.01, ge=0, description="weight decay")
     max_grad_norm: float = free(1000.0, gt=0)
     lambda_mel: float = free(45.0, ge=0, description="weight of the mean difference of the log-mels")
     lambda_fm: float = free(2.0, ge=0, description="weight of the difference in the discriminators' features")

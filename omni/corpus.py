@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from omni.errors import UserError
@@ -276,13 +277,24 @@ class PackedTokens:
     Args:
         keep_tail: also yield the last, shorter sequence, padded with ignored targets. Validation does, so that it
             covers every token; training leaves it out.
+        context_weight, answer_ids: what a target counts for that stands in no answer (1 in one), and the tokens that
+            begin and end an answer.
 
     Raises:
         UserError: the split does not fill one sequence.
     """
 
-    def __init__(self, tokens: TokenFile, ctx_len: int, *, keep_tail: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: TokenFile,
+        ctx_len: int,
+        *,
+        keep_tail: bool = False,
+        context_weight: float = 1.0,
+        answer_ids: tuple[int, int] | None = None,
+    ) -> None:
         self.tokens, self.ctx_len = tokens, ctx_len
+        self.context_weight, self.answer_ids = context_weight, answer_ids
         targets = tokens.tokens - 1
         self.sequences = -(-targets // ctx_len) if keep_tail else targets // ctx_len
         if not keep_tail and self.sequences == 0:
@@ -299,7 +311,8 @@ class PackedTokens:
         return self.__dict__ | {"_array": None}  # a worker opens its own map; pickled, it would be the whole file
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows."""
+        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows. With
+        a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then the batch's ``weight``."""
         if self._array is None:
             self._array = self.tokens.open()
         window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE, dtype=np.int64)
@@ -307,9 +320,16 @@ class PackedTokens:
             piece = self._array[row * self.ctx_len : (row + 1) * self.ctx_len + 1]
             line[: len(piece)] = piece
         window = torch.from_numpy(window)
-        targets = window[:, 1:]
-        return {
-            "tokens": window[:, :-1].clamp(min=0),
-            "targets": targets.contiguous(),
-            "weight": int((targets != IGNORE).sum()),
-        }
+        tokens, targets = window[:, :-1].clamp(min=0), window[:, 1:].contiguous()
+        batch = {"tokens": tokens, "targets": targets, "weight": int((targets != IGNORE).sum())}
+        if self.context_weight != 1.0:
+            weights = torch.where(in_answers(tokens, *self.answer_ids), 1.0, self.context_weight)
+            batch |= {"weights": weights, "weight": float(weights[targets != IGNORE].sum()), "units": batch["weight"]}
+        return batch
+
+
+def in_answers(tokens: Tensor, begin: int, end: int) -> Tensor:
+    """(B, T) bool: whether what follows a position belongs to an answer: ``begin`` has come, ``end`` not yet."""
+    at = torch.arange(tokens.shape[1]).expand_as(tokens)
+    begun, ended = (torch.where(tokens == mark, at, -1).cummax(dim=1).values for mark in (begin, end))
+    return begun > ended

@@ -21,7 +21,7 @@ from omni import checkpoint
 from omni.config import StageConfig, drift
 from omni.data import ResumableDataset, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
-from omni.optim import set_lr, warmup_cosine
+from omni.optim import Muon, set_lr, warmup_cosine
 from omni.runtime import Run, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
 # (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
@@ -39,7 +39,7 @@ class Phase:
 
     name: str
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Muon
     loss: LossFunction
     peak_lr: float
     after_update: Callable[[Tensor], None] | None = None
@@ -171,7 +171,8 @@ class _Training:
                 raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
-        total = run.sum_over_ranks(torch.tensor(float(sum(batch["weight"] for batch in micro_batches)))).item()
+        sums = [(batch["weight"], batch.get("units", batch["weight"])) for batch in micro_batches]
+        total, units = run.sum_over_ranks(torch.tensor(sums, dtype=torch.float64).sum(dim=0)).tolist()
         shares = [batch["weight"] / total for batch in micro_batches]
         micro_batches = [to_device(batch, run.device) | {"step": self.progress.step} for batch in micro_batches]
         finite = torch.ones((), device=run.device)
@@ -210,7 +211,7 @@ class _Training:
             for scalars, share in logged:
                 self.meter.add(scalars, share * ok)
         self.scaler.update()
-        self.meter.count(finite, total, sum(len(batch["rows"]) for batch in micro_batches) * world)
+        self.meter.count(finite, units, sum(len(batch["rows"]) for batch in micro_batches) * world)
 
     def _update(self, phase: Phase, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and apply the gradients, unless loss or gradient is not finite; all of it on the device.

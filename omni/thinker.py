@@ -84,6 +84,7 @@ class Thinker(nn.Module):
         *,
         inputs_embeds: Tensor | None = None,
         targets: Tensor | None = None,
+        weights: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
         return_hidden: bool = False,
@@ -97,6 +98,7 @@ class Thinker(nn.Module):
             token_ids: (B, T); or else
             inputs_embeds: (B, T, D), embeddings of any modality.
             targets: (B, T), and ``reduction``: see ``loss``, whose pair of results is then returned.
+            weights: (B, T), how much each target counts; default: all the same.
             cache: continue after the tokens it holds, and add these to it.
             return_hidden: also return what the head reads.
 
@@ -106,7 +108,7 @@ class Thinker(nn.Module):
         hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache)
         if targets is not None:
             aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
-            return self._cross_entropy(hidden, targets, reduction), aux
+            return self._cross_entropy(hidden, targets, reduction, weights), aux
         logits = self.head(hidden)
         return (logits, hidden) if return_hidden else logits
 
@@ -177,21 +179,23 @@ class Thinker(nn.Module):
         # Through __call__, so that a model compiled in place computes the loss compiled too.
         return self(token_ids, inputs_embeds=inputs_embeds, targets=targets, reduction=reduction)
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        weights = (targets != IGNORED).float() * (1.0 if weights is None else weights)
+        hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
         nats = 0.0
-        for h, t in zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True):
-            if h.shape[0] < hidden.shape[0] and torch.is_grad_enabled():
+        for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
+            if len(part[0]) < len(hidden) and torch.is_grad_enabled():
                 # Float32 logits of a large batch are the largest tensor of a step: made again in the backward.
-                nats = nats + checkpoint(self._nats, h, t, use_reentrant=False, preserve_rng_state=False)
+                nats = nats + checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False)
             else:
-                nats = nats + self._nats(h, t)
-        return nats / (targets != IGNORED).sum().clamp(min=1) if reduction == "mean" else nats
+                nats = nats + self._nats(*part)
+        return nats / weights.sum().clamp(min=1e-6) if reduction == "mean" else nats
 
-    def _nats(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORED, reduction="sum")
+    def _nats(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        nats = F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORED, reduction="none")
+        return (nats * weights).sum()
 
     def generate(
         self,

@@ -66,6 +66,7 @@ class Tokenizer:
         self._plain.encode_special_tokens = True
         self.eos_id = self.token_id(END_OF_TEXT)
         self.end_id = self.token_id(END)
+        self.answer_ids = self.token_id("<|assistant|>"), self.end_id  # what an assistant's answer stands between
 
     def __reduce__(self):
         # as text: the library's own pickle forgets the switch

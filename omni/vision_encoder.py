@@ -21,7 +21,8 @@ from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 
 LAYER_NORM_EPS = 1e-12
-INIT_STD = 0.02
+INIT_STD = 0.02  # of the CLS token and the positions
+GAIN = 0.7  # of a matrix: its standard deviation times the root of what it adds up
 POSITION_SCALE = 0.1
 
 
@@ -135,11 +136,13 @@ class ViT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        residual_std = INIT_STD / (2 * len(self.layers)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
+            if name.endswith("weight") and parameter.dim() > 1:
+                std = GAIN / parameter[0].numel() ** 0.5
                 writes_residual = "o_proj" in name or "fc2" in name
-                nn.init.trunc_normal_(parameter, std=residual_std if writes_residual else INIT_STD)
+                nn.init.trunc_normal_(parameter, std=std / (2 * len(self.layers)) ** 0.5 if writes_residual else std)
+            elif parameter.dim() > 1:
+                nn.init.trunc_normal_(parameter, std=INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         rows, columns = (side // patch for side, patch in zip(self.img_size, self.patch_size, strict=True))
@@ -176,9 +179,9 @@ class PictureTextModel(nn.Module):
     the picture's state is the mean and the maximum over its patches' states, not that of CLS, since the patches are
     what the omni model reads, and since a maximum lets one patch speak for a small thing that a mean drowns; the text
     tower is a small Thinker. Causal, so a caption's state is the one at its last token. Beside the contrast, the
-    picture's state is to name the words of its caption (Huang et al. 2024, "Classification Done Right for
-    Vision-Language Pre-Training"): among the few captions of a small batch, colours and places alone find the right
-    one, and little would ask for shapes and numbers.
+    patches are to name the words of the caption (Huang et al. 2024, "Classification Done Right for Vision-Language
+    Pre-Training", there from the mean of the patches; here each word from the patches that show it): among the few
+    captions of a small batch, colours and places alone find the right one, and little would ask for shapes.
 
     With a frozen Thinker in the text tower's place, a caption's state is the mean over its tokens: the last state of
     a language model knows more about the next word than about the sentence. That Thinker is no submodule: it is
@@ -213,7 +216,7 @@ class PictureTextModel(nn.Module):
             self.register_buffer("thinker_sha256", thinker_digest(thinker))
         self.picture_proj = nn.Linear(2 * config.d_model, config.embed_dim, bias=False)
         self.text_proj = nn.Linear(arch.d_model, config.embed_dim, bias=False)
-        self.word_head = nn.Linear(2 * config.d_model, arch.vocab_size) if config.word_loss > 0 else None
+        self.word_head = nn.Linear(config.d_model, arch.vocab_size) if config.word_loss > 0 else None
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def forward(
@@ -233,21 +236,21 @@ class PictureTextModel(nn.Module):
         """
         # CLIP clamps the parameter itself; this clamp lets gradients through, so that the scale can come down again
         log_scale = self.log_scale - (self.log_scale - math.log(MAX_SCALE)).clamp(min=0).detach()
-        scale, states, captions = log_scale.exp(), self.picture_states(images), self.embed_captions(tokens, ends)
-        pictures = F.normalize(self.picture_proj(states).float(), dim=-1)
+        scale, patches, captions = log_scale.exp(), self.vit(images)[:, 1:], self.embed_captions(tokens, ends)
+        pictures = self._pooled(patches)
         if same is None:
             return pictures, captions, scale
-        words = scale.new_zeros(()) if self.word_head is None else word_loss(self.word_head(states), tokens, ends)
+        words = scale.new_zeros(()) if self.word_head is None else word_loss(self.word_head(patches), tokens, ends)
         return contrastive_loss(pictures, captions, scale, same), words, scale
-
-    def picture_states(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 2 D): mean and maximum over the patches."""
-        patches = self.vit(images)[:, 1:]  # (B, P, D)
-        return torch.cat((patches.mean(dim=1), patches.amax(dim=1)), dim=-1)
 
     def embed_pictures(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, E) float32, of length 1."""
-        return F.normalize(self.picture_proj(self.picture_states(images)).float(), dim=-1)
+        return self._pooled(self.vit(images)[:, 1:])
+
+    def _pooled(self, patches: Tensor) -> Tensor:
+        """(B, P, D) -> (B, E) float32, of length 1: from mean and maximum over the patches."""
+        states = torch.cat((patches.mean(dim=1), patches.amax(dim=1)), dim=-1)
+        return F.normalize(self.picture_proj(states).float(), dim=-1)
 
     def embed_captions(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """Captions in the common space.
@@ -297,20 +300,23 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Te
 
 
 def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    """Cross-entropy of each caption's distinct tokens, all equally likely, its end left out.
+    """Cross-entropy of each caption's distinct tokens, its end left out. A picture's score of a token is the softened
+    maximum over its patches; a token counts by how few captions of the batch have it (log of the inverse share), so
+    that "a" and "the" count for little.
 
     Args:
-        logits: (B, V), what a picture says about its caption's tokens.
+        logits: (B, P, V), what each patch says about the caption's tokens.
         tokens, ends: (B, T) and (B,), see ``PictureTextModel.embed_captions``.
 
     Returns:
         () float32, in nats.
     """
     inside = torch.arange(tokens.shape[1], device=ends.device) < ends[:, None]  # (B, T)
-    present = torch.zeros_like(logits, dtype=torch.float32).scatter(1, tokens * inside, 1.0)  # (B, V)
+    present = torch.zeros_like(logits[:, 0], dtype=torch.float32).scatter(1, tokens * inside, 1.0)  # (B, V)
     present[:, 0] = 0  # the end of text, which now stands for all that is not inside
-    shares = present / present.sum(dim=1, keepdim=True).clamp(min=1)
-    return F.cross_entropy(logits.float(), shares)
+    shares = present * torch.log((1 + len(present)) / (1 + present.sum(dim=0)))
+    shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    return F.cross_entropy(logits.float().logsumexp(dim=1), shares)
 
 
 def thinker_digest(thinker: Thinker) -> Tensor:

@@ -29,7 +29,7 @@ NUMBERS = _words(
 SHAPES = _words("circle square triangle star heart cross ring diamond moon arrow")
 COLOURS = _words("red orange yellow green blue purple pink brown black grey")
 SIZES = ("small", "big")
-MAX_COUNT = 5  # shapes in one group
+MAX_COUNT = 4  # shapes in one group
 
 SHE = _words("Anna Clara Emma Grace Julia Mia Nora Olga Rosa Sara")
 HE = _words("Ben David Felix Henry Leo Noah Oscar Paul Simon Tom")
@@ -334,17 +334,17 @@ _LAYOUTS = {  # groups -> sets of cells that do not overlap
 
 
 def sample_scene(rng: random.Random) -> Scene:
-    """A scene of one to four groups, mostly one or two; one scene in four has a sign."""
-    n_groups = rng.choices((1, 2, 3, 4), weights=(25, 45, 20, 10))[0]
+    """A scene of one to four groups, mostly one or two; one scene in ten has a sign."""
+    n_groups = rng.choices((1, 2, 3, 4), weights=(40, 40, 15, 5))[0]
     cells = rng.choice(_LAYOUTS[n_groups])
-    sign = rng.randrange(n_groups) if rng.random() < 0.25 else None
+    sign = rng.randrange(n_groups) if rng.random() < 0.1 else None
     groups, taken = [], set()
     for i, cell in enumerate(cells):
         shape, colour = "sign" if i == sign else rng.choice(SHAPES), rng.choice(COLOURS)
         while (shape, colour) in taken:  # two groups of red stars would be one group to anybody who looks
             colour = rng.choice(COLOURS)
         taken.add((shape, colour))
-        count = 1 if i == sign else rng.choices(range(1, MAX_COUNT + 1), weights=(4, 2, 2, 1, 1))[0]
+        count = 1 if i == sign else rng.choices(range(1, MAX_COUNT + 1), weights=(4, 3, 2, 1))[0]
         word = rng.choice(SIGN_WORDS) if i == sign else ""
         groups.append(Group(shape, colour, rng.choice(SIZES), count, cell, word))
     return Scene(tuple(groups))
@@ -654,18 +654,18 @@ def _build_facts() -> dict[str, list[tuple[str, str]]]:
         "number": _neighbours(NUMBERS, "What number"),
         "plus": [
             (f"What is {n[x]} plus {n[y]}?", sentence(f"{n[x]} plus {n[y]} is {n[x + y]}"))
-            for x in range(1, 20)
-            for y in range(1, 21 - x)
+            for x in range(1, 10)
+            for y in range(1, 11 - x)
         ],
         "minus": [
             (f"What is {n[x]} minus {n[y]}?", sentence(f"{n[x]} minus {n[y]} is {n[x - y]}"))
-            for x in range(1, 21)
+            for x in range(1, 11)
             for y in range(1, x + 1)
         ],
         "more": [
             (f"Which is more, {n[x]} or {n[y]}?", sentence(f"{n[max(x, y)]} is more than {n[min(x, y)]}"))
-            for x in range(21)
-            for y in range(21)
+            for x in range(11)
+            for y in range(11)
             if x != y
         ],
         "count": [
@@ -685,7 +685,7 @@ def _build_facts() -> dict[str, list[tuple[str, str]]]:
 
 
 FACTS = _build_facts()  # kind -> (question, answer) pairs; a table like those above, never changed
-_FACT_WEIGHTS = [4 if kind in ("plus", "minus") else 2 if len(pairs) > 40 else 1 for kind, pairs in FACTS.items()]
+_FACT_WEIGHTS = [2 if len(pairs) > 40 else 1 for pairs in FACTS.values()]
 _ABOUT = {  # animal -> all that is known about it
     animal: [
         FACTS[kind][list(table).index(animal)][1]

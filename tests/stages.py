@@ -182,7 +182,7 @@ VISION = StageCase(
     config=SHORT
     | {
         "img_size": 16, "patch": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "embed_dim": 16,
-        "vocab_size": 300, "ctx_len": 16, "lr": 1e-3,
+        "vocab_size": 300, "ctx_len": 16, "optimizer": "muon", "lr": 1e-3,
         "text_d_model": 16, "text_layers": 1, "text_heads": 2, "text_d_ff": 32,
     },
     make_data=make_images,
@@ -233,7 +233,8 @@ TALKER = StageCase(
     | SMALL_ALIGNER
     | {
         "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
-        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "lr": 3e-3,
+        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "optimizer": "muon",
+        "lr": 3e-3,
     },
     make_data=make_sentences,
     size_key="d_ff",
@@ -282,7 +283,8 @@ OMNI = StageCase(
     script="sft_omni.py",
     prefix="omni",
     final="omni_final.pt",
-    config=SHORT | {"lr": 3e-3, "proj_d_ff": 16, "max_answer_tokens": 4, "task_weights": {"caption": 2.0}},
+    config=SHORT
+    | {"optimizer": "muon", "lr": 3e-3, "proj_d_ff": 16, "max_answer_tokens": 4, "task_weights": {"caption": 2.0}},
     make_data=make_mix,
     size_key="proj_d_ff",
     data_key="image_manifest",

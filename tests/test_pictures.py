@@ -82,7 +82,7 @@ def test_count_size_colour_and_place_of_every_group_can_be_measured(made):
             sizes = patches(ndimage.binary_fill_holes(mask[box]) if is_sign else mask[box])  # white letters are holes
             assert len(sizes) == group["count"], info["caption"]
             side = 0 if is_sign else slice(None)  # boards are all wide: big ones are high
-            largest_small, smallest_big = (21, 33) if is_sign else (15, 16)
+            largest_small, smallest_big = (21, 33) if is_sign else (19, 20)
             for size in sizes:
                 if group["size"] == "small":
                     assert np.max(size[side]) <= largest_small, info["caption"]

@@ -27,11 +27,11 @@ RGB = {
     "black": (22, 22, 24), "grey": (132, 134, 138),
 }  # fmt: skip
 COLOUR_SPREAD = 10  # each channel of a group's colour varies by this much
-# Radii in px, by the number of shapes: the largest that fit a group's box, so five big ones are smaller than one.
-# The gap between 6.4 and 10.7 is what makes "big or small?" a fair question.
+# Radii in px, by the number of shapes: the largest that fit a group's box, so four big ones are smaller than one.
+# The gap between 8.6 and 12.6 is what makes "big or small?" a fair question.
 RADIUS = {
-    "small": dict.fromkeys(range(1, world.MAX_COUNT + 1), (5.8, 6.4)),
-    "big": {1: (15.0, 20.0), 2: (13.0, 14.2), 3: (12.6, 13.6), 4: (12.6, 13.6), 5: (10.7, 11.1)},
+    "small": dict.fromkeys(range(1, world.MAX_COUNT + 1), (8.0, 8.6)),
+    "big": {1: (15.0, 20.0), 2: (13.0, 14.2), 3: (12.6, 13.6), 4: (12.6, 13.6)},
 }
 BOARD = {"small": ((48, 52), (17, 19)), "big": ((58, 60), (34, 44))}  # a sign's width and height, px
 MARGIN = 2  # px that a group keeps from the edge of its box
@@ -107,12 +107,6 @@ _ARRANGEMENTS: dict[int, tuple[Points, ...]] = {
         [(0, -0.75), (0, 0.75), (-0.75, 0), (0.75, 0)],
         [(-1, -0.43), (0, -0.43), (-0.5, 0.43), (0.5, 0.43)],
         [(-1, 0.5), (0, 0.5), (1, 0.5), (0, -0.5)],
-    ),
-    5: (
-        [(-0.71, -0.71), (0.71, -0.71), (-0.71, 0.71), (0.71, 0.71), (0, 0)],
-        [(-1, -0.43), (0, -0.43), (1, -0.43), (-0.5, 0.43), (0.5, 0.43)],
-        [(-0.43, -1), (-0.43, 0), (-0.43, 1), (0.43, -0.5), (0.43, 0.5)],
-        [(0, -1), (0, 0), (0, 1), (-1, 0), (1, 0)],
     ),
 }
 

@@ -1,0 +1,131 @@
+"""The optimizers: what Muon works on, that it does what its papers say, and that it can be stopped and taken up."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from omni.optim import Muon, OrthogonalUpdates, hidden_kernels, orthogonalise
+
+
+class Net(nn.Module):
+    """A bit of everything: an embedding with a head that shares its kernel, convolutions, a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+        self.depthwise = nn.Conv1d(12, 12, 3, padding=1, groups=12)
+        self.normed = weight_norm(nn.Conv1d(12, 8, 1))
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 8)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.normed(self.depthwise(self.conv(self.embed(tokens).mT))).mT
+        return self.head(self.frozen(self.linear(self.norm(x))))
+
+
+def train(net: Net, optimizer: Muon, steps: range) -> None:
+    for step in steps:
+        tokens = torch.randint(11, (4, 7), generator=torch.Generator().manual_seed(step))
+        loss = nn.functional.cross_entropy(net(tokens).mT, tokens.roll(1, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def new_net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def test_muon_has_the_kernels_of_hidden_layers_and_adamw_the_rest():
+    net = new_net()
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    assert {names[id(kernel)] for kernel in hidden_kernels(net)} == {
+        "conv.weight", "normed.parametrizations.weight.original1", "linear.weight"
+    }  # fmt: skip
+    groups = Muon(net, lr=1e-3, wd=0.1).param_groups
+    optimized = [names[id(parameter)] for group in groups for parameter in group["params"]]
+    assert sorted(optimized) == sorted(names[id(p)] for p in net.parameters() if p.requires_grad)
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.1, 0.1]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])
+def test_an_update_keeps_the_singular_vectors_and_evens_the_values(shape):
+    torch.manual_seed(0)
+    u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
+    values = torch.logspace(-1, 0.5, min(shape))
+    found = u.mT @ orthogonalise(u * values @ v, 5, OrthogonalUpdates.COEFFICIENTS) @ v.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert (found - torch.diag_embed(values)).abs().max() < 0.1
+
+
+def test_equal_to_the_library_for_matrices():
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(32, 48)), nn.Parameter(torch.randn(32, 48)), nn.Parameter(torch.randn(20, 8))]
+    theirs = copy.deepcopy(ours)
+    start = [p.detach().clone() for p in ours]
+    optimizers = [
+        OrthogonalUpdates(ours, lr=1e-2, wd=0.1),
+        torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(6):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other, begun in zip(ours, theirs, start, strict=True):
+        moved = (other - begun).norm()
+        assert moved > 0.1 and (one - other).norm() < 0.02 * moved  # both work in bfloat16
+
+
+def test_a_convolution_counts_as_a_matrix():
+    torch.manual_seed(0)
+    kernel, gradient = nn.Parameter(torch.randn(6, 4, 3)), torch.randn(6, 4, 3)
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+    for parameter in (kernel, matrix):
+        OrthogonalUpdates([parameter], lr=0.1, wd=0.0).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+@pytest.mark.parametrize("gradient", [float("nan"), float("inf"), 1.0])
+def test_a_step_that_is_to_change_nothing_changes_nothing(gradient):
+    net = new_net()
+    optimizer = Muon(net, lr=1e-2, wd=0.1)
+    train(net, optimizer, range(3))
+    weights, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
+    for parameter in net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(gradient)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    optimizer.found_inf = torch.zeros(())
+    train(net, optimizer, range(3, 4))
+    assert not torch.equal(net.linear.weight, weights["linear.weight"])
+
+
+def test_taken_up_from_its_state_it_goes_on_with_the_same_bits(tmp_path):
+    net = new_net()
+    optimizer = Muon(net, lr=1e-2, wd=0.1)
+    train(net, optimizer, range(4))
+    torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(net, optimizer, range(4, 8))
+
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed = Net()
+    resumed.load_state_dict(saved["net"])
+    optimizer = Muon(resumed, lr=1e-2, wd=0.1)
+    optimizer.load_state_dict(saved["optimizer"])
+    train(resumed, optimizer, range(4, 8))
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in net.state_dict().items())
