@@ -233,8 +233,8 @@ TALKER = StageCase(
     | SMALL_ALIGNER
     | {
         "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
-        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "optimizer": "muon",
-        "lr": 3e-3,
+        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0,
+        "optimizer": "muon", "lr": 3e-3,
     },
     make_data=make_sentences,
     size_key="d_ff",

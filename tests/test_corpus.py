@@ -256,3 +256,18 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_p
         nats -= log_probabilities.gather(-1, window[:, 1:, None]).sum().item()
     assert final["metrics"]["perplexity"] == pytest.approx(math.exp(nats / (len(tokens) - 1)), rel=1e-4)
     assert final["metrics"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / count["text_bytes"], rel=1e-4)
+
+
+def test_what_stands_in_no_answer_counts_less(tmp_path):
+    begin, end = 90, 91
+    ids = [1, 2, begin, 3, 4, end, 5, 6, begin, 7, 8, 9, end]
+    path = tmp_path / "tokens.bin"
+    np.array(ids, dtype="uint16").tofile(path)
+    file = TokenFile(path, "uint16", tokens=len(ids), samples=1, text_bytes=1)
+    packed = PackedTokens(file, ctx_len=12, context_weight=0.25, answer_ids=(begin, end))
+    batch = packed.batch(np.array([0]), epoch=0)
+    answers = {3, 4, end, 7, 8, 9}  # an answer's end is part of it: whoever answers must stop
+    assert batch["weights"].tolist() == [[1.0 if target in answers else 0.25 for target in ids[1:]]]
+    assert (batch["weight"], batch["units"]) == (float(batch["weights"].sum()), 12)
+    assert packed.batch(np.array([], dtype=np.int64), epoch=0)["weight"] == 0
+    assert "weights" not in PackedTokens(file, ctx_len=12).batch(np.array([0]), epoch=0)

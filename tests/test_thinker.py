@@ -263,6 +263,18 @@ def test_loss_counts_only_real_targets():
         model.loss(x, targets, "none")
 
 
+def test_loss_weighs_its_targets():
+    model, x = build(), tokens(2, 20)
+    x, targets, weights = x[:, :-1], x[:, 1:].clone(), torch.rand(2, 19)
+    targets[1, 5:] = -100
+    nats = F.cross_entropy(model(x).mT, targets, ignore_index=-100, reduction="none")
+    counted = weights * (targets != -100)
+    torch.testing.assert_close(model(x, targets=targets, weights=weights)[0], (nats * counted).sum() / counted.sum())
+    torch.testing.assert_close(
+        model(x, targets=targets, weights=weights, reduction="sum")[0], (nats * counted).sum(), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_loss_in_chunks_is_the_same(monkeypatch):
     model, x, results = build("gqa-untied"), tokens(4, 21), []
     for chunk in (thinker.LOSS_CHUNK, 33):
