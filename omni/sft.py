@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,18 @@ class Conversations(TaskRows):
         raise BadRow(f"expected a part of type text, image or audio, found {json.dumps(part)[:60]}")
 
 
+# How the rows of a task are read, the columns they need, and the one they are split by
+TASKS = {
+    "text": (Dialogues, (), "text"),
+    "image_question": (PictureQuestions, ("image", "caption"), "image"),
+    "caption": (Captions, ("image", "caption"), "image"),
+    "transcription": (Transcripts, ("wav", "text"), "text"),
+    "spoken_question": (SpokenQuestions, ("wav", "text"), "text"),
+    "spoken_image_question": (SpokenPictureQuestions, ("image", "caption"), "image"),  # and recordings
+    "sign": (Signs, ("image", "text"), "text"),
+    "conversation": (Conversations, (), "messages"),
+}
+
 # ---------------------------------------------------------------------------------------------------------------
 # Where the rows come from
 
@@ -295,6 +308,18 @@ class TextLines(Manifest):
 
 
 def prepare_text(run: Run, path: str) -> TextLines:
+    """As ``load_text``, once for all processes of a run."""
+    with run.main_process_first():
+        return load_text(path, cache_dir=run.config.cache_dir, log=run.log, check_stop=run.check_stop)
+
+
+def load_text(
+    path: str | Path,
+    *,
+    cache_dir: str | None = None,
+    log: Callable[[str], None] = print,
+    check_stop: Callable[[], None] = lambda: None,
+) -> TextLines:
     """The lines of a text file, through an index that is made once, and again when the file changes.
 
     Raises:
@@ -302,30 +327,29 @@ def prepare_text(run: Run, path: str) -> TextLines:
     """
     path = Path(path)
     digest = hashlib.sha256(f"lines {path.resolve()}".encode()).hexdigest()[:12]
-    folder = Path(run.config.cache_dir or path.parent) / f"{path.name}.index-{digest}"
-    with run.main_process_first():
-        if run.is_main and not index_is_current(path, folder):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = FolderLock.wait_for(folder, run.log, run.check_stop)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
-                ) from error
-            try:
-                if not index_is_current(path, folder):  # another process may have made it before this one got the lock
-                    _index_lines(run, path, folder)
-            finally:
-                lock.release()
+    folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
+    if not index_is_current(path, folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock.wait_for(folder, log, check_stop)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
+            ) from error
+        try:
+            if not index_is_current(path, folder):  # another process may have made it before this one got the lock
+                _index_lines(path, folder, log, check_stop)
+        finally:
+            lock.release()
     return TextLines(path, folder)
 
 
-def _index_lines(run: Run, path: Path, folder: Path) -> None:
+def _index_lines(path: Path, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
     (folder / "meta.json").unlink(missing_ok=True)
     stat, digest, at, number = file_stat(path), hashlib.sha256(), 0, 0
     found: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}  # dialogues, and other lines
     for chunk in read_chunks(path):
-        run.check_stop()
+        check_stop()
         digest.update(chunk)
         for line in chunk.split(b"\n")[: -1 if chunk.endswith(b"\n") else None]:
             number += 1
@@ -345,7 +369,7 @@ def _index_lines(run: Run, path: Path, folder: Path) -> None:
     meta = {"stat": stat, "sha256": digest.hexdigest(), "header": ["text"], "columns": ["text"]}
     write_json(folder / "meta.json", meta | {"dialogues": bool(found[True])})
     kind = "dialogues" if found[True] else "lines (no dialogues: they are learnt as text)"
-    run.log(f"indexed {path}: {len(rows):,} {kind}")
+    log(f"indexed {path}: {len(rows):,} {kind}")
 
 
 class Recordings:
@@ -398,12 +422,12 @@ def prepare_tasks(
     digests: dict[str, list[str]] = {"train": [], "validation": []}
     recordings: list[Recordings | None] = [None, None]
 
-    def add(side: int, name: str, of: type[TaskRows], manifest: Manifest, rows: np.ndarray, **others) -> None:
+    def add(side: int, name: str, manifest: Manifest, rows: np.ndarray, **others) -> None:
         if len(rows) and config.task_weights.get(name, 1.0) > 0:
             keys = {"seed": config.seed, "training": side == 0}
-            sides[side][name] = of(manifest, rows, inputs, config, **keys, **others)
+            sides[side][name] = TASKS[name][0](manifest, rows, inputs, config, **keys, **others)
 
-    def both(key: str, columns: tuple[str, ...], split_by: str) -> list[tuple[Manifest, np.ndarray]]:
+    def both(key: str, task: str) -> list[tuple[Manifest, np.ndarray]]:
         """The manifest and rows of both sides; [] if the config has no such file."""
         paths = getattr(config, key), getattr(config, f"val_{key}")
         if paths[0] is None:
@@ -411,6 +435,7 @@ def prepare_tasks(
         if key == "text_path":
             manifests = [prepare_text(run, path) for path in paths if path]
         else:
+            _, columns, split_by = TASKS[task]
             manifests = [prepare_manifest(run, path, columns, key=split_by) for path in paths if path]
         digests["train"].append(manifests[0].sha256)
         digests["validation"].append(manifests[-1].sha256)
@@ -420,28 +445,28 @@ def prepare_tasks(
             return [(manifest, np.arange(len(manifest))) for manifest in manifests]
         return [(manifests[0], rows) for rows in split_rows(manifests[0], config.val_split)]
 
-    for side, (lines, rows) in enumerate(both("text_path", (), "text")):
-        add(side, "text", Dialogues, lines, rows)
-    for side, (manifest, rows) in enumerate(both("asr_csv", ("wav", "text"), "text")):
-        add(side, "transcription", Transcripts, manifest, short_enough(run, manifest, rows, inputs))
-    for side, (manifest, rows) in enumerate(both("question_csv", ("wav", "text"), "text")):
+    for side, (lines, rows) in enumerate(both("text_path", "text")):
+        add(side, "text", lines, rows)
+    for side, (manifest, rows) in enumerate(both("asr_csv", "transcription")):
+        add(side, "transcription", manifest, short_enough(run, manifest, rows, inputs))
+    for side, (manifest, rows) in enumerate(both("question_csv", "spoken_question")):
         rows = short_enough(run, manifest, rows, inputs)
         recordings[side] = Recordings(manifest, rows)
         if "answer" not in (manifest.header or []):
             known = np.array([zlib.crc32(question.encode()) for question in KNOWN_ANSWERS], np.uint32)
             rows = rows[np.isin(np.asarray(manifest.keys)[rows], known)]
-        add(side, "spoken_question", SpokenQuestions, manifest, rows)
-    for side, (manifest, rows) in enumerate(both("image_manifest", ("image", "caption"), "image")):
-        add(side, "caption", Captions, manifest, rows)
+        add(side, "spoken_question", manifest, rows)
+    for side, (manifest, rows) in enumerate(both("image_manifest", "caption")):
+        add(side, "caption", manifest, rows)
         rows = rows[measure_rows(run, manifest, "questions", count_questions, np.uint16)[rows] > 0]
-        add(side, "image_question", PictureQuestions, manifest, rows)
+        add(side, "image_question", manifest, rows)
         if len(rows) and (found := recordings[side]) is not None:
             asked = rows[count_recorded(run, manifest, found)[rows] > 0]
-            add(side, "spoken_image_question", SpokenPictureQuestions, manifest, asked, recordings=found)
-    for side, (manifest, rows) in enumerate(both("ocr_csv", ("image", "text"), "text")):
-        add(side, "sign", Signs, manifest, rows)
-    for side, (manifest, rows) in enumerate(both("jsonl_path", (), "messages")):
-        add(side, "conversation", Conversations, manifest, rows)
+            add(side, "spoken_image_question", manifest, asked, recordings=found)
+    for side, (manifest, rows) in enumerate(both("ocr_csv", "sign")):
+        add(side, "sign", manifest, rows)
+    for side, (manifest, rows) in enumerate(both("jsonl_path", "conversation")):
+        add(side, "conversation", manifest, rows)
     if not sides[0]:
         raise UserError("the mix has no row to train on: expected files with rows, and a task_weights above 0")
     for name, weight in config.task_weights.items():

@@ -8,6 +8,8 @@
         --audio_ckpt checkpoints/audio_enc_demo --vocoder_ckpt checkpoints/vocoder_demo
     python scripts/evaluate.py ocr       --ckpt_dir checkpoints/ocr_demo       --data data/ocr/ocr.val.csv
     python scripts/evaluate.py vocoder   --ckpt_dir checkpoints/vocoder_demo   --data data/audio/tts.val.csv
+    python scripts/evaluate.py omni      --ckpt_dir checkpoints/omni_sft_demo  --task image_question \\
+        --data data/images/annotations.val.json
 
 The figures are computed by the code that validates in training. A row that cannot be used is left out, named on
 stderr and counted; nothing is written. --show prints some items beside what the model makes of them.
@@ -47,7 +49,9 @@ from omni.images import normalise
 from omni.loop import to_device
 from omni.manifest import BadRow, Rows, load_manifest
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
+from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device
+from omni.sft import TASKS, AnswerScore, HeldOutItems, load_text
 from omni.speech import Listener, Speaker, read_recordings, word_error_rates, word_errors
 from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums
 from omni.thinker import Thinker, load_thinker
@@ -55,6 +59,8 @@ from omni.tokenizer import Tokenizer
 from omni.vision_encoder import load_vision_encoder
 from omni.vocoder import Clips, VocoderScore, clip_columns, load_codec_of, load_vocoder
 from train_text import text_metrics, text_sums
+
+OMNI_TASKS = tuple(name for name in TASKS if name != "spoken_image_question")  # which needs a second file
 
 
 @dataclass
@@ -262,6 +268,27 @@ def judge_vocoder(args: argparse.Namespace, device: torch.device) -> Judgement:
     return judgement
 
 
+def judge_omni(args: argparse.Namespace, device: torch.device) -> Judgement:
+    if args.task is None:
+        raise UserError(f"--task: expected one of {', '.join(OMNI_TASKS)}, found none")
+    model, tokenizer, config = load_omni(args.ckpt_dir, device)
+    config = config.model_copy(update={"image_root": args.image_root})
+    kind, columns, key = TASKS[args.task]
+    load = load_text if args.task == "text" else partial(load_manifest, columns=columns, key=key)
+    manifest, inputs = load(args.data, cache_dir=args.cache_dir, log=to_stderr), Inputs(tokenizer, config)
+    rows = kind(manifest, first_rows(len(manifest), args), inputs, config, seed=0, training=False)
+    items, score = HeldOutItems({args.task: rows}, inputs, len(rows)), AnswerScore(inputs, config.max_answer_tokens)
+    judgement, totals = judge_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
+    judgement.metrics = score.metrics(totals)
+    for row in range(min(args.show, len(rows))):
+        batch = to_device(items.batch(np.array([row]), epoch=0), device)
+        if batch["weight"]:
+            embeds, _, dropped, _ = model.embed(batch)
+            (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
+            judgement.shown.append((" | ".join(sorted(batch["right"][0])[:3]) or "(not judged)", said))
+    return judgement
+
+
 STAGES = {
     "text": (judge_text, "thinker", "thinker.pt"),
     "audio_enc": (judge_audio_enc, "audio_enc", "audio_enc.pt"),
@@ -270,6 +297,7 @@ STAGES = {
     "talker": (judge_talker, "talker", "talker.pt"),
     "ocr": (judge_ocr, "ocr", "ocr.pt"),
     "vocoder": (judge_vocoder, "hifigan", "hifigan.pt"),
+    "omni": (judge_omni, "omni", "omni_final.pt"),
 }
 
 # --- what they share ------------------------------------------------------------------------------------------------
@@ -323,6 +351,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
     parser.add_argument("--data", required=True, type=Path, help="text lines, CSV, JSON or JSONL, as in training")
+    parser.add_argument("--task", choices=OMNI_TASKS, help="omni: what the rows of --data ask for")
     parser.add_argument("--image_root", help="folder of the pictures (default: that of --data)")
     parser.add_argument("--thinker_ckpt", help="vision: where the Thinker that reads the captions is now")
     parser.add_argument("--audio_ckpt", help="talker: folder of stage B, whose model listens")

@@ -12,7 +12,7 @@ from test_config import only_error
 HELD_OUT_KEY = {"text": "val_text", "vision": "val_manifest"}  # of the others: val_csv
 
 
-# stage E is judged in its own validation only: its held-out data are several files
+# stage E, whose held-out data are several files, has a test of its own
 @pytest.fixture(params=[stage for stage in STAGES if stage.name != "omni"], ids=lambda stage: stage.name)
 def stage(request) -> StageCase:
     return request.param
@@ -85,3 +85,21 @@ def test_bad_arguments(stage, trained, tmp_path):
             (tmp_path / row.get("wav", row.get("image"))).unlink()
         process = evaluate(trained, stage.name, "--data", data)
         assert process.returncode == 2 and "not one of its 24 rows" in process.stderr
+
+
+@pytest.mark.parametrize("task", ["text", "caption", "transcription"])
+def test_the_joint_model_task_by_task(task, tmp_path):
+    stage = next(stage for stage in STAGES if stage.name == "omni")
+    data = stage.make_data(tmp_path)
+    key = {"text": "text_path", "caption": "image_manifest", "transcription": "asr_csv"}[task]
+    weights = {name: float(name == task) for name in ("text", "caption", "transcription")}
+    held_out = {f"val_{key}": data[key]}
+    training = stage.training(tmp_path, max_steps=8, val_split=0.0, task_weights=weights, val_items=100, **held_out)
+    training.finish()
+    expected = training.final_file()["metrics"]
+    found = judged(training, "omni", "--data", data[key], "--task", task)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found.get(f"accuracy_{task}") == expected.get(f"accuracy_{task}")
+    process = evaluate(training, "omni", "--data", data[key], "--task", task, "--limit", "3", "--show", "2")
+    assert ": 3 rows" in process.stdout and process.stdout.count("model  ") == 2
+    only_error(evaluate(training, "omni", "--data", data[key]), "--task", "expected one of text, image_question")
