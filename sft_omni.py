@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             model.thinker.compile(dynamic=False)
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            nats, balance, misspelling = model(batch)
+            nats, balance, misspelling, misnaming = model(batch)
             balance = balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
-            parts = {"cross_entropy": nats, "misspelling": misspelling}
-            return nats + config.spelling_weight * misspelling + balance, parts
+            parts = {"cross_entropy": nats, "misspelling": misspelling, "misnaming": misnaming}
+            return nats + config.spelling_weight * misspelling + config.naming_weight * misnaming + balance, parts
 
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)

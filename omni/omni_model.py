@@ -30,7 +30,7 @@ from omni.layers import KVCache
 from omni.manifest import BadRow
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
-from omni.vision_encoder import ViT
+from omni.vision_encoder import ViT, word_loss
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
@@ -43,13 +43,15 @@ _VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dr
 @dataclass
 class Encoded:
     """One conversation as the Thinker reads it. ``images`` and ``sounds`` are its attachments with the position at
-    which the placeholders of each begin; ``spoken`` is what each recording says, in tokens, [] if that is unknown."""
+    which the placeholders of each begin; ``spoken`` is what each recording says and ``shown`` a caption of each
+    picture, in tokens, [] if that is unknown."""
 
     ids: list[int]  # with one placeholder for each position of an attachment
     targets: list[int]  # what follows each position; -100 outside the assistant's answers
     images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8
     sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features
     spoken: list[list[int]] = field(default_factory=list)
+    shown: list[list[int]] = field(default_factory=list)
     prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
 
 
@@ -72,18 +74,19 @@ class Inputs:
             self.img_size = vision["img_size"]
             self.image_positions = (vision["img_size"] // vision["patch"] // config.image_stack) ** 2
         self.pad_to = self.ctx_len if config.use_compile else None  # a compiled model wants one length only
+        self.rarity = torch.ones(tokenizer.vocab_size)  # of tokens in captions, see omni.vision_encoder.rarity_of
 
     # Attachments: parts of a message's content
 
-    def image(self, path: str | Path) -> dict:
-        """A picture file as a part of a message.
+    def image(self, path: str | Path, text: str = "") -> dict:
+        """A picture file as a part of a message; in training with a caption, its ``text``, if there is one.
 
         Raises:
             BadRow: not a picture, damaged, too large; or the model has no vision encoder.
         """
         if self.img_size is None:
             raise BadRow(f"{path}: this model has no vision encoder (no vision_ckpt)")
-        return {"type": "image", "image": load_image(path, self.img_size, self.img_size)}
+        return {"type": "image", "image": load_image(path, self.img_size, self.img_size), "text": text}
 
     def sound(self, path: str | Path, text: str = "") -> dict:
         """A recording as a part of a message; in training with its ``text``, if that is known.
@@ -136,6 +139,7 @@ class Inputs:
                     ids += tokenizer.encode(part["text"], allow_special=False)
                 elif part["type"] == "image":
                     encoded.images.append((len(ids) + 1, part["image"]))
+                    encoded.shown.append(tokenizer.encode(part["text"], allow_special=False))
                     ids += self._placeholders("image", self.image_positions)
                 else:
                     positions = self.sound_positions(len(part["audio"]))
@@ -176,11 +180,15 @@ class Inputs:
 
         Returns:
             ``tokens`` and ``targets`` (B, T), padded after their ends; ``weight``, the number of targets; ``prompts``
-            (B,); ``sizes`` (B,), the positions that are no padding. If there are pictures: ``images`` (I, 3, H, W)
-            uint8 and ``image_at`` (I * P,), the places of their positions, counted over the flattened batch. If there
-            are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,); ``sound_at`` (R,), and ``sound_from``
-            (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and ``spoken_lengths`` (A,), what
-            they say.
+            (B,); ``sizes`` (B,), the positions that are no padding.
+
+            If there are pictures: ``images`` (I, 3, H, W) uint8; ``image_at`` (I * P,), the places of their positions,
+            counted over the flattened batch; ``shown`` (I, L) and ``shown_lengths`` (I,), their captions; ``rarity``
+            (V,) of tokens in captions.
+
+            If there are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,); ``sound_at`` (R,), and
+            ``sound_from`` (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and
+            ``spoken_lengths`` (A,), what they say.
         """
         T = self.pad_to or max(len(sample.ids) for sample in samples)
         tokens = torch.full((len(samples), T), self.tokenizer.eos_id)
@@ -200,6 +208,8 @@ class Inputs:
             starts = torch.tensor([at for at, _ in images])
             batch["images"] = torch.stack([image for _, image in images])
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
+            batch["shown"], batch["shown_lengths"] = self._padded([ids for sample in samples for ids in sample.shown])
+            batch["rarity"] = self.rarity
         sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
         if sounds:
             longest = max(len(sound) for _, sound in sounds)
@@ -213,10 +223,15 @@ class Inputs:
                 taken.append(index * per_sound + torch.arange(count))
             batch["features"], batch["sound_at"], batch["sound_from"] = features, torch.cat(at), torch.cat(taken)
             batch["lengths"] = torch.tensor([len(sound) for _, sound in sounds])
-            spoken = [torch.tensor(ids, dtype=torch.int64) for sample in samples for ids in sample.spoken]
-            batch["spoken"] = nn.utils.rnn.pad_sequence(spoken, batch_first=True)
-            batch["spoken_lengths"] = torch.tensor([len(ids) for ids in spoken])
+            texts = [ids for sample in samples for ids in sample.spoken]
+            batch["spoken"], batch["spoken_lengths"] = self._padded(texts)
         return batch
+
+    @staticmethod
+    def _padded(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids as (N, L) int64 and their numbers (N,)."""
+        ids = [torch.tensor(text, dtype=torch.int64) for text in texts]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(text) for text in texts])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -255,6 +270,7 @@ class Sequences(NamedTuple):
     targets: Tensor  # (B, T)
     dropped: Tensor  # (B,) how many positions shorter each row has become
     sounds: Tensor | None  # (A, U, D), the recordings before any of their positions were dropped
+    pictures: Tensor | None  # (I, P, D)
 
 
 class OmniModel(nn.Module):
@@ -302,15 +318,18 @@ class OmniModel(nn.Module):
                 encoder.eval()  # no dropout in what is not trained
         return self
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Losses of a batch, each () float32: the mean cross-entropy of its targets in nats; the experts'
-        load-balancing loss; how badly recordings spell their texts (``_misspelling``), per target of the first."""
-        embeds, targets, dropped, sounds = self.embed(batch)
+        load-balancing loss; and per target of the first, how badly recordings spell their texts (``_misspelling``)
+        and pictures name what they show (``_misnaming``)."""
+        embeds, targets, dropped, sounds, pictures = self.embed(batch)
         nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
-        misspelling = nats.new_zeros(())
+        misspelling, misnaming, count = nats.new_zeros(()), nats.new_zeros(()), (batch["targets"] != IGNORED).sum()
         if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
-            misspelling = self._misspelling(sounds, batch) / (batch["targets"] != IGNORED).sum()
-        return nats, balance, misspelling
+            misspelling = self._misspelling(sounds, batch) / count
+        if pictures is not None and batch["shown"].shape[1]:
+            misnaming = self._misnaming(pictures, batch) / count
+        return nats, balance, misspelling, misnaming
 
     def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of ``forward``. A dialogue is several times as long as a recording, so rows of similar length
@@ -334,9 +353,10 @@ class OmniModel(nn.Module):
     def embed(self, batch: dict) -> Sequences:
         """What the Thinker reads of a batch of ``Inputs.collate``."""
         x = self.thinker.embed_tokens(batch["tokens"])  # (B, T, D)
-        rows, sounds, new = x.flatten(0, 1), None, None  # (B * T, D)
+        rows, sounds, new, pictures = x.flatten(0, 1), None, None, None  # (B * T, D)
         if "images" in batch:
-            rows = rows.index_copy(0, batch["image_at"], self._pictures(batch).flatten(0, 1).to(rows.dtype))
+            pictures = self._pictures(batch)
+            rows = rows.index_copy(0, batch["image_at"], pictures.flatten(0, 1).to(rows.dtype))
         elif self.vision_encoder is not None and self.training:
             # Each parameter has a gradient in every step, if only zero: DDP waits for all of them, and the
             # optimizer's averages must not depend on how a step falls into micro-batches.
@@ -349,7 +369,7 @@ class OmniModel(nn.Module):
             rows = rows + 0.0 * self._sounds(self._blank(x))[0].sum().to(rows.dtype)
         x, targets = rows.view_as(x), batch["targets"]
         if new is None or not self.drop_blanks:
-            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), sounds)
+            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), sounds, pictures)
         kept = torch.ones(targets.numel(), dtype=torch.bool, device=x.device)
         kept[batch["sound_at"]] = new.flatten()[batch["sound_from"]]
         kept = kept.view_as(targets)
@@ -358,7 +378,8 @@ class OmniModel(nn.Module):
         if self.ragged:
             order = order[:, : int((batch["sizes"] - dropped).max())]
         targets = targets.gather(1, order)  # nothing is to be learnt where a recording stands
-        return Sequences(x.gather(1, order[..., None].expand(-1, -1, x.shape[2])), targets, dropped, sounds)
+        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
+        return Sequences(x, targets, dropped, sounds, pictures)
 
     def _pictures(self, batch: dict) -> Tensor:
         """The pictures (I, 3, H, W) as (I, P, D): all patches, row by row, CLS left out."""
@@ -385,15 +406,24 @@ class OmniModel(nn.Module):
         and whose blank is ``<|audio|>``. So a recording soon looks like its text, which the Thinker can read already.
         The embeddings themselves get no gradient from it.
         """
-        table = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1)  # (V, D)
-        blank = self.audio_id  # which CTC wants to be the last unit
-        table = torch.cat((table[:blank], table[blank + 1 :], table[blank, None]))
-        with torch.autocast(sounds.device.type, enabled=False):  # near cosines would be equal in bf16
-            logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T
+        logits, blank = self._cosines(sounds), self.audio_id
+        logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
         steps = output_frames(batch["lengths"], self.audio_encoder.downsample_time)
         units = batch["spoken"] - (batch["spoken"] > blank).long()
         nll = ctc_nll(logits, steps, units, batch["spoken_lengths"])
         return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
+
+    def _misnaming(self, pictures: Tensor, batch: dict) -> Tensor:
+        """How far the positions of pictures are from the token embeddings of their captions' words: () float32, a sum.
+        As stage C asks it of the patches, with the Thinker's embeddings, which get no gradient, as the words."""
+        rarity = batch["rarity"]  # among all captions, so that a loss is that of its samples, however they are batched
+        return word_loss(self._cosines(pictures), batch["shown"], batch["shown_lengths"], rarity) * len(pictures)
+
+    def _cosines(self, positions: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32: logits of the tokens whose embeddings are near."""
+        table = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1)  # (V, D)
+        with torch.autocast(positions.device.type, enabled=False):  # near cosines would be equal in bf16
+            return COSINE_SCALE * F.normalize(positions.float(), dim=-1) @ table.T
 
     def _blank(self, like: Tensor) -> dict:
         """A black picture and a moment of silence, which take no place."""

@@ -29,11 +29,14 @@ from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest
 from omni.omni_model import Encoded, Inputs, OmniModel
 from omni.runtime import FolderLock, Run
 from omni.thinker import IGNORED
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import rarity_of
 
 CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
 TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording say?", "What do you hear?")
 SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
 CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
+CAPTIONS_COUNTED = 4096
 MAX_LINE_BYTES = 1 << 20
 # What can be asked without a picture or a story, and its one answer
 KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
@@ -84,7 +87,8 @@ class TaskRows(Rows):
         return self._sample(row, epoch, bad)
 
     def picture(self, row: dict) -> dict:
-        return self.inputs.image(self.manifest.file(row["image"], self.config.image_root))
+        path = self.manifest.file(row["image"], self.config.image_root)
+        return self.inputs.image(path, str(row.get("caption", "")).strip())
 
     def sound(self, row: dict) -> dict:
         return self.inputs.sound(self.manifest.file(row["wav"]), row.get("text", "").strip())
@@ -457,6 +461,8 @@ def prepare_tasks(
             rows = rows[np.isin(np.asarray(manifest.keys)[rows], known)]
         add(side, "spoken_question", manifest, rows)
     for side, (manifest, rows) in enumerate(both("image_manifest", "caption")):
+        if side == 0:
+            inputs.rarity = rarity_in_captions(manifest, rows, inputs.tokenizer)
         add(side, "caption", manifest, rows)
         rows = rows[measure_rows(run, manifest, "questions", count_questions, np.uint16)[rows] > 0]
         add(side, "image_question", manifest, rows)
@@ -475,6 +481,19 @@ def prepare_tasks(
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined
+
+
+def rarity_in_captions(manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer) -> Tensor:
+    """(V,) what a token counts by how few captions have it, among some thousand, evenly spread."""
+    counts, captions = torch.zeros(tokenizer.vocab_size), 0
+    for row in rows[:: -(-len(rows) // CAPTIONS_COUNTED)].tolist():
+        try:
+            tokens = set(tokenizer.encode(manifest[row]["caption"], allow_special=False))
+        except BadRow:
+            continue  # its turn in training says why
+        counts[list(tokens)] += 1
+        captions += 1
+    return rarity_of(counts, captions)
 
 
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
@@ -593,7 +612,7 @@ class AnswerScore:
         self.inputs, self.max_answer_tokens = inputs, max_answer_tokens
 
     def sums(self, model: OmniModel, batch: dict) -> dict[str, Tensor]:
-        embeds, targets, dropped, _ = model.embed(batch)
+        embeds, targets, dropped, *_ = model.embed(batch)
         nats, _ = model.thinker.loss(None, targets, "sum", inputs_embeds=embeds)
         totals = {"nats": nats, "targets": (targets != IGNORED).sum()}
         judged = [index for index, right in enumerate(batch["right"]) if right]

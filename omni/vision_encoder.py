@@ -299,14 +299,14 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Te
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor, rarity: Tensor | None = None) -> Tensor:
     """Cross-entropy of each caption's distinct tokens, its end left out. A picture's score of a token is the softened
-    maximum over its patches; a token counts by how few captions of the batch have it (log of the inverse share), so
-    that "a" and "the" count for little.
+    maximum over its patches; a token counts by its rarity, so that "a" and "the" count for little.
 
     Args:
         logits: (B, P, V), what each patch says about the caption's tokens.
         tokens, ends: (B, T) and (B,), see ``PictureTextModel.embed_captions``.
+        rarity: (V,), see ``rarity_of``; default: among these captions.
 
     Returns:
         () float32, in nats.
@@ -314,9 +314,14 @@ def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     inside = torch.arange(tokens.shape[1], device=ends.device) < ends[:, None]  # (B, T)
     present = torch.zeros_like(logits[:, 0], dtype=torch.float32).scatter(1, tokens * inside, 1.0)  # (B, V)
     present[:, 0] = 0  # the end of text, which now stands for all that is not inside
-    shares = present * torch.log((1 + len(present)) / (1 + present.sum(dim=0)))
+    shares = present * (rarity_of(present.sum(dim=0), len(present)) if rarity is None else rarity)
     shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6)
     return F.cross_entropy(logits.float().logsumexp(dim=1), shares)
+
+
+def rarity_of(counts: Tensor, captions: int) -> Tensor:
+    """What tokens (V,) count that stand in ``counts`` of some captions: the log of the inverse share, 0 if in all."""
+    return torch.log((1 + captions) / (1 + counts))
 
 
 def thinker_digest(thinker: Thinker) -> Tensor:

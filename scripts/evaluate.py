@@ -283,7 +283,7 @@ def judge_omni(args: argparse.Namespace, device: torch.device) -> Judgement:
     for row in range(min(args.show, len(rows))):
         batch = to_device(items.batch(np.array([row]), epoch=0), device)
         if batch["weight"]:
-            embeds, _, dropped, _ = model.embed(batch)
+            embeds, _, dropped, *_ = model.embed(batch)
             (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
             judgement.shown.append((" | ".join(sorted(batch["right"][0])[:3]) or "(not judged)", said))
     return judgement

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import pickle
 import random
 import shutil
@@ -159,7 +160,7 @@ def test_cached_answers_equal_the_full_forward_and_those_of_a_batch(folder, shap
     encoded = [inputs.encode(messages) for messages in asked]
     stops = (inputs.tokenizer.end_id, inputs.tokenizer.eos_id)
     batch = inputs.collate(encoded)
-    embeds, _, dropped, _ = model.embed(batch)
+    embeds, _, dropped, *_ = model.embed(batch)
     prompts = batch["prompts"] - dropped
     one_by_one = []
     for messages, sample in zip(asked, encoded, strict=True):
@@ -222,9 +223,9 @@ def test_only_answers_have_a_loss(folder, monkeypatch):
         assert set(prompt.targets[encoded.prompt - 1 :]) == {IGNORE}
     batch = inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)])
     with torch.no_grad():
-        embeds, targets, _, _ = model.embed(batch)
+        embeds, targets, *_ = model.embed(batch)
         logits = model.thinker(inputs_embeds=embeds)
-        nats, _, _ = model(batch)
+        nats, *_ = model(batch)
         monkeypatch.setattr(omni_model, "ROWS_TOGETHER", 2)
         torch.testing.assert_close(model(batch)[0], nats)
     counted = targets != IGNORE
@@ -253,9 +254,35 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
         spelled = model._misspelling(table[positions], fits)
         wrong = model._misspelling(table[torch.full((4, 12), blank)], fits)
     assert spelled < 1 and wrong > 5 * len(spoken)
-    nats, _, misspelling = model.train()(batch)
+    nats, _, misspelling, _ = model.train()(batch)
     misspelling.backward()
     assert misspelling > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
+
+
+def test_pictures_are_drawn_to_the_words_of_their_captions(folder):
+    """Each word is named by the position nearest to its embedding, and rare words count most."""
+    model, inputs, _ = small_model(folder)
+    inputs.rarity = torch.zeros_like(inputs.rarity)
+    names = [inputs.tokenizer.encode(words) for words in ("cat dog", "one")]
+    inputs.rarity[[id for ids in names for id in ids]] = 1.0
+    pictures = [inputs.image(folder / f"{i}.png", words) for i, words in enumerate(("cat dog", "one", ""))]
+    batch = inputs.collate([inputs.encode([user(picture, text("what")), says("a")]) for picture in pictures])
+    assert batch["shown_lengths"].tolist() == [*map(len, names), 0]
+    table = model.thinker.embed_tokens.weight
+    used = sorted({id for ids in names for id in ids} | {0})
+    with torch.no_grad():
+        table.fill_(-1.0)
+        table[used] = torch.eye(16)[: len(used)]
+        positions = torch.tensor([(ids * 4)[:4] for ids in (*names, [0])])
+        named = model._misnaming(table[positions], batch)
+        wrong = model._misnaming(table[positions.flip(0)], batch)
+        least = sum(math.log(len(ids)) for ids in names)  # all words of a caption are equally likely
+        assert least <= named < least + 1 and wrong > named + 10
+        nothing = batch | {"rarity": torch.zeros_like(inputs.rarity)}  # as if these words stood in every caption
+        assert model._misnaming(table[positions.flip(0)], nothing) == 0
+    *_, misnaming = model.train()(batch)
+    misnaming.backward()
+    assert misnaming > 0 and table.grad is None and model.proj_v.fc2.weight.grad.abs().sum() > 0
 
 
 def test_no_text_can_spell_a_placeholder(folder):
@@ -308,7 +335,7 @@ def test_overfits_one_batch_and_then_answers_exactly(folder):
     batch = inputs.collate([inputs.encode(messages) for messages in talks])
     optimizer = build_adamw(model.train(), lr=1e-2, wd=0.0)
     for _ in range(150):
-        loss, _, _ = model(batch)
+        loss, *_ = model(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
