@@ -112,6 +112,11 @@ class CtcTokenizer:
         replace_file(Path(path), lambda file: file.write(serialized))
 
     @property
+    def units(self) -> list[str]:
+        """The text of each token, in their order; one that begins a word begins with a space."""
+        return [self._tokenizer.id_to_token(i).replace("▁", " ") for i in range(self.vocab_size)]
+
+    @property
     def vocab_size(self) -> int:
         """Tokens there really are; the blank is not among them."""
         return self._tokenizer.get_vocab_size()

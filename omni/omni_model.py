@@ -241,17 +241,29 @@ class Inputs:
 class Projection(nn.Module):
     """What an encoder says in the Thinker's terms, (..., K) -> (..., D): norm, linear, GELU, linear.
 
-    Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning" (LLaVA-1.5), with a norm before it.
+    Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning" (LLaVA-1.5), with a norm before it. Of an
+    encoder that already names ``units`` of text, the likely units' embeddings are added (Ma et al. 2025, "LegoSLM:
+    Connecting LLM with Speech Encoder using CTC Posteriors").
     """
 
-    def __init__(self, width: int, d_ff: int, d_model: int):
+    def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
+        self.units = nn.Parameter(torch.zeros(units, d_model)) if units else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))
+    def forward(self, x: Tensor, unit_logits: Tensor | None = None) -> Tensor:
+        """(..., K), and of an encoder that names units their logits (..., units), -> (..., D)."""
+        y = self.fc2(F.gelu(self.fc1(self.norm(x))))
+        return y if self.units is None else y + unit_logits.float().softmax(dim=-1).to(y.dtype) @ self.units.to(y.dtype)
+
+    @torch.no_grad()
+    def start_from_units(self, embeddings: Tensor) -> None:
+        """Begin with nothing but the units, (units, D): then what is heard reads like text from the first step on."""
+        self.units.copy_(embeddings)
+        self.fc2.weight.zero_()
+        self.fc2.bias.zero_()
 
     @torch.no_grad()
     def start_as_loud_as(self, embeddings: Tensor) -> None:
@@ -297,7 +309,7 @@ class OmniModel(nn.Module):
         if audio := parts.get("audio_encoder"):
             audio_arch = _audio_architecture(audio)
             self.audio_encoder = AudioEncoder(audio_arch, audio["n_tokens"], use_flash=use_flash and audio_flash)
-            self.proj_a = Projection(audio["d_model"], config.proj_d_ff, arch.d_model)
+            self.proj_a = Projection(audio["d_model"], config.proj_d_ff, arch.d_model, units=audio["n_tokens"] + 1)
             self.audio_encoder.ctc_head.requires_grad_(False)  # it says which frames are left out, and stays as it is
         if vision := parts.get("vision_encoder"):
             sizes = [vision[name] for name in _VIT_SIZES]
@@ -396,8 +408,9 @@ class OmniModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             frames, lengths = self.audio_encoder.encode(batch["features"], batch["lengths"])  # (A, U, K)
         frames = frames * frame_mask(lengths, frames.shape[1])[:, :, None]
-        heard, blank = self.audio_encoder.ctc_head(frames.detach()).argmax(dim=-1), self.audio_encoder.n_tokens
-        return self.proj_a(frames), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
+        logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.n_tokens
+        heard = logits.argmax(dim=-1)
+        return self.proj_a(frames, logits), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
 
     def _misspelling(self, sounds: Tensor, batch: dict) -> Tensor:
         """How far the positions of recordings are from the token embeddings of what they say: () float32, a sum.
@@ -542,7 +555,7 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     sizes |= {"dropout": config.dropout, "ctx_len": config.ctx_len or thinker.arch.ctx_len}
     parts, modules = {"thinker": sizes}, {"thinker": thinker}
     if config.audio_ckpt is not None:
-        modules["audio_encoder"], _, trained = load_audio_encoder(config.audio_ckpt, cpu)
+        modules["audio_encoder"], audio_tokenizer, trained = load_audio_encoder(config.audio_ckpt, cpu)
         sizes = {name: getattr(trained, name) for name in (*AudioEncoderArchitecture.model_fields, "max_mel_length")}
         parts["audio_encoder"] = sizes | {"n_tokens": modules["audio_encoder"].ctc_head.out_features - 1}
     if config.vision_ckpt is not None:
@@ -563,10 +576,27 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     model = OmniModel(config, **flash)
     for name, module in modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
-    for projection in (model.proj_a, model.proj_v):
-        if projection is not None:
-            projection.start_as_loud_as(model.thinker.embed_tokens.weight)
+    embeddings = model.thinker.embed_tokens.weight
+    if model.proj_v is not None:
+        model.proj_v.start_as_loud_as(embeddings)
+    if model.proj_a is not None:
+        model.proj_a.start_from_units(embeddings_of(audio_tokenizer.units, tokenizer, embeddings, model.audio_id))
     return config, model, tokenizer
+
+
+@torch.no_grad()
+def embeddings_of(units: list[str], tokenizer: Tokenizer, embeddings: Tensor, blank: int) -> Tensor:
+    """What the Thinker reads for each text unit of a CTC head and, last, for its blank: (units + 1, D).
+
+    The mean of its tokens' embeddings (V, D), spelled as it takes the fewest: recordings are written down in small
+    letters, names and first words of sentences stand in the Thinker's text with a capital.
+    """
+    rows = []
+    for unit in units:
+        spellings = (unit, unit.title(), unit.strip().title())
+        ids = min((tokenizer.encode(spelling, allow_special=False) for spelling in spellings if spelling), key=len)
+        rows.append(embeddings[ids].mean(dim=0))
+    return torch.stack([*rows, embeddings[blank]])
 
 
 def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Tokenizer, SftConfig]:

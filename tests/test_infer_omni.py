@@ -113,7 +113,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
     def listens(payload):  # so short a training hardly looks at anything but the text
         for name, weight in payload["model"].items():
-            if name.startswith(("proj_a.fc2", "proj_v.fc2")):
+            if name.startswith(("proj_a.", "proj_v.fc2")):
                 weight *= 20
 
     return folders | {"omni": altered(folders["omni"], folders["omni"].parent / "listens", "omni_final.pt", listens)}

@@ -21,11 +21,12 @@ from omni import omni_model, sft, world
 from omni.checkpoint import load_weights
 from omni.config import SftConfig
 from omni.corpus import IGNORE
+from omni.ctc import CtcTokenizer
 from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.layers import KVCache
 from omni.manifest import BadRow
-from omni.omni_model import Encoded, Inputs, OmniModel, assemble, load_omni
+from omni.omni_model import Encoded, Inputs, OmniModel, assemble, embeddings_of, load_omni
 from omni.optim import build_adamw
 from omni.runtime import Run, Stage
 
@@ -104,7 +105,7 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
             torch.testing.assert_close(x[row, start : start + len(expected)], expected)
         for start, sound in sample.sounds:
             frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
-            expected = model.proj_a(frames[0, : int(lengths)])
+            expected = model.proj_a(frames[0, : int(lengths)], model.audio_encoder.ctc_head(frames[0, : int(lengths)]))
             torch.testing.assert_close(x[row, start : start + len(expected)], expected, rtol=1e-4, atol=1e-4)
             assert len(expected) == inputs.sound_positions(len(sound))
     assert inputs.tokenizer.token_id("<|system|>") in encoded[0].ids or shape != "prompted"
@@ -257,6 +258,31 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
     nats, _, misspelling, _ = model.train()(batch)
     misspelling.backward()
     assert misspelling > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
+
+
+def test_before_training_what_is_heard_already_reads_like_text(folder):
+    _, model, tokenizer = assemble(small_config(folder))
+    units = CtcTokenizer.load(folder / "audio_enc" / "tokenizer.json").units
+    frames = torch.randn(len(units) + 1, model.proj_a.norm.weight.shape[0])
+    sure = 100.0 * torch.eye(len(units) + 1)  # each unit, and last the blank, without a doubt
+    read, table = model.proj_a(frames, sure), model.thinker.embed_tokens.weight
+    for row, unit in zip(read, units, strict=False):
+        spellings = (unit, unit.title(), unit.strip().title())
+        means = [table[tokenizer.encode(text)].mean(dim=0) for text in spellings if text]
+        assert any(torch.allclose(row, mean, atol=1e-6) for mean in means), unit
+    torch.testing.assert_close(read[-1], table[model.audio_id])
+    unsure = model.proj_a(frames[:1], torch.zeros(1, len(units) + 1))
+    torch.testing.assert_close(unsure[0], read.mean(dim=0))
+
+
+def test_units_are_spelled_as_the_thinker_knows_them():
+    class Words:  # a tokenizer with a token for Anna and for the, letters for all else
+        def encode(self, text, allow_special):
+            return {" Anna": [0], " the": [1]}.get(text, [2] * len(text.strip()) if text.strip() else [3])
+
+    table = torch.eye(5)
+    found = embeddings_of([" anna", " the", " cat", "s"], Words(), table, blank=4)
+    assert found.argmax(dim=1).tolist() == [0, 1, 2, 2, 4]
 
 
 def test_pictures_are_drawn_to_the_words_of_their_captions(folder):

@@ -106,7 +106,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         for name, weight in payload["model"].items():
             if weight.dim() == 2 and (name.startswith("thinker.") or payload["stage"] == "ocr"):
                 weight.normal_()
-            elif name.startswith(("proj_a.fc2", "proj_v.fc2")):
+            elif name.startswith(("proj_a.", "proj_v.fc2")):
                 weight *= 20
 
     omni = altered(folders["omni"], folders["omni"].parent / "shaken", "omni_final.pt", shaken)
