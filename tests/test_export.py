@@ -41,7 +41,7 @@ def train_all(folder: Path) -> dict[str, Path]:
         path.mkdir()
     few = {"max_steps": 4, "max_epochs": None}
     trainings = {
-        "omni": OMNI.training(folder, max_steps=8, max_epochs=None, lr=1e-2),
+        "omni": OMNI.training(folder, max_steps=8, max_epochs=None, lr=1e-2, optimizer="adamw"),
         "talker": TALKER.training(speech, n_mels=80, **few),
         "vocoder": VOCODER.training(speech, save_dir="vocoder", n_mels=80, **few),
         "ocr": OCR.training(signs, **few),
