@@ -418,9 +418,10 @@ class Journal:
 
 
 class Interrupt:
-    """Handler of SIGINT and SIGTERM: raises Interrupted, but not in the midst of a fork.
+    """Handler of SIGINT and SIGTERM: raises Interrupted, but not in the midst of a fork, nor of a process's end.
 
-    Python calls the hooks of `os.register_at_fork` there, and an exception inside one is printed and lost.
+    Python calls the hooks of `os.register_at_fork` and finalizers there, and an exception inside one is printed and
+    lost.
     """
 
     def __init__(self) -> None:
@@ -475,9 +476,11 @@ def in_processes(function: Callable, tasks: list[tuple], n_processes: int) -> It
                 except EOFError:
                     process.join()
                     raise RunError(f"the process for {task[1:]} ended with code {process.exitcode}") from None
-                process.join()
-                receiver.close()
-                del running[receiver]
+                with interrupt.held():
+                    process.join()
+                    receiver.close()
+                    process.close()
+                    del running[receiver]
                 if isinstance(result, OSError):
                     raise result
                 yield task, result
