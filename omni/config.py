@@ -52,7 +52,9 @@ class StageConfig(BaseModel):
     seed: int = Field(42, ge=0, lt=2**32)
 
     # Optimisation
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: of the matrices, AdamW of all else")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: kernels of linear layers and convolutions by Muon, all else by AdamW"
+    )
     lr: float = free(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = free(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
     wd: float = free(0.1, ge=0, description="weight decay, on matrices only")

@@ -329,7 +329,8 @@ class PackedTokens:
 
 
 def in_answers(tokens: Tensor, begin: int, end: int) -> Tensor:
-    """(B, T) bool: whether what follows a position belongs to an answer: ``begin`` has come, ``end`` not yet."""
+    """(B, T) bool: whether what follows a position belongs to an answer: ``begin`` has come, ``end`` not yet. The rest
+    of an answer that began in the sequence before is taken for context: nothing says that it is one."""
     at = torch.arange(tokens.shape[1]).expand_as(tokens)
     begun, ended = (torch.where(tokens == mark, at, -1).cummax(dim=1).values for mark in (begin, end))
     return begun > ended

@@ -486,7 +486,7 @@ def prepare_tasks(
 def rarity_in_captions(manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer) -> Tensor:
     """(V,) what a token counts by how few captions have it, among some thousand, evenly spread."""
     counts, captions = torch.zeros(tokenizer.vocab_size), 0
-    for row in rows[:: -(-len(rows) // CAPTIONS_COUNTED)].tolist():
+    for row in rows[:: max(1, -(-len(rows) // CAPTIONS_COUNTED))].tolist():  # there may be none
         try:
             tokens = set(tokenizer.encode(manifest[row]["caption"], allow_special=False))
         except BadRow:
