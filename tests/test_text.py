@@ -141,3 +141,16 @@ omni.tokenizer.Tokenizer.train = train
     process.send(signal.SIGTERM)
     assert process.wait().returncode == 75 and time.monotonic() - sent < 5
     training.finish()
+
+
+def test_answers_count_more_where_the_context_has_less_weight(tmp_path):
+    """The same batch and weights, another loss."""
+    corpus = tmp_path / "chat.txt"
+    corpus.write_text("<|user|>one two red green blue<|assistant|>cat dog<|end|>\n" * 30)
+    keys = {"train_text": str(corpus), "max_steps": 1, "print_freq": 1, "max_epochs": None}
+    first = {}
+    for weight in (1.0, 0.1):
+        training = TEXT.training(tmp_path, save_dir=f"weight {weight}", **keys, context_weight=weight)
+        training.finish()
+        first[weight] = next(row["loss"] for row in training.metrics() if "loss" in row)
+    assert abs(first[1.0] - first[0.1]) > 1e-3
