@@ -152,14 +152,12 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
                 raise UserError(
                     f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"
                 ) from error
-            try:
+            with lock:
                 # asked again: another process may have finished the cache before this one got the lock
                 if (reason := _why_stale(corpus, folder)) is not None:
                     if reason:
                         run.log(reason)
                     _tokenise(run, corpus, folder, tokenizer, val_split)
-            finally:
-                lock.release()
         meta = json.loads((folder / "meta.json").read_text())
     counts = ("dtype", "tokens", "samples", "text_bytes")
     splits = {

@@ -180,13 +180,10 @@ def load_manifest(
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written") from error
     if not fresh:
-        lock = FolderLock.wait_for(folder, log, check_stop)
-        try:
+        with FolderLock.wait_for(folder, log, check_stop):
             if not index_is_current(path, folder):  # another process may have made it before this one got the lock
                 _make_index(path, folder, columns, key, check_stop)
                 log(f"indexed {path}: {len(np.load(folder / 'keys.npy', mmap_mode='r')):,} rows")
-        finally:
-            lock.release()
     return Manifest(path, folder)
 
 
@@ -370,8 +367,10 @@ def measure_rows(
     path = manifest.folder / f"{name}.npy"
     with run.main_process_first():
         if run.is_main and not path.exists():
-            values = measure(manifest, function, dtype, desc=f"measure {manifest.path.name}", check_stop=run.check_stop)
-            save_array(path, values)
+            with FolderLock.wait_for(manifest.folder, run.log, run.check_stop):
+                if not path.exists():  # another process may have measured before this one got the lock
+                    note = f"measure {manifest.path.name}"
+                    save_array(path, measure(manifest, function, dtype, desc=note, check_stop=run.check_stop))
         return np.load(path, mmap_mode="r")
 
 

@@ -221,7 +221,8 @@ class FolderLock:
     """At most one process works in a folder.
 
     A POSIX record lock (``fcntl.lockf``) belongs to this process alone: data loader workers do not inherit it, so
-    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out.
+    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out. A context
+    manager that lets go of it at the end.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -261,6 +262,12 @@ class FolderLock:
     def release(self) -> None:
         self.path.unlink(missing_ok=True)
         self.file.close()
+
+    def __enter__(self) -> "FolderLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -340,11 +340,9 @@ def load_text(
             raise UserError(
                 f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
             ) from error
-        try:
+        with lock:
             if not index_is_current(path, folder):  # another process may have made it before this one got the lock
                 _index_lines(path, folder, log, check_stop)
-        finally:
-            lock.release()
     return TextLines(path, folder)
 
 

@@ -92,9 +92,12 @@ def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
 
 SLOW_PREPARATION = """
 import time, omni.corpus, omni.manifest
-for _module, _name in ((omni.corpus, "_tokenise"), (omni.manifest, "_make_index")):
-    def _slow(*args, _original=getattr(_module, _name), **keys):
-        time.sleep(3.0)
+for _module, _name, _seconds in (
+    (omni.corpus, "_tokenise", 3.0), (omni.manifest, "_make_index", 3.0), (omni.manifest, "measure", 0.5)
+):
+    def _slow(*args, _original=getattr(_module, _name), _name=_name, _seconds=_seconds, **keys):
+        time.sleep(_seconds)
+        print("preparing:", _name, keys.get("desc", ""), getattr(args[1], "__qualname__", args[1]))
         return _original(*args, **keys)
     setattr(_module, _name, _slow)
 """
@@ -105,6 +108,8 @@ def test_two_runs_that_prepare_the_same_data_wait_for_each_other(stage, tmp_path
     processes = [run.start(prelude=SLOW_PREPARATION) for run in runs]
     assert [process.wait().returncode for process in processes] == [0, 0], [p.stderr for p in processes]
     assert any("already in use by process" in process.stdout for process in processes)
+    prepared = [line for process in processes for line in process.stdout.splitlines() if "preparing:" in line]
+    assert prepared and len(prepared) == len(set(prepared))
 
 
 # NaN ---------------------------------------------------------------------------------------------------------------
