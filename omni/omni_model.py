@@ -244,14 +244,18 @@ class Projection(nn.Module):
     Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning" (LLaVA-1.5), with a norm before it. Of an
     encoder that already names ``units`` of text, the likely units' embeddings are added (Ma et al. 2025, "LegoSLM:
     Connecting LLM with Speech Encoder using CTC Posteriors").
+
+    Args:
+        named: width of what the units are named from, if the head that does it is no part of the encoder; 0: it is.
     """
 
-    def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0):
+    def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0, named: int = 0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
         self.units = nn.Parameter(torch.zeros(units, d_model)) if units else None
+        self.namer = nn.Linear(named, units).requires_grad_(False) if units and named else None
 
     def forward(self, x: Tensor, unit_logits: Tensor | None = None) -> Tensor:
         """(..., K), and of an encoder that names units their logits (..., units), -> (..., D)."""
@@ -260,7 +264,7 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def start_from_units(self, embeddings: Tensor) -> None:
-        """Begin with nothing but the units, (units, D): then what is heard reads like text from the first step on."""
+        """Begin with nothing but the units, (units, D): what they name reads like text from the first step on."""
         self.units.copy_(embeddings)
         self.fc2.weight.zero_()
         self.fc2.bias.zero_()
@@ -314,7 +318,8 @@ class OmniModel(nn.Module):
         if vision := parts.get("vision_encoder"):
             sizes = [vision[name] for name in _VIT_SIZES]
             self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
-            self.proj_v = Projection(vision["d_model"] * self.image_stack**2, config.proj_d_ff, arch.d_model)
+            width, words = vision["d_model"], vision.get("n_words", 0)
+            self.proj_v = Projection(width * self.image_stack**2, config.proj_d_ff, arch.d_model, words, named=width)
         if self.frozen:
             for encoder in self.encoders:
                 encoder.requires_grad_(False)
@@ -399,8 +404,12 @@ class OmniModel(nn.Module):
             patches = self.vision_encoder(normalise(batch["images"]))[:, 1:]
         s = self.image_stack
         side = self.vision_encoder.img_size[0] // self.vision_encoder.patch_size[0] // s
-        grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3)  # (I, rows, columns, s, s, K)
-        return self.proj_v(grid.flatten(3).flatten(1, 2))
+        # (I, rows, columns, s, s, K), then (I, P, s * s, K)
+        grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        if self.proj_v.namer is None:
+            return self.proj_v(grid.flatten(2))
+        words = self.proj_v.namer(grid.detach()).float().logsumexp(dim=2)  # what one of the patches names, is there
+        return self.proj_v(grid.flatten(2), words)
 
     def _sounds(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The recordings (A, F, M) as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not
@@ -561,7 +570,12 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     if config.vision_ckpt is not None:
         saved = load_stage(config.vision_ckpt, "vision", prefix="vision", final="vision.pt")
         trained = VisionConfig.model_validate(saved["config"])
-        sizes = parts["vision_encoder"] = {name: getattr(trained, name) for name in _VIT_SIZES}
+        sizes = {name: getattr(trained, name) for name in _VIT_SIZES}
+        words = {
+            name.removeprefix("word_head."): weight for name, weight in saved["model"].items() if "word_head." in name
+        }
+        captions = Tokenizer.load(Path(config.vision_ckpt) / "tokenizer.json") if words else None
+        parts["vision_encoder"] = sizes | {"n_words": captions.vocab_size if captions else 0}
         vit = modules["vision_encoder"] = ViT(sizes["img_size"], *sizes.values())
         weights = {name: weight for name, weight in saved["model"].items() if name.startswith("vit.")}
         load_weights(vit, {name.removeprefix("vit."): weight for name, weight in weights.items()}, config.vision_ckpt)
@@ -577,16 +591,24 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     for name, module in modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
     embeddings = model.thinker.embed_tokens.weight
-    if model.proj_v is not None:
+    if model.proj_v is not None and model.proj_v.namer is None:
         model.proj_v.start_as_loud_as(embeddings)
+    elif model.proj_v is not None:
+        load_weights(model.proj_v.namer, words, config.vision_ckpt)
+        model.proj_v.start_from_units(embeddings_of(captions.units, tokenizer, embeddings))
     if model.proj_a is not None:
-        model.proj_a.start_from_units(embeddings_of(audio_tokenizer.units, tokenizer, embeddings, model.audio_id))
+        units = embeddings_of(audio_tokenizer.units, tokenizer, embeddings)
+        model.proj_a.start_from_units(torch.cat((units, embeddings[model.audio_id, None])))  # last, the blank
     return config, model, tokenizer
 
 
+def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+
+
 @torch.no_grad()
-def embeddings_of(units: list[str], tokenizer: Tokenizer, embeddings: Tensor, blank: int) -> Tensor:
-    """What the Thinker reads for each text unit of a CTC head and, last, for its blank: (units + 1, D).
+def embeddings_of(units: list[str], tokenizer: Tokenizer, embeddings: Tensor) -> Tensor:
+    """What the Thinker reads for each text unit that an encoder names: (units, D).
 
     The mean of its tokens' embeddings (V, D), spelled as it takes the fewest: recordings are written down in small
     letters, names and first words of sentences stand in the Thinker's text with a capital.
@@ -596,7 +618,7 @@ def embeddings_of(units: list[str], tokenizer: Tokenizer, embeddings: Tensor, bl
         spellings = (unit, unit.title(), unit.strip().title())
         ids = min((tokenizer.encode(spelling, allow_special=False) for spelling in spellings if spelling), key=len)
         rows.append(embeddings[ids].mean(dim=0))
-    return torch.stack([*rows, embeddings[blank]])
+    return torch.stack(rows)
 
 
 def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Tokenizer, SftConfig]:

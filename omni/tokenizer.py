@@ -144,6 +144,11 @@ class Tokenizer:
             raise KeyError(name)
         return token_id
 
+    @property
+    def units(self) -> list[str]:
+        """The text of each token, in their order; a part of a character comes out as U+FFFD."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
+
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
         """Token ids of ``text``.
 

@@ -3,6 +3,7 @@
     python scripts/demo.py            the demo configs, to their targets
     python scripts/demo.py --smoke    the same on a few steps, in a temporary folder: does everything run?
 
+Without a GPU, two stages train side by side, each on half of the cores: models of this size keep no two cores busy.
 Interrupt it when you like and run it again: what is finished is skipped, what is half-done goes on. The figures, all
 on held-out data, are written to checkpoints/demo_results.json.
 """
@@ -10,15 +11,21 @@ on held-out data, are written to checkpoints/demo_results.json.
 import argparse
 import csv
 import json
+import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
 
 from omni.checkpoint import load, replace_file
 from omni.errors import EXIT_INTERRUPTED
@@ -46,10 +53,16 @@ class DemoStage:
     def folder(self) -> Path:
         return ROOT / json.loads((ROOT / self.config).read_text())["save_dir"]
 
+    @property
+    def waits_for(self) -> set[str]:
+        """The stages whose folders its config names."""
+        config = json.loads((ROOT / self.config).read_text())
+        return {base for key, base in self.bases.items() if config.get(key)} | set(self.needs.values())
+
 
 TASKS = ("text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question")  # of stage E
 
-STAGES = [
+STAGES = [  # one that can begin does so before those below it, so the longest stands before others that could begin
     DemoStage(
         name="thinker",
         script="train_text.py",
@@ -58,6 +71,16 @@ STAGES = [
         metrics={"perplexity": "< 10", "bits_per_byte": None},
         data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
         smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
+    ),
+    DemoStage(
+        name="vision",
+        script="train_vision.py",
+        config="configs/vision_demo.json",
+        final="vision.pt",
+        metrics={"top1_of_64": "> 0.7", "zero_shot": "> 0.7"},
+        data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
+        smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=8"),
+        held_out="images/annotations.val.json",
     ),
     DemoStage(
         name="audio_enc",
@@ -74,14 +97,23 @@ STAGES = [
         held_out="audio/asr.val_voices.csv",
     ),
     DemoStage(
-        name="vision",
-        script="train_vision.py",
-        config="configs/vision_demo.json",
-        final="vision.pt",
-        metrics={"top1_of_64": "> 0.7", "zero_shot": "> 0.7"},
-        data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
-        smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=8"),
-        held_out="images/annotations.val.json",
+        name="sft",
+        script="sft_omni.py",
+        config="configs/omni_sft_demo.json",
+        final="omni_final.pt",
+        metrics={"accuracy": "> 0.6"} | {f"accuracy_{task}": "> 0.5" for task in TASKS},
+        data={
+            "text_path": "text/tiny_corpus.txt",
+            "val_text_path": "text/tiny_corpus.val.txt",
+            "image_manifest": "images/annotations.json",
+            "val_image_manifest": "images/annotations.val.json",
+            "asr_csv": "audio/asr.csv",
+            "val_asr_csv": "audio/asr.val.csv",
+            "question_csv": "audio/asr.csv",
+            "val_question_csv": "audio/tts.csv",
+        },
+        smoke=("max_steps=4", "batch_size=4", "val_items=2"),
+        bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
     ),
     DemoStage(
         name="ocr",
@@ -130,25 +162,6 @@ STAGES = [
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
         smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
-    DemoStage(
-        name="sft",
-        script="sft_omni.py",
-        config="configs/omni_sft_demo.json",
-        final="omni_final.pt",
-        metrics={"accuracy": "> 0.6"} | {f"accuracy_{task}": "> 0.5" for task in TASKS},
-        data={
-            "text_path": "text/tiny_corpus.txt",
-            "val_text_path": "text/tiny_corpus.val.txt",
-            "image_manifest": "images/annotations.json",
-            "val_image_manifest": "images/annotations.val.json",
-            "asr_csv": "audio/asr.csv",
-            "val_asr_csv": "audio/asr.val.csv",
-            "question_csv": "audio/asr.csv",
-            "val_question_csv": "audio/tts.csv",
-        },
-        smoke=("max_steps=4", "batch_size=4", "val_items=2"),
-        bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
-    ),
 ]
 
 SPOKEN = "Anna is reading at the market."
@@ -174,21 +187,21 @@ def main() -> int:
 
 
 def demo() -> int:
+    started = time.monotonic()
     run("scripts/make_synthetic_datasets.py")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     minutes = results.setdefault("minutes", {})
-    for stage in STAGES:
-        finished = (stage.folder / stage.final).exists()
-        print(f"\n=== {stage.name}: python {stage.script} --config {stage.config}", flush=True)
-        started = time.monotonic()
-        try:
-            run(stage.script, "--config", stage.config)
+    finished = {stage.name for stage in STAGES if (stage.folder / stage.final).exists()}
+
+    def ended(stage: DemoStage, seconds: float, code: int) -> None:
+        if stage.name not in finished:  # a run in several parts costs their sum; to see that it is finished, nothing
+            minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
+        if not code:
             metrics = load(stage.folder / stage.final)["metrics"]
             results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
-        finally:
-            if not finished:  # a run in several parts costs their sum; finding out that it is finished costs nothing
-                minutes[stage.name] = round(minutes.get(stage.name, 0.0) + (time.monotonic() - started) / 60, 2)
-            replace_file(RESULTS, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
+        write_results(results)
+
+    train({stage.name: [stage.script, "--config", stage.config] for stage in STAGES}, ended)
     ask("checkpoints/thinker_demo", QUESTIONS)
     folders = {stage.name: stage.folder for stage in STAGES}
     for stage in STAGES:
@@ -196,12 +209,18 @@ def demo() -> int:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
     export(folders, ROOT / "merged_model")
     ask_exported(ROOT / "merged_model", ROOT / "data", ROOT / "checkpoints")
+    minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
+    write_results(results)
     print_table(results)
     print(
         "\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir merged_model\n"
         "or in the browser (once: make web):\n  .venv/bin/python scripts/web_demo.py --ckpt_dir merged_model"
     )
     return 0
+
+
+def write_results(results: dict) -> None:
+    replace_file(RESULTS, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
 
 
 def by_task(figures: dict[str, float]) -> dict:
@@ -214,15 +233,18 @@ def by_task(figures: dict[str, float]) -> dict:
 def smoke(folder: Path) -> int:
     started = time.monotonic()
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
+    commands = {}
     for stage in STAGES:
         data = {key: str(folder / "data" / name) for key, name in stage.data.items()}
         overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
-        overrides += [f"{key}={folder / base}" for key, base in stage.bases.items()]
+        overrides += [f"{key}={folder / base}" for key, base in stage.bases.items() if base in stage.waits_for]
         if stage.name == "sft":  # the one stage that names its data in one key
             overrides.append(f"sft_mix={json.dumps(data)}")
         else:
             overrides += [f"{key}={name}" for key, name in data.items()]
-        run(stage.script, "--config", stage.config, *(word for key in overrides for word in ("--set", key)))
+        options = (word for key in overrides for word in ("--set", key))
+        commands[stage.name] = [stage.script, "--config", stage.config, *options]
+    train(commands, lambda *_: None)
     ask(str(folder / "thinker"), QUESTIONS[:1])
     folders = {stage.name: folder / stage.name for stage in STAGES}
     for stage in STAGES:
@@ -234,16 +256,87 @@ def smoke(folder: Path) -> int:
     return 0
 
 
-def run(script: str, *arguments: str) -> None:
-    """Run a script of this repository; if it does not end well, neither does the demo, with the same exit code."""
-    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT)
-    # The child saves and ends by itself: a Ctrl-C reaches it from the terminal, a SIGTERM is passed on. Waiting for it
-    # (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-    code = process.wait()
-    if code:
-        sys.exit(code if code > 0 else EXIT_INTERRUPTED)
+# --- Running scripts of this repository ------------------------------------------------------------------------------
+
+
+def start(*command: str, **options) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, **options)
+
+
+def pass_signals_to(processes: dict[str, subprocess.Popen]) -> threading.Event:
+    """A child saves and ends by itself: a Ctrl-C reaches it from the terminal, a SIGTERM is passed on. Waiting for it
+    (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
+
+    Returns:
+        is set once this process has been asked to stop.
+    """
+    asked = threading.Event()
+
+    def stop(signum: int, _) -> None:
+        asked.set()
+        if signum == signal.SIGTERM:
+            for process in list(processes.values()):
+                process.terminate()
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return asked
+
+
+def run(*command: str) -> None:
+    """Run a script; if it does not end well, neither does the demo, with the same exit code."""
+    process = start(*command)
+    asked = pass_signals_to({command[0]: process})
+    if (code := process.wait()) or asked.is_set():
+        give_up(code)
+
+
+def give_up(code: int) -> None:
+    sys.exit(code if code > 0 else EXIT_INTERRUPTED)
+
+
+def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int], None]) -> None:
+    """Train every stage, two at a time where there is no GPU, each as soon as those that it builds on are finished.
+
+    Args:
+        commands: stage -> script and arguments.
+        ended: is told of each stage that has come to an end, the seconds it took, and its exit code.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    together = 1 if torch.cuda.is_available() or cores < 2 else 2
+    environment = {"OMP_NUM_THREADS": str(cores // together), "PYTHONUNBUFFERED": "1"} | os.environ
+    waiting, running, finished, failed = list(STAGES), {}, set(), 0
+    ends: queue.SimpleQueue[tuple[DemoStage, float, int]] = queue.SimpleQueue()
+    asked = pass_signals_to(running)
+
+    def follow(stage: DemoStage, process: subprocess.Popen, since: float) -> None:
+        for line in process.stdout or ():
+            print(f"{stage.name:<9} | {line}", end="", flush=True)
+        ends.put((stage, time.monotonic() - since, process.wait()))
+
+    while waiting or running:
+        ready = [stage for stage in waiting if stage.waits_for <= finished]
+        for stage in ready[: together - len(running)]:
+            waiting.remove(stage)
+            print(f"\n=== {stage.name}: python {' '.join(commands[stage.name])}", flush=True)
+            output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if together > 1 else {}
+            running[stage.name] = start(*commands[stage.name], env=environment, **output)
+            threading.Thread(target=follow, args=(stage, running[stage.name], time.monotonic())).start()
+        stage, seconds, code = ends.get()
+        del running[stage.name]
+        print(f"=== {stage.name}: {'finished' if code == 0 else 'ended'} after {seconds / 60:.1f} min", flush=True)
+        ended(stage, seconds, code)
+        finished.add(stage.name)
+        if code or asked.is_set():  # the others save and end too, and the next run goes on with all of them
+            failed = failed or code or EXIT_INTERRUPTED
+            waiting.clear()
+            for process in running.values():
+                process.terminate()
+    if failed:
+        give_up(failed)
+
+
+# --- What the trained models say -------------------------------------------------------------------------------------
 
 
 def ask(folder: str, questions: list[str]) -> None:
@@ -306,7 +399,7 @@ def print_table(results: dict) -> None:
             label = stage.name if row == 0 else ""
             cells = f"{label:<12}{name:<32}{value:>10.3f}  {target or '':<24}"
             print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")
-    print(f"in all {sum(results['minutes'].values()):.0f} minutes; written to {RESULTS.relative_to(ROOT)}")
+    print(f"in all {results['minutes']['all']:.0f} minutes; written to {RESULTS.relative_to(ROOT)}")
 
 
 def verdict(value: float, target: str | None, figures: dict[str, float]) -> str:

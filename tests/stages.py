@@ -254,7 +254,7 @@ def make_mix(folder: Path) -> dict:
         sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "save_dir": "-", "max_steps": 1}
         text = TextConfig(train_text="-", vocab_size=tokenizer.vocab_size, ctx_len=64, **sizes)
         audio = AudioEncoderConfig(train_csv="-", subsampling_channels=8, **sizes)
-        captions = {"vocab_size": 300, "text_layers": 1, "text_d_model": 16, "text_heads": 2}
+        captions = {"vocab_size": tokenizer.vocab_size, "text_layers": 1, "text_d_model": 16, "text_heads": 2}
         vision = VisionConfig(train_manifest="-", img_size=16, patch=8, **captions, **sizes)
         torch.manual_seed(5)
         for stage, name, config, model in (
@@ -265,7 +265,8 @@ def make_mix(folder: Path) -> dict:
             (folder / name).mkdir()
             payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
             checkpoint.save(folder / name / f"{name}.pt", payload | {"model": model.state_dict()})
-        tokenizer.save(folder / "thinker" / "tokenizer.json")
+        for name in ("thinker", "vision"):
+            tokenizer.save(folder / name / "tokenizer.json")
         ctc_tokenizer.save(folder / "audio_enc" / "tokenizer.json")
     return {
         "thinker_ckpt": str(folder / "thinker"),

@@ -18,7 +18,7 @@ from stages import OMNI, write_csv
 from test_config import only_error
 
 from omni import omni_model, sft, world
-from omni.checkpoint import load_weights
+from omni.checkpoint import load, load_weights, save
 from omni.config import SftConfig
 from omni.corpus import IGNORE
 from omni.ctc import CtcTokenizer
@@ -29,6 +29,7 @@ from omni.manifest import BadRow
 from omni.omni_model import Encoded, Inputs, OmniModel, assemble, embeddings_of, load_omni
 from omni.optim import build_adamw
 from omni.runtime import Run, Stage
+from omni.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
 SHAPES = {"single": {}, "stacked": {"image_stack": 2, "drop_blanks": False}, "prompted": {"prompt": "one two"}}
@@ -101,7 +102,8 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
             assert len(patches) == 4
             if config.image_stack == 2:
                 patches = patches.view(1, -1)
-            expected = model.proj_v(patches)
+            each = patches.view(len(patches), -1, model.proj_v.namer.in_features)  # all patches of a position
+            expected = model.proj_v(patches, model.proj_v.namer(each).logsumexp(dim=1))
             torch.testing.assert_close(x[row, start : start + len(expected)], expected)
         for start, sound in sample.sounds:
             frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
@@ -281,8 +283,37 @@ def test_units_are_spelled_as_the_thinker_knows_them():
             return {" Anna": [0], " the": [1]}.get(text, [2] * len(text.strip()) if text.strip() else [3])
 
     table = torch.eye(5)
-    found = embeddings_of([" anna", " the", " cat", "s"], Words(), table, blank=4)
-    assert found.argmax(dim=1).tolist() == [0, 1, 2, 2, 4]
+    found = embeddings_of([" anna", " the", " cat", "s"], Words(), table)
+    assert found.argmax(dim=1).tolist() == [0, 1, 2, 2]
+
+
+def test_before_training_what_is_seen_already_reads_like_its_names(folder):
+    """The patches of a position name a word of stage C's captions; the Thinker reads that word's embedding."""
+    _, model, tokenizer = assemble(small_config(folder))
+    words, table = Tokenizer.load(folder / "vision" / "tokenizer.json"), model.thinker.embed_tokens.weight
+    torch.testing.assert_close(
+        model.proj_v.namer.weight, load(folder / "vision/vision.pt")["model"]["word_head.weight"]
+    )
+    shown = words.encode(" dog")
+    namer = model.proj_v.namer
+    with torch.no_grad():
+        namer.weight.zero_()
+        namer.bias.zero_()
+        namer.bias[shown[0]] = 100.0
+        seen = model._pictures({"images": torch.zeros(1, 3, *model.vision_encoder.img_size, dtype=torch.uint8)})
+    expected = table[tokenizer.encode(words.decode(shown[:1]))].mean(dim=0)
+    torch.testing.assert_close(seen, expected.expand_as(seen))
+
+
+def test_an_encoder_without_word_loss_is_projected_only(folder, tmp_path):
+    saved = load(folder / "vision" / "vision.pt")
+    saved["model"] = {name: weight for name, weight in saved["model"].items() if "word_head" not in name}
+    shutil.copytree(folder / "vision", tmp_path / "vision")
+    save(tmp_path / "vision" / "vision.pt", saved)
+    config, model, _ = assemble(small_config(folder, vision_ckpt=str(tmp_path / "vision")))
+    assert model.proj_v.namer is None and model.proj_v.units is None and config.parts["vision_encoder"]["n_words"] == 0
+    seen = model._pictures({"images": torch.zeros(1, 3, *model.vision_encoder.img_size, dtype=torch.uint8)})
+    assert 0.1 < seen.square().mean() / model.thinker.embed_tokens.weight.square().mean() < 10
 
 
 def test_pictures_are_drawn_to_the_words_of_their_captions(folder):

@@ -28,10 +28,10 @@ RGB = {
 }  # fmt: skip
 COLOUR_SPREAD = 10  # each channel of a group's colour varies by this much
 # Radii in px, by the number of shapes: the largest that fit a group's box, so four big ones are smaller than one.
-# The gap between 8.6 and 12.6 is what makes "big or small?" a fair question.
+# The gap between 10 and 13 is what makes "big or small?" a fair question.
 RADIUS = {
-    "small": dict.fromkeys(range(1, world.MAX_COUNT + 1), (8.0, 8.6)),
-    "big": {1: (15.0, 20.0), 2: (13.0, 14.2), 3: (12.6, 13.6), 4: (12.6, 13.6)},
+    "small": dict.fromkeys(range(1, world.MAX_COUNT + 1), (9.4, 10.0)),
+    "big": {1: (16.0, 20.0), 2: (13.2, 14.2), 3: (13.0, 13.6), 4: (13.0, 13.6)},
 }
 BOARD = {"small": ((48, 52), (17, 19)), "big": ((58, 60), (34, 44))}  # a sign's width and height, px
 MARGIN = 2  # px that a group keeps from the edge of its box
