@@ -43,6 +43,7 @@ from omni.config import (
     ThinkerArchitecture,
     VisionConfig,
     VocoderConfig,
+    sizes_of,
 )
 from omni.ctc import CtcTokenizer
 from omni.errors import UserError
@@ -54,7 +55,6 @@ from omni.merged import (
     INFO,
     LOCK,
     TOKENIZER,
-    VIT_SIZES,
     WEIGHTS,
     audio_architecture,
     buffers_of,
@@ -62,13 +62,12 @@ from omni.merged import (
     info_sha256,
     new_folder,
     rounded,
-    sizes_of,
     weights_sha256,
     write_json,
     write_weights,
 )
 from omni.model_card import Part, describe, figures, loss_of_quality, model_card
-from omni.omni_model import load_omni
+from omni.omni_model import VIT_SIZES, load_omni
 from omni.runtime import OneLineErrors, launch
 from omni.thinker import qwen3_config, to_qwen3_state_dict
 from omni.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer, chat_template
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parts, tokenizer, sft = gather_answering(args)
     recogniser = gather_hearing(args, parts, sft)
     gather_seeing(args, parts, sft)
-    gather_speaking(args, parts)
+    gather_speaking(args, parts, sft)
     if args.ocr_ckpt is not None:
         parts["ocr"] = load_part("ocr", args.ocr_ckpt)
     thinker, dtype, template = parts["thinker"].module, DTYPES[args.dtype], chat_template(sft.prompt if sft else "")
@@ -288,16 +287,22 @@ def adopt(
     return changed
 
 
-def gather_speaking(args: argparse.Namespace, parts: dict[str, Part]) -> None:
+def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
     """Talker and codec, and what turns their log-mels into sound."""
     if args.talker_ckpt is None:
         say("no --talker_ckpt: this export does not speak")
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
     refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes, ())
-    hears, width = talker.module.config.thinker_d_model, parts["thinker"].sizes["d_model"]
-    if hears not in (None, width):
-        raise UserError(f"{args.talker_ckpt}: its talker hears a Thinker of d_model {hears}, this one has {width}")
+    if "talker" in parts:  # stage E's, which hears the Thinker
+        if sft.origins["codec"] != fingerprint(codec.module):
+            raise UserError(
+                f"{args.omni_ckpt}: its talker speaks in the codes of another codec than that of {args.talker_ckpt}. "
+                "Give the folder that it was made of"
+            )
+        parts["talker"].notes.append(f"made of {talker.file}, step {talker.step}: {figures('talker', talker.metrics)}")
+        parts["talker"].notes.append("has learnt in stage E to hear what the Thinker thinks while it answers")
+        talker = parts["talker"]
     parts |= {"talker": talker, "rvq": codec}
     if args.vocoder_ckpt is None:
         say("no --vocoder_ckpt: speech will be made by Griffin-Lim")

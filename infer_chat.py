@@ -25,12 +25,21 @@ from pathlib import Path
 import soundfile
 
 from omni.aligner import MAX_TEXT_BYTES
-from omni.assistant import Assistant, clean, load_reader, load_speaker, message, read_picture, sentences, spoken
+from omni.assistant import (
+    Assistant,
+    Thoughts,
+    clean,
+    load_reader,
+    load_speaker,
+    message,
+    read_picture,
+    sentences,
+    spoken,
+)
 from omni.checkpoint import replace_file
 from omni.errors import UserError
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import MAX_SECONDS, Speaker
-from omni.tokenizer import Tokenizer
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -125,10 +134,11 @@ def without_effect(args: argparse.Namespace, mode: str, *names: str) -> None:
 # --- Answering -------------------------------------------------------------------------------------------------------
 
 
-def answer(assistant: Assistant, tokenizer: Tokenizer, prompt, args: argparse.Namespace) -> Iterator[str]:
+def answer(assistant: Assistant, thoughts: Thoughts, prompt, args: argparse.Namespace) -> Iterator[str]:
     """Yield the pieces of text that follow ``prompt``, token ids or what ``Assistant.prompt`` returns."""
     yield from assistant.answer(
         prompt,
+        thoughts,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -137,12 +147,12 @@ def answer(assistant: Assistant, tokenizer: Tokenizer, prompt, args: argparse.Na
     )
 
 
-def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> str:
+def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> tuple[str, Thoughts]:
     """Print the answer on stdout, piece by piece on a terminal, and return it. ``may_stop``: Ctrl-C ends it."""
     streaming = sys.stdout.isatty()
-    pieces = []
+    pieces, thoughts = [], Thoughts()
     try:
-        for piece in answer(assistant, assistant.tokenizer, prompt, args):
+        for piece in answer(assistant, thoughts, prompt, args):
             pieces.append(piece)
             if streaming:
                 print(piece, end="", flush=True)
@@ -150,7 +160,7 @@ def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop:
         if not may_stop:
             raise
     print("" if streaming else "".join(pieces), flush=True)
-    return "".join(pieces)
+    return "".join(pieces), thoughts
 
 
 def frames_of(assistant: Assistant, path: str, count: int | None) -> list[dict]:
@@ -170,14 +180,14 @@ def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
         attached += [assistant.sound(path) for path in args.audio_in]
         prompt = assistant.prompt([*system_message(args), message(attached, text)], args.max_new_tokens)
     speaker = prepare(assistant, args)
-    text = respond(assistant, prompt, args, may_stop=False)
+    text, thoughts = respond(assistant, prompt, args, may_stop=False)
     if speaker is not None:
-        speak(speaker, sentences(text), args.audio_out, "the answer")
+        speak(speaker, sentences(text), args.audio_out, "the answer", thoughts=thoughts)
 
 
 def prepare(assistant: Assistant, args: argparse.Namespace) -> Speaker | None:
     """Who speaks the answers, if anyone is to; what should be known of the model is told on stderr."""
-    speaker = None if args.audio_out is None else find_speaker(args)
+    speaker = None if args.audio_out is None else find_speaker(args, assistant)
     if assistant.metrics.get("dialogue_share") == 0 and not args.complete:
         print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
     return speaker
@@ -204,7 +214,7 @@ class Conversation:
             self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
         self.heard = self.heard or command == "/audio"
 
-    def ask(self, text: str) -> str:
+    def ask(self, text: str) -> tuple[str, Thoughts]:
         """Print and return the answer to ``text`` and what is attached.
 
         Raises:
@@ -216,12 +226,12 @@ class Conversation:
         self.attached, self.heard = [], False
         try:
             prompt = self.assistant.prompt(self.messages, self.args.max_new_tokens)
-            said = respond(self.assistant, prompt, self.args, may_stop=True)
+            said, thoughts = respond(self.assistant, prompt, self.args, may_stop=True)
         except UserError:
             del self.messages[-1:]
             raise
         self.messages.append({"role": "assistant", "content": said})
-        return said
+        return said, thoughts
 
 
 def converse(assistant: Assistant, args: argparse.Namespace) -> None:
@@ -237,10 +247,10 @@ def converse(assistant: Assistant, args: argparse.Namespace) -> None:
             elif command in ("/image", "/audio", "/video") and not args.complete:
                 conversation.attach(command, path.strip())
             elif line.strip() or conversation.heard:
-                text = conversation.ask(line)
+                text, thoughts = conversation.ask(line)
                 if speaker is not None:
                     file = args.audio_out.with_stem(f"{args.audio_out.stem}_{next(spoken)}")
-                    speak(speaker, sentences(text), file, "the answer")
+                    speak(speaker, sentences(text), file, "the answer", thoughts=thoughts)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
 
@@ -272,9 +282,10 @@ def read_line() -> str | None:
 # --- Speaking and reading --------------------------------------------------------------------------------------------
 
 
-def find_speaker(args: argparse.Namespace) -> Speaker:
-    speaker, who = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, pick_device(args.device))
-    print(who, file=sys.stderr)
+def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -> Speaker:
+    device = pick_device(args.device)
+    speaker, who = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
+    print(f"{who}{', which hears the Thinker' if speaker.hears and assistant else ''}", file=sys.stderr)
     if speaker.vocoder is None:
         print("no vocoder (--vocoder_ckpt): the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
     return speaker

@@ -5,8 +5,9 @@
 The Thinker of stage A, the audio encoder of stage B and the vision encoder of stage C are joined by two small
 projections: recordings and pictures become vectors that stand among the Thinker's token embeddings. Then it learns a
 mix of tasks, each a conversation that ends with an answer: dialogues, questions about pictures, captions, transcripts,
-spoken questions, also about pictures, and signs. Only answers have a loss. The encoders stay as they are
-(``freeze_encoders``). What is saved holds all parts, so that it needs no other folder.
+spoken questions, also about pictures, signs, and answers that are spoken: there the talker of stage D learns to hear
+what the Thinker thinks while it answers. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as
+they are. What is saved holds all parts but the speech codec, so that it needs no other folder to answer.
 """
 
 from pathlib import Path
@@ -23,6 +24,7 @@ from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.sft import AnswerScore, HeldOutItems, Mix, prepare_tasks
 from omni.tokenizer import Tokenizer
 
+BESIDE = ("misspelling", "misnaming", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
 STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")
 
 
@@ -40,10 +42,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             model.thinker.compile(dynamic=False)
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            nats, balance, misspelling, misnaming = model(batch)
-            balance = balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
-            parts = {"cross_entropy": nats, "misspelling": misspelling, "misnaming": misnaming}
-            return nats + config.spelling_weight * misspelling + config.naming_weight * misnaming + balance, parts
+            found = model(batch)
+            total = found.nats + found.balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
+            total = total + config.spelling_weight * found.misspelling + config.naming_weight * found.misnaming
+            parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in BESIDE}
+            return total + found.misspeaking, parts
 
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)

@@ -23,7 +23,7 @@ from omni.aligner import (
     aligner_nats,
     aligner_sums,
     load_aligner,
-    prepare_durations,
+    prepare_speech,
 )
 from omni.asr import static_lengths
 from omni.audio import load_audio
@@ -35,11 +35,9 @@ from omni.codec import (
     codec_metrics,
     codec_sums,
     count_codes,
-    every_clip,
     fingerprint,
     leave_out_long,
     load_codec,
-    prepare_codes,
     prepare_mel_statistics,
 )
 from omni.config import AlignerArchitecture, CodecArchitecture, SpeechFrames, TalkerConfig
@@ -49,7 +47,6 @@ from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
 from omni.manifest import prepare_manifest, split_rows
 from omni.optim import build_optimizer
-from omni.precompute import RowsWith
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
 from omni.speech import Listener, Speaker, TalkerScore, prepare_references
@@ -71,14 +68,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         # --- Data: recordings of no more than max_mel_length frames ------------------------------------------------
         manifest = val_manifest = prepare_manifest(run, config.tts_csv, COLUMNS, key="text")
-        lengths = count_codes(run, manifest)
+        lengths = count_codes(run, manifest, config)
         if config.val_csv:
             val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key="text")
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
         else:
             train_rows, val_rows = split_rows(manifest, config.val_split)
-        train_rows = leave_out_long(run, manifest, train_rows, lengths)
-        val_rows = leave_out_long(run, val_manifest, val_rows, count_codes(run, val_manifest))
+        train_rows = leave_out_long(run, manifest, train_rows, lengths, config.max_mel_length)
+        val_lengths = count_codes(run, val_manifest, config)
+        val_rows = leave_out_long(run, val_manifest, val_rows, val_lengths, config.max_mel_length)
         if not lengths[train_rows].any():
             raise UserError(f"{manifest.path}: not one of its {len(train_rows)} training rows can be read")
         if not len(val_rows):
@@ -108,15 +106,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         aligner = load_aligner(run.save_dir, run.device)
 
         # --- Codes and durations of all recordings, computed once --------------------------------------------------
-        def computed(of, name: str) -> RowsWith:
-            every_row = every_clip(run, of)
-            every, every_spoken = (part(of, every_row, config, training=False) for part in PARTS)
-            codes = prepare_codes(run, codec, every, name)
-            return RowsWith(of, {"codes": codes, "durations": prepare_durations(run, aligner, every_spoken, name)})
-
-        coded = val_coded = computed(manifest, "train")
+        coded, _ = val_coded, _ = prepare_speech(run, manifest, config, codec, aligner, "train")
         if config.val_csv:
-            val_coded = computed(val_manifest, "validation")
+            val_coded, _ = prepare_speech(run, val_manifest, config, codec, aligner, "validation")
         speech = CodedSpeech(coded, train_rows, config, seed=config.seed, training=True, lengths=lengths[train_rows])
         train_set = ResumableDataset(speech, batch_size=config.batch_size, **own, **how)
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import ConvNeXtBlock, SpeechClips, fingerprint
+from omni.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
 from omni.config import AlignerConfig, TalkerConfig
 from omni.ctc import ctc_nll
-from omni.manifest import BadRow
-from omni.precompute import Ragged, precompute
+from omni.manifest import BadRow, Manifest
+from omni.precompute import Ragged, RowsWith, precompute
 from omni.runtime import Run
 
 TEXT_END = 256  # the symbol after the last byte of a text
@@ -230,6 +230,20 @@ def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str)
         return likeliest_durations(scores, aligner.slots(lengths), text_lengths)
 
     return precompute(run, f"{name}.durations", texts, {"aligner": fingerprint(aligner)}, make, note="aligning")
+
+
+def prepare_speech(
+    run: Run, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
+) -> tuple[RowsWith, np.ndarray]:
+    """The manifest with the columns ``codes`` and ``durations``, of all its recordings that are not too long; and how
+    long each recording is, in codes, by its header."""
+    lengths = count_codes(run, manifest, config)
+    order = np.argsort(lengths, kind="stable")  # the shortest first
+    rows = order[lengths[order] <= config.max_mel_length]
+    clips, texts = (of(manifest, rows, config, training=False) for of in (SpeechClips, SpokenTexts))
+    codes = prepare_codes(run, codec, clips, name)
+    durations = prepare_durations(run, aligner, texts, name)
+    return RowsWith(manifest, {"codes": codes, "durations": durations}), lengths
 
 
 def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:

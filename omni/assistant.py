@@ -9,13 +9,14 @@ import torch
 
 from omni.aligner import MAX_TEXT_BYTES
 from omni.checkpoint import load_stage, step_files
+from omni.codec import fingerprint
 from omni.config import SftConfig
 from omni.errors import UserError
 from omni.images import load_frames, load_image
 from omni.manifest import BadRow
 from omni.merged import Merged, is_merged
 from omni.ocr import Ocr, load_ocr, read_text
-from omni.omni_model import Encoded, Inputs, OmniModel, load_omni
+from omni.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
 from omni.speech import Speaker
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
@@ -44,6 +45,7 @@ class Assistant:
     ) -> None:
         self.folder, self.thinker, self.tokenizer, self.metrics, self.omni = folder, thinker, tokenizer, metrics, omni
         self.inputs = None if omni is None else Inputs(tokenizer, config)
+        self.config = config
         self.ctx_len = thinker.arch.ctx_len
 
     @classmethod
@@ -158,15 +160,52 @@ class Assistant:
             return self.thinker.generate(inputs_embeds=embeds, **sampling)
         return self.thinker.generate(prompt, **sampling)
 
-    def answer(self, prompt: list[int] | Encoded, **sampling) -> Iterator[str]:
-        """The text that follows ``prompt``, in pieces, each as soon as it is known; as ``generate``."""
-        return self._decoded(self.generate(prompt, **sampling))
+    def answer(self, prompt: list[int] | Encoded, thoughts: "Thoughts | None" = None, **sampling) -> Iterator[str]:
+        """The text that follows ``prompt``, in pieces, each as soon as it is known; as ``generate``.
 
-    def _decoded(self, ids: Iterator[int]) -> Iterator[str]:
+        Args:
+            thoughts: gets what the Thinker thinks meanwhile.
+        """
+        if thoughts is None:
+            return self._decoded(self.generate(prompt, **sampling), [])
+        thoughts.tokenizer = self.tokenizer
+        return self._decoded(self.generate(prompt, states=thoughts.states, **sampling), thoughts.ids)
+
+    def _decoded(self, ids: Iterator[int], seen: list[int]) -> Iterator[str]:
         decoder = StreamDecoder(self.tokenizer, skip_special=True)
         for token_id in ids:
+            seen.append(token_id)
             yield decoder.push(token_id)
         yield decoder.flush()
+
+
+class Thoughts:
+    """What the Thinker thinks while it writes an answer, for a talker that has learnt to hear it."""
+
+    def __init__(self) -> None:
+        self.tokenizer: Tokenizer | None = None
+        self.ids: list[int] = []
+        self.states: list[torch.Tensor] = []  # (D,) each; of an answer that was cut, one less
+
+    def of(self, texts: list[str]) -> list[torch.Tensor] | None:
+        """For each of the answer's ``sentences`` what the talker hears at each byte that it reads, (L, D); None if the
+        answer is not UTF-8, so that its bytes are not those of its text."""
+        if not self.states:
+            return None
+        said = self.tokenizer.decode(self.ids, skip_special=True)
+        counts = self.tokenizer.byte_counts(self.ids)
+        if sum(counts) != len(said.encode()):
+            return None
+        nothing = torch.zeros_like(self.states[0])
+        each = [*self.states, nothing][: len(self.ids)]
+        heard = [state for state, count in zip(each, counts, strict=True) for _ in range(count)]
+        found, at = [], 0
+        for text in texts:
+            at = said.index(text, at)
+            first = len(said[:at].encode())
+            at += len(text)
+            found.append(torch.stack([*(heard[first + byte] for byte in spoken_bytes(text)), nothing]))
+        return found
 
 
 def message(attached: list[dict], text: str) -> dict:
@@ -187,12 +226,17 @@ def length(prompt: list[int] | Encoded) -> int:
 
 
 def load_speaker(
-    folder: Path, talker_ckpt: Path | None, vocoder_ckpt: Path | None, device: torch.device
+    folder: Path,
+    talker_ckpt: Path | None,
+    vocoder_ckpt: Path | None,
+    device: torch.device,
+    assistant: Assistant | None = None,
 ) -> tuple[Speaker, str]:
     """Who speaks: that of ``talker_ckpt`` (stage D), else that of ``folder``, which is stage D's or an export.
 
     Args:
         vocoder_ckpt: stage F; None: the export's own, else Griffin-Lim.
+        assistant: whose answers are spoken; of stage E with a talker, that one speaks, with the codec found here.
 
     Returns:
         The speaker, and a line on where it comes from and how it was judged.
@@ -208,10 +252,14 @@ def load_speaker(
         speaker = merged.speaker(device)
         facts = merged.components["talker"]
         if vocoder_ckpt is not None:
-            speaker = Speaker(speaker.talker, speaker.codec, load_vocoder(vocoder_ckpt, device))
+            speaker = Speaker(speaker.talker, speaker.codec, load_vocoder(vocoder_ckpt, device), hears=speaker.hears)
+        speaker.hears = speaker.hears and talker_ckpt is None  # another export's hears another Thinker
     else:
         speaker = Speaker.load(source, vocoder_ckpt, device)
         facts = load_stage(source, "talker", "talker", "talker.pt")
+        own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
+        if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
+            speaker = Speaker(own, speaker.codec, speaker.vocoder, hears=True)
     perplexity = facts["metrics"].get("code_perplexity")
     judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
     return speaker, f"{source}: talker of step {facts['step']}, {judged}"
@@ -223,25 +271,33 @@ def sentences(text: str) -> list[str]:
 
 
 def spoken(
-    speaker: Speaker, texts: list[str], what: str, on_cut: Callable[[str], None], **sampling
+    speaker: Speaker,
+    texts: list[str],
+    what: str,
+    on_cut: Callable[[str], None],
+    thoughts: Thoughts | None = None,
+    **sampling,
 ) -> Iterator[np.ndarray]:
     """The sound of one text after the other, (S,) float32 pieces as they come.
 
     Args:
         what: whose texts they are, for messages.
         on_cut: called with a text of which more than ``MAX_SECONDS`` would have been said.
+        thoughts: of the answer that the texts are the sentences of.
         sampling: as in ``Speaker.stream``.
 
     Raises:
         UserError: a text is too long to be spoken, or there is nothing to say.
     """
     longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
-    silent = True
-    for text in texts:
+    silent, heard = True, None
+    if thoughts is not None and speaker.hears:
+        heard = thoughts.of(texts)
+    for number, text in enumerate(texts):
         if len(text.encode()) >= MAX_TEXT_BYTES:
             raise UserError(f"{what}: has a sentence of {len(text.encode())} bytes, too long to be spoken")
         said = 0
-        for piece in speaker.stream(text, **sampling):
+        for piece in speaker.stream(text, thinker_states=heard and [heard[number]], **sampling):
             said, silent = said + len(piece), False
             yield piece
         if said >= longest:

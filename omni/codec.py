@@ -396,27 +396,22 @@ def padded_codes(longest: int, config: CodecConfig | AlignerConfig | TalkerConfi
     return next(length for length in static_lengths(config.max_mel_length) if length >= longest)
 
 
-def count_codes(run: Run, manifest: Manifest) -> np.ndarray:
+def count_codes(run: Run, manifest: Manifest, config: SpeechFrames) -> np.ndarray:
     """Codes in time of every recording, by its header; 0 for one that cannot be read."""
-    codes = measure_seconds(run, manifest) * 1000 / run.config.frame_ms
+    codes = measure_seconds(run, manifest) * 1000 / config.frame_ms
     return np.ceil(codes - 1e-6).astype(np.int64)  # a whole number may come out a little above itself
 
 
-def leave_out_long(run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def leave_out_long(
+    run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_mel_length: int
+) -> np.ndarray:
     """``rows`` without recordings of more than ``max_mel_length`` codes. Unreadable ones stay: reading says why."""
-    long = rows[lengths[rows] > run.config.max_mel_length]
+    long = rows[lengths[rows] > max_mel_length]
     if len(long):
         first = ", ".join(str(row + 1) for row in long[:5])
-        limit = f"max_mel_length {run.config.max_mel_length}"
+        limit = f"max_mel_length {max_mel_length}"
         run.log(f"{manifest.path}: {len(long)} of {len(rows)} rows left out, longer than {limit}: {first}")
     return np.setdiff1d(rows, long)
-
-
-def every_clip(run: Run, manifest: Manifest) -> np.ndarray:
-    """The rows of all recordings that are not too long, whatever they are used for, the shortest first."""
-    lengths = count_codes(run, manifest)
-    order = np.argsort(lengths, kind="stable")
-    return order[lengths[order] <= run.config.max_mel_length]
 
 
 def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:

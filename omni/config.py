@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from omni.errors import UserError
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
+ModelType = TypeVar("ModelType", bound=BaseModel)
 
 _TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
 _ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
-_TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 _PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
 _TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 _OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
@@ -703,13 +703,15 @@ class SftConfig(StageConfig):
 
     TASKS: ClassVar[tuple[str, ...]] = (
         "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "sign",
-        "conversation",
+        "spoken_answer", "conversation",
     )  # fmt: skip
 
     thinker_ckpt: str = free(min_length=1, description="folder of stage A")
     audio_ckpt: str | None = free(None, description="folder of stage B; required for recordings")
     vision_ckpt: str | None = free(None, description="folder of stage C; required for pictures")
-    talker_ckpt: str | None = free(None, description="folder of stage D; must be there, and is left as it is")
+    talker_ckpt: str | None = free(
+        None, description="folder of stage D; required for speech_csv: its talker learns to hear the Thinker's states"
+    )
 
     # The mix; held-out files: val_ and the same name, by default val_split of the rows
     text_path: str | None = input_file(
@@ -734,6 +736,10 @@ class SftConfig(StageConfig):
     )
     ocr_csv: str | None = input_file(None, hint=_OCR_HINT, description="task sign: columns image and text")
     val_ocr_csv: str | None = input_file(None, hint=_OCR_HINT)
+    speech_csv: str | None = input_file(
+        None, hint=_TTS_HINT, description="task spoken_answer: columns text and wav, in the talker's voice"
+    )
+    val_speech_csv: str | None = input_file(None, hint=_TTS_HINT)
     jsonl_path: str | None = input_file(
         None, description='task conversation: {"messages": [...]} with parts of type text, image and audio'
     )
@@ -781,7 +787,7 @@ class SftConfig(StageConfig):
     @model_validator(mode="after")
     def _mix_fits(self) -> Self:
         sources = [self.text_path, self.image_manifest, self.asr_csv, self.question_csv, self.ocr_csv, self.jsonl_path]
-        if not any(sources):
+        if not any([*sources, self.speech_csv]):
             raise ValueError('expected data: "text_path", "image_manifest", "asr_csv" or another, found none')
         for task, weight in self.task_weights.items():
             if task not in self.TASKS:
@@ -791,6 +797,7 @@ class SftConfig(StageConfig):
         for key, stage, needed in (
             ("audio_ckpt", "B", {"asr_csv": self.asr_csv, "question_csv": self.question_csv}),
             ("vision_ckpt", "C", {"image_manifest": self.image_manifest, "ocr_csv": self.ocr_csv}),
+            ("talker_ckpt", "D", {"speech_csv": self.speech_csv}),
         ):
             source = next((name for name, path in needed.items() if path), None)
             if source and getattr(self, key) is None:
@@ -805,12 +812,32 @@ class SftConfig(StageConfig):
             ("thinker_ckpt", ("thinker.pt", "tokenizer.json"), "Train stage A first (train_text.py)"),
             ("audio_ckpt", ("audio_enc.pt",), "Train stage B first (train_audio_enc.py)"),
             ("vision_ckpt", ("vision.pt",), "Train stage C first (train_vision.py)"),
-            ("talker_ckpt", ("talker.pt", "rvq_codec.pt"), "Train stage D first (train_talker.py)"),
+            ("talker_ckpt", ("talker.pt", "rvq_codec.pt", "aligner.pt"), "Train stage D first (train_talker.py)"),
         ):
             folder = getattr(self, key)
             for file in files if folder is not None else ():
                 if not os.path.isfile(os.path.join(folder, file)):
                     raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
+
+
+def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:
+    """The keys of ``config`` that ``cls`` has, without those that say nothing about the weights: paths, printing."""
+    free = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("free")}
+    return {name: getattr(config, name) for name in cls.model_fields if name not in free}
+
+
+def read_sizes(cls: type[ModelType], sizes: dict) -> ModelType:
+    """The inverse of ``sizes_of``; what a stage's config must have beside the sizes, such as files, is "-".
+
+    Raises:
+        ValueError: they are not the sizes of such a part.
+    """
+    rest: dict = {}
+    if issubclass(cls, StageConfig):
+        rest = {name: "-" for name, field in cls.model_fields.items() if field.is_required()} | {"max_steps": 1}
+    if cls is SftConfig:
+        rest["text_path"] = "-"
+    return cls.model_validate(rest | sizes)
 
 
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:

@@ -13,10 +13,8 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,15 +27,15 @@ from omni.config import (
     CodecArchitecture,
     OcrArchitecture,
     SftConfig,
-    StageConfig,
     TalkerConfig,
     ThinkerArchitecture,
     VocoderConfig,
+    read_sizes,
 )
 from omni.errors import RunError, UserError
 from omni.files import file_sha256
 from omni.ocr import Ocr
-from omni.omni_model import OmniModel
+from omni.omni_model import VIT_SIZES, OmniModel
 from omni.runtime import FolderLock
 from omni.speech import Speaker
 from omni.talker import Talker
@@ -51,32 +49,9 @@ WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_in
 PARTIAL = ".{name}.omni-partial"  # the folder in which an export grows, beside the one that it becomes
 REPLACED = ".{name}.omni-replaced"  # and the earlier export, until the new one stands in its place
 LOCK = ".lock"  # of ``FolderLock``, in the first of these
-VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
-
-Sizes = TypeVar("Sizes", bound=BaseModel)
 
 # ---------------------------------------------------------------------------------------------------------------
 # The parts
-
-
-def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:
-    """The keys of ``config`` that ``cls`` has, without those that say nothing about the weights: paths, printing."""
-    free = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("free")}
-    return {name: getattr(config, name) for name in cls.model_fields if name not in free}
-
-
-def read_sizes(cls: type[Sizes], sizes: dict) -> Sizes:
-    """The inverse of ``sizes_of``; what a stage's config must have beside the sizes, such as files, is "-".
-
-    Raises:
-        ValueError: they are not the sizes of such a part.
-    """
-    rest: dict = {}
-    if issubclass(cls, StageConfig):
-        rest = {name: "-" for name, field in cls.model_fields.items() if field.is_required()} | {"max_steps": 1}
-    if cls is SftConfig:
-        rest["text_path"] = "-"
-    return cls.model_validate(rest | sizes)
 
 
 def audio_architecture(sizes: dict) -> AudioEncoderArchitecture:
@@ -352,4 +327,5 @@ class Merged:
     def speaker(self, device: torch.device) -> Speaker:
         """What says texts: talker, codec and, if there is one, vocoder."""
         vocoder = self.part("vocoder", device) if self.has("vocoder") else None
-        return Speaker(self.part("talker", device), self.part("rvq", device), vocoder)
+        hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
+        return Speaker(self.part("talker", device), self.part("rvq", device), vocoder, hears=hears)

@@ -9,6 +9,7 @@ stage A; no text of a user can spell them (``Tokenizer.encode``).
 # B samples, T positions, D the Thinker's width, V vocabulary; I pictures, P positions of one; A recordings,
 # F mel frames, M mel channels, U encoder frames, R positions of all recordings of a batch
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +22,29 @@ from torch import Tensor, nn
 from omni.audio import load_audio, log_mel, normalise_features
 from omni.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import fingerprint
-from omni.config import AudioEncoderArchitecture, SftConfig, ThinkerArchitecture, VisionConfig
+from omni.codec import fingerprint, load_codec
+from omni.config import (
+    AudioEncoderArchitecture,
+    SftConfig,
+    TalkerConfig,
+    ThinkerArchitecture,
+    VisionConfig,
+    read_sizes,
+    sizes_of,
+)
 from omni.ctc import ctc_nll, frames_needed
 from omni.errors import UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
 from omni.manifest import BadRow
+from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
 from omni.vision_encoder import ViT, word_loss
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
-_VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
+VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Sequences
@@ -53,6 +63,8 @@ class Encoded:
     spoken: list[list[int]] = field(default_factory=list)
     shown: list[list[int]] = field(default_factory=list)
     prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
+    utterance: Utterance | None = None  # how its last answer sounds
+    uttered: list[int] = field(default_factory=list)  # the position of each of its bytes; -1: of the end
 
 
 class Inputs:
@@ -75,6 +87,8 @@ class Inputs:
             self.image_positions = (vision["img_size"] // vision["patch"] // config.image_stack) ** 2
         self.pad_to = self.ctx_len if config.use_compile else None  # a compiled model wants one length only
         self.rarity = torch.ones(tokenizer.vocab_size)  # of tokens in captions, see omni.vision_encoder.rarity_of
+        talker = config.parts.get("talker")
+        self.talker = read_sizes(TalkerConfig, talker) if talker else None
 
     # Attachments: parts of a message's content
 
@@ -152,6 +166,20 @@ class Inputs:
                 answers += range(first, len(ids))
         return self._finished(encoded, ids, set(answers), asks)
 
+    def encode_spoken(self, messages: list[dict], utterance: Utterance) -> Encoded:
+        """A conversation whose last answer is spoken: as ``encode``, with the position of the token to which each of
+        the bytes belongs that the talker reads.
+
+        Raises:
+            BadRow: longer than ``ctx_len``.
+        """
+        encoded, answer = self.encode(messages), messages[-1]["content"]
+        counts = self.tokenizer.byte_counts(self.tokenizer.encode(answer, allow_special=False))
+        token = [index for index, count in enumerate(counts) for _ in range(count)]
+        encoded.utterance = utterance
+        encoded.uttered = [encoded.prompt + token[byte] for byte in spoken_bytes(answer)] + [-1]
+        return encoded
+
     def encode_text(self, text: str) -> Encoded:
         """A text that is no conversation, all of it to be learnt, as in stage A.
 
@@ -186,6 +214,9 @@ class Inputs:
             counted over the flattened batch; ``shown`` (I, L) and ``shown_lengths`` (I,), their captions; ``rarity``
             (V,) of tokens in captions.
 
+            If answers are spoken: what ``collate_utterances`` makes of them, as ``said_symbols`` and so on;
+            ``said_rows`` (S,), which samples they are, and ``said_at`` (S, L), see ``Encoded.uttered``.
+
             If there are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,); ``sound_at`` (R,), and
             ``sound_from`` (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and
             ``spoken_lengths`` (A,), what they say.
@@ -210,6 +241,13 @@ class Inputs:
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
             batch["shown"], batch["shown_lengths"] = self._padded([ids for sample in samples for ids in sample.shown])
             batch["rarity"] = self.rarity
+        said = [row for row, sample in enumerate(samples) if sample.utterance is not None]
+        if said:
+            utterances = collate_utterances([samples[row].utterance for row in said], self.talker)
+            batch |= {f"said_{key}": value for key, value in utterances.items() if isinstance(value, Tensor)}
+            batch["said_rows"], at = torch.tensor(said), [torch.tensor(samples[row].uttered) for row in said]
+            padded = nn.utils.rnn.pad_sequence(at, batch_first=True, padding_value=-1)
+            batch["said_at"] = F.pad(padded, (0, batch["said_symbols"].shape[1] - padded.shape[1]), value=-1)
         sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
         if sounds:
             longest = max(len(sound) for _, sound in sounds)
@@ -232,6 +270,19 @@ class Inputs:
         """Token ids as (N, L) int64 and their numbers (N,)."""
         ids = [torch.tensor(text, dtype=torch.int64) for text in texts]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(text) for text in texts])
+
+
+def spoken_bytes(text: str) -> list[int]:
+    """Which bytes of a text the talker reads (``omni.aligner.text_symbols``, its end left out): of blanks between
+    words only the last one."""
+    starts = [0]
+    for character in text:
+        starts.append(starts[-1] + len(character.encode()))
+    found: list[int] = []
+    for word in re.finditer(r"\S+", text):
+        first = starts[word.start()] - (1 if found else 0)
+        found += range(first, starts[word.end()])
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -289,8 +340,18 @@ class Sequences(NamedTuple):
     pictures: Tensor | None  # (I, P, D)
 
 
+class Losses(NamedTuple):
+    """Each () float32; the last three are sums, over the number of targets of the first."""
+
+    nats: Tensor  # mean cross-entropy of the answers' tokens
+    balance: Tensor  # the experts' load balancing
+    misspelling: Tensor  # how badly recordings spell their texts
+    misnaming: Tensor  # how badly pictures name what they show
+    misspeaking: Tensor  # how badly the talker says answers
+
+
 class OmniModel(nn.Module):
-    """Thinker, encoders and projections. A part that no task of the mix needs is None, and not in the state dict.
+    """Thinker, encoders, projections, talker. A part that no task of the mix needs is None, and not in the state dict.
 
     Args:
         config: with ``parts``, the sizes of the parts.
@@ -316,13 +377,17 @@ class OmniModel(nn.Module):
             self.proj_a = Projection(audio["d_model"], config.proj_d_ff, arch.d_model, units=audio["n_tokens"] + 1)
             self.audio_encoder.ctc_head.requires_grad_(False)  # it says which frames are left out, and stays as it is
         if vision := parts.get("vision_encoder"):
-            sizes = [vision[name] for name in _VIT_SIZES]
+            sizes = [vision[name] for name in VIT_SIZES]
             self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
             width, words = vision["d_model"], vision.get("n_words", 0)
             self.proj_v = Projection(width * self.image_stack**2, config.proj_d_ff, arch.d_model, words, named=width)
         if self.frozen:
             for encoder in self.encoders:
                 encoder.requires_grad_(False)
+        self.talker = None
+        if talker := parts.get("talker"):
+            self.talker = Talker(read_sizes(TalkerConfig, talker | {"use_flash": use_flash})).requires_grad_(False)
+            self.talker.thinker_proj.requires_grad_(True)
 
     @property
     def encoders(self) -> list[nn.Module]:
@@ -333,12 +398,12 @@ class OmniModel(nn.Module):
         if self.frozen:
             for encoder in self.encoders:
                 encoder.eval()  # no dropout in what is not trained
+        if self.talker is not None:
+            self.talker.eval()
         return self
 
-    def forward(self, batch: dict) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Losses of a batch, each () float32: the mean cross-entropy of its targets in nats; the experts'
-        load-balancing loss; and per target of the first, how badly recordings spell their texts (``_misspelling``)
-        and pictures name what they show (``_misnaming``)."""
+    def forward(self, batch: dict) -> Losses:
+        """Losses of a batch of ``Inputs.collate``."""
         embeds, targets, dropped, sounds, pictures = self.embed(batch)
         nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
         misspelling, misnaming, count = nats.new_zeros(()), nats.new_zeros(()), (batch["targets"] != IGNORED).sum()
@@ -346,7 +411,27 @@ class OmniModel(nn.Module):
             misspelling = self._misspelling(sounds, batch) / count
         if pictures is not None and batch["shown"].shape[1]:
             misnaming = self._misnaming(pictures, batch) / count
-        return nats, balance, misspelling, misnaming
+        misspeaking = nats.new_zeros(())
+        if "said_rows" in batch:
+            speech = self.speech(batch, embeds)
+            weight = self.talker.config.duration_weight
+            loss, _ = talker_loss(self.talker, speech, frame_dropout=0.0, duration_weight=weight)
+            misspeaking = loss * speech["weight"] / count
+        elif self.talker is not None and self.training:
+            misspeaking = 0.0 * self.talker.thinker_proj.weight.sum()  # as in ``embed``: a gradient in every step
+        return Losses(nats, balance, misspelling, misnaming, misspeaking)
+
+    def speech(self, batch: dict, embeds: Tensor) -> dict:
+        """What the talker learns from and is judged by, as ``collate_utterances`` gives it, with ``thinker_states``:
+        what the Thinker, reading ``embeds`` (B, T, D), thinks at the token of each byte of a spoken answer. It has
+        no part in the talker's loss. Spoken answers follow texts alone, so that nothing has moved their positions."""
+        rows, at = batch["said_rows"], batch["said_at"]
+        with torch.no_grad():
+            hidden = self.thinker.hidden_states(inputs_embeds=embeds[rows])  # (S, T, D)
+        states = hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        speech = {key.removeprefix("said_"): value for key, value in batch.items() if key.startswith("said_")}
+        codes = speech["lengths"].sum() * self.talker.codebooks + len(rows)
+        return speech | {"thinker_states": states.masked_fill((at < 0)[..., None], 0.0), "weight": codes}
 
     def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of ``forward``. A dialogue is several times as long as a recording, so rows of similar length
@@ -570,7 +655,7 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     if config.vision_ckpt is not None:
         saved = load_stage(config.vision_ckpt, "vision", prefix="vision", final="vision.pt")
         trained = VisionConfig.model_validate(saved["config"])
-        sizes = {name: getattr(trained, name) for name in _VIT_SIZES}
+        sizes = {name: getattr(trained, name) for name in VIT_SIZES}
         words = {
             name.removeprefix("word_head."): weight for name, weight in saved["model"].items() if "word_head." in name
         }
@@ -586,6 +671,9 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
                 f"found {config.image_stack}"
             )
     origins = {name: fingerprint(module) for name, module in modules.items()}
+    if config.speech_csv is not None:
+        parts["talker"], modules["talker"] = _listening_talker(config.talker_ckpt, thinker.arch.d_model)
+        origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(load_codec(config.talker_ckpt, cpu))}
     config = config.model_copy(update={"parts": parts, "origins": origins})
     model = OmniModel(config, **flash)
     for name, module in modules.items():
@@ -600,6 +688,21 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
         units = embeddings_of(audio_tokenizer.units, tokenizer, embeddings)
         model.proj_a.start_from_units(torch.cat((units, embeddings[model.audio_id, None])))  # last, the blank
     return config, model, tokenizer
+
+
+def _listening_talker(folder: str, d_model: int) -> tuple[dict, Talker]:
+    """Stage D's talker and its sizes, with what brings it the states of a Thinker of width ``d_model``: zeros, so that
+    it speaks as before.
+
+    Raises:
+        UserError: nothing there, or damaged.
+    """
+    saved = load_stage(folder, "talker", prefix="talker", final="talker.pt")
+    trained = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
+    talker = Talker(trained.model_copy(update={"thinker_d_model": d_model}))
+    nothing = {"thinker_proj.weight": torch.zeros_like(talker.thinker_proj.weight)}
+    load_weights(talker, saved["model"] | nothing, Path(folder) / "talker.pt")
+    return sizes_of(TalkerConfig, talker.config), talker
 
 
 def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

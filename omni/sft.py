@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from omni import world
+from omni.aligner import load_aligner, prepare_speech
 from omni.asr import measure_seconds
+from omni.codec import leave_out_long, load_codec
 from omni.config import SftConfig
 from omni.corpus import read_chunks
 from omni.ctc import normalise_text
@@ -27,13 +29,16 @@ from omni.errors import UserError
 from omni.files import file_stat, index_is_current, write_json
 from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
+from omni.precompute import RowsWith
 from omni.runtime import FolderLock, Run
+from omni.talker import CodedSpeech, talker_metrics, talker_sums
 from omni.thinker import IGNORED
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import rarity_of
 
 CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
 TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording say?", "What do you hear?")
+SPEAKING_PROMPTS = ("Say: {}", "Read aloud: {}", "Repeat after me: {}")
 SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
 CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
 CAPTIONS_COUNTED = 4096
@@ -42,6 +47,10 @@ MAX_LINE_BYTES = 1 << 20
 KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
     question: answer for pairs in world.FACTS.values() for question, answer in pairs
 }
+
+QUESTIONS_TO: dict[str, list[str]] = {}  # the other way round
+for _question, _answer in KNOWN_ANSWERS.items():
+    QUESTIONS_TO.setdefault(_answer, []).append(_question)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tasks: rows as conversations
@@ -71,13 +80,16 @@ class TaskRows(Rows):
         messages = self.messages(row, rng)
         while True:
             try:
-                encoded = self.inputs.encode(messages)
+                encoded = self.encode(row, messages)
                 return encoded, {normalise_answer(answer) for answer in self.right_answers(row, messages)}
             except BadRow:
                 answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
                 if len(answers) < 2:
                     raise
                 messages = messages[: answers[-2] + 1]  # without the last question and its answer
+
+    def encode(self, row: dict, messages: list[dict]) -> Encoded:
+        return self.inputs.encode(messages)
 
     def collate(self, samples: list[tuple[Encoded, set[str]]]) -> dict:
         return self.inputs.collate([encoded for encoded, _ in samples])
@@ -233,6 +245,26 @@ class Signs(TaskRows):
         return turn(" ".join(row["text"].split()), picture, one_of(SIGN_PROMPTS, rng))
 
 
+class SpokenAnswers(TaskRows):
+    """Answers that are spoken: what is known of the world, else a text to be said as it is.
+
+    Args:
+        manifest: with the columns that ``omni.aligner.prepare_speech`` adds.
+    """
+
+    def __init__(self, manifest: RowsWith, rows: np.ndarray, inputs: Inputs, config: SftConfig, **others) -> None:
+        super().__init__(manifest, rows, inputs, config, **others)
+        self.speech = CodedSpeech(manifest, rows, inputs.talker, training=False)
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        text = row["text"].strip()
+        questions = QUESTIONS_TO.get(text) or [prompt.format(text) for prompt in SPEAKING_PROMPTS]
+        return turn(text, one_of(questions, rng))
+
+    def encode(self, row: dict, messages: list[dict]) -> Encoded:
+        return self.inputs.encode_spoken(messages, self.speech.read(row, None))
+
+
 class Conversations(TaskRows):
     """JSONL rows of ``messages``, whose content is a text or a list of parts of type text, image and audio."""
 
@@ -275,6 +307,7 @@ TASKS = {
     "spoken_question": (SpokenQuestions, ("wav", "text"), "text"),
     "spoken_image_question": (SpokenPictureQuestions, ("image", "caption"), "image"),  # and recordings
     "sign": (Signs, ("image", "text"), "text"),
+    "spoken_answer": (SpokenAnswers, ("text", "wav"), "text"),
     "conversation": (Conversations, (), "messages"),
 }
 
@@ -469,6 +502,8 @@ def prepare_tasks(
             add(side, "spoken_image_question", manifest, asked, recordings=found)
     for side, (manifest, rows) in enumerate(both("ocr_csv", "sign")):
         add(side, "sign", manifest, rows)
+    for side, (manifest, rows) in enumerate(both("speech_csv", "spoken_answer")):
+        add(side, "spoken_answer", *prepare_answers(run, config, inputs, manifest, rows))
     for side, (manifest, rows) in enumerate(both("jsonl_path", "conversation")):
         add(side, "conversation", manifest, rows)
     if not sides[0]:
@@ -479,6 +514,16 @@ def prepare_tasks(
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined
+
+
+def prepare_answers(
+    run: Run, config: SftConfig, inputs: Inputs, manifest: Manifest, rows: np.ndarray
+) -> tuple[RowsWith, np.ndarray]:
+    """The manifest with what stage D's codec and aligner make of its recordings; ``rows`` without too long ones."""
+    codec, aligner = (load(config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
+    name = "train" if manifest.path == Path(config.speech_csv) else "validation"
+    coded, lengths = prepare_speech(run, manifest, inputs.talker, codec, aligner, name)
+    return coded, leave_out_long(run, manifest, rows, lengths, inputs.talker.max_mel_length)
 
 
 def rarity_in_captions(manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer) -> Tensor:
@@ -603,7 +648,8 @@ class AnswerScore:
 
     ``loss``: nats per token of the true answers. ``accuracy_<task>``: share of items whose likeliest answer, written
     token by token, has exactly the words of a right one; of a conversation, the last answer is judged, after the true
-    ones before it. ``accuracy``: the same over the items of all tasks.
+    ones before it. ``accuracy``: the same over the items of all tasks. ``code_perplexity``: of the talker on spoken
+    answers, as it hears the Thinker; ``code_perplexity_of_text``: as it reads the text alone.
     """
 
     def __init__(self, inputs: Inputs, max_answer_tokens: int) -> None:
@@ -613,6 +659,10 @@ class AnswerScore:
         embeds, targets, dropped, *_ = model.embed(batch)
         nats, _ = model.thinker.loss(None, targets, "sum", inputs_embeds=embeds)
         totals = {"nats": nats, "targets": (targets != IGNORED).sum()}
+        if "said_rows" in batch:
+            speech = model.speech(batch, embeds)
+            for name, heard in (("heard", speech), ("read", speech | {"thinker_states": None})):
+                totals |= {f"{name}/{key}": value for key, value in talker_sums(model.talker, heard).items()}
         judged = [index for index, right in enumerate(batch["right"]) if right]
         if judged:
             texts = self.answers(model, embeds[judged], (batch["prompts"] - dropped)[judged])
@@ -634,4 +684,8 @@ class AnswerScore:
             exact = {task: totals[f"exact/{task}"] for task in counts}
             metrics["accuracy"] = sum(exact.values()) / sum(counts.values())
             metrics |= {f"accuracy_{task}": exact[task] / counts[task] for task in counts}
+        for name, ending in (("heard/", ""), ("read/", "_of_text")):
+            sums = {key.removeprefix(name): value for key, value in totals.items() if key.startswith(name)}
+            if sums:
+                metrics[f"code_perplexity{ending}"] = talker_metrics(sums)["code_perplexity"]
         return metrics

@@ -36,10 +36,11 @@ class Speaker:
 
     Args:
         vocoder: None: Griffin-Lim.
+        hears: whether the talker has learnt, in stage E, to hear the Thinker whose answers it speaks.
     """
 
-    def __init__(self, talker: Talker, codec: Codec, vocoder: Generator | None = None) -> None:
-        self.talker, self.codec, self.vocoder = talker, codec, vocoder
+    def __init__(self, talker: Talker, codec: Codec, vocoder: Generator | None = None, *, hears: bool = False) -> None:
+        self.talker, self.codec, self.vocoder, self.hears = talker, codec, vocoder, hears
         self.spec = mel_spec(codec.arch)
         if vocoder is not None and vocoder_mel_spec(vocoder.config) != self.spec:
             raise UserError(
@@ -101,7 +102,8 @@ class Speaker:
     # One text, piece by piece ------------------------------------------------------------------------------------
 
     def stream(self, text: str, **sampling) -> Iterator[np.ndarray]:
-        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it.
+        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``sampling`` as in
+        ``Talker.generate``.
 
         The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
         without a vocoder there is one piece.

@@ -208,6 +208,7 @@ class Thinker(nn.Module):
         seed: int | None = None,
         stop_ids: Sequence[int] = (),
         inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
     ) -> Iterator[int]:
         """Yield the ids that follow ``prompt_ids``, each as soon as it is known.
 
@@ -221,6 +222,7 @@ class Thinker(nn.Module):
             top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2019).
             seed: the same seed gives the same answer; None: a new one each time.
             inputs_embeds: (1, T, D), a prompt of any modality, in the place of ``prompt_ids``.
+            states: gets the hidden state (D,) of each id that was yielded, once it has been read to find the next.
         """
         prompt_length = len(prompt_ids) if inputs_embeds is None else inputs_embeds.shape[1]
         if not 0 < prompt_length <= self.arch.ctx_len:
@@ -236,8 +238,10 @@ class Thinker(nn.Module):
         self.eval()
         try:
             ids = list(prompt_ids)
-            for _ in range(max_new_tokens):
-                next_id = self._next_id(ids, inputs_embeds, cache, temperature, top_k, top_p, generator)
+            for step in range(max_new_tokens):
+                hidden, next_id = self._next_id(ids, inputs_embeds, cache, temperature, top_k, top_p, generator)
+                if states is not None and step > 0:
+                    states.append(hidden)
                 if next_id in stop_ids:
                     return
                 yield next_id
@@ -256,16 +260,16 @@ class Thinker(nn.Module):
         top_k: int | None,
         top_p: float | None,
         generator: torch.Generator,
-    ) -> int:
+    ) -> tuple[Tensor, int]:
         token_ids = None
         if inputs_embeds is None:
             token_ids = torch.tensor([ids], device=self.embed_tokens.weight.device)
         hidden = self.hidden_states(token_ids, inputs_embeds=inputs_embeds, cache=cache)[0, -1]  # (D,)
         logits = self.head(hidden).float()  # (V,)
         if temperature == 0:
-            return int(logits.argmax())
+            return hidden, int(logits.argmax())
         probabilities = _probabilities(logits / temperature, top_k, top_p)
-        return int(torch.multinomial(probabilities, 1, generator=generator))
+        return hidden, int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -163,6 +163,11 @@ class Tokenizer:
         tokenizer = self._tokenizer if allow_special else self._plain
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
+    def byte_counts(self, ids: list[int]) -> list[int]:
+        """How many bytes of the text each token stands for; 0 for a special one."""
+        special = self._tokenizer.get_added_tokens_decoder()
+        return [0 if i in special else len(self._tokenizer.id_to_token(i)) for i in ids]  # one character each byte
+
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
         """Text of ``ids``. Bytes that are not UTF-8 (a cut character) come out as U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)

@@ -12,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 
-from omni.assistant import Assistant, clean, message, read_picture, sentences, spoken
+from omni.assistant import Assistant, Thoughts, clean, message, read_picture, sentences, spoken
 from omni.errors import UserError
 from omni.ocr import Ocr
 from omni.speech import MAX_SECONDS, Speaker
@@ -86,8 +86,9 @@ class Page:
             if not text.strip() and not any(part["type"] == "audio" for part in attached):
                 raise UserError("expected a question: a text or a recording")
             messages, max_new_tokens = [*talk.messages, message(attached, text)], int(max_new_tokens)
+            thoughts = Thoughts()
             pieces = self.assistant.answer(
-                self.assistant.prompt(messages, max_new_tokens),
+                self.assistant.prompt(messages, max_new_tokens), thoughts,
                 max_new_tokens=max_new_tokens, temperature=temperature, seed=None if seed < 0 else seed,
                 top_p=top_p if temperature and top_p < 1 else None,
             )  # fmt: skip
@@ -105,7 +106,7 @@ class Page:
             talk.messages, talk.shown = [*messages, answer], [*shown, answer]
         if aloud and self.speaker is not None:
             try:
-                for heard in self.speech(session, sentences(answer["content"]), "the answer"):
+                for heard in self.speech(session, sentences(answer["content"]), "the answer", thoughts=thoughts):
                     yield gr.skip(), gr.skip(), *heard
             except UserError as error:  # the answer stands
                 gr.Warning(html.escape(str(error)))

@@ -60,7 +60,8 @@ from omni.vision_encoder import load_vision_encoder
 from omni.vocoder import Clips, VocoderScore, clip_columns, load_codec_of, load_vocoder
 from train_text import text_metrics, text_sums
 
-OMNI_TASKS = tuple(name for name in TASKS if name != "spoken_image_question")  # which needs a second file
+# those that need no second file, and no folder of another stage
+OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question", "spoken_answer"))
 
 
 @dataclass

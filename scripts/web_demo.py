@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"scripts/web_demo.py needs Gradio ({missing}). Install it with: {INSTALL}")
     device, folder = pick_device(args.device), args.ckpt_dir
     assistant = Assistant.load(folder, device)
-    given = (folder, args.talker_ckpt, args.vocoder_ckpt, device)
+    given = (folder, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
     speaker = optional(lambda: load_speaker(*given)[0], folder, bool(args.talker_ckpt or args.vocoder_ckpt), "talker")
     reader = optional(lambda: load_reader(folder, args.ocr_ckpt, device), folder, bool(args.ocr_ckpt), "ocr")
     with tempfile.TemporaryDirectory(prefix="omni_web_") as temporary:

@@ -12,13 +12,23 @@ import soundfile
 import torch
 from harness import Training
 from PIL import Image
+from torch import nn
 
 from omni import checkpoint
 from omni.aligner import Aligner
 from omni.audio_encoder import AudioEncoder
 from omni.codec import Codec
-from omni.config import AlignerConfig, AudioEncoderConfig, CodecConfig, TextConfig, VisionConfig
+from omni.config import (
+    AlignerConfig,
+    AudioEncoderConfig,
+    CodecConfig,
+    StageConfig,
+    TalkerConfig,
+    TextConfig,
+    VisionConfig,
+)
 from omni.ctc import CtcTokenizer
+from omni.talker import Talker
 from omni.thinker import Thinker
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import PictureTextModel
@@ -131,9 +141,14 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
             ("aligner", "aligner.pt", Aligner, AlignerConfig, SMALL_ALIGNER),
         ):
             config = cls(save_dir="-", tts_csv="-", max_steps=1, **sizes)
-            payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
-            checkpoint.save(folder / "codec" / file, payload | {"model": make(config).state_dict()})
+            save_model(folder / "codec" / file, stage, config, make(config))
     return {"tts_csv": str(path), "codec_ckpt": str(folder / "codec")}
+
+
+def save_model(path: Path, stage: str, config: StageConfig, model: nn.Module) -> None:
+    """A final file of a model that is as good as chance has made it."""
+    payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
+    checkpoint.save(path, payload | {"model": model.state_dict()})
 
 
 SMALL_CODEC = {
@@ -141,6 +156,14 @@ SMALL_CODEC = {
     "codec_smoother_layers": 1,
 }  # fmt: skip
 SMALL_ALIGNER = {"aligner_d_model": 16, "aligner_layers": 1}
+SMALL_TALKER = (
+    SMALL_CODEC
+    | SMALL_ALIGNER
+    | {
+        "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
+        "depth_layers": 1, "depth_d_ff": 32,
+    }
+)  # fmt: skip
 
 # what all of them share: a training of seconds, with several epochs, validations and checkpoints
 SHORT = {
@@ -229,17 +252,12 @@ TALKER = StageCase(
     prefix="talker",
     final="talker.pt",
     config=SHORT
-    | SMALL_CODEC
-    | SMALL_ALIGNER
-    | {
-        "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "text_layers": 1, "depth_d_model": 16,
-        "depth_layers": 1, "depth_d_ff": 32, "frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0,
-        "optimizer": "muon", "lr": 3e-3,
-    },
+    | SMALL_TALKER
+    | {"frame_dropout": 0.0, "val_sentences": 1, "val_samples": 0, "optimizer": "muon", "lr": 3e-3},
     make_data=make_sentences,
     size_key="d_ff",
     data_key="tts_csv",
-)  # fmt: skip
+)
 
 
 def make_mix(folder: Path) -> dict:
@@ -263,8 +281,11 @@ def make_mix(folder: Path) -> dict:
             ("vision", "vision", vision, PictureTextModel(vision)),
         ):
             (folder / name).mkdir()
-            payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
-            checkpoint.save(folder / name / f"{name}.pt", payload | {"model": model.state_dict()})
+            save_model(folder / name / f"{name}.pt", stage, config, model)
+        (folder / "said").mkdir()
+        make_sentences(folder / "said", 6)
+        talker = TalkerConfig(tts_csv="-", save_dir="-", max_steps=1, **SMALL_TALKER)
+        save_model(folder / "said/codec/talker.pt", "talker", talker, Talker(talker))
         for name in ("thinker", "vision"):
             tokenizer.save(folder / name / "tokenizer.json")
         ctc_tokenizer.save(folder / "audio_enc" / "tokenizer.json")
@@ -276,6 +297,8 @@ def make_mix(folder: Path) -> dict:
         "image_manifest": pictures["train_manifest"],
         "image_root": pictures["image_root"],
         "asr_csv": speech["train_csv"],
+        "talker_ckpt": str(folder / "said/codec"),
+        "speech_csv": str(folder / "said/tts.csv"),
     }
 
 

@@ -40,9 +40,11 @@ def train_all(folder: Path) -> dict[str, Path]:
     for path in (speech, signs):
         path.mkdir()
     few = {"max_steps": 4, "max_epochs": None}
+    talker = TALKER.training(speech, n_mels=80, **few)
+    own = {"talker_ckpt": str(talker.save_dir), "speech_csv": talker.config["tts_csv"]}
     trainings = {
-        "omni": OMNI.training(folder, max_steps=8, max_epochs=None, lr=1e-2, optimizer="adamw"),
-        "talker": TALKER.training(speech, n_mels=80, **few),
+        "talker": talker,
+        "omni": OMNI.training(folder, max_steps=8, max_epochs=None, lr=1e-2, optimizer="adamw", **own),
         "vocoder": VOCODER.training(speech, save_dir="vocoder", n_mels=80, **few),
         "ocr": OCR.training(signs, **few),
     }
@@ -208,7 +210,7 @@ def test_the_chat_template_begins_as_every_conversation_of_stage_e_did(folders, 
 def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path):
     moved = shutil.copytree(merged, tmp_path / "elsewhere")
     opened, whole = Merged(moved), checkpoint.load(folders["omni"] / "omni_final.pt")["model"]
-    found = opened.weights("thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v")
+    found = opened.weights("thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v", "talker")
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
     prefixes = {name.split(".")[0] for name in load_file(moved / "model.safetensors")}
     expected = {"thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "proj_a", "proj_v", "ocr", "vocoder"}
@@ -228,9 +230,11 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
 
     speakers = [
         load_speaker(moved, None, None, CPU)[0],
-        load_speaker(moved, folders["talker"], folders["vocoder"], CPU)[0],
+        load_speaker(folders["omni"], folders["talker"], folders["vocoder"], CPU, stage)[0],
     ]
-    codes = [speaker.codes(["one two"], temperature=1.0, seed=2)[0] for speaker in speakers]
+    assert all(speaker.hears for speaker in speakers)
+    states = [torch.randn(8, 16)]  # of seven bytes and an end
+    codes = [speaker.codes(["one two"], temperature=1.0, seed=2, thinker_states=states)[0] for speaker in speakers]
     assert len(codes[0]) and torch.equal(*codes)
     assert torch.equal(*(speaker.waveform(codes[0]) for speaker in speakers))
     readers = [load_reader(moved, None, CPU), load_reader(moved, folders["ocr"], CPU)]

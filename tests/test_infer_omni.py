@@ -15,7 +15,8 @@ from test_export import CPU, altered, options, picture, run, train_all
 
 import export
 import infer_chat
-from omni.assistant import Assistant
+from omni.aligner import text_symbols
+from omni.assistant import Assistant, Thoughts
 from omni.errors import UserError
 from omni.images import MAX_PIXELS, evenly, load_frames
 from omni.manifest import BadRow
@@ -298,6 +299,37 @@ def test_an_answer_is_spoken(folders, merged, chat, tmp_path):
         assert rate == 16_000 and len(samples) and np.isfinite(samples).all()
         sounds[name] = path.read_bytes()
     assert sounds["merged"] == sounds["stages"]
+
+
+@torch.no_grad()
+def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
+    """Whatever the tokens: those of a real answer, then a text whose characters are spread over several."""
+    assistant = Assistant.load(merged, torch.device("cpu"))
+    prompt, thoughts = assistant.prompt([{"role": "user", "content": "red cat"}], 8), Thoughts()
+    text = "".join(assistant.answer(prompt, thoughts, max_new_tokens=8))
+    assert len(thoughts.ids) - 1 <= len(thoughts.states) <= len(thoughts.ids) > 1
+    embeds = assistant.omni.embed_prompt(assistant.inputs, prompt)
+    embeds = torch.cat((embeds, assistant.thinker.embed_tokens(torch.tensor([thoughts.ids]))), dim=1)
+    expected = assistant.thinker.hidden_states(inputs_embeds=embeds)[0, len(prompt.ids) :]
+    torch.testing.assert_close(torch.stack(thoughts.states), expected[: len(thoughts.states)], rtol=1e-4, atol=1e-5)
+
+    text = " Ja, grün.\n  Ist 你 da?"
+    thoughts.ids = assistant.tokenizer.encode(text)
+    thoughts.states = list(torch.arange(1.0, len(thoughts.ids))[:, None])  # the last token's is not known
+    texts = infer_chat.sentences(text)
+    heard = [states[:, 0].tolist() for states in thoughts.of(texts)]
+    assert [len(states) for states in heard] == [len(text_symbols(part)) for part in texts]
+    assert [states[-1] for states in heard] == [0, 0]
+    tokens = [token for states in heard for token in states[:-1]]
+    assert tokens[:-1] == sorted(tokens[:-1]) and tokens[-1] == 0, "in the order of the answer"
+    for part, states in zip(texts, heard, strict=True):
+        for symbol, token in zip(text_symbols(part), states[:-1], strict=False):
+            written = assistant.tokenizer.decode(thoughts.ids[: int(token)]).encode()
+            assert token == 0 or symbol in written or written.endswith("�".encode()) or symbol == 32
+    thoughts.ids = thoughts.ids[:-4]  # in the middle of a character
+    while "�" not in assistant.tokenizer.decode(thoughts.ids):
+        thoughts.ids.pop()
+    assert thoughts.of(texts) is None
 
 
 def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from stages import OMNI, write_csv
 from test_config import only_error
 
 from omni import omni_model, sft, world
+from omni.aligner import text_symbols
 from omni.checkpoint import load, load_weights, save
 from omni.config import SftConfig
 from omni.corpus import IGNORE
@@ -26,9 +27,10 @@ from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.layers import KVCache
 from omni.manifest import BadRow
-from omni.omni_model import Encoded, Inputs, OmniModel, assemble, embeddings_of, load_omni
+from omni.omni_model import Encoded, Inputs, OmniModel, assemble, embeddings_of, load_omni, spoken_bytes
 from omni.optim import build_adamw
 from omni.runtime import Run, Stage
+from omni.talker import Utterance, load_talker
 from omni.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -257,7 +259,7 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
         spelled = model._misspelling(table[positions], fits)
         wrong = model._misspelling(table[torch.full((4, 12), blank)], fits)
     assert spelled < 1 and wrong > 5 * len(spoken)
-    nats, _, misspelling, _ = model.train()(batch)
+    misspelling = model.train()(batch).misspelling
     misspelling.backward()
     assert misspelling > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
 
@@ -337,9 +339,68 @@ def test_pictures_are_drawn_to_the_words_of_their_captions(folder):
         assert least <= named < least + 1 and wrong > named + 10
         nothing = batch | {"rarity": torch.zeros_like(inputs.rarity)}  # as if these words stood in every caption
         assert model._misnaming(table[positions.flip(0)], nothing) == 0
-    *_, misnaming = model.train()(batch)
+    misnaming = model.train()(batch).misnaming
     misnaming.backward()
     assert misnaming > 0 and table.grad is None and model.proj_v.fc2.weight.grad.abs().sum() > 0
+
+
+def spoken_answer(inputs: Inputs, answer: str, codes: int = 20) -> Encoded:
+    """To a question in text; that it sounds like this is chance."""
+    symbols = text_symbols(answer)
+    spread = torch.randint(1, 3, (len(symbols),))
+    sound = Utterance(answer, symbols, torch.randint(0, inputs.talker.codebook_size, (codes, 2)), spread)
+    return inputs.encode_spoken([user(text("cat runs")), says(answer)], sound)
+
+
+@pytest.mark.parametrize("answer", ["big cat", "  big   cat\n dog ", "grün ist’s – 你好!", "x"])
+def test_the_talker_reads_each_byte_with_its_token(folder, answer):
+    _, inputs, _ = small_model(folder)
+    encoded, read = spoken_answer(inputs, answer), answer.encode()
+    assert bytes(read[byte] for byte in spoken_bytes(answer)).split() == answer.encode().split()
+    assert len(encoded.uttered) == len(text_symbols(answer)) and encoded.uttered[-1] == -1
+    found: dict[int, list[int]] = {}
+    for position, symbol in zip(encoded.uttered[:-1], text_symbols(answer), strict=False):
+        found.setdefault(position, []).append(symbol)
+    for position, symbols in found.items():
+        token = inputs.tokenizer._tokenizer.id_to_token(encoded.ids[position])
+        assert len(symbols) <= len(token), "no more bytes than the token has"
+    assert sorted(found) == list(found) and set(found) <= set(range(encoded.prompt, len(encoded.ids)))
+
+
+@torch.no_grad()
+def test_the_talker_hears_what_the_thinker_thinks_while_it_answers(folder):
+    """At the token of each byte, whatever stands beside the row in its batch, and when the answer is generated too."""
+    model, inputs, _ = small_model(folder)
+    torch.manual_seed(1)
+    answers = [spoken_answer(inputs, answer) for answer in ("big cat dog runs", "one")]
+    others = [inputs.encode(messages) for messages in conversations(inputs, folder)]
+    batch = inputs.collate([others[3], answers[0], others[0], answers[1], others[4]])
+    speech = model.speech(batch, model.embed(batch).embeds)
+    assert batch["said_rows"].tolist() == [1, 3] and speech["weight"] == 2 * (20 * 2 + 1)
+    for row, encoded in enumerate(answers):
+        hidden = model.thinker.hidden_states(torch.tensor([encoded.ids]))[0]
+        heard = speech["thinker_states"][row, : len(encoded.uttered)]
+        torch.testing.assert_close(heard[:-1], hidden[encoded.uttered[:-1]], rtol=1e-4, atol=1e-5)
+        assert not heard[-1].any() and not speech["thinker_states"][row, len(encoded.uttered) :].any()
+    # what is not said is the same; a loss is that of its samples
+    together = model(batch)
+    each = [model(inputs.collate([encoded])) for encoded in answers]
+    counts = [float((inputs.collate([encoded])["targets"] != IGNORE).sum()) for encoded in answers]
+    total = sum(losses.misspeaking * count for losses, count in zip(each, counts, strict=True))
+    expected = total / (batch["targets"] != IGNORE).sum()
+    torch.testing.assert_close(together.misspeaking, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_before_training_the_talker_speaks_as_stage_d_left_it(folder):
+    config, model, tokenizer = assemble(small_config(folder))
+    alone, symbols = load_talker(folder / "said/codec", CPU), text_symbols("red cat")
+    states = [torch.randn(len(symbols), config.parts["thinker"]["d_model"])]
+    said = [codes for codes, _ in model.talker.generate([symbols], max_frames=9, thinker_states=states)]
+    assert said and all(map(torch.equal, said, [codes for codes, _ in alone.generate([symbols], max_frames=9)]))
+    model.talker.thinker_proj.weight.add_(3.0 * torch.randn_like(model.talker.thinker_proj.weight))
+    heard = [codes for codes, _ in model.talker.generate([symbols], max_frames=9, thinker_states=states)]
+    assert len(heard) != len(said) or not all(map(torch.equal, said, heard))
 
 
 def test_no_text_can_spell_a_placeholder(folder):
@@ -375,13 +436,16 @@ def test_each_step_moves_what_is_trained_and_nothing_else(folder, frozen):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     optimizer = build_adamw(model, lr=1e-2, wd=0.0)
     assert all(encoder.training is not frozen for encoder in model.encoders)
-    model(inputs.collate([inputs.encode(conversations(inputs, folder)[0])]))[0].backward()  # a text alone
+    sum(model(inputs.collate([inputs.encode(conversations(inputs, folder)[0])]))).backward()  # a text alone
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters()), "DDP waits for every gradient"
-    model(inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)]))[0].backward()
+    samples = [inputs.encode(messages) for messages in conversations(inputs, folder)]
+    sum(model(inputs.collate([*samples, spoken_answer(inputs, "big cat")]))).backward()
     optimizer.step()
     moved = {name.split(".")[0] for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     encoders = set() if frozen else {"audio_encoder", "vision_encoder"}
-    assert moved == {"thinker", "proj_a", "proj_v"} | encoders
+    assert moved == {"thinker", "proj_a", "proj_v", "talker"} | encoders
+    in_talker = {n for n, w in model.talker.state_dict().items() if not torch.equal(w, before[f"talker.{n}"])}
+    assert in_talker == {"thinker_proj.weight"}
     assert all(name in before for name in model.state_dict())
     assert not any("ctc_head" in n and not torch.equal(w, before[n]) for n, w in model.state_dict().items())
 
@@ -507,7 +571,8 @@ def test_the_tasks_of_the_world(tmp_path):
             encoded, right = task.sample(0, 0, bad := {})
             assert bad == {} and bool(right) == (name != "caption" or side is val_tasks), name
             words = inputs.tokenizer.decode(encoded.ids)
-            seen, is_heard = "image" in name or name == "caption", name.startswith(("spoken", "transcription"))
+            seen, is_heard = "image" in name or name == "caption", "spoken_" in name or name == "transcription"
+            is_heard = is_heard and name != "spoken_answer"
             assert bool(encoded.images) == seen == ("<|image|>" in words)
             assert bool(encoded.sounds) == is_heard == ("<|audio|>" in words)
     turns = [tasks["image_question"].sample(i, 0, {})[0].ids.count(inputs.tokenizer.end_id) for i in range(8)]
@@ -628,19 +693,19 @@ def trained(tmp_path_factory) -> Training:
 def test_the_final_file_needs_no_other_folder(trained, tmp_path):
     for name in ("omni_final.pt", "tokenizer.json"):
         shutil.copy(trained.save_dir / name, tmp_path / name)
-    for name in ("thinker", "audio_enc", "vision"):  # gone while it is loaded
+    for name in ("thinker", "audio_enc", "vision", "said"):  # gone while it is loaded
         (trained.folder / name).rename(trained.folder / f"{name} elsewhere")
     try:
         model, tokenizer, config = load_omni(tmp_path, CPU)
     finally:
-        for name in ("thinker", "audio_enc", "vision"):
+        for name in ("thinker", "audio_enc", "vision", "said"):
             (trained.folder / f"{name} elsewhere").rename(trained.folder / name)
     final = trained.final_file()
     assert final["stage"] == "omni" and differences(model.state_dict(), final["model"]) == []
     assert {key.split(".")[0] for key in final["model"]} == {
-        "thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v"
+        "thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v", "talker"
     }  # fmt: skip
-    assert set(config.parts) == {"thinker", "audio_encoder", "vision_encoder"} and not model.training
+    assert set(config.parts) == {"thinker", "audio_encoder", "vision_encoder", "talker"} and not model.training
     # the encoders are those of their stages
     _, begun, _ = assemble(small_config(trained.folder))
     for name in ("audio_encoder", "vision_encoder"):
@@ -658,8 +723,9 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
 def test_accuracy_is_reported_for_each_task(trained):
     metrics = trained.final_file()["metrics"]
     tasks = {name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_")}
-    assert tasks == {"text", "transcription"}, "these pictures do not say what they show"
+    assert tasks == {"text", "transcription", "spoken_answer"}, "these pictures do not say what they show"
     assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0
+    assert metrics["code_perplexity"] > 1 and metrics["code_perplexity_of_text"] > 1
     assert "task caption: " in (trained.save_dir / "training.log").read_text()
 
 
@@ -711,7 +777,8 @@ def test_absent_and_mismatched_checkpoints_are_one_clear_error(tmp_path):
 
 def test_the_mix_as_an_object_and_a_mix_of_text_alone(tmp_path):
     training = OMNI.training(tmp_path, max_steps=2)
-    mix = {key: training.config.pop(key) for key in ("text_path", "image_manifest", "image_root", "asr_csv")}
+    files = ("text_path", "image_manifest", "image_root", "asr_csv", "speech_csv")
+    mix = {key: training.config.pop(key) for key in files}
     training.config["sft_mix"] = {"text_path": mix["text_path"]}
     for key in ("audio_ckpt", "vision_ckpt"):
         del training.config[key]

@@ -518,9 +518,9 @@ def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monke
 
     prompts, real = [], infer_chat.answer
 
-    def spy(thinker, tokenizer, ids, args):
-        prompts.append(tokenizer.decode(ids))
-        yield from real(thinker, tokenizer, ids, args)
+    def spy(assistant, thoughts, ids, args):
+        prompts.append(assistant.tokenizer.decode(ids))
+        yield from real(assistant, thoughts, ids, args)
 
     monkeypatch.setattr(infer_chat, "answer", spy)
     flags = ["--ckpt_dir", str(stage_a), "--max_new_tokens", "6", "--system", "sys"]
