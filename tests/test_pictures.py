@@ -11,6 +11,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def colour_of(pixels: np.ndarray) -> str:
 
 
 def test_count_size_colour_and_place_of_every_group_can_be_measured(made):
+    measured = defaultdict(list)  # sides, px, by shape and size
     for image, info in made:
         mask, pixels = foreground(image), np.asarray(image).astype(int)
         outside = mask.copy()
@@ -82,18 +84,15 @@ def test_count_size_colour_and_place_of_every_group_can_be_measured(made):
             sizes = patches(ndimage.binary_fill_holes(mask[box]) if is_sign else mask[box])  # white letters are holes
             assert len(sizes) == group["count"], info["caption"]
             side = 0 if is_sign else slice(None)  # boards are all wide: big ones are high
-            largest_small, smallest_big = (21, 33) if is_sign else (19, 20)
-            for size in sizes:
-                if group["size"] == "small":
-                    assert np.max(size[side]) <= largest_small, info["caption"]
-                else:
-                    assert np.max(size[side]) >= smallest_big, info["caption"]
+            measured[group["shape"], group["size"]] += [np.max(size[side]) for size in sizes]
             core = ndimage.binary_erosion(mask[box])  # without the edges, which are mixed with the background
             assert colour_of(pixels[box][core]) == group["colour"], info["caption"]
             for axis in (0, 1):
                 filled = np.flatnonzero(mask[box].any(axis=axis))
                 assert abs(filled[0] + filled[-1] - (BOX - 1)) / 2 < 14, "nearer to the next of the nine places"
         assert not outside.any(), info["caption"]
+    for shape in {shape for shape, _ in measured}:
+        assert max(measured[shape, "small"], default=0) + 2 <= min(measured[shape, "big"], default=99), shape
 
 
 def test_each_shape_looks_unlike_the_others():

@@ -1,0 +1,99 @@
+"""The demo's trainings: side by side, in the order of what they build on; and when one of them ends badly."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import demo
+
+from omni.errors import EXIT_INTERRUPTED
+
+# notes in a file when it begins and ends; a SIGTERM ends it as it ends a stage
+TRAINING = """
+import signal, sys, time
+def stop(*_): print("saved"); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+name, notes, seconds, code = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
+note = lambda what: open(notes, "a").write(f"{what} {name}\\n")
+note("begin"); print("step 1"); time.sleep(seconds); note("end"); sys.exit(code)
+"""
+
+
+@dataclass
+class Fake:
+    """A stage that takes some seconds and ends with a code."""
+
+    name: str
+    seconds: float
+    code: int = 0
+    waits_for: set[str] = field(default_factory=set)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Train fake stages on so many cores: the notes that they left, and what ``ended`` was told."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*stages: Fake, cores: int = 2) -> tuple[list[str], dict[str, int], int]:
+        notes, ends, code = tmp_path / "notes", {}, 0
+        monkeypatch.setattr(demo, "STAGES", list(stages))
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+        monkeypatch.setattr(demo.torch.cuda, "is_available", lambda: False)
+        commands = {s.name: ["-c", TRAINING, s.name, str(notes), str(s.seconds), str(s.code)] for s in stages}
+        try:
+            demo.train(commands, lambda stage, seconds, code: ends.update({stage.name: code}))
+        except SystemExit as error:
+            code = error.code
+        return notes.read_text().splitlines(), ends, code
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_a_stage_waits_for_those_it_builds_on_and_for_no_other(train, capfd):
+    stages = [Fake("a", 0.5), Fake("c", 0.2, waits_for={"a", "b"}), Fake("b", 1.0), Fake("d", 0.1)]
+    notes, ends, code = train(*stages)
+    assert code == 0 and ends == dict.fromkeys("abcd", 0)
+    assert notes.index("begin b") < notes.index("end a"), "side by side"
+    assert notes.index("begin d") < notes.index("end b"), "what can begin does not wait"
+    assert notes.index("begin c") > max(notes.index("end a"), notes.index("end b"))
+    assert "a         | step 1\n" in capfd.readouterr().out
+
+
+def test_on_one_core_one_after_the_other(train):
+    notes, _, _ = train(Fake("a", 0.1), Fake("b", 0.1), Fake("c", 0.1), cores=1)
+    assert notes == [f"{what} {name}" for name in "abc" for what in ("begin", "end")]
+
+
+def test_one_that_fails_ends_all_with_its_code(train):
+    notes, ends, code = train(Fake("a", 30.0), Fake("b", 0.5, code=2), Fake("c", 0.1))
+    assert code == 2 and ends == {"a": EXIT_INTERRUPTED, "b": 2}, "the other has saved"
+    assert "begin c" not in notes and "end a" not in notes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_lets_all_save(train, number):
+    """A Ctrl-C reaches the stages from the terminal; here, only the demo gets it, and starts no further stage."""
+    asked = threading.Timer(1.0, lambda: os.kill(os.getpid(), number))
+    asked.start()
+    started = time.monotonic()
+    notes, ends, code = train(Fake("a", 30.0 if number == signal.SIGTERM else 2.0), Fake("b", 2.0), Fake("c", 0.1))
+    assert code == EXIT_INTERRUPTED and "begin c" not in notes and time.monotonic() - started < 20
+    assert ends["a"] in (0, EXIT_INTERRUPTED) and ends["b"] in (0, EXIT_INTERRUPTED)
+
+
+def test_stages_of_the_demo_wait_for_what_their_configs_name():
+    waits = {stage.name: stage.waits_for for stage in demo.STAGES}
+    assert waits["sft"] >= {"thinker", "audio_enc", "vision"} and waits["talker"] == {"audio_enc"}
+    assert not any(waits[name] for name in ("thinker", "audio_enc", "vision", "vocoder", "ocr"))
+    names = [stage.name for stage in demo.STAGES]
+    assert sorted(waits) == sorted(names) and all(wait <= set(names) for wait in waits.values())
