@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_in", metavar="FILE", action="append", default=[], help="a recording; repeatable")
     parser.add_argument(
         "--video", metavar="FILE", action="append", default=[],
-        help="animated GIF, WebP or PNG, or a folder of pictures; repeatable",
+        help="a film (MP4, WebM ...), an animated GIF, WebP or PNG, or a folder of pictures; repeatable",
     )  # fmt: skip
     parser.add_argument("--video_frames", metavar="N", type=int, help="look at N frames of a video (as many as fit)")
     parser.add_argument(

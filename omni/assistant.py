@@ -12,7 +12,7 @@ from omni.checkpoint import load_stage, step_files
 from omni.codec import fingerprint
 from omni.config import SftConfig
 from omni.errors import UserError
-from omni.images import load_frames, load_image
+from omni.images import load_image
 from omni.manifest import BadRow
 from omni.merged import Merged, is_merged
 from omni.ocr import Ocr, load_ocr, read_text
@@ -20,6 +20,7 @@ from omni.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
 from omni.speech import Speaker
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
+from omni.video import load_frames
 from omni.vocoder import load_vocoder
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many

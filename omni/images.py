@@ -2,7 +2,6 @@
 
 # C = 3 channels (RGB), H and W height and width in pixels, B pictures
 
-import re
 import struct
 import warnings
 from pathlib import Path
@@ -19,10 +18,8 @@ from omni.manifest import BadRow
 MAX_PIXELS = 64_000_000
 # No other parsers: some of them start programs, and all of them have bugs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-ANIMATED = ("GIF", "WEBP", "PNG")
-_FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 # What Pillow raises for damaged files; it has no common base class for it.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,71 +53,18 @@ def load_image(path: str | Path, height: int, width: int, *, fit: str = "squash"
     try:
         # of damage that it can read past, Pillow warns on stderr, a line for each of a million pictures
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise BadRow(f"{path}: {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,} in all")
+            check_size(path, file.width, file.height)
             # JPEG can be decoded at an eighth, a quarter or half of its size, at a fraction of the cost; twice the
             # size that is asked for leaves the antialiasing to the resize
             file.draft(None, (2 * max(height, width), 2 * max(height, width)))
-            image = _to_rgb(file)
+            image = to_rgb(file)
             orientation = file.getexif().get(_ORIENTATION)
-    except _DAMAGED as error:
-        raise BadRow(f"{path}: cannot read the picture: {_reason(error, path)}") from error
+    except DAMAGED as error:
+        raise BadRow(f"{path}: cannot read the picture: {reason_of(error)}") from error
     if orientation in _UPRIGHT:
         image = image.transpose(_UPRIGHT[orientation])
-    pixels = _squash(image, height, width) if fit == "squash" else _pad(image, height, width)  # (H, W, 3)
+    pixels = squash(image, height, width) if fit == "squash" else _pad(image, height, width)  # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-
-
-def load_frames(path: str | Path, count: int, height: int, width: int) -> tuple[Tensor, int]:
-    """Frames of a video, evenly spaced from its first to its last; all of them if it has no more than ``count``.
-
-    Args:
-        path: an animated GIF, WebP or PNG, or a folder with a picture file for each frame, in the order of the numbers
-            in their names. Film formats (MP4, WebM ...) need a decoder that no package of this project has.
-        count: at most so many.
-        height, width: of each, as in ``load_image`` with "squash".
-
-    Returns:
-        uint8 (F, 3, H, W), and how many frames the video has.
-
-    Raises:
-        BadRow: not such a file or folder, damaged, of more than ``MAX_PIXELS`` a frame.
-    """
-    if Path(path).is_dir():
-        files = sorted((file for file in Path(path).iterdir() if file.suffix.lower() in _FRAME_FILES), key=_by_number)
-        if not files:
-            raise BadRow(f"{path}: expected a picture for each frame ({', '.join(_FRAME_FILES)}), found none")
-        return torch.stack([load_image(files[i], height, width) for i in evenly(len(files), count)]), len(files)
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=ANIMATED) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise BadRow(f"{path}: {file.width} x {file.height} pixels, expected at most {MAX_PIXELS:,} in all")
-            total, frames = getattr(file, "n_frames", 1), []
-            for index in evenly(total, count):
-                file.seek(index)
-                frames.append(_squash(_to_rgb(file), height, width))
-    except _DAMAGED as error:
-        reason = _reason(error, path)
-        if isinstance(error, Image.UnidentifiedImageError):
-            reason = (
-                f"expected an animated {', '.join(ANIMATED)}, or a folder of pictures, which "
-                f'"ffmpeg -i {Path(path).name} -vf fps=2 frames/%04d.png" makes of any film'
-            )
-        raise BadRow(f"{path}: cannot read the video: {reason}") from error
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous(), total
-
-
-def evenly(total: int, count: int) -> list[int]:
-    """At most ``count`` of the indices below ``total``, evenly spaced, the first and the last among them; of one only,
-    the middle."""
-    if count >= total:
-        return list(range(total))
-    return [total // 2] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
-
-
-def _by_number(file: Path) -> list:
-    """frame_2 before frame_10: text and numbers by turns, so that like is compared with like."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -131,7 +75,14 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1.0
 
 
-def _reason(error: Exception, path: str | Path) -> str:
+def check_size(path: str | Path, width: int, height: int) -> None:
+    """Refuse (BadRow) what promises more than ``MAX_PIXELS``."""
+    if width * height > MAX_PIXELS:
+        raise BadRow(f"{path}: {width} x {height} pixels, expected at most {MAX_PIXELS:,} in all")
+
+
+def reason_of(error: Exception) -> str:
+    """Why Pillow could not read a file, in one line."""
     if isinstance(error, Image.UnidentifiedImageError):
         return f"not a picture in any of {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
@@ -139,7 +90,7 @@ def _reason(error: Exception, path: str | Path) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _to_rgb(file: Image.Image) -> Image.Image:
+def to_rgb(file: Image.Image) -> Image.Image:
     """Decode, as 8-bit RGB."""
     if file.mode.startswith("I;16"):  # Pillow's own conversion would cut off at 255
         return Image.fromarray((np.asarray(file) // 257).astype(np.uint8)).convert("RGB")
@@ -151,7 +102,8 @@ def _to_rgb(file: Image.Image) -> Image.Image:
     return white
 
 
-def _squash(image: Image.Image, height: int, width: int) -> np.ndarray:
+def squash(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """uint8 (H, W, 3), resized with antialiasing, proportions lost."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image)
@@ -159,7 +111,7 @@ def _squash(image: Image.Image, height: int, width: int) -> np.ndarray:
 
 def _pad(image: Image.Image, height: int, width: int) -> np.ndarray:
     scale = min(height / image.height, width / image.width)
-    pixels = _squash(image, max(1, round(image.height * scale)), max(1, round(image.width * scale)))
+    pixels = squash(image, max(1, round(image.height * scale)), max(1, round(image.width * scale)))
     edges = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))  # mostly background
     padded = np.empty((height, width, 3), np.uint8)
     padded[:] = np.median(edges, axis=0)
