@@ -21,7 +21,7 @@ from omni.loop import Phase, Validation, train
 from omni.omni_model import Inputs, assemble
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.sft import AnswerScore, HeldOutItems, Mix, prepare_tasks
+from omni.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
 from omni.tokenizer import Tokenizer
 
 BESIDE = ("misspelling", "misnaming", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)
         tasks, val_tasks, data = prepare_tasks(run, config, inputs)
+        if config.keep_features:
+            keep_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
         mix = Mix(tasks, config.task_weights, inputs, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")

@@ -58,8 +58,8 @@ class Encoded:
 
     ids: list[int]  # with one placeholder for each position of an attachment
     targets: list[int]  # what follows each position; -100 outside the assistant's answers
-    images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8
-    sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features
+    images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8; if kept, (N, K) patches
+    sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features; if kept, (U, K) frames
     spoken: list[list[int]] = field(default_factory=list)
     shown: list[list[int]] = field(default_factory=list)
     prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
@@ -75,7 +75,7 @@ class Inputs:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: SftConfig):
-        self.tokenizer, self.prompt = tokenizer, config.prompt
+        self.tokenizer, self.prompt, self.kept = tokenizer, config.prompt, config.keep_features
         self.ctx_len = config.parts["thinker"]["ctx_len"]
         audio, vision = config.parts.get("audio_encoder"), config.parts.get("vision_encoder")
         self.audio = self.mel = self.img_size = None
@@ -96,14 +96,30 @@ class Inputs:
         """A picture file as a part of a message; in training with a caption, its ``text``, if there is one.
 
         Raises:
+            BadRow: see ``pixels``.
+        """
+        return {"type": "image", "image": self.pixels(path), "text": text}
+
+    def pixels(self, path: str | Path) -> Tensor:
+        """A picture file as (3, H, W) uint8.
+
+        Raises:
             BadRow: not a picture, damaged, too large; or the model has no vision encoder.
         """
         if self.img_size is None:
             raise BadRow(f"{path}: this model has no vision encoder (no vision_ckpt)")
-        return {"type": "image", "image": load_image(path, self.img_size, self.img_size), "text": text}
+        return load_image(path, self.img_size, self.img_size)
 
     def sound(self, path: str | Path, text: str = "") -> dict:
         """A recording as a part of a message; in training with its ``text``, if that is known.
+
+        Raises:
+            BadRow: see ``mels``.
+        """
+        return {"type": "audio", "audio": self.mels(path), "text": text}
+
+    def mels(self, path: str | Path) -> Tensor:
+        """A recording as (F, M) normalised log-mels.
 
         Raises:
             BadRow: not audio, damaged, longer than the audio encoder was trained on; or the model has none.
@@ -113,13 +129,12 @@ class Inputs:
         waveform = load_audio(path, self.mel.sample_rate, self.max_s)
         # the header can be a sample off what resampling makes of it
         waveform = waveform[: self.audio["max_mel_length"] * self.mel.hop_length]
-        features = normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
-        return {"type": "audio", "audio": features, "text": text}
+        return normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
 
-    def sound_positions(self, mel_frames: int) -> int:
-        """Positions of a recording of so many mel frames, its start and end token aside: one for each frame of the
-        encoder, of which the model may leave some out."""
-        return output_frames(mel_frames, self.audio["downsample_time"])
+    def sound_positions(self, sound: Tensor) -> int:
+        """Positions of a recording, its start and end token aside: one for each frame of the encoder, of which the
+        model may leave some out."""
+        return len(sound) if self.kept else output_frames(len(sound), self.audio["downsample_time"])
 
     # Conversations
 
@@ -156,7 +171,7 @@ class Inputs:
                     encoded.shown.append(tokenizer.encode(part["text"], allow_special=False))
                     ids += self._placeholders("image", self.image_positions)
                 else:
-                    positions = self.sound_positions(len(part["audio"]))
+                    positions = self.sound_positions(part["audio"])
                     encoded.sounds.append((len(ids) + 1, part["audio"]))
                     spoken = tokenizer.encode(part["text"], allow_special=False)
                     encoded.spoken.append(spoken if frames_needed(spoken) <= positions else [])
@@ -210,14 +225,15 @@ class Inputs:
             ``tokens`` and ``targets`` (B, T), padded after their ends; ``weight``, the number of targets; ``prompts``
             (B,); ``sizes`` (B,), the positions that are no padding.
 
-            If there are pictures: ``images`` (I, 3, H, W) uint8; ``image_at`` (I * P,), the places of their positions,
-            counted over the flattened batch; ``shown`` (I, L) and ``shown_lengths`` (I,), their captions; ``rarity``
-            (V,) of tokens in captions.
+            If there are pictures: ``images`` (I, 3, H, W) uint8, or what was kept of them, ``patches`` (I, N, K);
+            ``image_at`` (I * P,), the places of their positions, counted over the flattened batch; ``shown`` (I, L) and
+            ``shown_lengths`` (I,), their captions; ``rarity`` (V,) of tokens in captions.
 
             If answers are spoken: what ``collate_utterances`` makes of them, as ``said_symbols`` and so on;
             ``said_rows`` (S,), which samples they are, and ``said_at`` (S, L), see ``Encoded.uttered``.
 
-            If there are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,); ``sound_at`` (R,), and
+            If there are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,), or what was kept of them,
+            ``frames`` (A, U, K), zero likewise; ``n_frames`` (A,), how many each has; ``sound_at`` (R,), and
             ``sound_from`` (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and
             ``spoken_lengths`` (A,), what they say.
         """
@@ -237,7 +253,7 @@ class Inputs:
         images = [(row * T + at, image) for row, sample in enumerate(samples) for at, image in sample.images]
         if images:
             starts = torch.tensor([at for at, _ in images])
-            batch["images"] = torch.stack([image for _, image in images])
+            batch["patches" if self.kept else "images"] = torch.stack([image for _, image in images])
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
             batch["shown"], batch["shown_lengths"] = self._padded([ids for sample in samples for ids in sample.shown])
             batch["rarity"] = self.rarity
@@ -250,20 +266,29 @@ class Inputs:
             batch["said_at"] = F.pad(padded, (0, batch["said_symbols"].shape[1] - padded.shape[1]), value=-1)
         sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
         if sounds:
-            longest = max(len(sound) for _, sound in sounds)
-            step = self.audio["downsample_time"]
-            features = torch.zeros(len(sounds), step * -(-longest // step), self.mel.n_mels)
-            per_sound, at, taken = features.shape[1] // step, [], []
-            for index, (start, sound) in enumerate(sounds):
-                features[index, : len(sound)] = sound
-                count = self.sound_positions(len(sound))
-                at.append(start + torch.arange(count))
-                taken.append(index * per_sound + torch.arange(count))
-            batch["features"], batch["sound_at"], batch["sound_from"] = features, torch.cat(at), torch.cat(taken)
-            batch["lengths"] = torch.tensor([len(sound) for _, sound in sounds])
+            starts, found = [at for at, _ in sounds], [sound for _, sound in sounds]
+            if self.kept:
+                batch["frames"] = nn.utils.rnn.pad_sequence(found, batch_first=True)
+                width = batch["frames"].shape[1]
+            else:
+                batch |= self.pad_sounds(found)
+                width = batch["features"].shape[1] // self.audio["downsample_time"]
+            counts = [self.sound_positions(sound) for sound in found]
+            batch["n_frames"] = torch.tensor(counts)
+            batch["sound_at"] = torch.cat([at + torch.arange(n) for at, n in zip(starts, counts, strict=True)])
+            batch["sound_from"] = torch.cat([index * width + torch.arange(n) for index, n in enumerate(counts)])
             texts = [ids for sample in samples for ids in sample.spoken]
             batch["spoken"], batch["spoken_lengths"] = self._padded(texts)
         return batch
+
+    def pad_sounds(self, sounds: list[Tensor]) -> dict:
+        """Log-mels (F, M) as ``features`` (A, F, M), zero beyond ``lengths`` (A,); F is a multiple of what the encoder
+        makes one frame of."""
+        step, longest = self.audio["downsample_time"], max(len(sound) for sound in sounds)
+        features = torch.zeros(len(sounds), step * -(-longest // step), self.mel.n_mels)
+        for index, sound in enumerate(sounds):
+            features[index, : len(sound)] = sound
+        return {"features": features, "lengths": torch.tensor([len(sound) for sound in sounds])}
 
     @staticmethod
     def _padded(texts: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -456,14 +481,14 @@ class OmniModel(nn.Module):
         """What the Thinker reads of a batch of ``Inputs.collate``."""
         x = self.thinker.embed_tokens(batch["tokens"])  # (B, T, D)
         rows, sounds, new, pictures = x.flatten(0, 1), None, None, None  # (B * T, D)
-        if "images" in batch:
+        if "images" in batch or "patches" in batch:
             pictures = self._pictures(batch)
             rows = rows.index_copy(0, batch["image_at"], pictures.flatten(0, 1).to(rows.dtype))
         elif self.vision_encoder is not None and self.training:
             # Each parameter has a gradient in every step, if only zero: DDP waits for all of them, and the
             # optimizer's averages must not depend on how a step falls into micro-batches.
             rows = rows + 0.0 * self._pictures(self._blank(x)).sum().to(rows.dtype)
-        if "features" in batch:
+        if "features" in batch or "frames" in batch:
             sounds, new = self._sounds(batch)
             found = sounds.flatten(0, 1).index_select(0, batch["sound_from"])
             rows = rows.index_copy(0, batch["sound_at"], found.to(rows.dtype))
@@ -483,10 +508,20 @@ class OmniModel(nn.Module):
         x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
         return Sequences(x, targets, dropped, sounds, pictures)
 
-    def _pictures(self, batch: dict) -> Tensor:
-        """The pictures (I, 3, H, W) as (I, P, D): all patches, row by row, CLS left out."""
+    def see(self, images: Tensor) -> Tensor:
+        """Pictures (I, 3, H, W) uint8 as their patches (I, N, K), row by row, CLS left out."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            patches = self.vision_encoder(normalise(batch["images"]))[:, 1:]
+            return self.vision_encoder(normalise(images))[:, 1:]
+
+    def hear(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Recordings (A, F, M) of ``lengths`` (A,) as frames (A, U, K), zero beyond their number, and that (A,)."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            frames, counts = self.audio_encoder.encode(features, lengths)
+        return frames * frame_mask(counts, frames.shape[1])[:, :, None], counts
+
+    def _pictures(self, batch: dict) -> Tensor:
+        """A batch's pictures as (I, P, D)."""
+        patches = batch["patches"].float() if "patches" in batch else self.see(batch["images"])  # (I, N, K)
         s = self.image_stack
         side = self.vision_encoder.img_size[0] // self.vision_encoder.patch_size[0] // s
         # (I, rows, columns, s, s, K), then (I, P, s * s, K)
@@ -497,11 +532,10 @@ class OmniModel(nn.Module):
         return self.proj_v(grid.flatten(2), words)
 
     def _sounds(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """The recordings (A, F, M) as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not
-        the same as in the frame before."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            frames, lengths = self.audio_encoder.encode(batch["features"], batch["lengths"])  # (A, U, K)
-        frames = frames * frame_mask(lengths, frames.shape[1])[:, :, None]
+        """A batch's recordings as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not the
+        same as in the frame before."""
+        kept = "frames" in batch
+        frames = batch["frames"].float() if kept else self.hear(batch["features"], batch["lengths"])[0]  # (A, U, K)
         logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.n_tokens
         heard = logits.argmax(dim=-1)
         return self.proj_a(frames, logits), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
@@ -515,9 +549,8 @@ class OmniModel(nn.Module):
         """
         logits, blank = self._cosines(sounds), self.audio_id
         logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
-        steps = output_frames(batch["lengths"], self.audio_encoder.downsample_time)
         units = batch["spoken"] - (batch["spoken"] > blank).long()
-        nll = ctc_nll(logits, steps, units, batch["spoken_lengths"])
+        nll = ctc_nll(logits, batch["n_frames"], units, batch["spoken_lengths"])
         return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
 
     def _misnaming(self, pictures: Tensor, batch: dict) -> Tensor:
@@ -733,8 +766,9 @@ def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Toke
         UserError: a file is missing or damaged, or the two are not of one run.
     """
     saved, path = load_stage(folder, "omni", prefix="omni", final="omni_final.pt"), Path(folder) / "tokenizer.json"
-    # one padded length is for compiled training
-    config, tokenizer = SftConfig.model_validate(saved["config"] | {"use_compile": False}), Tokenizer.load(path)
+    # one padded length is for compiled training; and what was kept of training's files is not at hand
+    for_training = {"use_compile": False, "keep_features": False}
+    config, tokenizer = SftConfig.model_validate(saved["config"] | for_training), Tokenizer.load(path)
     if tokenizer.vocab_size != config.parts["thinker"]["vocab_size"]:
         raise UserError(
             f"{path}: expected {config.parts['thinker']['vocab_size']} entries as in the model, found "

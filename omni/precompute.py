@@ -49,7 +49,7 @@ def precompute(
         if run.is_main and not (meta.exists() and json.loads(meta.read_text()) == belongs_to):
             folder.mkdir(exist_ok=True)
             meta.unlink(missing_ok=True)
-            run.log(f"{note}: {len(rows)} recordings of {rows.manifest.path}")
+            run.log(f"{note}: {len(rows):,} rows of {rows.manifest.path}")
             made, where = _compute(run, rows, make, note)
             save_array(values, made)
             save_array(spans, where)
@@ -85,8 +85,8 @@ class RowsWith:
     def where(self, row: int) -> str:
         return self.manifest.where(row)
 
-    def file(self, name: str) -> Path:
-        return self.manifest.file(name)
+    def file(self, name: str, root: str | None = None) -> Path:
+        return self.manifest.file(name, root)
 
     def __getitem__(self, row: int) -> dict:
         return self.manifest[row] | {name: values[row] for name, values in self.computed.items()}

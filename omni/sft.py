@@ -10,6 +10,7 @@ import os
 import random
 import re
 import zlib
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from omni.corpus import read_chunks
 from omni.ctc import normalise_text
 from omni.data import permute
 from omni.errors import UserError
+from omni.features import features_of_pictures, features_of_sounds, kept
 from omni.files import file_stat, index_is_current, write_json
 from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
@@ -98,12 +100,21 @@ class TaskRows(Rows):
         """The sample of ``row``, in training perhaps of one after it, and in ``bad`` what was wrong; see ``Rows``."""
         return self._sample(row, epoch, bad)
 
-    def picture(self, row: dict) -> dict:
-        path = self.manifest.file(row["image"], self.config.image_root)
-        return self.inputs.image(path, str(row.get("caption", "")).strip())
+    image_root = property(lambda self: self.config.image_root)
 
-    def sound(self, row: dict) -> dict:
-        return self.inputs.sound(self.manifest.file(row["wav"]), row.get("text", "").strip())
+    def picture(self, row: dict) -> dict:
+        """The row's picture as a part of a message."""
+        path, text = self.manifest.file(row["image"], self.image_root), str(row.get("caption", "")).strip()
+        if "patches" in row:
+            return {"type": "image", "image": kept(row["patches"], path, self.inputs.pixels), "text": text}
+        return self.inputs.image(path, text)
+
+    def sound(self, row: dict, manifest: Manifest | RowsWith | None = None) -> dict:
+        """The row's recording, or that of a row of another manifest, as a part of a message."""
+        path, text = (manifest or self.manifest).file(row["wav"]), row.get("text", "").strip()
+        if "frames" in row:
+            return {"type": "audio", "audio": kept(row["frames"], path, self.inputs.mels), "text": text}
+        return self.inputs.sound(path, text)
 
 
 def normalise_answer(text: str) -> str:
@@ -195,7 +206,7 @@ class SpokenPictureQuestions(TaskRows):
         if not pairs:
             raise BadRow("none of its questions has been recorded")
         question, answer = one_of(pairs, rng)
-        sound = self.inputs.sound(self.recordings.find(question, rng), question)
+        sound = self.sound(self.recordings.find(question, rng), self.recordings.manifest)
         return turn(answer, self.picture(row), sound)
 
 
@@ -240,9 +251,10 @@ class SpokenQuestions(TaskRows):
 class Signs(TaskRows):
     """Pictures of a line of text to read."""
 
+    image_root = None
+
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        picture = self.inputs.image(self.manifest.file(row["image"]))
-        return turn(" ".join(row["text"].split()), picture, one_of(SIGN_PROMPTS, rng))
+        return turn(" ".join(row["text"].split()), self.picture(row), one_of(SIGN_PROMPTS, rng))
 
 
 class SpokenAnswers(TaskRows):
@@ -418,7 +430,7 @@ class Recordings:
         self.manifest = manifest
         keys = np.asarray(manifest.keys)[rows]
         order = np.argsort(keys, kind="stable")
-        self.keys, self.rows = keys[order], rows[order]
+        self.keys, self.row_numbers = keys[order], rows[order]
 
     def _span(self, question: str) -> tuple[int, int]:
         key = np.uint32(zlib.crc32(question.encode()))
@@ -428,18 +440,18 @@ class Recordings:
         first, end = self._span(question)
         return end > first
 
-    def find(self, question: str, rng: np.random.Generator | None) -> Path:
-        """The file of a recording of ``question``: a random one in training, else the first.
+    def find(self, question: str, rng: np.random.Generator | None) -> dict:
+        """The row of a recording of ``question``: a random one in training, else the first.
 
         Raises:
             BadRow: the recording is not there, or says something else with the same checksum.
         """
         first, end = self._span(question)
-        number = int(self.rows[one_of(range(first, end), rng)])
+        number = int(self.row_numbers[one_of(range(first, end), rng)])
         row = self.manifest[number]
         if row["text"] != question:
             raise BadRow(f'{self.manifest.where(number)}: expected "{question}", found "{row["text"]}"')
-        return self.manifest.file(row["wav"])
+        return row
 
 
 def prepare_tasks(
@@ -514,6 +526,30 @@ def prepare_tasks(
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined
+
+
+def keep_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs, tasks: list[TaskRows]) -> None:
+    """Put beside the rows of all tasks what the frozen encoders make of their pictures and recordings."""
+    for encoder in model.encoders:
+        encoder.eval()  # as in training, where they are frozen
+    seen, heard = defaultdict(list), defaultdict(list)  # manifest's file, root -> who reads it
+    for task in tasks:
+        if isinstance(task, (PictureQuestions, SpokenPictureQuestions, Captions, Signs)):
+            seen[task.manifest.path, task.image_root].append(task)
+        if isinstance(task, (Transcripts, SpokenQuestions)):
+            heard[task.manifest.path].append(task)
+        if isinstance(task, SpokenPictureQuestions) and task.recordings not in heard[task.recordings.manifest.path]:
+            heard[task.recordings.manifest.path].append(task.recordings)
+    for (_, root), readers in seen.items():
+        rows = np.unique(np.concatenate([reader.row_numbers for reader in readers]))
+        patches = features_of_pictures(run, model, inputs, readers[0].manifest, rows, root)
+        for reader in readers:
+            reader.manifest = RowsWith(reader.manifest, {"patches": patches})
+    for readers in heard.values():
+        rows = np.unique(np.concatenate([reader.row_numbers for reader in readers]))
+        frames = features_of_sounds(run, model, inputs, readers[0].manifest, rows)
+        for reader in readers:
+            reader.manifest = RowsWith(reader.manifest, {"frames": frames})
 
 
 def prepare_answers(

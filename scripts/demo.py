@@ -111,6 +111,8 @@ STAGES = [  # one that can begin does so before those below it, so the longest s
             "val_asr_csv": "audio/asr.val.csv",
             "question_csv": "audio/asr.csv",
             "val_question_csv": "audio/tts.csv",
+            "speech_csv": "audio/tts.csv",
+            "val_speech_csv": "audio/tts.val.csv",
         },
         smoke=("max_steps=4", "batch_size=4", "val_items=2"),
         bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},

@@ -111,7 +111,7 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
             frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
             expected = model.proj_a(frames[0, : int(lengths)], model.audio_encoder.ctc_head(frames[0, : int(lengths)]))
             torch.testing.assert_close(x[row, start : start + len(expected)], expected, rtol=1e-4, atol=1e-4)
-            assert len(expected) == inputs.sound_positions(len(sound))
+            assert len(expected) == inputs.sound_positions(sound)
     assert inputs.tokenizer.token_id("<|system|>") in encoded[0].ids or shape != "prompted"
 
 
@@ -254,7 +254,7 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
     positions = torch.full((4, 12), blank)
     for row, ids in enumerate(spoken):
         positions[row, : len(ids)] = torch.tensor(ids)
-    fits = {key: batch[key] for key in ("lengths", "spoken", "spoken_lengths")}
+    fits = {key: batch[key] for key in ("n_frames", "spoken", "spoken_lengths")}
     with torch.no_grad():
         spelled = model._misspelling(table[positions], fits)
         wrong = model._misspelling(table[torch.full((4, 12), blank)], fits)

@@ -1,0 +1,89 @@
+"""What frozen encoders make of pictures and recordings: computed once of every file, not anew in every epoch."""
+
+# I pictures of N patches, A recordings of F mel frames and U encoder frames, K an encoder's width
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.asr import measure_seconds
+from omni.manifest import BadRow, Manifest, Rows
+from omni.omni_model import Inputs, OmniModel
+from omni.precompute import Ragged, precompute
+from omni.runtime import Run
+
+
+class PictureFiles(Rows):
+    """The pictures of a manifest with the column image, as the vision encoder reads them."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs, root: str | None) -> None:
+        super().__init__(manifest, rows, training=False)
+        self.inputs, self.root = inputs, root
+
+    def read(self, row: dict, rng: None) -> Tensor:
+        return self.inputs.pixels(self.manifest.file(row["image"], self.root))
+
+    def collate(self, samples: list[Tensor]) -> dict:
+        return {"images": torch.stack(samples), "weight": len(samples)}
+
+
+class SoundFiles(Rows):
+    """The recordings of a manifest with the column wav, as the audio encoder reads them."""
+
+    def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> None:
+        super().__init__(manifest, rows, training=False)
+        self.inputs = inputs
+
+    def read(self, row: dict, rng: None) -> Tensor:
+        return self.inputs.mels(self.manifest.file(row["wav"]))
+
+    def collate(self, samples: list[Tensor]) -> dict:
+        return self.inputs.pad_sounds(samples) | {"weight": len(samples)}
+
+
+def features_of_pictures(
+    run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray, root: str | None
+) -> Ragged:
+    """(N, K) float16 of each picture in ``rows`` of a manifest, kept in ``save_dir``; nothing of a broken one."""
+
+    def make(batch: dict) -> list[np.ndarray]:
+        with torch.no_grad(), run.autocast():
+            return list(model.see(batch["images"].to(run.device)).half().cpu().numpy())
+
+    return _keep(run, "vision_encoder", PictureFiles(manifest, rows, inputs, root), make, note="looking at pictures")
+
+
+def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray) -> Ragged:
+    """(U, K) float16 of each recording in ``rows`` of a manifest, kept in ``save_dir``; nothing of a broken one."""
+
+    def make(batch: dict) -> list[np.ndarray]:
+        with torch.no_grad(), run.autocast():
+            frames, lengths = model.hear(batch["features"].to(run.device), batch["lengths"].to(run.device))
+        found = frames.half().cpu().numpy()
+        return [one[:length] for one, length in zip(found, lengths.tolist(), strict=True)]
+
+    rows = rows[np.argsort(measure_seconds(run, manifest)[rows], kind="stable")]  # the shortest first
+    return _keep(run, "audio_encoder", SoundFiles(manifest, rows, inputs), make, note="listening to recordings")
+
+
+def _keep(run: Run, part: str, files: PictureFiles | SoundFiles, make, note: str) -> Ragged:
+    depends_on = {
+        "encoder": run.config.origins[part],
+        "sizes": run.config.parts[part],
+        "of": zlib.crc32(files.row_numbers.tobytes()),
+    }
+    return precompute(run, f"{part}-{files.manifest.sha256[:12]}", files, depends_on, make, note=note)
+
+
+def kept(found: np.ndarray, path, read) -> Tensor:
+    """What was kept of a file.
+
+    Raises:
+        BadRow: nothing, since the file could not be read; ``read`` it to say why.
+    """
+    if not len(found):
+        read(path)
+        raise BadRow(f"{path}: could not be read when the run began, now it can. Use a new save_dir")
+    return torch.from_numpy(np.array(found))

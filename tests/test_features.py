@@ -1,0 +1,114 @@
+"""What frozen encoders make of files, kept: the same losses as from the files, and no file read twice."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from stages import OMNI, write_csv
+from test_sft import small_config
+
+import sft_omni
+from omni import sft
+from omni.config import SftConfig
+from omni.manifest import BadRow
+from omni.omni_model import Inputs, OmniModel, assemble
+from omni.runtime import Run, Stage
+
+
+def prepared(config: SftConfig) -> tuple[OmniModel, dict, dict]:
+    """The model, the tasks of both sides; features kept if the config says so."""
+    with Run(config, Stage("omni", "omni", "omni_final.pt", "tokens", "loss"), [], "cpu") as run:
+        torch.manual_seed(0)
+        run.config, model, tokenizer = assemble(config)
+        inputs = Inputs(tokenizer, run.config)
+        tasks, val_tasks, _ = sft.prepare_tasks(run, run.config, inputs)
+        if config.keep_features:
+            sft.keep_features(run, run.config, model, inputs, [*tasks.values(), *val_tasks.values()])
+    return model.eval(), tasks, val_tasks
+
+
+@pytest.fixture
+def mix(tmp_path) -> dict:
+    """Files of all tasks but conversations, some questions about pictures asked aloud."""
+    data = OMNI.make_data(tmp_path)
+    data.pop("jsonl_path", None)
+    question = "What colour is it?"
+    manifest = Path(data["image_manifest"])
+    rows = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps([row | {"questions": [[question, "red"]]} for row in rows]))
+    asked = [{"wav": f"{i}.wav", "text": words} for i, words in enumerate([question, question, "Hello!", "Goodbye!"])]
+    write_csv(tmp_path / "asked.csv", asked)
+    return data | {"question_csv": str(tmp_path / "asked.csv"), "val_question_csv": str(tmp_path / "asked.csv")}
+
+
+def batches(tasks: dict) -> list[dict]:
+    """A batch of each task, and one of all of them."""
+    samples = {name: [task.sample(row, 0, bad := {})[0] for row in range(len(task))] for name, task in tasks.items()}
+    assert not bad
+    inputs = next(iter(tasks.values())).inputs
+    return [inputs.collate(found) for found in [*samples.values(), [one for some in samples.values() for one in some]]]
+
+
+def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
+    keys = mix | {"val_split": 0.0, "use_amp": False}
+    model, tasks, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "a")))
+    expected = [model(batch) for batch in batches(tasks)]
+    _, kept, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "b"), keep_features=True))
+    assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
+    for name in ("see", "hear"):  # never again
+        monkeypatch.setattr(model, name, None)
+    monkeypatch.setattr("omni.omni_model.load_image", None)
+    monkeypatch.setattr("omni.omni_model.load_audio", None)
+    found = [model(batch) for batch in batches(kept)]
+    for losses, ours in zip(expected, found, strict=True):
+        torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)
+    assert any(losses.misspelling > 0 for losses in found) and any(losses.misnaming > 0 for losses in found)
+
+
+def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys):
+    config = small_config(tmp_path, **mix, keep_features=True)
+    prepared(config)
+    assert "looking at pictures" in capsys.readouterr().out
+    monkeypatch.setattr(OmniModel, "see", None)
+    monkeypatch.setattr(OmniModel, "hear", None)
+    _, tasks, val_tasks = prepared(config)
+    assert "looking at pictures" not in capsys.readouterr().out
+    assert batches(tasks) and batches(val_tasks)
+
+
+def test_a_broken_file_is_named_and_replaced(mix, tmp_path):
+    name = json.loads(Path(mix["image_manifest"]).read_text())[1]["image"]
+    (tmp_path / name).write_bytes(b"no picture")
+    _, tasks, _ = prepared(small_config(tmp_path, **mix, val_split=0.0, keep_features=True))
+    _, right = tasks["caption"].sample(1, 0, bad := {})
+    (where,) = bad
+    assert name in bad[where] and "not a picture" in bad[where] and where.endswith("row 2")
+    assert right == set(), "a caption that is no scene's"
+    Image.new("RGB", (8, 8)).save(tmp_path / name)
+    with pytest.raises(BadRow, match="now it can"):
+        tasks["caption"].picture(tasks["caption"].manifest[1])
+
+
+def test_a_training_with_kept_features_ends_alike(mix, tmp_path, capsys):
+    """The script, with and without: the same losses, up to what half precision rounds."""
+    keys = {"max_steps": 4, "batch_size": 4, "print_freq": 1, "use_amp": False, "val_items": 2, "max_answer_tokens": 4}
+    losses = []
+    for keep in (False, True):
+        config = small_config(tmp_path, **mix, **keys, save_dir=str(tmp_path / str(keep)), keep_features=keep)
+        path = tmp_path / f"{keep}.json"
+        path.write_text(config.model_dump_json(exclude_none=True))
+        sft_omni.main(["--config", str(path), "--device", "cpu"])
+        lines = (tmp_path / str(keep) / "metrics.jsonl").read_text().splitlines()
+        losses.append([row["loss"] for row in map(json.loads, lines) if "loss" in row])
+    assert len(losses[0]) >= 4
+    np.testing.assert_allclose(losses[1], losses[0], rtol=5e-3)
+
+
+def test_what_cannot_be_kept_is_refused(mix, tmp_path, capsys):
+    (tmp_path / "talks.jsonl").write_text("{}\n")
+    for wrong in ({"freeze_encoders": False}, {"jsonl_path": str(tmp_path / "talks.jsonl")}):
+        with pytest.raises(ValueError, match="keep_features"):
+            small_config(tmp_path, **mix, keep_features=True, **wrong)
