@@ -184,6 +184,9 @@ class Thinker(nn.Module):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
         weights = (targets != IGNORED).float() * (1.0 if weights is None else weights)
         hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            counted = (targets != IGNORED).nonzero().flatten()
+            hidden, targets, weights = hidden[counted], targets[counted], weights[counted]
         nats = 0.0
         for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
             if len(part[0]) < len(hidden) and torch.is_grad_enabled():
