@@ -515,7 +515,8 @@ def prepare_tasks(
     for side, (manifest, rows) in enumerate(both("ocr_csv", "sign")):
         add(side, "sign", manifest, rows)
     for side, (manifest, rows) in enumerate(both("speech_csv", "spoken_answer")):
-        add(side, "spoken_answer", *prepare_answers(run, config, inputs, manifest, rows))
+        if config.task_weights.get("spoken_answer", 1.0) > 0:
+            add(side, "spoken_answer", *prepare_answers(run, config, inputs, manifest, rows))
     for side, (manifest, rows) in enumerate(both("jsonl_path", "conversation")):
         add(side, "conversation", manifest, rows)
     if not sides[0]:
