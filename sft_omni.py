@@ -24,7 +24,7 @@ from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
 from omni.tokenizer import Tokenizer
 
-BESIDE = ("misspelling", "misnaming", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
+BESIDE = ("misspelling", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
 STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")
 
 
@@ -44,9 +44,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             found = model(batch)
             total = found.nats + found.balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
-            total = total + config.spelling_weight * found.misspelling + config.naming_weight * found.misnaming
+            total = total + config.spelling_weight * found.misspelling + found.misspeaking
             parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in BESIDE}
-            return total + found.misspeaking, parts
+            return total, parts
 
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)

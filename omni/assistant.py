@@ -99,7 +99,7 @@ class Assistant:
         def frames(inputs: Inputs) -> tuple[list[dict], int]:
             fit = self.ctx_len // 2 // (inputs.image_positions + 2)  # with their start and end
             pictures, total = load_frames(path, count or max(1, min(MAX_FRAMES, fit)), inputs.img_size, inputs.img_size)
-            return [{"type": "image", "image": picture, "text": ""} for picture in pictures], total
+            return [{"type": "image", "image": picture} for picture in pictures], total
 
         return self._attach("vision_encoder", path, frames)
 

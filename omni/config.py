@@ -765,9 +765,6 @@ class SftConfig(StageConfig):
     spelling_weight: float = Field(
         1.0, ge=0, description="of a CTC loss that draws the positions of a recording to the tokens of its text"
     )
-    naming_weight: float = Field(
-        1.0, ge=0, description="of a loss that draws the positions of a picture to the words of its caption"
-    )
     parts: dict[str, dict[str, int | float | bool | str | None]] | None = Field(
         None, description="the sizes of Thinker and encoders: filled in by the script, from their checkpoints"
     )

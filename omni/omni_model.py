@@ -40,7 +40,7 @@ from omni.manifest import BadRow
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
-from omni.vision_encoder import ViT, word_loss
+from omni.vision_encoder import ViT, named_nowhere
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
@@ -53,15 +53,13 @@ VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dro
 @dataclass
 class Encoded:
     """One conversation as the Thinker reads it. ``images`` and ``sounds`` are its attachments with the position at
-    which the placeholders of each begin; ``spoken`` is what each recording says and ``shown`` a caption of each
-    picture, in tokens, [] if that is unknown."""
+    which the placeholders of each begin; ``spoken`` is what each recording says in tokens, [] if that is unknown."""
 
     ids: list[int]  # with one placeholder for each position of an attachment
     targets: list[int]  # what follows each position; -100 outside the assistant's answers
     images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8; if kept, (N, K) patches
     sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features; if kept, (U, K) frames
     spoken: list[list[int]] = field(default_factory=list)
-    shown: list[list[int]] = field(default_factory=list)
     prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
     utterance: Utterance | None = None  # how its last answer sounds
     uttered: list[int] = field(default_factory=list)  # the position of each of its bytes; -1: of the end
@@ -86,19 +84,18 @@ class Inputs:
             self.img_size = vision["img_size"]
             self.image_positions = (vision["img_size"] // vision["patch"] // config.image_stack) ** 2
         self.pad_to = self.ctx_len if config.use_compile else None  # a compiled model wants one length only
-        self.rarity = torch.ones(tokenizer.vocab_size)  # of tokens in captions, see omni.vision_encoder.rarity_of
         talker = config.parts.get("talker")
         self.talker = read_sizes(TalkerConfig, talker) if talker else None
 
     # Attachments: parts of a message's content
 
-    def image(self, path: str | Path, text: str = "") -> dict:
-        """A picture file as a part of a message; in training with a caption, its ``text``, if there is one.
+    def image(self, path: str | Path) -> dict:
+        """A picture file as a part of a message.
 
         Raises:
             BadRow: see ``pixels``.
         """
-        return {"type": "image", "image": self.pixels(path), "text": text}
+        return {"type": "image", "image": self.pixels(path)}
 
     def pixels(self, path: str | Path) -> Tensor:
         """A picture file as (3, H, W) uint8.
@@ -168,7 +165,6 @@ class Inputs:
                     ids += tokenizer.encode(part["text"], allow_special=False)
                 elif part["type"] == "image":
                     encoded.images.append((len(ids) + 1, part["image"]))
-                    encoded.shown.append(tokenizer.encode(part["text"], allow_special=False))
                     ids += self._placeholders("image", self.image_positions)
                 else:
                     positions = self.sound_positions(part["audio"])
@@ -226,8 +222,7 @@ class Inputs:
             (B,); ``sizes`` (B,), the positions that are no padding.
 
             If there are pictures: ``images`` (I, 3, H, W) uint8, or what was kept of them, ``patches`` (I, N, K);
-            ``image_at`` (I * P,), the places of their positions, counted over the flattened batch; ``shown`` (I, L) and
-            ``shown_lengths`` (I,), their captions; ``rarity`` (V,) of tokens in captions.
+            ``image_at`` (I * P,), the places of their positions, counted over the flattened batch.
 
             If answers are spoken: what ``collate_utterances`` makes of them, as ``said_symbols`` and so on;
             ``said_rows`` (S,), which samples they are, and ``said_at`` (S, L), see ``Encoded.uttered``.
@@ -255,8 +250,6 @@ class Inputs:
             starts = torch.tensor([at for at, _ in images])
             batch["patches" if self.kept else "images"] = torch.stack([image for _, image in images])
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
-            batch["shown"], batch["shown_lengths"] = self._padded([ids for sample in samples for ids in sample.shown])
-            batch["rarity"] = self.rarity
         said = [row for row, sample in enumerate(samples) if sample.utterance is not None]
         if said:
             utterances = collate_utterances([samples[row].utterance for row in said], self.talker)
@@ -333,10 +326,10 @@ class Projection(nn.Module):
         self.units = nn.Parameter(torch.zeros(units, d_model)) if units else None
         self.namer = nn.Linear(named, units).requires_grad_(False) if units and named else None
 
-    def forward(self, x: Tensor, unit_logits: Tensor | None = None) -> Tensor:
-        """(..., K), and of an encoder that names units their logits (..., units), -> (..., D)."""
+    def forward(self, x: Tensor, named: Tensor | None = None) -> Tensor:
+        """(..., K), and of an encoder that names units their probabilities (..., units), -> (..., D)."""
         y = self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return y if self.units is None else y + unit_logits.float().softmax(dim=-1).to(y.dtype) @ self.units.to(y.dtype)
+        return y if self.units is None else y + named.to(y.dtype) @ self.units.to(y.dtype)
 
     @torch.no_grad()
     def start_from_units(self, embeddings: Tensor) -> None:
@@ -362,16 +355,14 @@ class Sequences(NamedTuple):
     targets: Tensor  # (B, T)
     dropped: Tensor  # (B,) how many positions shorter each row has become
     sounds: Tensor | None  # (A, U, D), the recordings before any of their positions were dropped
-    pictures: Tensor | None  # (I, P, D)
 
 
 class Losses(NamedTuple):
-    """Each () float32; the last three are sums, over the number of targets of the first."""
+    """Each () float32; the last two are sums, over the number of targets of the first."""
 
     nats: Tensor  # mean cross-entropy of the answers' tokens
     balance: Tensor  # the experts' load balancing
     misspelling: Tensor  # how badly recordings spell their texts
-    misnaming: Tensor  # how badly pictures name what they show
     misspeaking: Tensor  # how badly the talker says answers
 
 
@@ -429,13 +420,11 @@ class OmniModel(nn.Module):
 
     def forward(self, batch: dict) -> Losses:
         """Losses of a batch of ``Inputs.collate``."""
-        embeds, targets, dropped, sounds, pictures = self.embed(batch)
+        embeds, targets, dropped, sounds = self.embed(batch)
         nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
-        misspelling, misnaming, count = nats.new_zeros(()), nats.new_zeros(()), (batch["targets"] != IGNORED).sum()
+        misspelling, count = nats.new_zeros(()), (batch["targets"] != IGNORED).sum()
         if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
             misspelling = self._misspelling(sounds, batch) / count
-        if pictures is not None and batch["shown"].shape[1]:
-            misnaming = self._misnaming(pictures, batch) / count
         misspeaking = nats.new_zeros(())
         if "said_rows" in batch:
             speech = self.speech(batch, embeds)
@@ -444,7 +433,7 @@ class OmniModel(nn.Module):
             misspeaking = loss * speech["weight"] / count
         elif self.talker is not None and self.training:
             misspeaking = 0.0 * self.talker.thinker_proj.weight.sum()  # as in ``embed``: a gradient in every step
-        return Losses(nats, balance, misspelling, misnaming, misspeaking)
+        return Losses(nats, balance, misspelling, misspeaking)
 
     def speech(self, batch: dict, embeds: Tensor) -> dict:
         """What the talker learns from and is judged by, as ``collate_utterances`` gives it, with ``thinker_states``:
@@ -480,10 +469,9 @@ class OmniModel(nn.Module):
     def embed(self, batch: dict) -> Sequences:
         """What the Thinker reads of a batch of ``Inputs.collate``."""
         x = self.thinker.embed_tokens(batch["tokens"])  # (B, T, D)
-        rows, sounds, new, pictures = x.flatten(0, 1), None, None, None  # (B * T, D)
+        rows, sounds, new = x.flatten(0, 1), None, None  # (B * T, D)
         if "images" in batch or "patches" in batch:
-            pictures = self._pictures(batch)
-            rows = rows.index_copy(0, batch["image_at"], pictures.flatten(0, 1).to(rows.dtype))
+            rows = rows.index_copy(0, batch["image_at"], self._pictures(batch).flatten(0, 1).to(rows.dtype))
         elif self.vision_encoder is not None and self.training:
             # Each parameter has a gradient in every step, if only zero: DDP waits for all of them, and the
             # optimizer's averages must not depend on how a step falls into micro-batches.
@@ -496,7 +484,7 @@ class OmniModel(nn.Module):
             rows = rows + 0.0 * self._sounds(self._blank(x))[0].sum().to(rows.dtype)
         x, targets = rows.view_as(x), batch["targets"]
         if new is None or not self.drop_blanks:
-            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), sounds, pictures)
+            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), sounds)
         kept = torch.ones(targets.numel(), dtype=torch.bool, device=x.device)
         kept[batch["sound_at"]] = new.flatten()[batch["sound_from"]]
         kept = kept.view_as(targets)
@@ -506,7 +494,7 @@ class OmniModel(nn.Module):
             order = order[:, : int((batch["sizes"] - dropped).max())]
         targets = targets.gather(1, order)  # nothing is to be learnt where a recording stands
         x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-        return Sequences(x, targets, dropped, sounds, pictures)
+        return Sequences(x, targets, dropped, sounds)
 
     def see(self, images: Tensor) -> Tensor:
         """Pictures (I, 3, H, W) uint8 as their patches (I, N, K), row by row, CLS left out."""
@@ -528,8 +516,8 @@ class OmniModel(nn.Module):
         grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         if self.proj_v.namer is None:
             return self.proj_v(grid.flatten(2))
-        words = self.proj_v.namer(grid.detach()).float().logsumexp(dim=2)  # what one of the patches names, is there
-        return self.proj_v(grid.flatten(2), words)
+        named = -torch.expm1(named_nowhere(self.proj_v.namer(grid.detach()), dim=2))  # (I, P, words): by one of s * s
+        return self.proj_v(grid.flatten(2), named)
 
     def _sounds(self, batch: dict) -> tuple[Tensor, Tensor]:
         """A batch's recordings as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not the
@@ -538,7 +526,8 @@ class OmniModel(nn.Module):
         frames = batch["frames"].float() if kept else self.hear(batch["features"], batch["lengths"])[0]  # (A, U, K)
         logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.n_tokens
         heard = logits.argmax(dim=-1)
-        return self.proj_a(frames, logits), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
+        units = logits.float().softmax(dim=-1)
+        return self.proj_a(frames, units), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
 
     def _misspelling(self, sounds: Tensor, batch: dict) -> Tensor:
         """How far the positions of recordings are from the token embeddings of what they say: () float32, a sum.
@@ -547,23 +536,13 @@ class OmniModel(nn.Module):
         and whose blank is ``<|audio|>``. So a recording soon looks like its text, which the Thinker can read already.
         The embeddings themselves get no gradient from it.
         """
-        logits, blank = self._cosines(sounds), self.audio_id
+        table, blank = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1), self.audio_id  # (V, D)
+        with torch.autocast(sounds.device.type, enabled=False):  # near cosines would be equal in bf16
+            logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T  # (A, U, V)
         logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
         units = batch["spoken"] - (batch["spoken"] > blank).long()
         nll = ctc_nll(logits, batch["n_frames"], units, batch["spoken_lengths"])
         return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
-
-    def _misnaming(self, pictures: Tensor, batch: dict) -> Tensor:
-        """How far the positions of pictures are from the token embeddings of their captions' words: () float32, a sum.
-        As stage C asks it of the patches, with the Thinker's embeddings, which get no gradient, as the words."""
-        rarity = batch["rarity"]  # among all captions, so that a loss is that of its samples, however they are batched
-        return word_loss(self._cosines(pictures), batch["shown"], batch["shown_lengths"], rarity) * len(pictures)
-
-    def _cosines(self, positions: Tensor) -> Tensor:
-        """(..., D) -> (..., V) float32: logits of the tokens whose embeddings are near."""
-        table = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1)  # (V, D)
-        with torch.autocast(positions.device.type, enabled=False):  # near cosines would be equal in bf16
-            return COSINE_SCALE * F.normalize(positions.float(), dim=-1) @ table.T
 
     def _blank(self, like: Tensor) -> dict:
         """A black picture and a moment of silence, which take no place."""

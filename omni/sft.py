@@ -35,15 +35,12 @@ from omni.precompute import RowsWith
 from omni.runtime import FolderLock, Run
 from omni.talker import CodedSpeech, talker_metrics, talker_sums
 from omni.thinker import IGNORED
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import rarity_of
 
 CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
 TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording say?", "What do you hear?")
 SPEAKING_PROMPTS = ("Say: {}", "Read aloud: {}", "Repeat after me: {}")
 SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
 CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
-CAPTIONS_COUNTED = 4096
 MAX_LINE_BYTES = 1 << 20
 # What can be asked without a picture or a story, and its one answer
 KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
@@ -104,10 +101,10 @@ class TaskRows(Rows):
 
     def picture(self, row: dict) -> dict:
         """The row's picture as a part of a message."""
-        path, text = self.manifest.file(row["image"], self.image_root), str(row.get("caption", "")).strip()
+        path = self.manifest.file(row["image"], self.image_root)
         if "patches" in row:
-            return {"type": "image", "image": kept(row["patches"], path, self.inputs.pixels), "text": text}
-        return self.inputs.image(path, text)
+            return {"type": "image", "image": kept(row["patches"], path, self.inputs.pixels)}
+        return self.inputs.image(path)
 
     def sound(self, row: dict, manifest: Manifest | RowsWith | None = None) -> dict:
         """The row's recording, or that of a row of another manifest, as a part of a message."""
@@ -504,8 +501,6 @@ def prepare_tasks(
             rows = rows[np.isin(np.asarray(manifest.keys)[rows], known)]
         add(side, "spoken_question", manifest, rows)
     for side, (manifest, rows) in enumerate(both("image_manifest", "caption")):
-        if side == 0:
-            inputs.rarity = rarity_in_captions(manifest, rows, inputs.tokenizer)
         add(side, "caption", manifest, rows)
         rows = rows[measure_rows(run, manifest, "questions", count_questions, np.uint16)[rows] > 0]
         add(side, "image_question", manifest, rows)
@@ -561,19 +556,6 @@ def prepare_answers(
     name = "train" if manifest.path == Path(config.speech_csv) else "validation"
     coded, lengths = prepare_speech(run, manifest, inputs.talker, codec, aligner, name)
     return coded, leave_out_long(run, manifest, rows, lengths, inputs.talker.max_mel_length)
-
-
-def rarity_in_captions(manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer) -> Tensor:
-    """(V,) what a token counts by how few captions have it, among some thousand, evenly spread."""
-    counts, captions = torch.zeros(tokenizer.vocab_size), 0
-    for row in rows[:: max(1, -(-len(rows) // CAPTIONS_COUNTED))].tolist():  # there may be none
-        try:
-            tokens = set(tokenizer.encode(manifest[row]["caption"], allow_special=False))
-        except BadRow:
-            continue  # its turn in training says why
-        counts[list(tokens)] += 1
-        captions += 1
-    return rarity_of(counts, captions)
 
 
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:

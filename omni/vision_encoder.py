@@ -170,6 +170,7 @@ class ViT(nn.Module):
 # Pictures and captions in one space
 
 MAX_SCALE = 100.0
+FEW_PATCHES = -6.0  # log-odds, before training, that a patch shows a word
 
 
 class PictureTextModel(nn.Module):
@@ -179,8 +180,7 @@ class PictureTextModel(nn.Module):
     the picture's state is the mean and the maximum over its patches' states, not that of CLS, since the patches are
     what the omni model reads, and since a maximum lets one patch speak for a small thing that a mean drowns; the text
     tower is a small Thinker. Causal, so a caption's state is the one at its last token. Beside the contrast, the
-    patches are to name the words of the caption (Huang et al. 2024, "Classification Done Right for Vision-Language
-    Pre-Training", there from the mean of the patches; here each word from the patches that show it): among the few
+    patches are to name the words of the caption (``word_loss``): among the few
     captions of a small batch, colours and places alone find the right one, and little would ask for shapes.
 
     With a frozen Thinker in the text tower's place, a caption's state is the mean over its tokens: the last state of
@@ -216,7 +216,10 @@ class PictureTextModel(nn.Module):
             self.register_buffer("thinker_sha256", thinker_digest(thinker))
         self.picture_proj = nn.Linear(2 * config.d_model, config.embed_dim, bias=False)
         self.text_proj = nn.Linear(arch.d_model, config.embed_dim, bias=False)
-        self.word_head = nn.Linear(config.d_model, arch.vocab_size) if config.word_loss > 0 else None
+        self.word_head = None
+        if config.word_loss > 0:
+            self.word_head = nn.Linear(config.d_model, arch.vocab_size)
+            nn.init.constant_(self.word_head.bias, FEW_PATCHES)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
 
     def forward(
@@ -299,24 +302,32 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Te
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor, rarity: Tensor | None = None) -> Tensor:
-    """Cross-entropy of each caption's distinct tokens, its end left out. A picture's score of a token is the softened
-    maximum over its patches; a token counts by its rarity, so that "a" and "the" count for little.
+def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+    """Cross-entropy of which tokens each caption has, its end left out: a token is there if any patch shows it.
+
+    Fang et al. 2015, "From Captions to Visual Concepts and Back": independent probabilities of every patch, joined by a
+    noisy or. Once one patch is sure of a word, no other gains by naming it, so that words stay where they are seen.
+    Each token counts by its rarity, so that "a" and "the" count for little.
 
     Args:
         logits: (B, P, V), what each patch says about the caption's tokens.
         tokens, ends: (B, T) and (B,), see ``PictureTextModel.embed_captions``.
-        rarity: (V,), see ``rarity_of``; default: among these captions.
 
     Returns:
-        () float32, in nats.
+        () float32, in nats per token of a caption.
     """
     inside = torch.arange(tokens.shape[1], device=ends.device) < ends[:, None]  # (B, T)
     present = torch.zeros_like(logits[:, 0], dtype=torch.float32).scatter(1, tokens * inside, 1.0)  # (B, V)
     present[:, 0] = 0  # the end of text, which now stands for all that is not inside
-    shares = present * (rarity_of(present.sum(dim=0), len(present)) if rarity is None else rarity)
-    shares = shares / shares.sum(dim=1, keepdim=True).clamp(min=1e-6)
-    return F.cross_entropy(logits.float().logsumexp(dim=1), shares)
+    log_absent = named_nowhere(logits, dim=1)
+    nats = torch.where(present > 0, -torch.log(-torch.expm1(log_absent.clamp(max=-1e-6))), -log_absent)
+    counts = rarity_of(present.sum(dim=0), len(present))
+    return (nats * counts).sum() / present.sum().clamp(min=1)
+
+
+def named_nowhere(logits: Tensor, dim: int) -> Tensor:
+    """Log-probability, float32, that none of the patches along ``dim`` names a token."""
+    return -F.softplus(logits.float()).sum(dim=dim)
 
 
 def rarity_of(counts: Tensor, captions: int) -> Tensor:

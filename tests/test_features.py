@@ -65,7 +65,7 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)
-    assert any(losses.misspelling > 0 for losses in found) and any(losses.misnaming > 0 for losses in found)
+    assert any(losses.misspelling > 0 for losses in found)
 
 
 def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys):

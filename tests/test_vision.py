@@ -190,19 +190,31 @@ def test_an_equal_caption_is_no_negative():
     assert loss.item() == pytest.approx(sum(rows_0_and_1 + rows_2_and_3).item() / 8, abs=1e-5)
 
 
-def test_the_word_loss_asks_for_each_word_of_the_caption_once_and_for_rare_ones_most():
+def test_the_word_loss_asks_which_words_any_patch_shows_and_for_rare_ones_most():
     tokens, ends = pad_captions([[5, 7, 5, 9, 0], [6, 7, 0], [0]])  # 5 twice; 0 is the end; the last has no words
     logits = torch.randn(3, 2, 12, generator=torch.Generator().manual_seed(0))  # of two patches each
-    log_p = logits.logsumexp(dim=1).log_softmax(dim=1)
+    shown = 1 - (1 - logits.sigmoid()).prod(dim=1)
     rare, common = math.log(4 / 2), math.log(4 / 3)  # in one of three captions, in two
-    first = (rare * log_p[0, 5] + common * log_p[0, 7] + rare * log_p[0, 9]) / (2 * rare + common)
-    second = (rare * log_p[1, 6] + common * log_p[1, 7]) / (rare + common)
-    expected = -(first + second) / 3
+    counts = torch.full((12,), math.log(4))  # in none: what is named all the same, is wrong
+    counts[[5, 6, 9]], counts[7] = rare, common
+    there = torch.zeros(3, 12)
+    there[0, [5, 7, 9]] = there[1, [6, 7]] = 1
+    expected = F.binary_cross_entropy(shown, there, weight=counts, reduction="sum") / 5
     torch.testing.assert_close(word_loss(logits, tokens, ends), expected)
     longer = F.pad(tokens, (0, 2), value=8)  # whatever stands behind an end
     torch.testing.assert_close(word_loss(logits, longer, ends), expected)
-    everywhere = word_loss(logits, *pad_captions([[5, 0], [5, 0], [5, 0]]))
-    assert everywhere == 0, "a word of all captions tells no picture from another"
+    assert word_loss(torch.full((1, 2, 12), 200.0), *pad_captions([[5, 0]])).isfinite()
+    assert word_loss(torch.full((1, 2, 12), -200.0), *pad_captions([[5, 0]])).isfinite()
+
+
+def test_once_a_patch_is_sure_of_a_word_no_other_gains_by_naming_it():
+    logits, captions = torch.full((2, 3, 12), -6.0, requires_grad=True), pad_captions([[5, 0], [0]])
+    logits.data[0, 1, 5] = 6.0
+    word_loss(logits, *captions).backward()
+    assert logits.grad[0, [0, 2], 5].abs().max() < 1e-4
+    logits.data[0, 1, 5], logits.grad = -6.0, None
+    word_loss(logits, *captions).backward()
+    assert (logits.grad[0, :, 5] < -0.1).all()
 
 
 def test_the_training_losses_are_those_of_the_embeddings():
