@@ -60,7 +60,9 @@ class DemoStage:
         return {base for key, base in self.bases.items() if config.get(key)} | set(self.needs.values())
 
 
-TASKS = ("text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question")  # of stage E
+TASKS = (  # of stage E
+    "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
+)  # fmt: skip
 
 STAGES = [  # one that can begin does so before those below it, so the longest stands before others that could begin
     DemoStage(
@@ -101,7 +103,9 @@ STAGES = [  # one that can begin does so before those below it, so the longest s
         script="sft_omni.py",
         config="configs/omni_sft_demo.json",
         final="omni_final.pt",
-        metrics={"accuracy": "> 0.6"} | {f"accuracy_{task}": "> 0.5" for task in TASKS},
+        metrics={"accuracy": "> 0.6"}
+        | {f"accuracy_{task}": "> 0.5" for task in TASKS}
+        | {"code_perplexity": None, "code_perplexity_of_text": None},
         data={
             "text_path": "text/tiny_corpus.txt",
             "val_text_path": "text/tiny_corpus.val.txt",
