@@ -9,8 +9,9 @@ stage A; no text of a user can spell them (``Tokenizer.encode``).
 # B samples, T positions, D the Thinker's width, V vocabulary; I pictures, P positions of one; A recordings,
 # F mel frames, M mel channels, U encoder frames, R positions of all recordings of a batch
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ from omni.vision_encoder import ViT, named_nowhere
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
+PLACES = (" left", " right", " top", " above", " bottom", " below")  # what a Thinker calls places in a picture
 VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dropout")
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -316,20 +318,24 @@ class Projection(nn.Module):
 
     Args:
         named: width of what the units are named from, if the head that does it is no part of the encoder; 0: it is.
+        side: of the square of positions that every picture takes; where each of them is, is learnt too (``places``).
     """
 
-    def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0, named: int = 0):
+    def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0, named: int = 0, side: int = 0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
         self.units = nn.Parameter(torch.zeros(units, d_model)) if units else None
         self.namer = nn.Linear(named, units).requires_grad_(False) if units and named else None
+        self.places = nn.Parameter(torch.zeros(side * side, d_model)) if side else None
 
     def forward(self, x: Tensor, named: Tensor | None = None) -> Tensor:
         """(..., K), and of an encoder that names units their probabilities (..., units), -> (..., D)."""
         y = self.fc2(F.gelu(self.fc1(self.norm(x))))
-        return y if self.units is None else y + named.to(y.dtype) @ self.units.to(y.dtype)
+        if self.units is not None:
+            y = y + named.to(y.dtype) @ self.units.to(y.dtype)
+        return y if self.places is None else y + self.places.to(y.dtype)
 
     @torch.no_grad()
     def start_from_units(self, embeddings: Tensor) -> None:
@@ -339,10 +345,19 @@ class Projection(nn.Module):
         self.fc2.bias.zero_()
 
     @torch.no_grad()
+    def start_from_places(self, left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> None:
+        """Begin with the words (D,) for where a position is, half as loud as what is named there: whose neighbour is on
+        its left, then reads like text, too."""
+        side = math.isqrt(len(self.places))
+        at = torch.linspace(0, 1, side, device=left.device)[:, None]  # from one edge to the other
+        rows, columns = torch.lerp(top, bottom, at), torch.lerp(left, right, at)  # (side, D)
+        self.places.copy_((rows[:, None] + columns).flatten(0, 1) / 2)
+
+    @torch.no_grad()
     def start_as_loud_as(self, embeddings: Tensor) -> None:
         """Scale the output of a new projection to the mean square of the token embeddings (V, D), which is what the
         Thinker's layers are used to adding to."""
-        x = torch.randn(256, self.norm.weight.shape[0], device=embeddings.device)
+        x = torch.randn(256, 1, self.norm.weight.shape[0], device=embeddings.device)
         factor = embeddings.square().mean().sqrt() / self(x).square().mean().sqrt()
         self.fc2.weight.mul_(factor)
         self.fc2.bias.mul_(factor)
@@ -396,7 +411,8 @@ class OmniModel(nn.Module):
             sizes = [vision[name] for name in VIT_SIZES]
             self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
             width, words = vision["d_model"], vision.get("n_words", 0)
-            self.proj_v = Projection(width * self.image_stack**2, config.proj_d_ff, arch.d_model, words, named=width)
+            stacked, side = width * self.image_stack**2, vision["img_size"] // vision["patch"] // self.image_stack
+            self.proj_v = Projection(stacked, config.proj_d_ff, arch.d_model, words, named=width, side=side)
         if self.frozen:
             for encoder in self.encoders:
                 encoder.requires_grad_(False)
@@ -696,6 +712,11 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     elif model.proj_v is not None:
         load_weights(model.proj_v.namer, words, config.vision_ckpt)
         model.proj_v.start_from_units(embeddings_of(captions.units, tokenizer, embeddings))
+    if model.proj_v is not None:
+        left, right, *more = embeddings_of(PLACES, tokenizer, embeddings)
+        model.proj_v.start_from_places(
+            left, right, torch.stack(more[:2]).mean(dim=0), torch.stack(more[2:]).mean(dim=0)
+        )
     if model.proj_a is not None:
         units = embeddings_of(audio_tokenizer.units, tokenizer, embeddings)
         model.proj_a.start_from_units(torch.cat((units, embeddings[model.audio_id, None])))  # last, the blank
@@ -722,7 +743,7 @@ def _below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def embeddings_of(units: list[str], tokenizer: Tokenizer, embeddings: Tensor) -> Tensor:
+def embeddings_of(units: Sequence[str], tokenizer: Tokenizer, embeddings: Tensor) -> Tensor:
     """What the Thinker reads for each text unit that an encoder names: (units, D).
 
     The mean of its tokens' embeddings (V, D), spelled as it takes the fewest: recordings are written down in small

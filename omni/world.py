@@ -432,8 +432,8 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         if len(scene.groups) == 1:
             asked += [(f"where {be} {name}?", f"{it} {be} {PLACE_OF[group.cell]}.")] * 2
         elif len(neighbours) == 1:  # two true answers would make a wrong question
-            relation, other = neighbours[0]
-            asked.append((f"where {be} {name}?", f"{it} {be} {relation} {scene.name(other)}."))
+            relation, other = neighbours[0]  # listed often, since nothing else asks which of two it is
+            asked += [(f"where {be} {name}?", f"{it} {be} {relation} {scene.name(other)}.")] * 4
 
     for one, relation, other in scene.relations:
         name, that, be, it = scene.name(one), scene.name(other), _be(one.count), _it(one.count)
@@ -441,7 +441,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         wrong = rng.choice([r for r in _INVERSE if r != relation])
         asked.append((f"{be} {name} {relation} {that}?", f"yes, {it} {be}."))
         if relation_key(one.shape, wrong, other.shape) not in HELD_OUT:
-            asked.append((f"{be} {name} {wrong} {that}?", f"no, {it} {be} {relation} {that}."))
+            asked += [(f"{be} {name} {wrong} {that}?", f"no, {it} {be} {relation} {that}.")] * 2
         if one.size == "big" and other.size == "small" and (one.count == 1) == (other.count == 1):
             first, second = rng.sample([name, that], 2)
             asked.append((f"which {be} bigger, {first} or {second}?", f"{name}."))

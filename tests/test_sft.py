@@ -26,7 +26,7 @@ from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.layers import KVCache
 from omni.manifest import BadRow
-from omni.omni_model import Encoded, Inputs, OmniModel, assemble, embeddings_of, load_omni, spoken_bytes
+from omni.omni_model import Encoded, Inputs, OmniModel, Projection, assemble, embeddings_of, load_omni, spoken_bytes
 from omni.optim import build_adamw
 from omni.runtime import Run, Stage
 from omni.talker import Utterance, load_talker
@@ -304,7 +304,22 @@ def test_before_training_what_is_seen_already_reads_like_its_names(folder):
         namer.bias[shown[0]] = 100.0
         seen = model._pictures({"images": torch.zeros(1, 3, *model.vision_encoder.img_size, dtype=torch.uint8)})
     expected = table[tokenizer.encode(words.decode(shown[:1]))].mean(dim=0)
-    torch.testing.assert_close(seen, expected.expand_as(seen))
+    torch.testing.assert_close(seen, (expected + model.proj_v.places).expand_as(seen))
+
+
+def test_before_training_a_place_reads_like_the_words_for_it(folder):
+    projection = Projection(8, 8, 6, side=3)
+    left, right, top, bottom, *_ = torch.eye(6)
+    projection.start_from_places(left, right, top, bottom)
+    places = 2 * projection.places.detach().view(3, 3, 6)  # row by row
+    torch.testing.assert_close(places[0, 0], top + left)
+    torch.testing.assert_close(places[0, 2], top + right)
+    torch.testing.assert_close(places[2, 0], bottom + left)
+    torch.testing.assert_close(places[1, 1], torch.tensor([0.5, 0.5, 0.5, 0.5, 0, 0]))
+    _, model, tokenizer = assemble(small_config(folder))
+    table, found = model.thinker.embed_tokens.weight, model.proj_v.places.view(2, 2, -1)
+    left, right = embeddings_of([" left", " right"], tokenizer, table)
+    torch.testing.assert_close(found[0, 0] - found[0, 1], (left - right) / 2)
 
 
 def test_an_encoder_without_word_loss_is_projected_only(folder, tmp_path):
