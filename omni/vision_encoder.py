@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from omni.checkpoint import load_stage, load_weights
 from omni.config import VisionConfig
@@ -170,6 +171,7 @@ class ViT(nn.Module):
 # Pictures and captions in one space
 
 MAX_SCALE = 100.0
+WORD_LOGITS = 1 << 26  # at a time
 FEW_PATCHES = -6.0  # log-odds, before training, that a patch shows a word
 
 
@@ -243,12 +245,27 @@ class PictureTextModel(nn.Module):
         pictures = self._pooled(patches)
         if same is None:
             return pictures, captions, scale
-        words = scale.new_zeros(()) if self.word_head is None else word_loss(self.word_head(patches), tokens, ends)
+        words = scale.new_zeros(())
+        if self.word_head is not None:
+            words = word_loss(self._named_nowhere(patches), tokens, ends)
         return contrastive_loss(pictures, captions, scale, same), words, scale
 
     def embed_pictures(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, E) float32, of length 1."""
         return self._pooled(self.vit(images)[:, 1:])
+
+    def _named_nowhere(self, patches: Tensor) -> Tensor:
+        """(B, P, D) -> (B, V), see ``named_nowhere``. Logits of many patches and a large vocabulary are the largest
+        tensor of a step: some pictures at a time, and made again in the backward."""
+        together = max(1, WORD_LOGITS // (patches.shape[1] * self.word_head.out_features))
+
+        def of(some: Tensor) -> Tensor:
+            return named_nowhere(self.word_head(some), dim=1)
+
+        if len(patches) <= together:
+            return of(patches)
+        parts = patches.split(together)
+        return torch.cat([checkpoint(of, part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
     def _pooled(self, patches: Tensor) -> Tensor:
         """(B, P, D) -> (B, E) float32, of length 1: from mean and maximum over the patches."""
@@ -302,7 +319,7 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Te
     return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
-def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
+def word_loss(log_absent: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     """Cross-entropy of which tokens each caption has, its end left out: a token is there if any patch shows it.
 
     Fang et al. 2015, "From Captions to Visual Concepts and Back": independent probabilities of every patch, joined by a
@@ -310,23 +327,22 @@ def word_loss(logits: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     Each token counts by its rarity, so that "a" and "the" count for little.
 
     Args:
-        logits: (B, P, V), what each patch says about the caption's tokens.
+        log_absent: (B, V) float32, see ``named_nowhere``.
         tokens, ends: (B, T) and (B,), see ``PictureTextModel.embed_captions``.
 
     Returns:
         () float32, in nats per token of a caption.
     """
     inside = torch.arange(tokens.shape[1], device=ends.device) < ends[:, None]  # (B, T)
-    present = torch.zeros_like(logits[:, 0], dtype=torch.float32).scatter(1, tokens * inside, 1.0)  # (B, V)
+    present = torch.zeros_like(log_absent).scatter(1, tokens * inside, 1.0)  # (B, V)
     present[:, 0] = 0  # the end of text, which now stands for all that is not inside
-    log_absent = named_nowhere(logits, dim=1)
     nats = torch.where(present > 0, -torch.log(-torch.expm1(log_absent.clamp(max=-1e-6))), -log_absent)
     counts = rarity_of(present.sum(dim=0), len(present))
     return (nats * counts).sum() / present.sum().clamp(min=1)
 
 
 def named_nowhere(logits: Tensor, dim: int) -> Tensor:
-    """Log-probability, float32, that none of the patches along ``dim`` names a token."""
+    """Log-probability, float32, that none of the patches along ``dim`` shows a token, of each patch's log-odds."""
     return -F.softplus(logits.float()).sum(dim=dim)
 
 

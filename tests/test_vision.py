@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from stages import TEXT, VISION, make_images
 from test_config import only_error
 
+from omni import vision_encoder
 from omni.captions import (
     ATTRIBUTES,
     GROUP,
@@ -38,6 +39,7 @@ from omni.vision_encoder import (
     ViT,
     contrastive_loss,
     load_vision_encoder,
+    named_nowhere,
     similarities,
     to_vit_state_dict,
     vit_config,
@@ -200,29 +202,34 @@ def test_the_word_loss_asks_which_words_any_patch_shows_and_for_rare_ones_most()
     there = torch.zeros(3, 12)
     there[0, [5, 7, 9]] = there[1, [6, 7]] = 1
     expected = F.binary_cross_entropy(shown, there, weight=counts, reduction="sum") / 5
-    torch.testing.assert_close(word_loss(logits, tokens, ends), expected)
+    torch.testing.assert_close(word_loss(named_nowhere(logits, 1), tokens, ends), expected)
     longer = F.pad(tokens, (0, 2), value=8)  # whatever stands behind an end
-    torch.testing.assert_close(word_loss(logits, longer, ends), expected)
-    assert word_loss(torch.full((1, 2, 12), 200.0), *pad_captions([[5, 0]])).isfinite()
-    assert word_loss(torch.full((1, 2, 12), -200.0), *pad_captions([[5, 0]])).isfinite()
+    torch.testing.assert_close(word_loss(named_nowhere(logits, 1), longer, ends), expected)
+    assert word_loss(named_nowhere(torch.full((1, 2, 12), 200.0), 1), *pad_captions([[5, 0]])).isfinite()
+    assert word_loss(named_nowhere(torch.full((1, 2, 12), -200.0), 1), *pad_captions([[5, 0]])).isfinite()
 
 
 def test_once_a_patch_is_sure_of_a_word_no_other_gains_by_naming_it():
     logits, captions = torch.full((2, 3, 12), -6.0, requires_grad=True), pad_captions([[5, 0], [0]])
     logits.data[0, 1, 5] = 6.0
-    word_loss(logits, *captions).backward()
+    word_loss(named_nowhere(logits, 1), *captions).backward()
     assert logits.grad[0, [0, 2], 5].abs().max() < 1e-4
     logits.data[0, 1, 5], logits.grad = -6.0, None
-    word_loss(logits, *captions).backward()
+    word_loss(named_nowhere(logits, 1), *captions).backward()
     assert (logits.grad[0, :, 5] < -0.1).all()
 
 
-def test_the_training_losses_are_those_of_the_embeddings():
+def test_the_training_losses_are_those_of_the_embeddings(monkeypatch):
     model, (images, tokens, ends), same = small_model(), some_batch(), torch.eye(8, dtype=torch.bool)
     contrast, words, scale = model(images, tokens, ends, same=same)
     torch.testing.assert_close(contrast, contrastive_loss(*model(images, tokens, ends), same))
-    expected = word_loss(model.word_head(model.vit(images)[:, 1:]), tokens, ends)
-    torch.testing.assert_close(words, expected)
+    logits = model.word_head(model.vit(images)[:, 1:])
+    torch.testing.assert_close(words, word_loss(named_nowhere(logits, 1), tokens, ends))
+    monkeypatch.setattr(vision_encoder, "WORD_LOGITS", 2 * logits[0].numel())
+    pieces = model(images, tokens, ends, same=same)[1]
+    torch.testing.assert_close(pieces, words)
+    whole = torch.autograd.grad(words, model.vit.parameters(), retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(pieces, model.vit.parameters()), whole)
     (contrast + words).backward()
     assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for every gradient"
     without = small_model(word_loss=0.0)
