@@ -350,38 +350,45 @@ def sample_scene(rng: random.Random) -> Scene:
     return Scene(tuple(groups))
 
 
-def _statements(scene: Scene, rng: random.Random, name) -> list[str]:
-    """Where everything is, one statement for each two groups; `name` says how a group is called the first time."""
+def _statements(scene: Scene, rng: random.Random, name, in_order: bool = False) -> list[str]:
+    """Where everything is, one statement for each two groups; `name` says how a group is called the first time.
+
+    Which of two is told to be where the other is not is drawn, or, `in_order`, as one reads: left to right, then down.
+    """
     if len(scene.groups) == 1:
         group = scene.groups[0]
         return [f"{name(group)} {_be(group.count)} {PLACE_OF[group.cell]}"]
     if len(scene.groups) == 4:  # two by two: row by row, or column by column
-        (i, j), relation, (first, second) = rng.choice(
-            (((1, 2), "left of", ("at the top", "at the bottom")), ((2, 1), "above", ("on the left", "on the right")))
-        )
+        ways = (((1, 2), "left of", ("at the top", "at the bottom")), ((2, 1), "above", ("on the left", "on the right")))
+        (i, j), relation, (first, second) = ways[0] if in_order else rng.choice(ways)
         one, other, third, fourth = scene.groups[0], scene.groups[i], scene.groups[j], scene.groups[3]
         return [
             f"{first}, {name(one)} {_be(one.count)} {relation} {name(other)}",
             f"{second}, {name(third)} {_be(third.count)} {relation} {name(fourth)}",
         ]
     if len(scene.groups) == 2:
-        one, relation, other = rng.choice(scene.relations)
+        one, relation, other = scene.relations[0] if in_order else rng.choice(scene.relations)
         return [f"{name(one)} {_be(one.count)} {relation} {name(other)}"]
     # Three corners: one group, the hub, has a neighbour in its row and one in its column.
     hub = next(group for group in scene.groups if sum(group is one for one, _, _ in scene.relations) == 2)
-    first, second = rng.sample([(one, relation) for one, relation, other in scene.relations if other is hub], 2)
+    neighbours = [(one, relation) for one, relation, other in scene.relations if other is hub]
+    first, second = neighbours if in_order else rng.sample(neighbours, 2)
     return [
         f"{name(first[0])} {_be(first[0].count)} {first[1]} {name(hub)}",
         f"{name(second[0])} {_be(second[0].count)} {second[1]} {scene.name(hub)}",
     ]
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
+def caption(scene: Scene, rng: random.Random, in_order: bool = False) -> str:
     """The whole scene in one sentence (two when there are four groups).
 
     Every attribute of every group is told. Where several groups stand is told by their relations, not by their cells.
+
+    Args:
+        in_order: as one reads, see `_statements`: what somebody would write who looks at the picture. Without it, any
+            of the ways in which it can be told, the same picture in another way the next time.
     """
-    statements = _statements(scene, rng, lambda group: group.phrase)
+    statements = _statements(scene, rng, lambda group: group.phrase, in_order)
     if len(scene.groups) == 4:
         return " ".join(sentence(statement) for statement in statements)
     # "Two stars are above a ring." or "There are two stars above a ring.", but not "... a sign that says EGG above ..."

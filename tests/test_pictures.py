@@ -166,6 +166,16 @@ def test_caption_and_questions_are_those_of_the_scene_that_is_drawn(made):
             assert true_answer(world.Scene(tuple(groups)), question) in (None, answer)
 
 
+def test_captions_tell_pictures_as_one_reads_and_in_one_of_the_ways_of_the_world(made):
+    for _, info in made:
+        groups = [world.Group(**(group | {"cell": tuple(group["cell"])})) for group in info["groups"]]
+        ways = {world.caption(world.Scene(tuple(groups)), random.Random(i)) for i in range(64)}
+        assert info["caption"] in ways
+        if len(groups) in (2, 4):  # of three, the one in the corner between the others is named second
+            places = [info["caption"].lower().index(group.phrase.lower()) for group in groups]
+            assert places == sorted(places), info["caption"]
+
+
 def test_only_held_out_pictures_show_a_held_out_combination(made, split):
     shown = set()
     for _, info in made:

@@ -247,7 +247,7 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
     """
     rng = random.Random(f"picture {'held-out' if unseen else 'train'} {seed} {index}")
     scene = world.draw(world.sample_scene, rng, unseen)
-    caption = world.caption(scene, rng)
+    caption = world.caption(scene, rng, in_order=True)
     asked = world.questions(scene, rng)
     rng.shuffle(asked)  # before equal ones are dropped: a question listed twice is likelier to be among the first
     questions = [list(pair) for pair in dict.fromkeys(asked)][:QUESTIONS]
