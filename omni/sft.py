@@ -168,12 +168,16 @@ class PictureQuestions(TaskRows):
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         pairs = question_pairs(row)
         if rng is None:
-            chosen = [pairs[zlib.crc32(row["image"].encode()) % len(pairs)]]
-        else:
-            chosen = [pairs[i] for i in rng.permutation(len(pairs))[: self.config.questions_per_picture]]
-        (question, answer), *more = chosen
-        messages = turn(answer, self.picture(row), question)
-        return messages + [message for question, answer in more for message in turn(answer, question)]
+            question, answer = pairs[zlib.crc32(row["image"].encode()) % len(pairs)]
+            return turn(answer, self.picture(row), question)
+        first, *others = self.written(pairs, self.config.questions_per_picture, rng)
+        first["content"].insert(0, self.picture(row))
+        return [first, *others]
+
+    @staticmethod
+    def written(pairs: list[tuple[str, str]], limit: int, rng: np.random.Generator) -> list[dict]:
+        """Up to ``limit`` of these questions with their answers, in random order."""
+        return [message for i in rng.permutation(len(pairs))[:limit] for message in turn(pairs[i][1], pairs[i][0])]
 
 
 def question_pairs(row: dict) -> list[tuple[str, str]]:
@@ -191,20 +195,25 @@ def question_pairs(row: dict) -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
-class SpokenPictureQuestions(TaskRows):
-    """Pictures of which a question is asked by a recording. See ``Recordings``."""
+class SpokenPictureQuestions(PictureQuestions):
+    """Pictures of which a question is asked by a recording (see ``Recordings``), in training others after it in writing:
+    they cost little, as the picture stands there already."""
 
     def __init__(self, *args, recordings: "Recordings", **others) -> None:
         super().__init__(*args, **others)
         self.recordings = recordings
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        pairs = [(question, answer) for question, answer in question_pairs(row) if question in self.recordings]
-        if not pairs:
+        pairs = question_pairs(row)
+        recorded = [pair for pair in pairs if pair[0] in self.recordings]
+        if not recorded:
             raise BadRow("none of its questions has been recorded")
-        question, answer = one_of(pairs, rng)
+        question, answer = one_of(recorded, rng)
         sound = self.sound(self.recordings.find(question, rng), self.recordings.manifest)
-        return turn(answer, self.picture(row), sound)
+        messages, others = turn(answer, self.picture(row), sound), [pair for pair in pairs if pair[0] != question]
+        if rng is not None:
+            messages += self.written(others, self.config.questions_per_picture - 1, rng)
+        return messages
 
 
 class Captions(TaskRows):

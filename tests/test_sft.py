@@ -566,7 +566,12 @@ def test_the_tasks_of_the_world(tmp_path):
             assert bool(encoded.sounds) == is_heard == ("<|audio|>" in words)
     turns = [tasks["image_question"].sample(i, 0, {})[0].ids.count(inputs.tokenizer.end_id) for i in range(8)]
     assert set(turns) == {2}, "three questions, of which the last answer's end is predicted and not read"
-    assert val_tasks["image_question"].sample(0, 0, {})[0].ids.count(inputs.tokenizer.end_id) == 0
+    encoded = tasks["spoken_image_question"].sample(0, 0, {})[0]
+    first_answer = encoded.ids.index(inputs.tokenizer.token_id("<|assistant|>"))
+    assert encoded.ids.count(inputs.tokenizer.end_id) == 2 and len(encoded.sounds) == 1, "the others are written"
+    assert encoded.sounds[0][0] < first_answer
+    for name in ("image_question", "spoken_image_question"):
+        assert val_tasks[name].sample(0, 0, {})[0].ids.count(inputs.tokenizer.end_id) == 0
     # in another epoch other questions, in the same the same
     draws = [tasks["image_question"].sample(0, epoch, {})[0].ids for epoch in (0, 0, 1, 2)]
     assert draws[0] == draws[1] and len({tuple(ids) for ids in draws}) > 1
