@@ -168,11 +168,16 @@ class PictureQuestions(TaskRows):
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         pairs = question_pairs(row)
         if rng is None:
-            question, answer = pairs[zlib.crc32(row["image"].encode()) % len(pairs)]
+            question, answer = self.judged(row, pairs)
             return turn(answer, self.picture(row), question)
         first, *others = self.written(pairs, self.config.questions_per_picture, rng)
         first["content"].insert(0, self.picture(row))
         return [first, *others]
+
+    @staticmethod
+    def judged(row: dict, pairs: list[tuple[str, str]]) -> tuple[str, str]:
+        """The one that is judged: by the picture's name, so that no question stands for many of them."""
+        return pairs[zlib.crc32(row["image"].encode()) % len(pairs)]
 
     @staticmethod
     def written(pairs: list[tuple[str, str]], limit: int, rng: np.random.Generator) -> list[dict]:
@@ -208,7 +213,7 @@ class SpokenPictureQuestions(PictureQuestions):
         recorded = [pair for pair in pairs if pair[0] in self.recordings]
         if not recorded:
             raise BadRow("none of its questions has been recorded")
-        question, answer = one_of(recorded, rng)
+        question, answer = self.judged(row, recorded) if rng is None else one_of(recorded, rng)
         sound = self.sound(self.recordings.find(question, rng), self.recordings.manifest)
         messages, others = turn(answer, self.picture(row), sound), [pair for pair in pairs if pair[0] != question]
         if rng is not None:
