@@ -201,8 +201,8 @@ def question_pairs(row: dict) -> list[tuple[str, str]]:
 
 
 class SpokenPictureQuestions(PictureQuestions):
-    """Pictures of which a question is asked by a recording (see ``Recordings``), in training others after it in writing:
-    they cost little, as the picture stands there already."""
+    """Pictures of which a question is asked by a recording (see ``Recordings``); in training others follow in writing,
+    which cost little, as the picture stands there already."""
 
     def __init__(self, *args, recordings: "Recordings", **others) -> None:
         super().__init__(*args, **others)

@@ -359,7 +359,8 @@ def _statements(scene: Scene, rng: random.Random, name, in_order: bool = False) 
         group = scene.groups[0]
         return [f"{name(group)} {_be(group.count)} {PLACE_OF[group.cell]}"]
     if len(scene.groups) == 4:  # two by two: row by row, or column by column
-        ways = (((1, 2), "left of", ("at the top", "at the bottom")), ((2, 1), "above", ("on the left", "on the right")))
+        by_row = ((1, 2), "left of", ("at the top", "at the bottom"))
+        ways = (by_row, ((2, 1), "above", ("on the left", "on the right")))
         (i, j), relation, (first, second) = ways[0] if in_order else rng.choice(ways)
         one, other, third, fourth = scene.groups[0], scene.groups[i], scene.groups[j], scene.groups[3]
         return [
