@@ -1,207 +1,507 @@
 """Speed, as ratios: each figure is measured beside its reference in the same process, medians of alternating runs.
 
-python scripts/bench.py            all of it, a few minutes on 2 cores
-python scripts/bench.py resume     one part
+    python scripts/bench.py                  all of it, some minutes on 2 cores
+    python scripts/bench.py train resume     some parts
+
+What is measured is printed, one table line a figure, and written to --json, where figures of parts that were not run
+stay if they are of the same machine and versions. All at the sizes of the demo configs; the parts loop and speak also
+want the demo's data and checkpoints, and say so where these are missing.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
+from bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import omni.loop
 from omni import checkpoint
-from omni.config import TextConfig
+from omni.codec import Codec, load_codec
+from omni.config import StageConfig
+from omni.errors import UserError
+from omni.files import write_json
 from omni.optim import build_adamw
-from omni.runtime import pick_amp_dtype
-from omni.thinker import Thinker, qwen3_config, to_qwen3_state_dict
+from omni.runtime import OneLineErrors, launch, pick_amp_dtype
+from omni.speech import Speaker
+from omni.talker import Talker, load_talker
+from omni.vocoder import Generator, fold_weight_norm, load_vocoder
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+TEXT = "Anna is reading at the market, and her brother is waiting for her at the old bridge."
+NEVER = 10**9  # steps
+PREFETCHED = 2  # batches that each worker of a data loader has ready, at most
 
 
-def medians(parts: dict[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, float]:
-    """Median seconds of each part, the parts taking turns so that a noisy moment falls on all of them."""
-    times: dict[str, list[float]] = {name: [] for name in parts}
-    for repeat in range(warm_up + repeats):
-        for name, part in parts.items():
-            started = time.perf_counter()
-            part()
-            if repeat >= warm_up:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured, where no config says it."""
+
+    repeats: int = 9
+    warm_up: int = 2
+    matmul: int = 2048  # rows and columns
+    prompt: int = 16
+    new_tokens: int = 96
+    blocks: int = 6  # of so many steps each, in the part loop
+    block_steps: int = 6
+    checkpoint_floats: int = 30_000_000
+    corpus_lines: int = 1_000_000
 
 
-def demo_pair() -> tuple[TextConfig, Thinker, torch.nn.Module]:
-    """The demo Thinker and the same weights in transformers."""
-    keys = json.loads((ROOT / "configs/thinker_demo.json").read_text())
-    config = TextConfig.model_validate(keys)
-    torch.manual_seed(0)
-    ours = Thinker(config)
-    settings = qwen3_config(config, config.vocab_size, eos_id=0)
-    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**settings))
-    theirs.load_state_dict(to_qwen3_state_dict(ours.state_dict()), strict=False)
-    return config, ours, theirs
+SMOKE = Sizes(
+    repeats=1, warm_up=0, matmul=256, prompt=4, new_tokens=4, blocks=2, block_steps=2, checkpoint_floats=10_000,
+    corpus_lines=2_000,
+)  # fmt: skip
 
 
-def bench_train() -> None:
-    config, ours, theirs = demo_pair()
-    window = torch.randint(config.vocab_size, (config.batch_size, config.ctx_len + 1))
-    tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
-    dtype = pick_amp_dtype(config.use_amp, torch.device("cpu"))
+@dataclass
+class Bench:
+    """What the parts are given, and where their figures go."""
 
-    def step(model, optimizer, loss) -> None:
+    sizes: Sizes
+    configs: Path
+    talker_ckpt: Path | None
+    vocoder_ckpt: Path | None
+    figures: dict[str, dict] = field(default_factory=dict)
+
+    def add(self, name: str, value: float, unit: str, note: str) -> None:
+        """``unit`` "x" is of a ratio; ``note`` says of what to what."""
+        date = time.strftime("%Y-%m-%d %H:%M")
+        self.figures[name] = {"value": round(value, 4), "unit": unit, "note": note, "date": date}
+        print(f"{name:<36}{value:>8.2f} {unit:<3}{note}", flush=True)
+
+    def leave_out(self, name: str, why: str) -> None:
+        date = time.strftime("%Y-%m-%d %H:%M")
+        self.figures[name] = {"value": None, "unit": "", "note": f"not measured: {why}", "date": date}
+        print(f"{name:<36}       -    not measured: {why}", flush=True)
+
+    def medians(self, parts: dict[str, Callable[[], object]], repeats: int | None = None) -> dict[str, float]:
+        """Median seconds of each part, the parts taking turns so that a noisy moment falls on all of them."""
+        times: dict[str, list[float]] = {name: [] for name in parts}
+        repeats = min(self.sizes.repeats, repeats or self.sizes.repeats)
+        for repeat in range(self.sizes.warm_up + repeats):
+            for name, part in parts.items():
+                started = time.perf_counter()
+                part()
+                if repeat >= self.sizes.warm_up:
+                    times[name].append(time.perf_counter() - started)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+
+# --- Training steps, beside a library's and beside the machine's matrix products -------------------------------------
+
+
+def bench_train(bench: Bench) -> None:
+    """A step of each of ``PAIRS``: forward, backward, clipping and AdamW, the same on both sides; see bench_pairs.py
+    for what is the same computation. Throughput over that of the library with the faster of its attentions.
+
+    Beside it, the share of the machine's rate of large matrix products in the same dtype: products and convolutions
+    of forward and backward, attention counted in full, over the time of the whole step.
+    """
+    for make in PAIRS:
+        torch.manual_seed(0)
+        pair = make(bench.configs)
+        dtype = pick_amp_dtype(pair.config.use_amp, CPU)
+        matrix = torch.randn(bench.sizes.matmul, bench.sizes.matmul, dtype=dtype or torch.float32)
+        parts = {"ours": step_of(pair.ours, pair.our_loss, dtype), "matmul": lambda matrix=matrix: matrix @ matrix}
+        parts |= {name: step_of(model, pair.their_loss, dtype) for name, model in pair.theirs.items()}
+        times = bench.medians(parts)
+        ms, name = 1000 * times["ours"], f"train/{pair.stage}/{pair.what}"
+        if pair.theirs:
+            fastest = min(pair.theirs, key=times.get)
+            note = f"throughput over {pair.library} {fastest}; {ms:.0f} ms a step"
+            bench.add(name, times[fastest] / times["ours"], "x", note)
+        rate = count_flops(pair.ours, pair.our_loss) / times["ours"]
+        peak = 2 * bench.sizes.matmul**3 / times["matmul"]
+        note = f"{rate / 1e9:,.0f} of {peak / 1e9:,.0f} GFLOP/s in {matrix.dtype}; {ms:.0f} ms a step"
+        bench.add(f"{name}/matmul_share", 100 * rate / peak, "%", note)
+
+
+def step_of(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype | None) -> Callable[[], None]:
+    """One training step of ``model``, to be called again and again."""
+    optimizer = build_adamw(model.train(), lr=1e-4, wd=0.1)
+
+    def step() -> None:
         with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            value = loss()
+            value = loss(model)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    optimizers = [build_adamw(model, lr=1e-4, wd=0.1) for model in (ours, theirs)]
-    times = medians(
-        {
-            "ours": lambda: step(ours, optimizers[0], lambda: ours(tokens, targets=targets)[0]),
-            # the shift happens inside: labels are the inputs, so one position less is predicted
-            "theirs": lambda: step(theirs, optimizers[1], lambda: theirs(input_ids=tokens, labels=tokens).loss),
-        },
-        repeats=9,
-        warm_up=2,
-    )
-    rate = tokens.numel() / times["ours"]
-    print(
-        f"train step, Thinker over Qwen3 of transformers, throughput: {times['theirs'] / times['ours']:.2f} x "
-        f"({rate:,.0f} tokens/s)"
-    )
+    return step
 
 
-def bench_generate() -> None:
-    config, ours, theirs = demo_pair()
-    ours.eval(), theirs.eval()
-    prompt = torch.randint(config.vocab_size, (1, 16))
-    new = 96
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    times = medians(
-        {
-            "ours": lambda: list(ours.generate(prompt[0].tolist(), max_new_tokens=new)),
-            "theirs": lambda: theirs.generate(prompt, **settings),
-        },
-        repeats=7,
-    )
-    print(
-        f"generation, over transformers.generate: {times['theirs'] / times['ours']:.2f} x "
-        f"({new / times['ours']:.0f} tokens/s)"
-    )
+def count_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+    """Of forward and backward. The counter does not know the CPU's fused attention, so plain attention is counted,
+    which has twice the products that a causal one needs."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        loss(model).backward()
+    return counter.get_total_flops()
 
 
-def bench_checkpoint() -> None:
-    payload = {"format": checkpoint.FORMAT_VERSION, "weights": torch.randn(30_000_000)}
+# --- The scripts' loop, beside the bare computation ------------------------------------------------------------------
+
+
+class Enough(Exception):
+    """Ends a run whose steps have been timed."""
+
+
+STEPS = omni.loop._Training._steps  # as it is before anyone watches
+
+
+@dataclass
+class Watch:
+    """Sits in the loop of a real run, and times its steps in blocks: first as the loop makes them, then bare.
+
+    While bare steps run, the loader's workers prepare batches for which the loop might have had to wait; so that many
+    steps go by before each block.
+    """
+
+    sizes: Sizes
+    stage: str = ""
+    waits: list[float] = field(default_factory=list)  # of each block: seconds for batches,
+    steps: list[float] = field(default_factory=list)  # for all that the loop does, with them,
+    bare: list[float] = field(default_factory=list)  # and for the same steps bare
+
+    def loop(self, training: omni.loop._Training) -> Iterator[list[dict]]:
+        """In the place of ``_Training._steps``."""
+        self.stage, steps = training.run.stage.name, STEPS(training)
+        for block in range(1 + self.sizes.blocks):
+            for _ in range(PREFETCHED * training.config.num_workers):
+                yield next(steps)
+            batches, wait, started = [], 0.0, time.perf_counter()
+            for _ in range(self.sizes.block_steps):
+                asked = time.perf_counter()
+                batches.append(next(steps))
+                wait += time.perf_counter() - asked
+                yield batches[-1]  # the loop comes back when it wants the next
+            looped = time.perf_counter()
+            for micro_batches in batches:
+                bare_step(training, micro_batches)
+            if block > 0:  # the first one warms up
+                self.waits.append(wait)
+                self.steps.append(looped - started)
+                self.bare.append(time.perf_counter() - looped)
+        steps.close()  # and with them the loader's workers
+        raise Enough
+
+
+def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
+    """Forward, backward and optimizer of each phase, and nothing else."""
+    micro_batches = [batch | {"step": training.progress.step} for batch in micro_batches]
+    for phase in training.phases:
+        phase.optimizer.zero_grad(set_to_none=True)
+        for batch in micro_batches:
+            with training.run.autocast():
+                loss, _ = phase.loss(phase.module, batch)
+            (loss / len(micro_batches)).backward()
+        phase.optimizer.step()
+        if phase.after_update is not None:  # what no gradient moves
+            phase.after_update(torch.ones(()))
+
+
+def bench_loop(bench: Bench) -> None:
+    """The real scripts on the demo's data: time of a step in the loop, with loading, clipping, checks and logs but
+    without validation and checkpoints, over that of the bare step on the same batches; and the share of it that the
+    loop waits for batches. Of stage D it is the first training, the codec's; stage E learns from the held-out files,
+    whose features are made in seconds."""
+    for letter in STAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            config = loop_config(letter, bench.configs, folder)
+            try:
+                config.check_files()
+            except UserError as error:
+                bench.leave_out(f"loop/{letter}/overhead", str(error))
+                bench.leave_out(f"loop/{letter}/loader_share", str(error))
+                continue
+            path = Path(folder) / "config.json"
+            path.write_text(config.model_dump_json())
+            watch = watched_run(letter, path, bench.sizes)
+        ratios = [step / bare for step, bare in zip(watch.steps, watch.bare, strict=True)]
+        shares = [wait / step for wait, step in zip(watch.waits, watch.steps, strict=True)]
+        ms = 1000 * statistics.median(watch.steps) / bench.sizes.block_steps
+        note = f"step of {watch.stage} in the loop over forward, backward and optimizer alone; {ms:.0f} ms"
+        bench.add(f"loop/{letter}/overhead", statistics.median(ratios), "x", note)
+        note = f"of the loop's time is waiting for batches, num_workers {config.num_workers}"
+        bench.add(f"loop/{letter}/loader_share", 100 * statistics.median(shares), "%", note)
+
+
+def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
+    """The demo config, to be run in an empty folder for as many steps as are wanted, without interruptions."""
+    keys = {"save_dir": f"{folder}/run", "max_steps": NEVER, "val_freq": NEVER, "checkpoint_freq": NEVER}
+    if letter == "D":
+        keys |= {"codec_steps": NEVER, "audio_ckpt": None}
+    config = STAGES[letter].read(configs, **keys)
+    if letter == "E":
+        sources = ("text_path", "image_manifest", "asr_csv", "question_csv", "speech_csv")
+        held_out = {key: path for key in sources if (path := getattr(config, f"val_{key}")) is not None}
+        if "question_csv" in held_out:  # those are many
+            held_out["question_csv"] = held_out["asr_csv"]
+        config = config.model_copy(update=held_out | {f"val_{key}": None for key in held_out})
+    return config
+
+
+def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
+    """Run the stage's script in this process, until its steps have been timed."""
+    watch, said, script = Watch(sizes), io.StringIO(), importlib.import_module(STAGES[letter].script)
+    with (
+        mock.patch.object(omni.loop._Training, "_steps", lambda training: watch.loop(training)),
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        contextlib.suppress(Enough),
+    ):
+        script.main(["--config", str(config), "--device", "cpu"])
+        raise RuntimeError(f"{STAGES[letter].script}.py ended before its steps were timed:\n{said.getvalue()}")
+    return watch
+
+
+# --- Answers and speech ----------------------------------------------------------------------------------------------
+
+
+def bench_generate(bench: Bench) -> None:
+    """Greedy tokens of the demo Thinker over those of ``transformers.generate``, the same weights and prompts. Eight
+    prompts at once are answered as validation answers them, by ``OmniModel.answers``."""
+    model = omni_of_text(bench.configs).eval()
+    thinker, new = model.thinker, bench.sizes.new_tokens
+    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(thinker))["sdpa"].eval()
+    theirs.generation_config.eos_token_id = None  # no answer ends early, on either side
+    settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    prompts = torch.randint(thinker.arch.vocab_size, (8, bench.sizes.prompt))
+    lengths = torch.full((8,), bench.sizes.prompt)
+    ours = {
+        1: lambda: list(thinker.generate(prompts[0].tolist(), max_new_tokens=new)),
+        8: lambda: model.answers(thinker.embed_tokens(prompts), lengths, new, stop_ids=(-1,)),
+    }
+    for batch, answer in ours.items():
+        mask = torch.ones_like(prompts[:batch])
+        generate = partial(theirs.generate, prompts[:batch], attention_mask=mask, **settings)
+        times = bench.medians({"ours": answer, "theirs": generate}, repeats=7)
+        note = f"over transformers.generate; {batch * new / times['ours']:,.0f} tokens/s"
+        bench.add(f"generate/batch_{batch}", times["theirs"] / times["ours"], "x", note)
+
+
+def bench_speak(bench: Bench) -> None:
+    """From a sentence to its sound: computing time over the sound's own, and the time until the first piece of it.
+    With Griffin-Lim there is one piece."""
+    torch.manual_seed(0)
+    talker, codec, origin = speaking_parts(bench)
+    if bench.vocoder_ckpt is None:
+        vocoder = fold_weight_norm(Generator(STAGES["F"].read(bench.configs))).eval()
+    else:
+        vocoder = load_vocoder(bench.vocoder_ckpt, CPU)
+    kinds = {"hifigan": vocoder, "griffin_lim": None}
+    speakers = {name: Speaker(talker, codec, vocoder) for name, vocoder in kinds.items()}
+    parts: dict[str, Callable[[], object]] = {}
+    for name, speaker in speakers.items():
+        parts[f"{name}/first"] = lambda speaker=speaker: next(speaker.stream(TEXT))
+        parts[f"{name}/all"] = lambda speaker=speaker: list(speaker.stream(TEXT))
+    times = bench.medians(parts, repeats=5)
+    for name, speaker in speakers.items():
+        seconds = sum(len(piece) for piece in speaker.stream(TEXT)) / speaker.spec.sample_rate
+        note = origin if name == "griffin_lim" else f"{origin}, vocoder of {bench.vocoder_ckpt or 'random weights'}"
+        heard = f"computing over {seconds:.1f} s of speech; {note}"
+        bench.add(f"speak/{name}/real_time_factor", times[f"{name}/all"] / seconds, "x", heard)
+        bench.add(f"speak/{name}/first_sound", times[f"{name}/first"], "s", note)
+
+
+def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
+    """Talker and codec, and whose weights they have."""
+    if bench.talker_ckpt is not None:
+        return load_talker(bench.talker_ckpt, CPU), load_codec(bench.talker_ckpt, CPU), f"talker of {bench.talker_ckpt}"
+    config = STAGES["D"].read(bench.configs)
+    talker, codec = Talker(config).eval(), Codec(config).eval()
+    with torch.no_grad():
+        talker.depth.heads[0, :, -1] = 0.0  # or chance might end the sentence at its first frame
+    return talker, codec, "talker of random weights"
+
+
+# --- Checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def bench_checkpoint(bench: Bench) -> None:
+    """Sealed, synced and verified files, over those of ``torch.save``."""
+    payload = {"format": checkpoint.FORMAT_VERSION, "weights": torch.randn(bench.sizes.checkpoint_floats)}
     with tempfile.TemporaryDirectory() as folder:
         path, plain = Path(folder) / "sealed_step_1.pt", Path(folder) / "plain.pt"
-        times = medians(
-            {
-                "save": lambda: checkpoint.save(path, payload),
-                "torch.save": lambda: torch.save(payload, plain),
-                "load": lambda: checkpoint.load(path),
-                "torch.load": lambda: torch.load(plain, weights_only=True),
-            },
-            repeats=5,
-        )
-    print(
-        f"checkpoint of 120 MB, sealed, synced and verified: save {times['save'] / times['torch.save']:.1f} x "
-        f"torch.save ({times['save']:.2f} s), load {times['load'] / times['torch.load']:.1f} x torch.load "
-        f"({times['load']:.2f} s)"
-    )
+        parts = {
+            "save": lambda: checkpoint.save(path, payload),
+            "torch.save": lambda: torch.save(payload, plain),
+            "load": lambda: checkpoint.load(path),
+            "torch.load": lambda: torch.load(plain, weights_only=True),
+        }
+        times = bench.medians(parts, repeats=5)
+    megabytes = bench.sizes.checkpoint_floats * 4 / 1e6
+    for name in ("save", "load"):
+        note = f"over torch.{name}, time for {megabytes:.0f} MB; {times[name]:.2f} s"
+        bench.add(f"checkpoint/{name}", times[name] / times[f"torch.{name}"], "x", note)
 
 
-def bench_resume() -> None:
-    """Time to the first step on a million-line corpus: resumed at 99 % over fresh, both with the token cache there."""
-    import subprocess
+# --- Starting --------------------------------------------------------------------------------------------------------
 
-    with tempfile.TemporaryDirectory() as folder:
-        corpus = Path(folder) / "corpus.txt"
+
+class SmallTraining:
+    """A small Thinker on a made-up corpus, started over and over, and killed when it has made a step."""
+
+    def __init__(self, folder: str, lines: int) -> None:
+        self.folder, corpus, self.started = Path(folder), Path(folder) / "corpus.txt", 0
         with open(corpus, "w") as file:
-            file.writelines(f"line {i} says {i * 7919 % 1000} and then {i % 977}\n" for i in range(1_000_000))
+            file.writelines(f"line {i} says {i * 7919 % 1000} and then {i % 977}\n" for i in range(lines))
         keys = {
             "save_dir": f"{folder}/run", "train_text": str(corpus), "vocab_size": 512, "ctx_len": 64, "n_layers": 1,
             "d_model": 32, "n_heads": 2, "d_ff": 64, "max_epochs": 1, "batch_size": 8, "num_workers": 2,
-            "use_amp": False, "print_freq": 1, "val_split": 0.001, "val_freq": 10**9, "checkpoint_freq": 10**9,
+            "use_amp": False, "print_freq": 1, "val_split": 0.001, "val_freq": NEVER, "checkpoint_freq": NEVER,
         }  # fmt: skip
-        config = Path(folder) / "config.json"
+        config = self.folder / "config.json"
         config.write_text(json.dumps(keys))
-        command = [sys.executable, str(ROOT / "train_text.py"), "--config", str(config), "--device", "cpu"]
+        self.command = [sys.executable, str(ROOT / "train_text.py"), "--config", str(config), "--device", "cpu"]
+        # prepares tokenizer and token cache; stopped, not killed, it leaves a checkpoint
+        _, self.total_steps = self.first_step("run", end=subprocess.Popen.terminate)
 
-        def first_step(save_dir: str) -> int:
-            """Start, wait for the first step, kill; returns that step."""
-            line = [*command, "--set", f"save_dir={save_dir}"]
-            # stderr: what the orphaned workers have to say about the kill
-            process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for line in process.stdout:
-                if line.startswith("step "):
-                    process.kill()
-                    process.wait()
-                    return int(line.split()[1].split("/")[0])
-            raise SystemExit("the run ended before its first step")
+    def first_step(
+        self, save_dir: str, end: Callable[[subprocess.Popen], None] = subprocess.Popen.kill
+    ) -> tuple[int, int]:
+        """Start, wait for the first step, ``end`` it.
 
-        def total_steps() -> int:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            for line in process.stdout:
-                if line.startswith("step "):
-                    process.terminate()  # saves: the checkpoint to be moved to 99 %
-                    process.wait()
-                    return int(line.split()[1].split("/")[1])
-            raise SystemExit("the run ended before its first step")
+        Returns:
+            that step, and how many there would be.
+        """
+        line = [*self.command, "--set", f"save_dir={self.folder / save_dir}"]
+        # stderr: what the orphaned workers have to say about the kill
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for line in process.stdout:
+            if line.startswith("step "):
+                end(process)
+                process.wait()
+                step, total_steps = line.split()[1].split("/")
+                return int(step), int(total_steps)
+        raise RuntimeError("the run ended before its first step")
 
-        total = total_steps()
+    def fresh(self) -> int:
+        """First step of a new run with the tokenizer and the token cache of the first."""
+        self.started += 1
+        save_dir = self.folder / f"fresh_{self.started}"
+        save_dir.mkdir()
+        (save_dir / "tokenizer.json").write_bytes((self.folder / "run" / "tokenizer.json").read_bytes())
+        return self.first_step(save_dir.name)[0]
+
+
+def bench_resume(bench: Bench) -> None:
+    """Time to the first step on a million-line corpus: resumed at 99 % over fresh, both with the token cache there."""
+    with tempfile.TemporaryDirectory() as folder:
+        training = SmallTraining(folder, bench.sizes.corpus_lines)
         ((_, path),) = checkpoint.step_files(Path(folder) / "run", "thinker")
-        late = int(0.99 * total)
+        late = int(0.99 * training.total_steps)
         payload = checkpoint.load(path) | {"step": late, "validated_step": late}
         path.unlink()
         checkpoint.save(path.with_name(f"thinker_step_{late}.pt"), payload)
-        fresh = iter(range(100))
         steps = set()
-        times = medians(
-            {
-                "fresh": lambda: steps.add(prepare_fresh(folder, next(fresh), first_step)),
-                "resumed": lambda: steps.add(first_step(f"{folder}/run")),
-            },
-            repeats=5,
-        )
+        parts = {
+            "fresh": lambda: steps.add(training.fresh()),
+            "resumed": lambda: steps.add(training.first_step("run")[0]),
+        }
+        times = bench.medians(parts, repeats=5)
         assert steps == {1, late + 1}, steps
-    print(
-        f"first step of a million-line corpus, resumed at step {late} of {total} over fresh: "
-        f"{times['resumed'] / times['fresh']:.2f} x ({times['resumed']:.2f} s over {times['fresh']:.2f} s)"
-    )
+    note = f"at step {late} of {training.total_steps} over a fresh start; {times['resumed']:.2f} s"
+    bench.add("resume/first_step", times["resumed"] / times["fresh"], "x", note)
 
 
-def prepare_fresh(folder: str, number: int, first_step: Callable[[str], int]) -> int:
-    """A fresh run with the tokenizer and the token cache of the first."""
-    save_dir = Path(folder) / f"fresh_{number}"
-    save_dir.mkdir()
-    (save_dir / "tokenizer.json").write_bytes((Path(folder) / "run" / "tokenizer.json").read_bytes())
-    return first_step(str(save_dir))
+def bench_startup(bench: Bench) -> None:
+    """``--help`` and the first step of a small training, tokenizer and token cache being there, over the time that
+    ``import torch`` takes."""
+
+    def python(*arguments: str) -> None:
+        subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
+
+    with tempfile.TemporaryDirectory() as folder:
+        training = SmallTraining(folder, SMOKE.corpus_lines)
+        parts = {
+            "torch": lambda: python("-c", "import torch"),
+            "help": lambda: python(str(ROOT / "train_text.py"), "--help"),
+            "first_step": training.fresh,
+        }
+        times = bench.medians(parts, repeats=5)
+    for name, what in (("help", "train_text.py --help"), ("first_step", "first step of train_text.py")):
+        note = f'{what}, over python -c "import torch"; {times[name]:.2f} s over {times["torch"]:.2f} s'
+        bench.add(f"startup/{name}", times[name] / times["torch"], "x", note)
 
 
-PARTS = {"train": bench_train, "generate": bench_generate, "checkpoint": bench_checkpoint, "resume": bench_resume}
+# --- Command line ----------------------------------------------------------------------------------------------------
+
+PARTS = {
+    "train": bench_train, "loop": bench_loop, "generate": bench_generate, "speak": bench_speak,
+    "checkpoint": bench_checkpoint, "resume": bench_resume, "startup": bench_startup,
+}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def machine() -> dict:
+    """What figures depend on, beside the code."""
+    names = [line.partition(":")[2].strip() for line in cpu_facts() if line.startswith("model name")]
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def cpu_facts() -> list[str]:
+    path = Path("/proc/cpuinfo")  # on Linux
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_figures(path: Path, figures: dict[str, dict]) -> None:
+    """Into the figures that are there already, if they are of this machine and these versions."""
+    facts, kept = machine(), {}
+    if path.exists():
+        written = json.loads(path.read_text())
+        kept = written["figures"] if written["machine"] == facts else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    date = time.strftime("%Y-%m-%d %H:%M")
+    write_json(path, {"machine": facts, "date": date, "figures": kept | figures})
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}; default: all")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/bench.json", metavar="FILE", help="figures")
+    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIR", help="of the *_demo.json")
+    parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="stage D, to speak; default: random weights")
+    parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="stage F, likewise")
+    parser.add_argument("--smoke", action="store_true", help="once, and little of it: whether it runs, not how fast")
+    args = parser.parse_args(argv)
     for name in args.parts:
         if name not in PARTS:
-            parser.error(f"{name}: expected one of {', '.join(PARTS)}")
+            raise UserError(f"{name}: expected one of {', '.join(PARTS)}")
+    transformers.utils.logging.disable_progress_bar()
+    bench = Bench(SMOKE if args.smoke else Sizes(), args.configs, args.talker_ckpt, args.vocoder_ckpt)
     for name in args.parts or PARTS:
-        PARTS[name]()
+        PARTS[name](bench)
+        write_figures(args.json, bench.figures)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

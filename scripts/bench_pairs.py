@@ -1,0 +1,363 @@
+"""What ``bench.py`` compares: each stage's model beside one of ``transformers``, on the same random batch.
+
+Sizes are those of the demo configs, weights random. Dropout is 0 on both sides, since the libraries have it in other
+places, and without it the losses of most pairs are equal; tests/test_bench.py holds them to that.
+"""
+
+# B batch, T positions or frames, D model width, M mel channels, S samples, L text bytes, Q codebooks
+
+import json
+import string
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from omni.aligner import TEXT_SYMBOLS
+from omni.asr import ctc_loss
+from omni.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
+from omni.config import (
+    AudioEncoderConfig,
+    OcrConfig,
+    SftConfig,
+    StageConfig,
+    TalkerConfig,
+    TextConfig,
+    ThinkerArchitecture,
+    VisionConfig,
+    VocoderConfig,
+    sizes_of,
+)
+from omni.images import normalise
+from omni.ocr import Ocr, encode_texts, ocr_loss
+from omni.omni_model import OmniModel
+from omni.talker import Talker, talker_loss
+from omni.thinker import IGNORED, Thinker, qwen3_config, to_qwen3_state_dict
+from omni.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
+from omni.vocoder import Generator, mel_loss, mel_spec, speecht5_config
+
+# Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
+ATTENTIONS = ("sdpa", "eager")
+CHARACTERS = string.ascii_letters + string.digits + " -"  # as many as a training set of signs has, about
+
+
+@dataclass(frozen=True)
+class StageSource:
+    """Where a stage comes from."""
+
+    script: str
+    config: str  # without _demo.json
+    cls: type[StageConfig]
+
+    def read(self, configs: Path, **keys) -> StageConfig:
+        """The config in a folder of demo configs, with other ``keys``; whether its files exist is not asked."""
+        return self.cls.model_validate(json.loads((configs / f"{self.config}_demo.json").read_text()) | keys)
+
+
+STAGES = {
+    "A": StageSource("train_text", "thinker", TextConfig),
+    "B": StageSource("train_audio_enc", "audio_enc", AudioEncoderConfig),
+    "C": StageSource("train_vision", "vision", VisionConfig),
+    "D": StageSource("train_talker", "talker", TalkerConfig),
+    "E": StageSource("sft_omni", "omni_sft", SftConfig),
+    "F": StageSource("train_vocoder", "vocoder", VocoderConfig),
+    "G": StageSource("train_ocr", "ocr", OcrConfig),
+}
+
+
+@dataclass
+class Pair:
+    """One training loss, computed by ours and by theirs.
+
+    ``theirs`` are the library's ways to do it, by name; none where the library has no such model. ``equal`` says that
+    the two losses are the same number, up to rounding.
+    """
+
+    stage: str
+    what: str
+    config: StageConfig
+    ours: nn.Module
+    our_loss: Callable[[nn.Module], Tensor]
+    theirs: dict[str, nn.Module] = field(default_factory=dict)
+    their_loss: Callable[[nn.Module], Tensor] | None = None
+    equal: bool = False
+
+    @property
+    def library(self) -> str:
+        return type(next(iter(self.theirs.values()))).__name__
+
+
+def opened(cls: type, config: dict, weights: dict[str, Tensor], **keys) -> dict[str, nn.Module]:
+    """An export as the library opens it, once with each of its attentions."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        exported = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}
+        save_file(exported, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        keys |= {"dtype": torch.float32}
+        return {name: cls.from_pretrained(folder, attn_implementation=name, **keys).train() for name in ATTENTIONS}
+
+
+def random_images(count: int, height: int, width: int) -> Tensor:
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The stages
+
+
+def thinker_pair(configs: Path) -> Pair:
+    """The Thinker and Qwen3ForCausalLM: the same weights, tokens and targets, and the same loss.
+
+    Unlike in training, each target counts the same (no ``context_weight``).
+    """
+    config = STAGES["A"].read(configs, dropout=0.0)
+    ours = Thinker(config, use_flash=config.use_flash)
+    window = torch.randint(config.vocab_size, (config.batch_size, config.ctx_len + 1))
+    tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
+    return Pair(
+        "A",
+        "thinker",
+        config,
+        ours,
+        lambda model: model(tokens, targets=targets)[0],
+        opened(transformers.Qwen3ForCausalLM, *as_qwen3(ours)),
+        lambda model: model(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss,
+        equal=True,
+    )
+
+
+def as_qwen3(thinker: Thinker) -> tuple[dict, dict[str, Tensor]]:
+    """Config and weights of an equal Qwen3ForCausalLM."""
+    return qwen3_config(thinker.arch, thinker.arch.vocab_size, eos_id=0), to_qwen3_state_dict(thinker.state_dict())
+
+
+def audio_encoder_pair(configs: Path) -> Pair:
+    """The audio encoder with its CTC loss and ParakeetForCTC: the same weights, the same loss.
+
+    Our channel scales are its batch norms in evaluation. In its own training it would compute batch statistics, which
+    costs it more than is counted here. The CTC of each is its own.
+    """
+    config = STAGES["B"].read(configs, dropout=0.0)
+    ours = AudioEncoder(config, config.ctc_vocab_size, use_flash=config.use_flash)
+    # recordings of a batch are of similar length, about half of the longest
+    frames = max(8, config.max_mel_length // 2)
+    lengths = torch.linspace(0.9 * frames, frames, config.batch_size).long()
+    mask = torch.arange(frames) < lengths[:, None]  # (B, T)
+    features = torch.randn(config.batch_size, frames, config.mel_bins) * mask[..., None]
+    units = max(1, frames // config.downsample_time // 3)
+    targets = torch.randint(config.ctc_vocab_size, (config.batch_size, units))
+    batch = {"features": features, "lengths": lengths, "targets": targets}
+    batch["target_lengths"] = torch.full_like(lengths, units)
+    sizes = parakeet_config(config, config.ctc_vocab_size) | {"ctc_loss_reduction": "sum"}
+    none = dict.fromkeys(("dropout", "layerdrop", "activation_dropout", "attention_dropout"), 0.0)
+    sizes["encoder_config"] |= none
+    theirs = opened(transformers.ParakeetForCTC, sizes, to_parakeet_state_dict(ours))
+    for model in theirs.values():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.eval()
+
+    def their_loss(model: nn.Module) -> Tensor:
+        return model(input_features=features, attention_mask=mask, labels=targets).loss / targets.numel()
+
+    return Pair("B", "audio_encoder", config, ours, lambda m: ctc_loss(m, batch), theirs, their_loss, equal=True)
+
+
+def vit_pair(configs: Path) -> Pair:
+    """The ViT and ViTModel without its pooler: the same weights. The loss is a fixed sum over the states."""
+    config = STAGES["C"].read(configs)
+    ours = ViT(
+        config.img_size, config.img_size, config.patch, config.d_model, config.n_layers, config.n_heads, config.d_ff,
+        use_flash=config.use_flash,
+    )  # fmt: skip
+    images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
+    probe = torch.randn(1 + ours.n_patches, config.d_model)
+    theirs = opened(
+        transformers.ViTModel, vit_config(ours), to_vit_state_dict(ours.state_dict()), add_pooling_layer=False
+    )
+    return Pair(
+        "C",
+        "vit",
+        config,
+        ours,
+        lambda model: (model(images).float() * probe).mean(),
+        theirs,
+        lambda model: (model(pixel_values=images).last_hidden_state.float() * probe).mean(),
+        equal=True,
+    )
+
+
+def pictures_alone(configs: Path) -> Pair:
+    """All of stage C's step: both towers, contrast and word loss. No library has this model."""
+    config = STAGES["C"].read(configs, use_thinker_for_text=False)
+    images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
+    tokens = torch.randint(1, config.vocab_size, (config.batch_size, config.ctx_len))
+    ends = torch.full((config.batch_size,), config.ctx_len // 2)
+    same = torch.eye(config.batch_size, dtype=torch.bool)
+
+    def loss(model: nn.Module) -> Tensor:
+        contrast, words, _ = model(images, tokens, ends, same=same)
+        return contrast + config.word_loss * words
+
+    return Pair("C", "whole_step", config, PictureTextModel(config), loss)
+
+
+def talker_pair(configs: Path) -> Pair:
+    """The talker's decoder over frames and Qwen3Model: the same weights, the same input vectors. The loss is a fixed
+    sum over the states. What comes before and after has no counterpart: text, durations, the codes of a frame."""
+    config = STAGES["D"].read(configs, dropout=0.0)
+    talker, frames = Talker(config), 1 + config.max_mel_length // 2
+    ours = nn.ModuleDict({"layers": talker.layers, "norm": talker.norm})
+    x = torch.randn(config.batch_size, frames, config.d_model)
+    probe = torch.randn(frames, config.d_model)
+    cos, sin = talker.rope(frames)
+    sizes = qwen3_config(config.blocks, config.blocks.vocab_size, eos_id=0)
+    theirs = {}
+    for name in ATTENTIONS:
+        qwen3 = transformers.Qwen3Config(**sizes, attn_implementation=name)
+        theirs[name] = transformers.Qwen3Model(qwen3).train()
+        theirs[name].load_state_dict(ours.state_dict(), strict=False)  # it has an embedding, which nothing uses
+
+    def our_loss(model: nn.Module) -> Tensor:
+        y = x.clone().requires_grad_()  # in training its gradient goes on to what makes it
+        for layer in model["layers"]:
+            y, _ = layer(y, cos, sin, None, None)
+        return (model["norm"](y).float() * probe).mean()
+
+    def their_loss(model: nn.Module) -> Tensor:
+        states = model(inputs_embeds=x.clone().requires_grad_(), use_cache=False).last_hidden_state
+        return (states.float() * probe).mean()
+
+    return Pair("D", "talker_decoder", config, ours, our_loss, theirs, their_loss, equal=True)
+
+
+def talker_alone(configs: Path) -> Pair:
+    """All of the talker's step, with text and durations. No library has this model."""
+    config = STAGES["D"].read(configs)
+    B, T = config.batch_size, max(2, config.max_mel_length // 2)
+    batch = {
+        "symbols": torch.randint(TEXT_SYMBOLS, (B, T)),  # about a byte for each code
+        "text_lengths": torch.full((B,), T),
+        "durations": torch.full((B, T), config.slots_per_code),
+        "codes": torch.randint(config.codebook_size, (B, T, config.codebooks)),
+        "lengths": torch.full((B,), T),
+    }
+    weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
+    return Pair("D", "whole_step", config, Talker(config), lambda model: talker_loss(model, batch, **weights)[0])
+
+
+def mixed_pair(configs: Path) -> Pair:
+    """Stage E's Thinker over embeddings, answers alone having a loss, and Qwen3ForCausalLM: the same weights and loss.
+
+    Three quarters of the rows fill an eighth to a half of the context, the others up to all of it. Theirs are padded
+    to the longest, with an attention mask, and have logits at every position, as a plain implementation has them; ours
+    are grouped by length, and have logits at targets. So the gain of that is in the ratio, beside the model's own
+    speed. Projections, encoders (whose features are kept) and talker are on neither side.
+    """
+    config, omni = STAGES["E"].read(configs), omni_of_text(configs)
+    B, T, vocab_size = config.batch_size, omni.thinker.arch.ctx_len, omni.thinker.arch.vocab_size
+    sizes = torch.linspace(T / 8, T, B).long().clamp(max=T)
+    sizes[: 3 * B // 4] = torch.linspace(T / 8, T / 2, 3 * B // 4).long()
+    tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)
+    mask = place < sizes[:, None]  # (B, T)
+    answers = mask & (place >= (sizes - T // 8)[:, None])  # what is learnt stands at the end
+    targets = torch.where(answers, torch.randint(vocab_size, (B, T)), IGNORED)
+    batch = {"tokens": tokens, "targets": targets, "sizes": sizes}
+
+    def their_loss(model: nn.Module) -> Tensor:
+        inputs = {"inputs_embeds": model.get_input_embeddings()(tokens), "attention_mask": mask.long()}
+        return model(**inputs, labels=targets, shift_labels=targets, use_cache=False).loss
+
+    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(omni.thinker))
+    return Pair("E", "thinker", config, omni, lambda model: model(batch).nats, theirs, their_loss, equal=True)
+
+
+def omni_of_text(configs: Path) -> OmniModel:
+    """An omni model of stage A's sizes that neither sees nor hears."""
+    thinker = STAGES["A"].read(configs)
+    sizes = sizes_of(ThinkerArchitecture, thinker) | {"dropout": 0.0}
+    config = STAGES["E"].read(configs).model_copy(update={"parts": {"thinker": sizes}})
+    return OmniModel(config, use_flash=config.use_flash)
+
+
+def vocoder_pair(configs: Path) -> Pair:
+    """The generator with its mel loss and SpeechT5HifiGan with ours: the same weights, weight norm on both sides.
+
+    Under autocast, our last convolution is in float32, since a bf16 waveform is noisy; theirs is not. The
+    discriminators have no counterpart.
+    """
+    config = STAGES["F"].read(configs)
+    ours, spec = Generator(config), mel_spec(config)
+    theirs = transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**speecht5_config(config)))
+    theirs.apply_weight_norm()
+    theirs.load_state_dict(ours.state_dict())
+    log_mel = torch.randn(config.batch_size, config.segment_samples // config.hop_length, config.n_mels)
+    waveform = 0.1 * torch.randn(config.batch_size, config.segment_samples)
+
+    def loss(model: nn.Module) -> Tensor:
+        return mel_loss(waveform, model(log_mel).float(), spec)
+
+    return Pair("F", "generator", config, ours, loss, {"": theirs.train()}, loss, equal=True)
+
+
+def ocr_pair(configs: Path) -> Pair:
+    """OCR without its convolutional stem and its CTC loss, and VisionEncoderDecoderModel of ViT and TrOCR.
+
+    The same sizes, not the same computation: the encoders are equal; their decoder normalises after each sum, has
+    LayerNorm, GELU and no rotation, and its feed-forward is half as wide again, so that its two matrices have as many
+    weights as our three.
+    """
+    config = STAGES["G"].read(configs, conv_stem=False, ctc_weight=0.0, dropout=0.0, characters=CHARACTERS)
+    ours = Ocr(config, use_flash=config.use_flash)
+    images, symbols, targets = lines_of_text(config)
+    decoder = {
+        "vocab_size": ours.n_written + 2, "d_model": config.decoder_d_model, "decoder_layers": config.decoder_layers,
+        "decoder_attention_heads": config.decoder_heads, "decoder_ffn_dim": config.decoder_d_ff * 3 // 2,
+        "max_position_embeddings": config.max_text_length + 1, "dropout": 0.0, "is_decoder": True,
+        "add_cross_attention": True, "cross_attention_hidden_size": config.vision_d_model,
+    }  # fmt: skip
+    vits = opened(
+        transformers.ViTModel, vit_config(ours.encoder), to_vit_state_dict(ours.encoder.state_dict()),
+        add_pooling_layer=False,
+    )  # fmt: skip
+    theirs = {
+        name: transformers.VisionEncoderDecoderModel(
+            encoder=vit, decoder=transformers.TrOCRForCausalLM(transformers.TrOCRConfig(**decoder))
+        ).train()
+        for name, vit in vits.items()
+    }
+    for name, model in theirs.items():
+        model.encoder.set_attn_implementation(name)  # TrOCR has but its own
+
+    def their_loss(model: nn.Module) -> Tensor:
+        return model(pixel_values=normalise(images), decoder_input_ids=symbols, labels=targets, use_cache=False).loss
+
+    batch = {"images": images, "symbols": symbols, "targets": targets}
+    return Pair("G", "vit_and_decoder", config, ours, lambda m: ocr_loss(m, batch, 0.0)[0], theirs, their_loss)
+
+
+def ocr_alone(configs: Path) -> Pair:
+    """All of stage G's step, with stem and CTC. No library has this model."""
+    config = STAGES["G"].read(configs, characters=CHARACTERS)
+    batch = dict(zip(("images", "symbols", "targets"), lines_of_text(config), strict=True))
+    ours = Ocr(config, use_flash=config.use_flash)
+    return Pair("G", "whole_step", config, ours, lambda model: ocr_loss(model, batch, config.ctc_weight)[0])
+
+
+def lines_of_text(config: OcrConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures, symbols and targets of random lines, each half as long as the longest."""
+    drawn = torch.randint(len(CHARACTERS), (config.batch_size, max(1, config.max_text_length // 2))).tolist()
+    texts = ["".join(CHARACTERS[index] for index in line) for line in drawn]
+    return random_images(config.batch_size, config.height, config.width), *encode_texts(texts, config)
+
+
+# The second of a stage, with no library's beside it, is for its share of the machine's matrix products.
+PAIRS = (
+    thinker_pair, audio_encoder_pair, vit_pair, pictures_alone, talker_pair, talker_alone, mixed_pair, vocoder_pair,
+    ocr_pair, ocr_alone,
+)  # fmt: skip
