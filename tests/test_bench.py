@@ -1,0 +1,101 @@
+"""scripts/bench.py: what it compares is the same computation, and every part runs and leaves its figures."""
+
+import json
+import sys
+
+import pytest
+import torch
+from harness import ROOT
+from stages import AUDIO_ENC, OCR, OMNI, TALKER, TEXT, VISION, VOCODER
+
+from omni.errors import UserError
+
+pytest.importorskip("transformers")
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import bench
+import bench_pairs
+
+CASES = {
+    "thinker": TEXT, "audio_enc": AUDIO_ENC, "vision": VISION, "talker": TALKER, "omni_sft": OMNI, "vocoder": VOCODER,
+    "ocr": OCR,
+}  # fmt: skip
+BESIDE_A_LIBRARY = (
+    "A/thinker", "B/audio_encoder", "C/vit", "D/talker_decoder", "E/thinker", "F/generator", "G/vit_and_decoder",
+)  # fmt: skip
+ALONE = ("C/whole_step", "D/whole_step", "G/whole_step")
+FIGURES = {
+    *(f"train/{name}" for name in BESIDE_A_LIBRARY),
+    *(f"train/{name}/matmul_share" for name in BESIDE_A_LIBRARY + ALONE),
+    *(f"loop/{letter}/{figure}" for letter in "ABCDEFG" for figure in ("overhead", "loader_share")),
+    *("generate/batch_1", "generate/batch_8", "checkpoint/save", "checkpoint/load"),
+    *(
+        f"speak/{kind}/{figure}"
+        for kind in ("hifigan", "griffin_lim")
+        for figure in ("real_time_factor", "first_sound")
+    ),
+    *("resume/first_step", "startup/help", "startup/first_step"),
+}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The demo's configs, at the sizes and with the data of the stages' tests."""
+    folder = tmp_path_factory.mktemp("bench")
+    for name, case in CASES.items():
+        (folder / name).mkdir()
+        keys = case.training(folder / name).config
+        if name == "vocoder":  # it has to read the log-mels that the codec writes
+            keys |= {"n_mels": 80}
+        (folder / f"{name}_demo.json").write_text(json.dumps(keys))
+    return folder
+
+
+@pytest.mark.parametrize("make", bench_pairs.PAIRS, ids=lambda make: make.__name__)
+def test_both_sides_compute_the_same(configs, make):
+    torch.manual_seed(0)
+    pair = make(configs)
+    ours = pair.our_loss(pair.ours.train())
+    ours.backward()
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in pair.ours.parameters())
+    for model in pair.theirs.values():
+        if pair.equal:
+            assert pair.their_loss(model).item() == pytest.approx(ours.item(), rel=1e-4, abs=1e-7)
+        else:  # at least as much of it
+            flops = bench.count_flops(model, pair.their_loss)
+            assert flops == pytest.approx(bench.count_flops(pair.ours, pair.our_loss), rel=0.05)
+
+
+def test_every_part_leaves_its_figures(configs, tmp_path, capsys):
+    path = tmp_path / "new" / "bench.json"
+    bench.main(["--smoke", "--configs", str(configs), "--json", str(path)])
+    written = json.loads(path.read_text())
+    assert set(written["figures"]) == FIGURES
+    assert all(f["value"] > 0 for name, f in written["figures"].items() if "loader_share" not in name)
+    assert written["machine"]["torch"] == torch.__version__ and written["machine"]["threads"] == 1
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if "/" in line.split(" ")[0]} == FIGURES
+
+
+def test_figures_of_other_parts_stay_and_those_of_another_machine_go(tmp_path):
+    path, one, other = tmp_path / "bench.json", {"a": {"value": 1.0}}, {"b": {"value": 2.0}}
+    bench.write_figures(path, one)
+    bench.write_figures(path, other)
+    assert json.loads(path.read_text())["figures"] == one | other
+    path.write_text(json.dumps({"machine": bench.machine() | {"threads": 99}, "figures": one}))
+    bench.write_figures(path, other)
+    assert json.loads(path.read_text())["figures"] == other
+
+
+def test_a_stage_without_data_is_left_out_and_says_so(configs, tmp_path, monkeypatch, capsys):
+    keys = json.loads((configs / "thinker_demo.json").read_text())
+    (tmp_path / "thinker_demo.json").write_text(json.dumps(keys | {"train_text": "absent.txt"}))
+    monkeypatch.setattr(bench, "STAGES", {"A": bench.STAGES["A"]})
+    bench.main(["loop", "--smoke", "--configs", str(tmp_path), "--json", str(tmp_path / "bench.json")])
+    figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
+    assert figures["loop/A/overhead"]["value"] is None and "absent.txt" in figures["loop/A/overhead"]["note"]
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(UserError, match="trian: expected one of train, loop"):
+        bench.main(["trian"])
