@@ -182,9 +182,9 @@ class Watch:
 
     sizes: Sizes
     stage: str = ""
-    waits: list[float] = field(default_factory=list)  # of each block: seconds for batches,
-    steps: list[float] = field(default_factory=list)  # for all that the loop does, with them,
-    bare: list[float] = field(default_factory=list)  # and for the same steps bare
+    # Of each block the seconds of the loop, of its waiting for batches and of the same steps bare; and of loop and bare
+    # steps those of this process's CPU, in which neither waiting nor the workers' part of the cores is.
+    blocks: list[dict[str, float]] = field(default_factory=list)
 
     def loop(self, training: omni.loop._Training) -> Iterator[list[dict]]:
         """In the place of ``_Training._steps``."""
@@ -192,21 +192,24 @@ class Watch:
         for block in range(1 + self.sizes.blocks):
             for _ in range(PREFETCHED * training.config.num_workers):
                 yield next(steps)
-            batches, wait, started = [], 0.0, time.perf_counter()
+            batches, wait, started, started_cpu = [], 0.0, time.perf_counter(), time.process_time()
             for _ in range(self.sizes.block_steps):
                 asked = time.perf_counter()
                 batches.append(next(steps))
                 wait += time.perf_counter() - asked
                 yield batches[-1]  # the loop comes back when it wants the next
-            looped = time.perf_counter()
+            looped, looped_cpu = time.perf_counter(), time.process_time()
             for micro_batches in batches:
                 bare_step(training, micro_batches)
             if block > 0:  # the first one warms up
-                self.waits.append(wait)
-                self.steps.append(looped - started)
-                self.bare.append(time.perf_counter() - looped)
+                seconds = {"loop": looped - started, "wait": wait, "bare": time.perf_counter() - looped}
+                cpu = {"loop_cpu": looped_cpu - started_cpu, "bare_cpu": time.process_time() - looped_cpu}
+                self.blocks.append(seconds | cpu)
         steps.close()  # and with them the loader's workers
         raise Enough
+
+    def ratio(self, part: str, whole: str) -> float:
+        return statistics.median(block[part] / block[whole] for block in self.blocks)
 
 
 def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
@@ -234,19 +237,19 @@ def bench_loop(bench: Bench) -> None:
             try:
                 config.check_files()
             except UserError as error:
-                bench.leave_out(f"loop/{letter}/overhead", str(error))
-                bench.leave_out(f"loop/{letter}/loader_share", str(error))
+                for figure in ("overhead", "own_overhead", "loader_share"):
+                    bench.leave_out(f"loop/{letter}/{figure}", str(error))
                 continue
             path = Path(folder) / "config.json"
             path.write_text(config.model_dump_json())
             watch = watched_run(letter, path, bench.sizes)
-        ratios = [step / bare for step, bare in zip(watch.steps, watch.bare, strict=True)]
-        shares = [wait / step for wait, step in zip(watch.waits, watch.steps, strict=True)]
-        ms = 1000 * statistics.median(watch.steps) / bench.sizes.block_steps
+        ms = 1000 * statistics.median(block["loop"] for block in watch.blocks) / bench.sizes.block_steps
         note = f"step of {watch.stage} in the loop over forward, backward and optimizer alone; {ms:.0f} ms"
-        bench.add(f"loop/{letter}/overhead", statistics.median(ratios), "x", note)
+        bench.add(f"loop/{letter}/overhead", watch.ratio("loop", "bare"), "x", note)
+        note = "the same in this process's CPU time: what the loop itself does, whatever the workers take of the cores"
+        bench.add(f"loop/{letter}/own_overhead", watch.ratio("loop_cpu", "bare_cpu"), "x", note)
         note = f"of the loop's time is waiting for batches, num_workers {config.num_workers}"
-        bench.add(f"loop/{letter}/loader_share", 100 * statistics.median(shares), "%", note)
+        bench.add(f"loop/{letter}/loader_share", 100 * watch.ratio("wait", "loop"), "%", note)
 
 
 def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:

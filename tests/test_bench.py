@@ -27,7 +27,7 @@ ALONE = ("C/whole_step", "D/whole_step", "G/whole_step")
 FIGURES = {
     *(f"train/{name}" for name in BESIDE_A_LIBRARY),
     *(f"train/{name}/matmul_share" for name in BESIDE_A_LIBRARY + ALONE),
-    *(f"loop/{letter}/{figure}" for letter in "ABCDEFG" for figure in ("overhead", "loader_share")),
+    *(f"loop/{letter}/{figure}" for letter in "ABCDEFG" for figure in ("overhead", "own_overhead", "loader_share")),
     *("generate/batch_1", "generate/batch_8", "checkpoint/save", "checkpoint/load"),
     *(
         f"speak/{kind}/{figure}"
