@@ -29,6 +29,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 import transformers
 from bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
@@ -64,8 +65,8 @@ class Sizes:
     matmul: int = 2048  # rows and columns
     prompt: int = 16
     new_tokens: int = 96
-    blocks: int = 6  # of so many steps each, in the part loop
-    block_steps: int = 6
+    blocks: int = 5  # of so many steps each, in the part loop
+    block_steps: int = 5
     checkpoint_floats: int = 30_000_000
     corpus_lines: int = 1_000_000
 
@@ -174,17 +175,19 @@ STEPS = omni.loop._Training._steps  # as it is before anyone watches
 
 @dataclass
 class Watch:
-    """Sits in the loop of a real run, and times its steps in blocks: first as the loop makes them, then bare.
+    """Sits in the loop of a real run, and times it in blocks of steps: some as the loop makes them, the next ones bare.
 
-    While bare steps run, the loader's workers prepare batches for which the loop might have had to wait; so that many
-    steps go by before each block.
+    Both on batches that are new, since oneDNN makes kernels for each shape when it first meets it. What the one block
+    is more work than the other is seen from bare steps on both of them once more. While bare steps run, the loader's
+    workers prepare batches for which the loop might have had to wait; so that many steps go by before each block.
     """
 
     sizes: Sizes
     stage: str = ""
-    # Of each block the seconds of the loop, of its waiting for batches and of the same steps bare; and of loop and bare
-    # steps those of this process's CPU, in which neither waiting nor the workers' part of the cores is.
-    blocks: list[dict[str, float]] = field(default_factory=list)
+    # of each block: seconds of the loop, and of the same steps bare, on the clock and of this process's CPU
+    loops: list[np.ndarray] = field(default_factory=list)
+    bares: list[np.ndarray] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)  # seconds of the loop's on the clock, for batches
 
     def loop(self, training: omni.loop._Training) -> Iterator[list[dict]]:
         """In the place of ``_Training._steps``."""
@@ -192,24 +195,39 @@ class Watch:
         for block in range(1 + self.sizes.blocks):
             for _ in range(PREFETCHED * training.config.num_workers):
                 yield next(steps)
-            batches, wait, started, started_cpu = [], 0.0, time.perf_counter(), time.process_time()
+            looped, wait, started = [], 0.0, now()
             for _ in range(self.sizes.block_steps):
                 asked = time.perf_counter()
-                batches.append(next(steps))
+                looped.append(next(steps))
                 wait += time.perf_counter() - asked
-                yield batches[-1]  # the loop comes back when it wants the next
-            looped, looped_cpu = time.perf_counter(), time.process_time()
-            for micro_batches in batches:
-                bare_step(training, micro_batches)
+                yield looped[-1]  # the loop comes back when it wants the next
+            seconds = now() - started
+            others = [next(steps) for _ in looped]
+            bare = bare_seconds(training, others)
+            bare = bare * bare_seconds(training, looped) / bare_seconds(training, others)
             if block > 0:  # the first one warms up
-                seconds = {"loop": looped - started, "wait": wait, "bare": time.perf_counter() - looped}
-                cpu = {"loop_cpu": looped_cpu - started_cpu, "bare_cpu": time.process_time() - looped_cpu}
-                self.blocks.append(seconds | cpu)
+                self.loops.append(seconds)
+                self.bares.append(bare)
+                self.waits.append(wait)
         steps.close()  # and with them the loader's workers
         raise Enough
 
-    def ratio(self, part: str, whole: str) -> float:
-        return statistics.median(block[part] / block[whole] for block in self.blocks)
+    def overheads(self) -> tuple[float, float]:
+        """Of the loop over the bare steps, on the clock and of this process's CPU."""
+        wall, cpu = np.median(np.stack(self.loops) / np.stack(self.bares), axis=0).tolist()
+        return wall, cpu
+
+
+def now() -> np.ndarray:
+    """Seconds on the clock, and of this process's CPU: in these are neither waiting nor what workers compute."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def bare_seconds(training: omni.loop._Training, steps: list[list[dict]]) -> np.ndarray:
+    started = now()
+    for micro_batches in steps:
+        bare_step(training, micro_batches)
+    return now() - started
 
 
 def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
@@ -228,9 +246,11 @@ def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
 
 def bench_loop(bench: Bench) -> None:
     """The real scripts on the demo's data: time of a step in the loop, with loading, clipping, checks and logs but
-    without validation and checkpoints, over that of the bare step on the same batches; and the share of it that the
-    loop waits for batches. Of stage D it is the first training, the codec's; stage E learns from the held-out files,
-    whose features are made in seconds."""
+    without validation and checkpoints, over that of the bare step; and the share of it that the loop waits for batches.
+
+    Of stage D it is the first training, the codec's; stage E learns from the held-out files, whose features are made
+    in seconds.
+    """
     for letter in STAGES:
         with tempfile.TemporaryDirectory() as folder:
             config = loop_config(letter, bench.configs, folder)
@@ -243,13 +263,15 @@ def bench_loop(bench: Bench) -> None:
             path = Path(folder) / "config.json"
             path.write_text(config.model_dump_json())
             watch = watched_run(letter, path, bench.sizes)
-        ms = 1000 * statistics.median(block["loop"] for block in watch.blocks) / bench.sizes.block_steps
+        overhead, own_overhead = watch.overheads()
+        ms = 1000 * statistics.median(loop[0] for loop in watch.loops) / bench.sizes.block_steps
         note = f"step of {watch.stage} in the loop over forward, backward and optimizer alone; {ms:.0f} ms"
-        bench.add(f"loop/{letter}/overhead", watch.ratio("loop", "bare"), "x", note)
+        bench.add(f"loop/{letter}/overhead", overhead, "x", note)
         note = "the same in this process's CPU time: what the loop itself does, whatever the workers take of the cores"
-        bench.add(f"loop/{letter}/own_overhead", watch.ratio("loop_cpu", "bare_cpu"), "x", note)
+        bench.add(f"loop/{letter}/own_overhead", own_overhead, "x", note)
+        share = statistics.median(wait / loop[0] for wait, loop in zip(watch.waits, watch.loops, strict=True))
         note = f"of the loop's time is waiting for batches, num_workers {config.num_workers}"
-        bench.add(f"loop/{letter}/loader_share", 100 * watch.ratio("wait", "loop"), "%", note)
+        bench.add(f"loop/{letter}/loader_share", 100 * share, "%", note)
 
 
 def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
