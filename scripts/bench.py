@@ -1,6 +1,6 @@
 """Speed, as ratios: each figure is measured beside its reference in the same process, medians of alternating runs.
 
-    python scripts/bench.py                  all of it, some minutes on 2 cores
+    python scripts/bench.py                  all of it, about ten minutes on 2 cores
     python scripts/bench.py train resume     some parts
 
 What is measured is printed, one table line a figure, and written to --json, where figures of parts that were not run
@@ -66,7 +66,7 @@ class Sizes:
     prompt: int = 16
     new_tokens: int = 96
     blocks: int = 5  # of so many steps each, in the part loop
-    block_steps: int = 5
+    block_steps: int = 4
     checkpoint_floats: int = 30_000_000
     corpus_lines: int = 1_000_000
 
