@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
         config, model, tokenizer = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
         run.config = config  # with the sizes of the parts, and the checkpoint has them too
-        keep_tokenizer(run, tokenizer)
         model.to(run.device)
         if config.use_compile:  # the encoders see another number of pictures in every batch
             model.thinker.compile(dynamic=False)
@@ -51,6 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)
         tasks, val_tasks, data = prepare_tasks(run, config, inputs)
+        keep_tokenizer(run, tokenizer)  # not before: what cannot be trained on leaves nothing behind
         if config.keep_features:
             keep_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
         mix = Mix(tasks, config.task_weights, inputs, config.seed)

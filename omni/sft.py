@@ -306,7 +306,7 @@ class Conversations(TaskRows):
         content = message.get("content")
         if isinstance(content, str) and (content.strip() or message.get("role") != "assistant"):
             return content
-        if not isinstance(content, list) or message.get("role") == "assistant":
+        if not isinstance(content, list) or not content or message.get("role") == "assistant":
             raise BadRow(f'expected text, or of a user a list of parts in "content", found {json.dumps(content)[:60]}')
         return [self._part(part) for part in content]
 
@@ -315,7 +315,7 @@ class Conversations(TaskRows):
         if kind == "text" and isinstance(part.get("text"), str):
             return {"type": "text", "text": part["text"]}
         if kind == "image":
-            return self.picture(part)
+            return self.picture({"image": part.get("image")})
         if kind == "audio":
             return self.sound({"wav": part.get("audio"), "text": str(part.get("text", ""))})
         raise BadRow(f"expected a part of type text, image or audio, found {json.dumps(part)[:60]}")

@@ -612,6 +612,8 @@ def test_signs_and_conversations(tmp_path):
         ([user({"type": "image", "image": "nowhere.png"}), says("b")], "found none at"),
         ([user({"type": "image", "image": "../1.png"}), says("b")], "leaves the folder"),
         ([user({"type": "audio", "audio": 7}), says("b")], "file name"),
+        ([user({"type": "image"}), says("b")], "file name"),
+        ([user(), says("b")], "expected text"),
         ([user(text("a")), says("")], "expected text"),
     ]
     lines = [{"messages": messages} for messages in (talk, *(messages for messages, _ in bad))]
@@ -785,3 +787,11 @@ def test_the_mix_as_an_object_and_a_mix_of_text_alone(tmp_path):
         with pytest.raises(BadRow, match="has no"):
             attach(tmp_path / file)
     assert list(model.generate(inputs, [user(text("cat"))], max_new_tokens=3)) is not None
+
+
+def test_a_mix_that_cannot_be_read_leaves_no_tokenizer_behind(tmp_path):
+    """Or a later try with another Thinker would be told to use a new folder."""
+    (tmp_path / "empty.json").write_text("[]")
+    training = OMNI.training(tmp_path, image_manifest=str(tmp_path / "empty.json"))
+    assert training.run().returncode == 2
+    assert not (training.save_dir / "tokenizer.json").exists()
