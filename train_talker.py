@@ -57,6 +57,7 @@ CODEC = Stage("codec", prefix="rvq_codec", final="rvq_codec.pt", unit="frames", 
 ALIGNER = Stage("aligner", prefix="aligner", final="aligner.pt", unit="bytes", best_metric="nats_per_byte")
 STAGE = Stage("talker", prefix="talker", final="talker.pt", unit="codes", best_metric="code_perplexity")
 COLUMNS = ("text", "wav")
+MADE_OF = {"codec": (ALIGNER, STAGE), "aligner": (STAGE,)}  # part -> those that another one would not fit to
 PARTS = (SpeechClips, SpokenTexts)  # what the codec learns from, and the aligner
 
 
@@ -222,7 +223,8 @@ def train_part(
     validation = Validation(ResumableDataset(val_source, **own, shuffle=False), *judge) if len(val_source) else None
     optimizer = build_optimizer(model, config)
     phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=config.lr, after_update=after_update)
-    return train(run, [phase], ResumableDataset(source, **own, **how), fingerprint=data, validation=validation)
+    train_set, made_of_it = ResumableDataset(source, **own, **how), MADE_OF[run.stage.name]
+    return train(run, [phase], train_set, fingerprint=data, validation=validation, made_of_it=made_of_it)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from omni.config import StageConfig, drift
 from omni.data import ResumableDataset, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
 from omni.optim import Muon, set_lr, warmup_cosine
-from omni.runtime import Run, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
+from omni.runtime import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
 # (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
 LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
@@ -80,6 +80,7 @@ def train(
     fingerprint: dict[str, str],
     validation: Validation | None = None,
     summary: dict[str, float] | None = None,
+    made_of_it: tuple[Stage, ...] = (),
 ) -> dict[str, float]:
     """Train to ``max_steps`` (or ``max_epochs``), from wherever ``save_dir`` says the run stands.
 
@@ -87,6 +88,8 @@ def train(
         phases: in the order in which each step runs them. The last one's module goes into the final file.
         fingerprint: digests of the data; a resumed run must have the same.
         summary: facts to keep beside the metrics in the final file.
+        made_of_it: of a ``Run.part``, those whose models are made of this one's: once one of them has a file, a
+            finished training takes no more steps.
 
     Returns:
         The metrics of the final file: those of the best validated step.
@@ -96,11 +99,11 @@ def train(
         RunError: losses that are not finite, a full disk, checkpoints all damaged.
         Interrupted: asked to stop; everything is saved.
     """
-    return _Training(run, phases, dataset, fingerprint, validation, summary or {}).run_to_the_end()
+    return _Training(run, phases, dataset, fingerprint, validation, summary or {}, made_of_it).run_to_the_end()
 
 
 class _Training:
-    def __init__(self, run, phases, dataset, fingerprint, validation, summary) -> None:
+    def __init__(self, run, phases, dataset, fingerprint, validation, summary, made_of_it) -> None:
         self.run: Run = run
         self.config: StageConfig = run.config
         self.phases: list[Phase] = phases
@@ -108,6 +111,7 @@ class _Training:
         self.fingerprint = fingerprint | {"samples": str(len(dataset.source))}
         self.validation: Validation | None = validation
         self.summary = summary
+        self.made_of_it: tuple[Stage, ...] = made_of_it
         self.progress = Progress()
         self.total_steps = self.config.max_steps or self.config.max_epochs * dataset.steps_per_epoch
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
@@ -127,6 +131,7 @@ class _Training:
         if progress.step >= self.total_steps and (final := self._existing_final()):
             run.log(f"already finished at step {progress.step}: {self.final_path}")
             return final["metrics"]
+        self._refuse_to_extend()
         run.open_logs(progress.step)
         self._announce(harmless)
         run.start_bar(self.total_steps, progress.step)
@@ -462,6 +467,19 @@ class _Training:
             )
         self.progress.step = done
         return self._refuse_drift(self.final_path, final)
+
+    def _refuse_to_extend(self) -> None:
+        """
+        Raises:
+            UserError: this training is finished, and what was made of its model would not fit to a longer one's.
+        """
+        run, key = self.run, f"{self.run.stage.name}_steps"
+        found = sorted(file for stage in self.made_of_it for file in run.save_dir.glob(f"{stage.prefix}*.pt"))
+        if found and self.progress.step < self.total_steps and self._existing_final():
+            raise UserError(
+                f"{self.final_path}: finished at step {self.progress.step}, and {found[0].name} was made of it, so "
+                f"{key} cannot be {self.total_steps}. Use a new save_dir, or put {key} back to {self.progress.step}"
+            )
 
     def _refuse_drift(self, path, payload: dict) -> list[str]:
         """

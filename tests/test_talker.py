@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import Process, Training, run_script
+from harness import Process, Training, kill_at, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
@@ -451,6 +451,28 @@ def test_another_codec_is_another_training(trained, tmp_path):
     only_error(trained.changed(max_steps=9).run(), "another codec than", "new save_dir")
     (trained.save_dir / "rvq_codec.pt").unlink()
     only_error(trained.changed(max_steps=9).run(), "data (codec)", "new save_dir")
+
+
+def test_a_part_that_others_were_made_of_takes_no_more_steps(tmp_path):
+    few = {"codec_ckpt": None, "codec_steps": 4, "aligner_steps": 4, "max_steps": 4, "max_epochs": None}
+    training = TALKER.training(tmp_path, **few)
+    training.finish()
+    before = {path: path.read_bytes() for path in training.save_dir.rglob("*") if path.is_file()}
+    for key, file, later in (
+        ("codec_steps", "rvq_codec.pt", "aligner.pt"),
+        ("aligner_steps", "aligner.pt", "talker.pt"),
+    ):
+        only_error(training.changed(**{key: 6}).run(), file, later, f"{key} cannot be 6", "new save_dir", "back to 4")
+    assert {path: path.read_bytes() for path in training.save_dir.rglob("*") if path.is_file()} == before
+    (training.save_dir / "rvq_codec.pt").unlink()
+    training.changed(max_steps=6).finish()  # written again, and only the talker trained on
+    assert torch.load(training.save_dir / "rvq_codec.pt", weights_only=True)["metrics"]["trained_steps"] == 4
+    alone = TALKER.training(tmp_path, save_dir="alone", **few)
+    alone.changed(prelude=kill_at("omni.loop:_Training._train_step", 5)).run()  # the first of the aligner
+    for path in alone.save_dir.glob("*.pt"):
+        assert path.name.startswith("rvq_codec")
+    alone.changed(codec_steps=6).finish()
+    assert torch.load(alone.save_dir / "rvq_codec.pt", weights_only=True)["metrics"]["trained_steps"] == 6
 
 
 @pytest.mark.parametrize("key", ["codec_ckpt", "audio_ckpt", "vocoder_ckpt"])
