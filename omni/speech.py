@@ -55,10 +55,11 @@ class Speaker:
         """What stage D, and if given stage F, left in their folders.
 
         Raises:
-            UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
+            UserError: nothing there, damaged, or parts that do not fit together.
         """
+        codec = load_codec(folder, device)
         vocoder = None if vocoder_folder is None else load_vocoder(vocoder_folder, device)
-        return cls(load_talker(folder, device), load_codec(folder, device), vocoder)
+        return cls(load_talker(folder, device, codec), codec, vocoder)
 
     # Many texts at once ------------------------------------------------------------------------------------------
 
