@@ -5,7 +5,8 @@
 The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
 trains the discriminators, then the generator, on random segments. What it makes of held-out clips is written to
 save_dir/samples at each validation, beside what Griffin-Lim makes of them. It can run beside all other stages;
-codec_ckpt fine-tunes it to the log-mels of stage D's codec.
+codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more max_steps, it goes
+on from there.
 """
 
 from dataclasses import asdict
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.audio import log_mel, mel_statistics
+from omni.codec import fingerprint
 from omni.config import VocoderConfig
 from omni.data import ResumableDataset
 from omni.loop import Phase, Validation, train
@@ -130,11 +132,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.log("no held-out clips (val_split is 0, or there are very few rows): nothing will be validated")
 
         # --- Train -----------------------------------------------------------------------------------------------
+        data = {"train": manifest.sha256, "validation": val_manifest.sha256}
+        if codec is not None:  # a training without one may go on with it, but not with another one or without it again
+            data["codec"] = fingerprint(codec)
         return train(
             run,
             phases,
             train_set,
-            fingerprint={"train": manifest.sha256, "validation": val_manifest.sha256},
+            fingerprint=data,
             validation=validation,
         )
 

@@ -370,6 +370,23 @@ def test_say_uses_a_vocoder_of_the_same_log_mels_only(tmp_path):
     only_error(VOCODER.training(folder, save_dir="fine", codec_ckpt=str(talker.save_dir)).run(), "other log-mels")
 
 
+def test_a_vocoder_may_take_up_a_codec_but_not_change_it(trained, tmp_path):
+    from omni import checkpoint
+
+    folder, other = tmp_path / "stage f", tmp_path / "other codec"
+    for path in (folder, other):
+        path.mkdir()
+    codec = checkpoint.load(trained.save_dir / "rvq_codec.pt")
+    codec["model"]["patch_in.bias"] += 1
+    checkpoint.save(other / "rvq_codec.pt", codec)
+    plain = VOCODER.training(folder, max_steps=3, max_epochs=None, n_mels=80)
+    plain.finish()
+    fine = plain.changed(codec_ckpt=str(trained.save_dir), max_steps=5)
+    assert "resumed at step 3" in fine.finish().stdout
+    only_error(fine.changed(codec_ckpt=str(other), max_steps=7).run(), "data (codec)", "new save_dir")
+    only_error(fine.changed(codec_ckpt=None, max_steps=7).run(), "data (codec)", "-> absent")
+
+
 def only_error_last(process: Process, fragment: str) -> None:
     assert process.returncode == 2 and fragment in process.stderr.splitlines()[-1], process.stderr
 
