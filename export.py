@@ -16,7 +16,6 @@ the same bytes; a killed one leaves nothing that could be taken for an export.
 import argparse
 import sys
 from collections.abc import Container
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -43,6 +42,7 @@ from omni.config import (
     ThinkerArchitecture,
     VisionConfig,
     VocoderConfig,
+    refuse_others,
     sizes_of,
 )
 from omni.ctc import CtcTokenizer
@@ -72,8 +72,7 @@ from omni.runtime import OneLineErrors, launch
 from omni.thinker import qwen3_config, to_qwen3_state_dict
 from omni.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer, chat_template
 from omni.vision_encoder import to_vit_state_dict, vit_config
-from omni.vocoder import Generator, fold_weight_norm, speecht5_config, to_speecht5_state_dict
-from omni.vocoder import mel_spec as vocoder_mel_spec
+from omni.vocoder import Generator, fold_weight_norm, refuse_other_mels, speecht5_config, to_speecht5_state_dict
 
 # part -> stage in the checkpoint, prefix of its step files, final file, its config, what of that are sizes
 STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None]] = {
@@ -293,7 +292,7 @@ def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftCo
         say("no --talker_ckpt: this export does not speak")
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
-    refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes, ())
+    refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
     refuse_other_codec(args.talker_ckpt / talker.file, talker.data, codec.module)
     if "talker" in parts:  # stage E's, which hears the Thinker
         if sft.origins["codec"] != fingerprint(codec.module):
@@ -309,24 +308,8 @@ def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftCo
         say("no --vocoder_ckpt: speech will be made by Griffin-Lim")
         return
     parts["vocoder"] = load_part("vocoder", args.vocoder_ckpt)
-    reads, writes = vocoder_mel_spec(parts["vocoder"].module.config), codec_mel_spec(codec.module.arch)
-    refuse_others(args.vocoder_ckpt, asdict(reads), args.talker_ckpt, asdict(writes), (), "its log-mels")
-
-
-def refuse_others(
-    one: Path, sizes: dict, other: Path, other_sizes: dict, may_differ: Container[str], what: str = "it"
-) -> None:
-    """
-    Raises:
-        UserError: two things that must be of one make are not; the message names both and each difference.
-    """
-    found = [
-        f"{key} {sizes[key]} here, {value} there"
-        for key, value in other_sizes.items()
-        if sizes.get(key) != value and key not in may_differ
-    ]
-    if found:
-        raise UserError(f"{one}: {what} does not fit to {other}: {', '.join(found)}")
+    reads, writes = parts["vocoder"].module.config, codec_mel_spec(codec.module.arch)
+    refuse_other_mels(args.vocoder_ckpt, reads, args.talker_ckpt, writes)
 
 
 def say(notice: str) -> None:

@@ -21,7 +21,7 @@ from omni.speech import Speaker
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import StreamDecoder, Tokenizer
 from omni.video import load_frames
-from omni.vocoder import load_vocoder
+from omni.vocoder import load_vocoder_for
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 
@@ -253,7 +253,8 @@ def load_speaker(
         speaker = merged.speaker(device)
         facts = merged.components["talker"]
         if vocoder_ckpt is not None:
-            speaker = Speaker(speaker.talker, speaker.codec, load_vocoder(vocoder_ckpt, device), hears=speaker.hears)
+            vocoder = load_vocoder_for(source, speaker.spec, vocoder_ckpt, device)
+            speaker = Speaker(speaker.talker, speaker.codec, vocoder, hears=speaker.hears)
         speaker.hears = speaker.hears and talker_ckpt is None  # another export's hears another Thinker
     else:
         speaker = Speaker.load(source, vocoder_ckpt, device)

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -845,6 +846,27 @@ def read_sizes(cls: type[ModelType], sizes: dict) -> ModelType:
     if cls is SftConfig:
         rest["text_path"] = "-"
     return cls.model_validate(rest | sizes)
+
+
+def refuse_others(
+    one: Path | str,
+    sizes: dict,
+    other: Path | str,
+    other_sizes: dict,
+    may_differ: Container[str] = (),
+    what: str = "it does",
+) -> None:
+    """
+    Raises:
+        UserError: two things that must be of one make are not; the message names both and each difference.
+    """
+    found = [
+        f"{key} {sizes[key]} here, {value} there"
+        for key, value in other_sizes.items()
+        if sizes.get(key) != value and key not in may_differ
+    ]
+    if found:
+        raise UserError(f"{one}: {what} not fit to {other}: {', '.join(found)}")
 
 
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:

@@ -19,12 +19,10 @@ from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.ctc import normalise_text
-from omni.errors import UserError
 from omni.manifest import BadRow, Manifest
 from omni.runtime import Run
 from omni.talker import Talker, load_talker, talker_metrics, talker_sums
-from omni.vocoder import Generator, load_vocoder
-from omni.vocoder import mel_spec as vocoder_mel_spec
+from omni.vocoder import Generator, load_vocoder_for, refuse_other_mels
 
 MAX_SECONDS = 60.0
 FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time whose sound is handed out together
@@ -42,11 +40,8 @@ class Speaker:
     def __init__(self, talker: Talker, codec: Codec, vocoder: Generator | None = None, *, hears: bool = False) -> None:
         self.talker, self.codec, self.vocoder, self.hears = talker, codec, vocoder, hears
         self.spec = mel_spec(codec.arch)
-        if vocoder is not None and vocoder_mel_spec(vocoder.config) != self.spec:
-            raise UserError(
-                f"the vocoder was trained on other log-mels than the codec: {vocoder_mel_spec(vocoder.config)}, "
-                f"expected {self.spec}"
-            )
+        if vocoder is not None:
+            refuse_other_mels("the vocoder", vocoder.config, "the codec", self.spec)
         self.code_s = codec.arch.frame_ms / 1000
         self.max_frames = int(MAX_SECONDS / self.code_s)
 
@@ -58,7 +53,7 @@ class Speaker:
             UserError: nothing there, damaged, or parts that do not fit together.
         """
         codec = load_codec(folder, device)
-        vocoder = None if vocoder_folder is None else load_vocoder(vocoder_folder, device)
+        vocoder = load_vocoder_for(folder, mel_spec(codec.arch), vocoder_folder, device)
         return cls(load_talker(folder, device, codec), codec, vocoder)
 
     # Many texts at once ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import contextlib
 import math
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from omni import checkpoint
 from omni.audio import MelSpec, griffin_lim, load_audio, log_mel
-from omni.config import VocoderConfig
-from omni.errors import UserError
+from omni.config import VocoderConfig, refuse_others
 from omni.manifest import Manifest, Rows
 
 SLOPE = 0.1  # of the leaky ReLUs
@@ -39,6 +39,14 @@ def mel_spec(config: VocoderConfig) -> MelSpec:
         n_mels=config.n_mels,
         f_max=config.sample_rate / 2,
     )
+
+
+def refuse_other_mels(vocoder: Path | str, config: VocoderConfig, codec: Path | str, spec: MelSpec) -> None:
+    """
+    Raises:
+        UserError: ``vocoder``, of ``config``, reads other log-mels than ``codec`` writes: each difference.
+    """
+    refuse_others(vocoder, asdict(mel_spec(config)), codec, asdict(spec), what="its log-mels do")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,6 +159,21 @@ def load_vocoder(folder: str | Path, device: torch.device | str) -> Generator:
     model = Generator(VocoderConfig.model_validate(stage["config"]))
     checkpoint.load_weights(model, stage["model"], Path(folder))
     return fold_weight_norm(model).to(device).eval()
+
+
+def load_vocoder_for(
+    codec: Path | str, spec: MelSpec, folder: str | Path | None, device: torch.device | str
+) -> Generator | None:
+    """``load_vocoder`` for the log-mels of ``codec``, which messages name so; None without a folder.
+
+    Raises:
+        UserError: no checkpoint there, a damaged one, or one of other log-mels.
+    """
+    if folder is None:
+        return None
+    vocoder = load_vocoder(folder, device)
+    refuse_other_mels(folder, vocoder.config, codec, spec)
+    return vocoder
 
 
 def to_speecht5_state_dict(model: Generator) -> dict[str, Tensor]:
@@ -378,11 +401,7 @@ def load_codec_of(config: VocoderConfig) -> nn.Module | None:
     from omni.codec import mel_spec as codec_mel_spec
 
     codec = load_codec(config.codec_ckpt, "cpu")
-    if codec_mel_spec(codec.arch) != mel_spec(config):
-        raise UserError(
-            f"{config.codec_ckpt}: the codec is of other log-mels than this config: {codec_mel_spec(codec.arch)}, "
-            f"expected {mel_spec(config)}"
-        )
+    refuse_other_mels("this config", config, config.codec_ckpt, codec_mel_spec(codec.arch))
     return codec
 
 

@@ -305,7 +305,7 @@ def test_what_the_folder_cannot_do_is_one_line(folders, merged, media, chat, tmp
     for option, file in (("--vocoder_ckpt", "hifigan.pt"), ("--talker_ckpt", "talker.pt")):
         assert file in chat.refuses(merged, "--text", "red", option, absent, *wav)
     assert "ocr.pt" in chat.refuses(merged, "--ocr", "--image", media["picture"], "--ocr_ckpt", absent)
-    assert "trained on other log-mels" in chat.refuses(
+    assert "its log-mels do not fit to" in chat.refuses(
         merged, "--text", "red", *wav, "--vocoder_ckpt", str(other_vocoder(folders, tmp_path))
     )
     assert not (tmp_path / "said.wav").exists()

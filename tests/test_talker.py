@@ -366,8 +366,10 @@ def test_say_uses_a_vocoder_of_the_same_log_mels_only(tmp_path):
     process = run_script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(wide.save_dir))
     assert process.returncode == 0 and "Griffin-Lim" not in process.stderr, process.stderr
     process = run_script(talker, "infer_chat.py", *say, "--vocoder_ckpt", str(narrow.save_dir))
-    only_error_last(process, "other log-mels")
-    only_error(VOCODER.training(folder, save_dir="fine", codec_ckpt=str(talker.save_dir)).run(), "other log-mels")
+    differ = f"its log-mels do not fit to {talker.save_dir}: n_mels 20 here, 80 there"
+    only_error_last(process, f"{narrow.save_dir}: {differ}")
+    process = VOCODER.training(folder, save_dir="fine", codec_ckpt=str(talker.save_dir)).run()
+    only_error(process, f"this config: {differ}")
 
 
 def test_a_vocoder_may_take_up_a_codec_but_not_change_it(trained, tmp_path):
