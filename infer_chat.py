@@ -17,6 +17,7 @@ have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt`
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -109,8 +110,8 @@ def check_args(args: argparse.Namespace) -> None:
         without_effect(args, "--ocr", *others, "temperature")
     elif args.ocr_ckpt is not None:
         raise UserError("--ocr_ckpt: expected --ocr beside it")
-    if args.audio_out is not None and (args.audio_out.is_dir() or not args.audio_out.parent.is_dir()):
-        raise UserError(f"--audio_out {args.audio_out}: expected a file in a folder that exists")
+    if args.audio_out is not None:
+        written_to(args.audio_out)
     for name in ("talker_ckpt", "vocoder_ckpt"):
         if getattr(args, name) is not None and args.audio_out is None:
             raise UserError(f"--{name}: expected --audio_out beside it, for what --say or an answer speaks")
@@ -129,6 +130,20 @@ def without_effect(args: argparse.Namespace, mode: str, *names: str) -> None:
     for name in names:
         if getattr(args, name) not in (None, False, 0.0, []):
             raise UserError(f"--{name}: has no effect on {mode}")
+
+
+def written_to(path: Path) -> Path:
+    """Where the sound for ``--audio_out`` is written: what a link leads to, so that the link stays one.
+
+    Raises:
+        UserError: a folder, a pipe or a device stands there, which the file would replace; or it has no folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UserError(f"--audio_out {path}: expected a file, or a name for a new one; found a folder, pipe or device")
+    if not target.parent.is_dir():
+        raise UserError(f"--audio_out {path}: expected a file in a folder that exists")
+    return target
 
 
 # --- Answering -------------------------------------------------------------------------------------------------------
@@ -297,6 +312,7 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
     Raises:
         UserError: there is nothing to say, or the file cannot be written.
     """
+    target = written_to(path)
     started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
 
     def cut(text: str) -> None:
@@ -314,7 +330,7 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
                 wav.write(piece)
 
     try:
-        replace_file(path, write)
+        replace_file(target, write)
     except OSError as error:
         raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
     took, lasts = time.perf_counter() - started, samples / rate

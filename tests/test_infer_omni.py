@@ -1,6 +1,7 @@
 """infer_chat.py with all that the model sees, hears, reads and says: everything attached has its effect, and what is
 missing is one line."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -273,6 +274,36 @@ def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path
     sound = (tmp_path / "merged.wav").read_bytes()
     assert len(sound) > 1000
     assert sound == (tmp_path / "stage.wav").read_bytes() == (tmp_path / "given.wav").read_bytes()
+
+
+def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, chat, monkeypatch, tmp_path):
+    monkeypatch.setattr("omni.speech.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
+    link, target = tmp_path / "link.wav", tmp_path / "elsewhere" / "said.wav"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):  # a dangling link, then one to a file
+        chat(merged, "--say", "one", "--audio_out", str(link))
+        assert link.is_symlink() and target.is_file()
+
+    pipe, to_pipe = tmp_path / "pipe.wav", tmp_path / "to_pipe.wav"
+    os.mkfifo(pipe)
+    to_pipe.symlink_to(pipe)
+    monkeypatch.setattr(Assistant, "load", None)  # refused before any work
+    monkeypatch.setattr(infer_chat, "load_speaker", None)
+    for path in (pipe, to_pipe, target.parent):
+        for mode in (["--say", "one"], ["--text", "red"], []):
+            assert f"--audio_out {path}: expected a file" in chat.refuses(merged, *mode, "--audio_out", str(path))
+    assert pipe.is_fifo() and to_pipe.is_symlink()
+
+
+def test_a_conversation_replaces_nothing_but_files_either(merged, chat, monkeypatch, tmp_path):
+    monkeypatch.setattr("omni.speech.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
+    os.mkfifo(tmp_path / "said_1.wav")
+    out, err = chat(merged, "--audio_out", str(tmp_path / "said.wav"), lines=["red", "cat"])
+    assert out == "A cat.\n" * 2 and "said_1.wav: expected a file" in err
+    assert (tmp_path / "said_1.wav").is_fifo() and (tmp_path / "said_2.wav").is_file()
 
 
 def test_ocr_reads_what_the_stage_reads(folders, merged, media, chat):
