@@ -233,12 +233,11 @@ class Conversation:
         """Print and return the answer to ``text`` and what is attached.
 
         Raises:
-            UserError: it is too long; the conversation stays as it was.
+            UserError: it is too long; the conversation and what is attached stay as they were.
         """
         if self.args.complete:
             return respond(self.assistant, continued(self.assistant, text), self.args, may_stop=True)
         self.messages.append(message(self.attached, text))
-        self.attached, self.heard = [], False
         try:
             prompt = self.assistant.prompt(self.messages, self.args.max_new_tokens)
             said, thoughts = respond(self.assistant, prompt, self.args, may_stop=True)
@@ -246,6 +245,7 @@ class Conversation:
             del self.messages[-1:]
             raise
         self.messages.append({"role": "assistant", "content": said})
+        self.attached, self.heard = [], False
         return said, thoughts
 
 

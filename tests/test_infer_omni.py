@@ -169,11 +169,11 @@ def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_pa
 
 
 def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
-    lines = ["red", f"/video {media['film']}", "cat " * 60, "dog"]
+    lines = ["red", f"/image {media['picture']}", "cat " * 60, "dog", "cat " * 60, "blue"]
     out, err = chat(merged, "--max_new_tokens", "3", lines=lines)
-    assert "error: the message takes" in err and "ctx_len 64" in err
-    assert len(chat.prompts) == 2 and chat.prompts[1].ids[: len(chat.prompts[0].ids)] == chat.prompts[0].ids
-    assert chat.prompts[1].images == []
+    assert err.count("error: the message takes") == 2 and "ctx_len 64" in err
+    assert len(chat.prompts) == 3 and chat.prompts[1].ids[: len(chat.prompts[0].ids)] == chat.prompts[0].ids
+    assert [len(prompt.images) for prompt in chat.prompts] == [0, 1, 1], "the picture stays for a shorter question"
     too_many = chat.refuses(merged, *["--video", media["film"]] * 2, "--video_frames", "10", "--text", "red")
     assert "positions" in too_many and "64" in too_many
 
