@@ -26,7 +26,7 @@ from omni.audio import MelSpec
 from omni.audio_encoder import mel_spec as audio_mel_spec
 from omni.audio_encoder import parakeet_config, to_parakeet_state_dict
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import fingerprint, refuse_other_codec
+from omni.codec import fingerprint
 from omni.codec import mel_spec as codec_mel_spec
 from omni.config import (
     AudioEncoderArchitecture,
@@ -189,7 +189,7 @@ def load_part(name: str, folder: Path) -> Part:
     load_weights(module, weights, folder / file)
     if name == "vocoder":  # in training, direction and length of a weight are two tensors
         fold_weight_norm(module)
-    return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"], saved["data"])
+    return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"])
 
 
 def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict, str]:
@@ -293,7 +293,6 @@ def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftCo
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
     refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
-    refuse_other_codec(args.talker_ckpt / talker.file, talker.data, codec.module)
     if "talker" in parts:  # stage E's, which hears the Thinker
         if sft.origins["codec"] != fingerprint(codec.module):
             raise UserError(

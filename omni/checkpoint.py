@@ -203,8 +203,7 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     """A stage's weights: its final file, or, while it still trains, its newest step file.
 
     Returns:
-        A dict with ``stage, config, data, step, metrics, model``, the last being a state dict on CPU; ``data`` are
-        digests of what it was made of, none in a file of an earlier version.
+        A dict with ``stage, config, step, metrics, model``, the last being a state dict on CPU.
 
     Raises:
         UserError: nothing there, damaged, or of another stage; the message names the file.
@@ -226,8 +225,7 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
         raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {payload['stage']}")
     if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
         payload["model"] = list(payload["phases"].values())[-1]["module"]
-    kept = {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
-    return kept | {"data": payload.get("data", {})}
+    return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
 
 
 def load_weights(module: nn.Module, state_dict: dict, path: Path) -> None:

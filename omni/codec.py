@@ -22,7 +22,6 @@ from omni.asr import measure_seconds, static_lengths
 from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
 from omni.checkpoint import load_stage, load_weights
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
-from omni.errors import UserError
 from omni.layers import RMSNorm
 from omni.manifest import Manifest, Rows, read_some
 from omni.precompute import Ragged, precompute
@@ -432,19 +431,6 @@ def fingerprint(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def refuse_other_codec(path: Path, data: dict[str, str], codec: nn.Module) -> None:
-    """
-    Raises:
-        UserError: the talker of ``path``, made of ``data``, speaks in the codes of another codec.
-    """
-    own = fingerprint(codec)
-    if data.get("codec", own) != own:
-        raise UserError(
-            f"{path}: trained on the codes of another codec than the rvq_codec.pt beside it. Put that one back, or "
-            "train stage D in a new save_dir"
-        )
 
 
 def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> Ragged:

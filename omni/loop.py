@@ -546,7 +546,6 @@ class _Training:
                 "format": checkpoint.FORMAT_VERSION,
                 "stage": run.stage.name,
                 "config": self.config.model_dump(),
-                "data": self.fingerprint,
                 "step": step,
                 "metrics": metrics,
                 "model": phase.module.state_dict(),

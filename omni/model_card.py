@@ -57,7 +57,6 @@ class Part:
     file: str
     step: int
     metrics: dict[str, float]
-    data: dict[str, str] = field(default_factory=dict)  # digests of what it was made of
     notes: list[str] = field(default_factory=list)
 
 

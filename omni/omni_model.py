@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from omni.audio import load_audio, log_mel, normalise_features
 from omni.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import Codec, fingerprint, load_codec, refuse_other_codec
+from omni.codec import fingerprint, load_codec
 from omni.config import (
     AudioEncoderArchitecture,
     SftConfig,
@@ -700,9 +700,8 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
             )
     origins = {name: fingerprint(module) for name, module in modules.items()}
     if config.speech_csv is not None:
-        codec = load_codec(config.talker_ckpt, cpu)
-        parts["talker"], modules["talker"] = _listening_talker(config.talker_ckpt, codec, thinker.arch.d_model)
-        origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(codec)}
+        parts["talker"], modules["talker"] = _listening_talker(config.talker_ckpt, thinker.arch.d_model)
+        origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(load_codec(config.talker_ckpt, cpu))}
     config = config.model_copy(update={"parts": parts, "origins": origins})
     model = OmniModel(config, **flash)
     for name, module in modules.items():
@@ -724,15 +723,14 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     return config, model, tokenizer
 
 
-def _listening_talker(folder: str, codec: Codec, d_model: int) -> tuple[dict, Talker]:
+def _listening_talker(folder: str, d_model: int) -> tuple[dict, Talker]:
     """Stage D's talker and its sizes, with what brings it the states of a Thinker of width ``d_model``: zeros, so that
     it speaks as before.
 
     Raises:
-        UserError: nothing there, damaged, or trained on the codes of another codec than ``codec``.
+        UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "talker", prefix="talker", final="talker.pt")
-    refuse_other_codec(Path(folder) / "talker.pt", saved["data"], codec)
     trained = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
     talker = Talker(trained.model_copy(update={"thinker_d_model": d_model}))
     nothing = {"thinker_proj.weight": torch.zeros_like(talker.thinker_proj.weight)}

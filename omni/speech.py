@@ -50,11 +50,11 @@ class Speaker:
         """What stage D, and if given stage F, left in their folders.
 
         Raises:
-            UserError: nothing there, damaged, or parts that do not fit together.
+            UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
         """
         codec = load_codec(folder, device)
         vocoder = load_vocoder_for(folder, mel_spec(codec.arch), vocoder_folder, device)
-        return cls(load_talker(folder, device, codec), codec, vocoder)
+        return cls(load_talker(folder, device), codec, vocoder)
 
     # Many texts at once ------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omni.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
 from omni.audio import audio_duration
 from omni.checkpoint import load_stage, load_weights
-from omni.codec import ConvNeXtBlock, padded_codes, refuse_other_codec
+from omni.codec import ConvNeXtBlock, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
 from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import BadRow, Rows
@@ -386,15 +386,13 @@ def talker_metrics(totals: dict) -> dict[str, float]:
     return metrics | {"duration_loss": totals["duration_nats"] / totals["symbols"]}
 
 
-def load_talker(folder: str | Path, device: torch.device | str, codec: nn.Module | None = None) -> Talker:
-    """The talker that stage D left in ``folder``, in evaluation mode; ``codec`` is what shall read its codes.
+def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
+    """The talker that stage D left in ``folder``, in evaluation mode.
 
     Raises:
-        UserError: nothing there, damaged, or trained on another codec's codes.
+        UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "talker", "talker", "talker.pt")
-    if codec is not None:
-        refuse_other_codec(Path(folder) / "talker.pt", saved["data"], codec)
     config = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
     talker = Talker(config)
     load_weights(talker, saved["model"], Path(folder) / "talker.pt")
