@@ -38,6 +38,7 @@ from omni.codec import (
     fingerprint,
     leave_out_long,
     load_codec,
+    mel_spec,
     prepare_mel_statistics,
 )
 from omni.config import AlignerArchitecture, CodecArchitecture, SpeechFrames, TalkerConfig
@@ -51,7 +52,7 @@ from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
 from omni.speech import Listener, Speaker, TalkerScore, prepare_references
 from omni.talker import CodedSpeech, Talker, talker_loss
-from omni.vocoder import load_vocoder
+from omni.vocoder import load_vocoder_for
 
 CODEC = Stage("codec", prefix="rvq_codec", final="rvq_codec.pt", unit="frames", best_metric="reconstruction_mse")
 ALIGNER = Stage("aligner", prefix="aligner", final="aligner.pt", unit="bytes", best_metric="nats_per_byte")
@@ -63,6 +64,7 @@ PARTS = (SpeechClips, SpokenTexts)  # what the codec learns from, and the aligne
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(TalkerConfig, __doc__, argv)
+    vocoder = load_vocoder_for("this config", mel_spec(config), config.vocoder_ckpt, "cpu")
     with Run(config, STAGE, notices, device) as run:
         if config.use_compile:  # each padded length is compiled for training and for validation
             torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
@@ -118,7 +120,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
 
         # --- Validation: perplexity of the true codes, and what a recogniser hears when the talker speaks ----------
-        vocoder = None if config.vocoder_ckpt is None else load_vocoder(config.vocoder_ckpt, run.device)
+        if vocoder is not None:
+            vocoder.to(run.device)
         speaker, listener, references = Speaker(talker, codec, vocoder), None, {}
         if config.audio_ckpt:
             listener = Listener(config.audio_ckpt, run.device)

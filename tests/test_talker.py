@@ -372,6 +372,17 @@ def test_say_uses_a_vocoder_of_the_same_log_mels_only(tmp_path):
     only_error(process, f"this config: {differ}")
 
 
+def test_a_vocoder_of_other_log_mels_is_refused_before_anything_is_trained(tmp_path):
+    folder = tmp_path / "stage f"
+    folder.mkdir()
+    narrow = VOCODER.training(folder, max_steps=3, max_epochs=None)
+    narrow.finish()
+    talker = TALKER.training(tmp_path, codec_ckpt=None, codec_steps=4, vocoder_ckpt=str(narrow.save_dir))
+    differ = "its log-mels do not fit to this config: n_mels 20 here, 80 there"
+    only_error(talker.run(), f"{narrow.save_dir}: {differ}")
+    assert not talker.save_dir.exists()
+
+
 def test_a_vocoder_may_take_up_a_codec_but_not_change_it(trained, tmp_path):
     from omni import checkpoint
 
