@@ -46,7 +46,7 @@ from omni.data import ResumableDataset
 from omni.errors import UserError
 from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
-from omni.manifest import prepare_manifest, split_rows
+from omni.manifest import prepare_manifest, read_some, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -80,8 +80,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_rows = leave_out_long(run, manifest, train_rows, lengths, config.max_mel_length)
         val_lengths = count_codes(run, val_manifest, config)
         val_rows = leave_out_long(run, val_manifest, val_rows, val_lengths, config.max_mel_length)
-        if not lengths[train_rows].any():
-            raise UserError(f"{manifest.path}: not one of its {len(train_rows)} training rows can be read")
+        if not len(train_rows):
+            raise UserError(f"{manifest.path}: not one of its {len(manifest)} rows is left to train on")
+        if not lengths[train_rows].any():  # says why
+            rows, rate = train_rows[-100:], config.sample_rate
+            read_some(manifest, rows, 100, lambda row: load_audio(manifest.file(row["wav"]), rate), run.check_stop)
         if not len(val_rows):
             run.log("no held-out rows (val_split is 0, or there are very few rows): nothing will be validated")
         own = {"seed": config.seed, "rank": run.rank, "world": run.world}

@@ -510,6 +510,14 @@ def test_a_folder_without_the_checkpoint_it_is_named_for(tmp_path, key):
     only_error(TALKER.training(tmp_path, **{key: str(tmp_path)}).run(), f'"{key}"', str(tmp_path), "found none")
 
 
+def test_recordings_of_which_none_can_be_read(tmp_path):
+    training = TALKER.training(tmp_path, val_split=0.0)
+    data = tmp_path / "tts.csv"
+    rows = [line.split(",") for line in data.read_text().splitlines()]
+    data.write_text("\n".join([",".join(rows[0]), *(f"{text},absent.wav" for text, _ in rows[1:])]) + "\n")
+    only_error(training.run(), "row 24", "absent.wav", "Nor can 23 other rows")
+
+
 def test_a_text_too_long_for_its_recording_is_a_bad_row_everywhere(trained, tmp_path):
     data = tmp_path / "tts.csv"
     rows = data.read_text().splitlines()
