@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, load_config
-from omni.errors import EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,11 @@ def launch(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
+_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
+
+
 def _exit_code(main: Callable[[], None]) -> int:
     try:
         main()
@@ -92,10 +97,10 @@ def _exit_code(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in (*_FULL, *_WRONG_PATH):
             raise
         print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
+        return EXIT_FAILED if error.errno in _FULL else EXIT_BAD_INPUT
 
 
 class OneLineErrors(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 # F frames, H and W height and width in pixels
 
+import os
 import re
 import warnings
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_frames(path: str | Path, count: int, height: int, width: int) -> tuple[
         BadRow: not such a file or folder, damaged, of more than ``MAX_PIXELS`` a frame.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike path.is_dir(), whatever the name, however long
         files = sorted((file for file in path.iterdir() if file.suffix.lower() in _FRAME_FILES), key=_by_number)
         if not files:
             raise BadRow(f"{path}: expected a picture for each frame ({', '.join(_FRAME_FILES)}), found none")

@@ -551,3 +551,5 @@ omni.merged.write_weights = slow
 
 def test_the_script_refuses_in_one_line(folders, tmp_path):
     only_error(run(tmp_path, "export.py", *options({"ocr": folders["ocr"]}, tmp_path / "merged")), "--thinker_ckpt")
+    process = run(tmp_path, "export.py", *options({"thinker": folders["thinker"]}, tmp_path / ("x" * 300)))
+    only_error(process, "xxx: File name too long")

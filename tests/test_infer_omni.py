@@ -377,6 +377,21 @@ def test_bad_arguments_are_one_line(merged, chat, arguments, fragments):
         assert fragment in found
 
 
+def test_a_path_that_can_be_none_is_one_line(merged, media, chat, tmp_path):
+    long = "x" * 300
+    out = ("--audio_out", long)
+    only_error(run(tmp_path, "infer_chat.py", "--ckpt_dir", long, "--text", "red"), long, "File name too long")
+    for mode in (("--say", "red"), ("--text", "red"), ()):
+        only_error(run(tmp_path, "infer_chat.py", "--ckpt_dir", str(merged), *mode, *out), long, "File name too long")
+    (tmp_path / "thinker.pt").mkdir()
+    process = run(tmp_path, "infer_chat.py", "--ckpt_dir", str(tmp_path), "--text", "red")
+    only_error(process, "thinker.pt: Is a directory")
+    for option, words in (("image", ["--text", "red"]), ("video", ["--text", "red"]), ("audio_in", [])):
+        assert long in chat.refuses(merged, f"--{option}", long, *words)
+    out, err = chat(merged, lines=[f"/video {long}", "red"])
+    assert "File name too long" in err and len(chat.prompts) == 1
+
+
 def test_broken_media_are_one_line(merged, media, chat, tmp_path):
     (tmp_path / "broken.png").write_bytes(Path(media["picture"]).read_bytes()[:200])
     assert "broken.png" in chat.refuses(merged, "--image", str(tmp_path / "broken.png"), "--text", "red")
