@@ -16,6 +16,7 @@ have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt`
 """
 
 import argparse
+import io
 import itertools
 import os
 import sys
@@ -322,15 +323,13 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
     first = next(sound)
     first_s = time.perf_counter() - started
 
-    def write(file) -> None:
-        nonlocal samples
-        with soundfile.SoundFile(file, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
-            for piece in itertools.chain([first], sound):
-                samples += len(piece)
-                wav.write(piece)
-
+    whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
+    with soundfile.SoundFile(whole, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
+        for piece in itertools.chain([first], sound):
+            samples += len(piece)
+            wav.write(piece)
     try:
-        replace_file(target, write)
+        replace_file(target, lambda file: file.write(whole.getbuffer()))
     except OSError as error:
         raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
     took, lasts = time.perf_counter() - started, samples / rate

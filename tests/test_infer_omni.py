@@ -306,6 +306,15 @@ def test_a_conversation_replaces_nothing_but_files_either(merged, chat, monkeypa
     assert (tmp_path / "said_1.wav").is_fifo() and (tmp_path / "said_2.wav").is_file()
 
 
+def test_sound_for_a_full_disk_is_one_line(folders, tmp_path):
+    line = ("--ckpt_dir", str(folders["talker"]), "--device", "cpu", "--say", "one two", "--audio_out", "said.wav")
+    full = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))\n"
+    process = run(tmp_path, "infer_chat.py", *line, "--temperature", "1", "--seed", "3", prelude=full)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "error: --audio_out said.wav: cannot write it: File too large" in process.stderr.splitlines()
+    assert not list(tmp_path.glob("said*"))
+
+
 def test_ocr_reads_what_the_stage_reads(folders, merged, media, chat):
     signs = sorted(folders["ocr"].parent.glob("*.png"))[:3]
     images = [word for sign in signs for word in ("--image", str(sign))]
