@@ -106,7 +106,7 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
         UserError: it holds something else, its place cannot be written to, or another process is exporting to it.
         RunError: the disk is full.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is filled
     partial, replaced = (target.with_name(name.format(name=target.name)) for name in (PARTIAL, REPLACED))
     check_target(target, replace)
     try:

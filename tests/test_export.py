@@ -468,6 +468,17 @@ def test_an_earlier_export_is_replaced_with_force_only(folders, tmp_path):
     assert Merged(out).has("ocr") and [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def test_an_export_goes_where_a_link_leads(folders, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, small = tmp_path / "link", {"thinker": folders["thinker"]}
+    link.symlink_to(tmp_path / "elsewhere" / "merged")
+    for more in ([], ["--force"]):
+        export.main(options(small, link, *more))
+        assert link.is_symlink() and is_merged(link)
+        assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "link"}
+        assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["merged"]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Killed, full, crowded
 
