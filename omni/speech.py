@@ -52,9 +52,8 @@ class Speaker:
         Raises:
             UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
         """
-        codec = load_codec(folder, device)
-        vocoder = load_vocoder_for(folder, mel_spec(codec.arch), vocoder_folder, device)
-        return cls(load_talker(folder, device), codec, vocoder)
+        talker, codec = load_talker(folder, device), load_codec(folder, device)
+        return cls(talker, codec, load_vocoder_for(folder, mel_spec(codec.arch), vocoder_folder, device))
 
     # Many texts at once ------------------------------------------------------------------------------------------
 

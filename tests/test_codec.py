@@ -292,7 +292,7 @@ def test_codes_that_are_lost_are_made_again(whole, killed):
     for path in (killed.save_dir / "codes").iterdir():
         path.unlink()
     output = killed.finish().stdout
-    assert "coding: 24 recordings" in output and "aligning: 24 recordings" in output
+    assert "coding: 24 rows" in output and "aligning: 24 rows" in output
     assert differences(all_state(killed), all_state(whole)) == []
 
 

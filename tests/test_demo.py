@@ -81,10 +81,16 @@ def test_one_that_fails_ends_all_with_its_code(train):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_lets_all_save(train, number):
+def test_asked_to_stop_it_lets_all_save(train, tmp_path, number):
     """A Ctrl-C reaches the stages from the terminal; here, only the demo gets it, and starts no further stage."""
-    asked = threading.Timer(1.0, lambda: os.kill(os.getpid(), number))
-    asked.start()
+
+    def ask() -> None:
+        notes = tmp_path / "notes"
+        while not notes.exists() or notes.read_text().count("begin") < 2:  # both have their handlers
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
     started = time.monotonic()
     notes, ends, code = train(Fake("a", 30.0 if number == signal.SIGTERM else 2.0), Fake("b", 2.0), Fake("c", 0.1))
     assert code == EXIT_INTERRUPTED and "begin c" not in notes and time.monotonic() - started < 20
