@@ -92,7 +92,7 @@ def test_asked_to_stop_it_lets_all_save(train, tmp_path, number):
 
     threading.Thread(target=ask, daemon=True).start()
     started = time.monotonic()
-    notes, ends, code = train(Fake("a", 30.0 if number == signal.SIGTERM else 2.0), Fake("b", 2.0), Fake("c", 0.1))
+    notes, ends, code = train(Fake("a", 30.0 if number == signal.SIGTERM else 2.0), Fake("b", 4.0), Fake("c", 0.1))
     assert code == EXIT_INTERRUPTED and "begin c" not in notes and time.monotonic() - started < 20
     assert ends["a"] in (0, EXIT_INTERRUPTED) and ends["b"] in (0, EXIT_INTERRUPTED)
 
