@@ -35,8 +35,8 @@ needs_browser = pytest.mark.skipif(
 SLOW = """
 import time, omni.assistant
 _decoded = omni.assistant.Assistant._decoded
-def slow(self, ids):
-    for piece in _decoded(self, ids):
+def slow(self, ids, thoughts):
+    for piece in _decoded(self, ids, thoughts):
         time.sleep(0.02)
         yield piece
 omni.assistant.Assistant._decoded = slow
