@@ -3,6 +3,8 @@
 import atexit
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
@@ -95,6 +97,7 @@ class Process:
     returncode: int | None = None
     stdout: str = ""
     stderr: str = ""
+    started: float = field(default_factory=time.monotonic)
 
     def wait(self) -> "Process":
         if self.returncode is None:
@@ -130,6 +133,7 @@ class Training:
     config: dict
     prelude: str = ""
     _count: int = field(default=0)
+    seconds: float = 0.0  # that the last ``finish`` took
 
     @property
     def save_dir(self) -> Path:
@@ -168,6 +172,7 @@ class Training:
         """Run to the end, which must succeed."""
         process = self.run(**kwargs)
         assert process.returncode == 0, process.stderr + process.stdout
+        self.seconds = time.monotonic() - process.started
         return process
 
     # What a run leaves behind ------------------------------------------------------------------------------------
@@ -184,6 +189,10 @@ class Training:
             key = int(step), int(rank)
             assert rows.setdefault(key, value) == value, f"step {step} was trained on other rows the second time"
         return rows
+
+    def traced(self) -> int:
+        """How many steps were begun, those that a kill made necessary again among them."""
+        return self.trace_path.read_text().count("\n") if self.trace_path.exists() else 0
 
     def steps(self) -> list[int]:
         """Numbers of the step files, ascending."""
@@ -211,6 +220,37 @@ class Training:
         for payload in (newest, final):
             payload["config"] = {k: v for k, v in payload["config"].items() if k not in ("save_dir", "num_workers")}
         return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
+
+
+def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
+    """SIGKILL at instants drawn from the duration of ``reference``, which has finished and traces its steps.
+
+    A run that ends before its kill comes is followed by one in a new folder. It goes on until at least ``kills / 2``
+    kills came after training had begun and runs were resumed at several different steps: else it would prove nothing.
+
+    Returns:
+        The trainings that were killed, all finished.
+    """
+    rng, trainings, starts, landed, in_training, resumed_at = random.Random(1), [], 0, 0, 0, set()
+    running = False
+    while landed < kills or in_training < kills / 2 or len(resumed_at) < max(2, kills // 5):
+        assert starts < 4 * kills, f"{in_training} of {landed} kills came in training, resumed at {resumed_at}"
+        starts += 1
+        if not running:
+            trainings.append(reference.changed(save_dir=f"killed {len(trainings)}"))
+        killed = trainings[-1]
+        traced = killed.traced()
+        process = killed.start()
+        time.sleep(rng.uniform(0, reference.seconds))
+        running = process.kill().returncode == -9
+        assert running or process.returncode == 0, process.stderr
+        landed += running
+        in_training += running and killed.traced() > traced
+        stands = ", ".join(re.findall(r"(?:resumed|already finished) at step \d+", process.stdout))
+        resumed_at |= {stands} if "resumed" in stands else set()
+    for killed in trainings:
+        killed.finish()
+    return trainings
 
 
 def run_script(training: Training, script: str, *arguments: str) -> Process:

@@ -1,14 +1,12 @@
 """The speech codec: codebooks that learn, padding that changes nothing, and a first part of stage D that resumes."""
 
 import json
-import random
 import re
-import time
 
 import numpy as np
 import pytest
 import torch
-from harness import SLOW, Training, differences, kill_at
+from harness import SLOW, TRACE, Training, differences, kill_at, kill_at_random_instants
 from stages import TALKER
 from test_environment import snapshot
 
@@ -214,6 +212,7 @@ def whole(tmp_path_factory) -> Training:
         codec_warmup_steps=3, aligner_steps=8, aligner_batch_size=2, val_freq=10, max_epochs=None, max_steps=12,
     )  # fmt: skip
     del training.config["codec_ckpt"]
+    training.prelude = TRACE + SLOW  # its duration is what kills at random instants are drawn from
     training.finish()
     return training
 
@@ -221,7 +220,7 @@ def whole(tmp_path_factory) -> Training:
 @pytest.fixture
 def killed(whole, request) -> Training:
     """The same training in a folder of its own, to be killed."""
-    return whole.changed(save_dir=re.sub(r"\W+", "_", request.node.name))
+    return whole.changed(save_dir=re.sub(r"\W+", "_", request.node.name), prelude="")
 
 
 def all_state(training: Training) -> dict:
@@ -260,15 +259,9 @@ def test_resume_is_exact_in_all_parts(whole, killed, kills):
     assert differences(all_state(killed), all_state(whole)) == []
 
 
-def test_sigkill_at_random_instants_of_all_parts(whole, killed):
-    killed.prelude = SLOW
-    rng = random.Random(1)
-    for _ in range(8):
-        process = killed.start()
-        time.sleep(rng.uniform(0.1, 0.7))
-        process.kill()
-    killed.finish()
-    assert differences(all_state(killed), all_state(whole)) == []
+def test_sigkill_at_random_instants_of_all_parts(whole):
+    for killed in kill_at_random_instants(whole, 6):
+        assert differences(all_state(killed), all_state(whole)) == []
 
 
 def test_without_the_codebooks_state_the_comparison_fails(whole, killed):

@@ -1,10 +1,12 @@
 """A run that is killed and run again ends with the same bits as a run that was never killed."""
 
-import random
-import time
+from itertools import product
 
 import pytest
-from harness import SLOW, TRACE, differences, kill_at
+import torch
+from harness import SLOW, TRACE, differences, kill_at, kill_at_random_instants
+
+from omni.runtime import pick_amp_dtype
 
 GRID = [
     {"num_workers": workers, "gradient_accumulation_steps": accumulation}
@@ -28,21 +30,36 @@ def test_sigkill_at_random_instants_of_the_grid(stage, tmp_path, keys):
     check_random_kills(stage, tmp_path, keys)
 
 
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    "keys",
+    [
+        keys | {"drop_last": drop_last, "use_amp": use_amp}
+        for keys, drop_last, use_amp in product(GRID, (True, False), (False, True))
+        if (drop_last, use_amp) != (True, False)  # those are the two tests above
+    ],
+    ids=grid_id,
+)
+def test_sigkill_at_random_instants_of_the_whole_grid(stage, tmp_path, keys):
+    check_random_kills(stage, tmp_path, keys)
+
+
 def check_random_kills(stage, tmp_path, keys) -> None:
-    kills, steps = (20, 60) if stage.name == "text" else (6, 30)  # what is killed is the loop, which all share
-    reference = stage.training(tmp_path, save_dir="reference", max_steps=steps, **keys)
-    reference.prelude = TRACE
-    reference.finish()
-    killed = reference.changed(save_dir="killed", prelude=TRACE + SLOW)
-    rng, landed = random.Random(1), 0
-    for _ in range(kills):
-        process = killed.start()
-        time.sleep(rng.uniform(0.05, 0.5))
-        landed += process.kill().returncode == -9
-    killed.finish()
-    assert landed >= kills / 2, "most of the kills came after the end: the test shows nothing"
-    assert killed.trace() == reference.trace()
-    assert differences(killed.state(), reference.state()) == []
+    reference = stage.training(tmp_path, save_dir="reference", max_steps=30, **keys)
+    reference.prelude = TRACE + SLOW
+    finish_in_the_dtype_asked_for(reference)
+    assert reference.metrics()[-1]["epoch"] >= 2, "three epochs"
+    for killed in kill_at_random_instants(reference, 8 if stage.name == "text" else 4):  # the loop is shared
+        assert killed.trace() == reference.trace()
+        assert differences(killed.state(), reference.state()) == []
+
+
+def finish_in_the_dtype_asked_for(reference) -> None:
+    """Under ``use_amp`` it must be bf16: a fall-back to float32 would show nothing."""
+    wanted = "bfloat16" if reference.config["use_amp"] else "float32"
+    if wanted == "bfloat16" and pick_amp_dtype(True, torch.device("cpu")) is None:
+        pytest.skip("this CPU has no bf16 arithmetic")
+    assert f"steps on cpu in {wanted}," in reference.finish().stdout
 
 
 PARTIAL = [
@@ -66,7 +83,7 @@ def test_resume_is_exact_with_partial_steps_or_bf16(stage, tmp_path, keys):
 def check_partial_steps(stage, tmp_path, keys) -> None:
     reference = stage.training(tmp_path, save_dir="reference", max_epochs=4, **keys)
     reference.prelude = TRACE
-    reference.finish()
+    finish_in_the_dtype_asked_for(reference)
     killed = reference.changed(save_dir="killed")
     for at_step in (4, 5):
         assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", at_step)).returncode == -9
