@@ -49,8 +49,14 @@ class Stage:
 # Command line
 
 
+_DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
+
+
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
+    threading.excepthook = _thread_failed
     try:
         code = _exit_code(main)
     except BaseException:
@@ -67,9 +73,10 @@ def launch(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
-_WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
+def _thread_failed(args) -> None:
+    # TensorBoard writes in a thread; on a full disk the main one gets the same error at its next row, and tells it
+    if not isinstance(args.exc_value, OSError) or args.exc_value.errno not in _DISK_FULL:
+        threading.__excepthook__(args)
 
 
 def _exit_code(main: Callable[[], None]) -> int:
@@ -97,10 +104,12 @@ def _exit_code(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        if error.errno not in (*_FULL, *_WRONG_PATH):
+        if error.errno not in (*_DISK_FULL, *_WRONG_PATH):
             raise
-        print(f"error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr, flush=True)
-        return EXIT_FAILED if error.errno in _FULL else EXIT_BAD_INPUT
+        full = error.errno in _DISK_FULL
+        remedy = ". Make room, and run the same command again" if full else ""
+        print(f"error: {error.filename or 'writing'}: {error.strerror}{remedy}", file=sys.stderr, flush=True)
+        return EXIT_FAILED if full else EXIT_BAD_INPUT
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -332,12 +341,17 @@ class Run:
             self.log(line)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._close_logs()
-        if self.lock is not None:
-            self.lock.release()
+        try:
+            self._close_logs()
+        except OSError:
+            if kind is None:  # else the error on its way says more
+                raise
+        finally:
+            if self.lock is not None:
+                self.lock.release()
 
     @contextlib.contextmanager
     def part(self, config: StageConfig, stage: Stage):

@@ -5,13 +5,17 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +63,11 @@ def _killing(*args, **kwargs):
     return result
 setattr(_owner, _name, _killing)
 """
+
+
+def count_calls(call: str) -> str:
+    """Prelude: the process prints ``<n> calls`` of ``module:qualified.name`` at its end."""
+    return kill_at(call, 0) + 'import atexit\natexit.register(lambda: print(_calls[0], "calls"))\n'
 
 
 class Zygote:
@@ -194,6 +203,10 @@ class Training:
         """How many steps were begun, those that a kill made necessary again among them."""
         return self.trace_path.read_text().count("\n") if self.trace_path.exists() else 0
 
+    def last_traced(self) -> int:
+        """The step that was begun last; -1 before the first."""
+        return int(self.trace_path.read_text().splitlines()[-1].split()[0]) if self.traced() else -1
+
     def steps(self) -> list[int]:
         """Numbers of the step files, ascending."""
         names = self.save_dir.glob(f"{self.prefix}_step_*.pt")
@@ -251,6 +264,25 @@ def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
     for killed in trainings:
         killed.finish()
     return trainings
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[Path]:
+    """A file system of ``size`` bytes, mounted where only a process of this block sees it; the block may look in from
+    outside. Where that is not allowed, the test is skipped."""
+    if shutil.which("unshare") is None:
+        pytest.skip("no unshare here")
+    mount = f"mount -t tmpfs -o size={size} tmpfs /mnt && echo mounted && exec sleep 600"
+    holder = subprocess.Popen(
+        ["unshare", "-rm", "sh", "-c", mount], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        if holder.stdout.readline() != "mounted\n":
+            pytest.skip(f"no mount namespace here: {holder.stderr.read().strip()}")
+        yield Path(f"/proc/{holder.pid}/root/mnt")
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def run_script(training: Training, script: str, *arguments: str) -> Process:
