@@ -4,7 +4,7 @@ import json
 
 import pytest
 from harness import ROOT, kill_at
-from stages import STAGES
+from stages import OMNI, STAGES, TALKER
 
 from omni.config import (
     AudioEncoderConfig,
@@ -34,6 +34,7 @@ BAD = {
     "float for int": ({"batch_size": 2.5}, ['"batch_size"', "integer", "2.5"]),
     "out of range": ({"val_split": 1.5}, ['"val_split"', "less than 1", "1.5"]),
     "bool for number": ({"wd": True}, ['"wd"', "number", "true"]),
+    "too few checkpoints": ({"keep_checkpoints": 1}, ['"keep_checkpoints"', "greater than or equal to 2", "found 1"]),
     "no duration": ({"max_epochs": None}, ["max_steps", "max_epochs"]),
     "batch larger than the data": ({"batch_size": 100_000}, ["samples", "100000", "batch_size"]),
 }
@@ -52,9 +53,11 @@ def only_error(process, *fragments: str) -> None:
 @pytest.mark.parametrize(("keys", "fragments"), BAD.values(), ids=BAD.keys())
 def test_bad_keys(stage, tmp_path, keys, fragments):
     training = stage.training(tmp_path, **keys)
-    only_error(training.run(), *fragments)
+    process = training.run()
+    only_error(process, *fragments)
     assert not training.save_dir.exists() or list(training.save_dir.glob("*.pt")) == []
     if "batch" not in fragments[-1]:  # the others are seen before the data are
+        assert process.stderr.startswith(f"error: {tmp_path / 'run_1.json'}: ")
         assert not training.save_dir.exists()
 
 
@@ -73,6 +76,14 @@ def test_impossible_sizes(tmp_path):
         ({"ctx_len": 100_000}, ["ctx_len", "100001 tokens"]),
     ):
         only_error(text.training(tmp_path, **keys).run(), *fragments)
+    sizes = {"d_model": 18, "n_heads": 4}
+    only_error(TALKER.training(tmp_path, **sizes).run(), '"d_model"', "even multiple of n_heads 4", "found 18")
+
+
+def test_impossible_sizes_of_stage_e(tmp_path):
+    training = OMNI.training(tmp_path, image_stack=3)  # 2 x 2 patches; all other sizes are those of earlier stages
+    only_error(training.run(), str(tmp_path / "vision"), '"image_stack"', "divisor of 2", "found 3")
+    assert not list(training.save_dir.glob("*.pt"))
 
 
 def test_files_that_are_no_config(tmp_path):

@@ -73,7 +73,7 @@ def test_skip_samples_is_absolute_over_epochs():
     for epoch in range(3):
         dataset.skip_samples = epoch * dataset.steps_per_epoch * dataset.samples_per_step
         epochs.append(read(dataset))
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     for step in range(3 * dataset.steps_per_epoch):
         dataset.skip_samples = step * dataset.samples_per_step
         epoch, start = divmod(step, dataset.steps_per_epoch)

@@ -1,5 +1,6 @@
 """A run that is killed and run again ends with the same bits as a run that was never killed."""
 
+import re
 from itertools import product
 
 import pytest
@@ -92,6 +93,31 @@ def check_partial_steps(stage, tmp_path, keys) -> None:
     assert differences(killed.state(), reference.state()) == []
 
 
+def kill_at_last_step(*, after: bool = False) -> str:
+    return f"""
+import os, signal, omni.loop
+_last_step = omni.loop._Training._train_step
+def train_step(self, micro_batches):
+    last = self.progress.step == self.total_steps - 1
+    if not last or {after}:
+        _last_step(self, micro_batches)
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+omni.loop._Training._train_step = train_step
+"""
+
+
+SECOND_VALIDATION_BATCH = """
+import os, signal, torch, omni.loop
+_to_device, _batches = omni.loop.to_device, [0]
+def to_device(batch, device):
+    _batches[0] += not torch.is_grad_enabled()
+    if _batches[0] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _to_device(batch, device)
+omni.loop.to_device = to_device
+"""
+
 BOUNDARIES = {
     "first batch": [kill_at("omni.loop:_Training._train_step", 1)],
     "after the first batch": [kill_at("omni.loop:_Training._train_step", 1, after=True)],
@@ -100,9 +126,11 @@ BOUNDARIES = {
     "during validation": [
         kill_at("omni.loop:_Training._validate", 1),
         kill_at("omni.loop:untouched_rng", 2, after=True),
+        SECOND_VALIDATION_BATCH,
     ],
     "during a save": [kill_at("torch:save", 2), kill_at("torch:save", 2, after=True)],
     "before and after the rename": [kill_at("os:replace", 4), kill_at("os:replace", 5, after=True)],
+    "the last training step": [kill_at_last_step(), kill_at_last_step(after=True)],
     "three times in one epoch": [kill_at("omni.loop:_Training._train_step", n) for n in (3, 2, 4)],
 }
 
@@ -112,10 +140,13 @@ BOUNDARIES = {
 def test_kills_at_boundaries(stage, tmp_path, kills):
     reference = stage.training(tmp_path, save_dir="reference", checkpoint_freq=2)
     reference.prelude = TRACE
-    reference.finish()
+    steps_per_epoch = int(re.search(r"(\d+) steps per epoch", reference.finish().stdout)[1])
     killed = reference.changed(save_dir="killed")
+    epochs = []
     for kill in kills:
         assert killed.run(prelude=kill).returncode == -9
+        epochs.append(killed.last_traced() // steps_per_epoch)
+    assert len(kills) < 3 or kills == BOUNDARIES["during validation"] or epochs == [0, 0, 0], "three times in one epoch"
     killed.finish()
     assert killed.trace() == reference.trace()
     assert differences(killed.state(), reference.state()) == []
@@ -143,11 +174,15 @@ def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
     if "set_rng_state" in mutation and not stage.draws:
         pytest.skip("draws no random numbers that would have to be restored")
     reference = stage.training(tmp_path, save_dir="reference")
+    reference.prelude = TRACE
     reference.finish()
     killed = reference.changed(save_dir="killed")
     assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 7)).returncode == -9
     killed.finish(prelude=mutation)
     assert differences(killed.state()["newest"]["phases"], reference.state()["newest"]["phases"]) != []
+    if "skip_samples" in mutation:
+        with pytest.raises(AssertionError):
+            assert killed.trace() == reference.trace()
 
 
 @pytest.mark.loop
@@ -188,6 +223,34 @@ def test_validation_changes_nothing_in_training(stage, tmp_path):
     assert differences(often.newest()["rng"], never.newest()["rng"]) == []
 
 
+# One line per validation: how many rows are held out, and which were seen.
+VALIDATED_ROWS = """
+import os, torch, omni.loop
+_validate, _note, _rows = omni.loop._Training._validate, omni.loop._Training._note_bad_rows, []
+def note(self, batch):
+    if not torch.is_grad_enabled():
+        _rows.extend(batch["rows"])
+    _note(self, batch)
+def validate(self):
+    _rows.clear()
+    improved = _validate(self)
+    with open(os.environ["TRACE"], "a") as file:
+        file.write(f"{len(self.validation.dataset.source)} {_rows}\\n")
+    return improved
+omni.loop._Training._validate, omni.loop._Training._note_bad_rows = validate, note
+"""
+
+
+def test_each_validation_sees_each_held_out_row_once(stage, tmp_path):
+    training = stage.training(tmp_path)
+    training.finish(prelude=VALIDATED_ROWS)
+    lines = training.trace_path.read_text().splitlines()
+    assert len(lines) == len(training.metrics("val")) > 2
+    for line in lines:
+        held_out, rows = line.split(" ", 1)
+        assert eval(rows) == list(range(int(held_out)))
+
+
 @pytest.mark.loop
 def test_progress_of_a_resumed_run(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", print_freq=1)
@@ -221,4 +284,4 @@ def test_every_sample_once_per_epoch_in_another_order(stage, tmp_path):
     epochs = [[row for s in range(e * steps_per_epoch, (e + 1) * steps_per_epoch) for row in sum(eval(trace[s, 0]), [])]
               for e in range(3)]  # fmt: skip
     assert all(sorted(rows) == list(range(samples)) for rows in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
