@@ -115,19 +115,30 @@ def test_two_runs_that_prepare_the_same_data_wait_for_each_other(stage, tmp_path
 # NaN ---------------------------------------------------------------------------------------------------------------
 
 
-def bad_loss(first: int, last: int, factor: str = "nan") -> str:
-    """Prelude: the loss is not finite in steps first..last."""
+def bad_loss(first: int, last: int, kind: str = "nan", micro_batch: int | None = None) -> str:
+    """Prelude: in steps first..last the loss (of one micro-batch, from 1, or of all) is "nan" or "inf", or it is finite
+    and its gradient is infinite: "gradient"."""
     return f"""
-import omni.loop
+import torch, omni.loop
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(context, value):
+        return value.clone()
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * float("inf")
 _bad_step = omni.loop._Training._train_step
 def train_step(self, micro_batches):
     for phase in self.phases:
         if not hasattr(phase, "honest"):
             phase.honest = phase.loss
-        honest, bad = phase.honest, {first} <= self.progress.step <= {last}
-        def loss(model, batch, honest=honest):  # each phase its own
+        honest, calls, bad = phase.honest, [0], {first} <= self.progress.step <= {last}
+        def loss(model, batch, honest=honest, calls=calls):  # each phase its own
             value, scalars = honest(model, batch)
-            return (value * float("{factor}") if bad else value), scalars
+            calls[0] += 1
+            if bad and {micro_batch} in (None, calls[0]):
+                value = InfiniteGradient.apply(value) if "{kind}" == "gradient" else value * float("{kind}")
+            return value, scalars
         phase.loss = loss
     _bad_step(self, micro_batches)
 omni.loop._Training._train_step = train_step
@@ -136,9 +147,12 @@ omni.loop._Training._train_step = train_step
 
 @pytest.mark.loop
 def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_path):
-    for factor in ("nan", "inf"):
-        training = stage.training(tmp_path, save_dir=factor, max_steps=10, checkpoint_freq=1, keep_checkpoints=20)
-        training.prelude = bad_loss(5, 6, factor)
+    for kind, accumulation, micro_batch in (("nan", 1, None), ("inf", 1, None), ("gradient", 1, None), ("nan", 3, 2)):
+        training = stage.training(
+            tmp_path, save_dir=f"{kind} of {accumulation}", max_steps=10, checkpoint_freq=1, keep_checkpoints=20,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        training.prelude = bad_loss(5, 6, kind, micro_batch)
         assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
         process = training.finish()
         assert "no update (2 so far)" in process.stdout + (training.save_dir / "training.log").read_text()
