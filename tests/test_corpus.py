@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from harness import kill_at
-from stages import STAGES
+from stages import TEXT, WORDS
 
 from omni import corpus
 from omni.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, split_samples
@@ -160,8 +160,7 @@ def test_tokens_that_a_run_has_open_are_never_written_over(text, tokenizer, monk
 
 
 def test_a_killed_script_prepares_the_same(tmp_path):
-    case = next(case for case in STAGES if case.name == "text")
-    training = case.training(tmp_path, max_steps=2)
+    training = TEXT.training(tmp_path, max_steps=2)
     small_chunks = "import omni.corpus; omni.corpus._CHUNK_BYTES = 100\n"
     for count in (2, 3, 4):
         kill = kill_at("omni.corpus:write_json", count, after=count == 3)
@@ -214,6 +213,45 @@ def test_memory_stays_bounded_however_long_the_file(tmp_path, tokenizer, monkeyp
     assert largest < 5000
 
 
+def write_100_mb(path, separator: bytes, nul: bytes) -> int:
+    """Words, a separator after every tenth, and ``nul`` once a megabyte. Returns the number of bytes."""
+    words = random.Random(0).choices(WORDS, k=200_000)
+    block = separator.join(" ".join(words[i : i + 10]).encode() for i in range(0, len(words), 10))[: 1 << 20]
+    with path.open("wb") as file:
+        return sum(file.write(block + separator + nul) for _ in range(100))
+
+
+@pytest.mark.parametrize("nul", [b"", b"\0"], ids=["without NUL", "with NUL"])
+def test_a_line_of_100_mb_comes_in_small_pieces_and_loses_nothing(tmp_path, nul):
+    path = tmp_path / "line.txt"
+    size, seen = write_100_mb(path, b" ", nul), 0
+    for chunk in corpus.read_chunks(path):
+        assert len(chunk) <= (16 << 20) + (64 << 10)
+        pieces = list(split_samples(chunk, path, 1))
+        assert max(map(len, pieces)) <= 64 << 10
+        assert b"".join(pieces) == chunk
+        seen += len(chunk)
+    assert seen == size
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("nul", [b"", b"\0"], ids=["without NUL", "with NUL"])
+def test_a_line_of_100_mb_takes_no_more_memory_than_many_lines(tmp_path, nul):
+    peaks_gb = {}
+    for name, separator in (("lines", b"\n"), ("line", b" ")):
+        (tmp_path / name).mkdir()
+        size = write_100_mb(tmp_path / name / "corpus.txt", separator, nul)
+        training = TEXT.training(tmp_path / name, max_steps=2)
+        training.finish()
+        rows = (training.save_dir / "metrics.jsonl").read_text().splitlines()
+        peaks_gb[name] = max(json.loads(row).get("peak_memory_gb", 0.0) for row in rows)
+        (meta,) = (tmp_path / name).glob("*.tokens-*/meta.json")
+        counts = json.loads(meta.read_text())
+        kept = sum(counts[split]["text_bytes"] - counts[split]["samples"] for split in ("train", "val"))
+        assert kept + (counts["train"]["samples"] + counts["val"]["samples"] if name == "lines" else 0) == size
+    assert peaks_gb["line"] < 1.2 * peaks_gb["lines"] + 0.1, peaks_gb
+
+
 @pytest.mark.parametrize("tokens", [9, 16, 17, 18, 40])
 def test_packing_predicts_every_token_once(tmp_path, tokens):
     path = tmp_path / "tokens.bin"
@@ -240,8 +278,7 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_p
     from omni.config import TextConfig
     from omni.thinker import Thinker
 
-    case = next(case for case in STAGES if case.name == "text")
-    training = case.training(tmp_path, max_steps=6, batch_size=3)
+    training = TEXT.training(tmp_path, max_steps=6, batch_size=3)
     training.finish()
     final = training.final_file()
     model = Thinker(TextConfig.model_validate(final["config"])).eval()
