@@ -1,6 +1,6 @@
 # make demo   everything from nothing: environment, data, training, a table of results
 # make test   the test suite
-# make torture  the tests that repeat what is shared, for every stage
+# make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
 # make smoke  every stage on a few steps, and one question: under three minutes
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios, also in checkpoints/bench.json
@@ -40,7 +40,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 4 -m "not torture"
 
 torture: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 4 -m torture
+	$(BIN)/python -m pytest -n 4 -m torture --reliability=docs/reliability.md
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -8,7 +8,17 @@ torch.set_num_threads(1)  # the tests run in several processes, which would wait
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import reliability  # noqa: E402
 from stages import STAGES  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--reliability", metavar="FILE", type=Path, help="write what was counted to FILE, as a table")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if path := config.getoption("--reliability"):
+        reliability.write(path, terminalreporter.stats)
 
 
 @pytest.fixture(params=STAGES, ids=lambda stage: stage.name)
