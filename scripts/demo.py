@@ -266,26 +266,26 @@ def smoke(folder: Path) -> int:
 
 
 def start(*command: str, **options) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, **options)
+    """In a process group of its own, so that a Ctrl-C in the terminal reaches it once only, through ``stop`` below."""
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, process_group=0, **options)
 
 
 def pass_signals_to(processes: dict[str, subprocess.Popen]) -> threading.Event:
-    """A child saves and ends by itself: a Ctrl-C reaches it from the terminal, a SIGTERM is passed on. Waiting for it
-    (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
+    """Each Ctrl-C, SIGTERM and hang-up is passed on as one SIGTERM, upon which a child saves and ends by itself.
+    Waiting for it (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
 
     Returns:
         is set once this process has been asked to stop.
     """
     asked = threading.Event()
 
-    def stop(signum: int, _) -> None:
+    def stop(*_) -> None:
         asked.set()
-        if signum == signal.SIGTERM:
-            for process in list(processes.values()):
-                process.terminate()
+        for process in list(processes.values()):
+            process.terminate()
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     return asked
 
 
@@ -334,10 +334,11 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
         ended(stage, seconds, code)
         finished.add(stage.name)
         if code or asked.is_set():  # the others save and end too, and the next run goes on with all of them
+            if not failed and not asked.is_set():  # asked twice, they would end at once and save nothing
+                for process in running.values():
+                    process.terminate()
             failed = failed or code or EXIT_INTERRUPTED
             waiting.clear()
-            for process in running.values():
-                process.terminate()
     if failed:
         give_up(failed)
 
