@@ -138,6 +138,15 @@ class MelSpec:
         return -(-samples // self.hop_length)
 
 
+def reflect(signal: Tensor, left: int, right: int) -> Tensor:
+    """(..., S) -> (..., left + S + right): beyond its ends the signal comes back, the end itself but once.
+
+    As F.pad's "reflect", whose gradient on a GPU adds up in any order.
+    """
+    before, after = signal[..., 1 : left + 1], signal[..., signal.shape[-1] - 1 - right : -1]
+    return torch.cat([before.flip(-1), signal, after.flip(-1)], dim=-1)
+
+
 def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
     """Natural logarithm of the mel-scaled amplitude spectrum.
 
@@ -160,9 +169,7 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
         signal = F.pad(signal, (0, spec.win_length - signal.shape[-1]))
     left = (spec.win_length - spec.hop_length) // 2
     needed = (spec.frames(signal.shape[-1]) - 1) * spec.hop_length + spec.win_length
-    batch = signal.shape[:-1]
-    signal = F.pad(signal.reshape(1, -1, signal.shape[-1]), (left, needed - left - signal.shape[-1]), mode="reflect")
-    signal = signal.reshape(*batch, needed)
+    signal = reflect(signal, left, needed - left - signal.shape[-1])
     with torch.autocast(waveform.device.type, enabled=False):
         # not torch.stft: it transforms the zeros around the window too, in a layout that costs five times as much
         windows = signal.unfold(-1, spec.win_length, spec.hop_length)[..., :frames, :] * window  # (..., T, win_length)

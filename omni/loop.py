@@ -200,10 +200,11 @@ class _Training:
                 last = index == len(micro_batches) - 1
                 if world > 1:
                     model.require_backward_grad_sync = last
-                with run.autocast():
-                    loss, scalars = phase.loss(model, batch)
-                # DDP averages over processes; the shares are of the sum over all of them
-                self.scaler.scale(loss * (share * world)).backward()
+                with run.deterministic_kernels():
+                    with run.autocast():
+                        loss, scalars = phase.loss(model, batch)
+                    # DDP averages over processes; the shares are of the sum over all of them
+                    self.scaler.scale(loss * (share * world)).backward()
                 loss_sum += loss.detach() * share
                 logged.append(({f"{label}{name}": value for name, value in scalars.items()}, share))
             loss_sum = run.sum_over_ranks(loss_sum)

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import datetime
 import errno
+import faulthandler
 import fcntl
 import json
 import multiprocessing
@@ -56,6 +57,7 @@ _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
+    faulthandler.enable()  # a crash inside a library says where
     threading.excepthook = _thread_failed
     try:
         code = _exit_code(main)
@@ -90,6 +92,10 @@ def _exit_code(main: Callable[[], None]) -> int:
         return error.exit_code
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         reason = " ".join(str(error).split())
+        if "does not have a deterministic implementation" in reason:
+            what = reason.split(" does not have")[0]
+            print(f'error: key "deterministic": expected false, as {what} adds up in any order', file=sys.stderr)
+            return EXIT_BAD_INPUT
         if not isinstance(error, RuntimeError) and multiprocessing.active_children():
             reason = f"a DataLoader worker died while it sent a batch: {reason}"
         if "DataLoader worker" not in reason:
@@ -469,6 +475,22 @@ class Run:
         if self.amp_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.amp_dtype)
+
+    @contextlib.contextmanager
+    def deterministic_kernels(self):
+        """Inside, on a GPU, a kernel that adds up in any order is an error, unless the config allows it.
+
+        Everywhere else it brings a warning, and what it makes is told to no weight. That is not enough for training:
+        fused attention takes its deterministic kernels only where the others are an error.
+        """
+        if self.device.type != "cuda" or not self.config.deterministic:
+            yield
+            return
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Move to the device and compile in place, so that the state dict's keys stay plain."""

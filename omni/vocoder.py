@@ -21,7 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from omni import checkpoint
-from omni.audio import MelSpec, griffin_lim, load_audio, log_mel
+from omni.audio import MelSpec, griffin_lim, load_audio, log_mel, reflect
 from omni.config import VocoderConfig, refuse_others
 from omni.manifest import Manifest, Rows
 
@@ -216,7 +216,7 @@ class PeriodDiscriminator(nn.Module):
         self.conv_post = weight_norm(nn.Conv2d(widths[-1], 1, (3, 1), padding=(1, 0)))
 
     def forward(self, waveform: Tensor) -> list[Tensor]:
-        x = F.pad(waveform[:, None], (0, -waveform.shape[-1] % self.period), mode="reflect")
+        x = reflect(waveform[:, None], 0, -waveform.shape[-1] % self.period)
         return _layers(self, x.unflatten(-1, (-1, self.period)))  # (B, 1, S / P, P)
 
 

@@ -20,6 +20,7 @@ from omni.audio import (
     mel_filters,
     normalise_features,
     perturb_speed,
+    reflect,
     spec_augment,
 )
 from omni.manifest import BadRow
@@ -167,6 +168,17 @@ def test_batched_and_autocast_log_mels_are_the_single_ones():
     torch.testing.assert_close(batched[1, 2], log_mel(waveforms[1, 2], MEL), atol=1e-5, rtol=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(log_mel(waveforms, MEL), batched)
+
+
+def test_reflected_as_f_pad_does_and_so_is_the_gradient():
+    for shape, left, right in (((5000,), 300, 41), ((3, 1, 700), 0, 6), ((2, 64), 63, 63), ((9,), 0, 0)):
+        ours, theirs = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in "ab")
+        padded = torch.nn.functional.pad(theirs.reshape(1, -1, shape[-1]), (left, right), mode="reflect")
+        ours_padded, padded = reflect(ours, left, right), padded.reshape(*shape[:-1], -1)
+        assert torch.equal(ours_padded, padded)
+        for waveform in (ours_padded, padded):
+            waveform.sin().sum().backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6)
 
 
 def test_the_gradient_is_right_and_finite_in_silence():
