@@ -180,7 +180,7 @@ class Training:
     def finish(self, **kwargs) -> Process:
         """Run to the end, which must succeed."""
         process = self.run(**kwargs)
-        assert process.returncode == 0, process.stderr + process.stdout
+        assert process.returncode == 0, f"exit code {process.returncode}\n{process.stderr}{process.stdout}"
         self.seconds = time.monotonic() - process.started
         return process
 
