@@ -313,6 +313,7 @@ class Run:
         self.stop_requested = False
         self.bar: tqdm | None = None
         self.lock: FolderLock | None = None
+        self._exchange: tuple | None = None
         self._log_file = self._metrics_file = self._tensorboard = None
         self._is_part = False
         self._pending = list(notices)  # lines that wait for training.log to be opened
@@ -421,14 +422,13 @@ class Run:
         if self.world == 1:
             return self.stop_requested
         flag = torch.tensor(int(self.stop_requested))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+        return bool(self._all_reduce(flag, dist.ReduceOp.MAX))
 
     # Processes ---------------------------------------------------------------------------------------------------
 
     def barrier(self) -> None:
         if self.world > 1:
-            dist.all_reduce(torch.zeros(1))  # on the host; dist.barrier would occupy the GPU
+            self._all_reduce(torch.zeros(1))  # on the host; dist.barrier would occupy the GPU
 
     def gather(self, value) -> list:
         """Every process's ``value``, in rank order."""
@@ -439,8 +439,18 @@ class Run:
         return values
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.world > 1:
-            dist.all_reduce(tensor)
+        return self._all_reduce(tensor) if self.world > 1 else tensor
+
+    def _all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+        """In place.
+
+        The exchange is kept until the next one. Whoever lets go of it last frees it, and gloo's thread asks for the
+        interpreter to do so: a loader's worker that is forked in that moment finds a lock taken, for ever (seen once
+        in CPython 3.11, in ``_PyThreadState_DeleteExcept``).
+        """
+        work = dist.all_reduce(tensor, op=op, async_op=True)
+        work.wait()
+        self._exchange = work, tensor
         return tensor
 
     @contextlib.contextmanager
