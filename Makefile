@@ -40,7 +40,7 @@ test: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 4 -m "not torture"
 
 torture: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 4 -m torture --reliability=docs/reliability.md
+	$(BIN)/python -m pytest -n 4 -m torture --timeout 900 --reliability=docs/reliability.md
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
