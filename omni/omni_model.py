@@ -34,6 +34,7 @@ from omni.config import (
     sizes_of,
 )
 from omni.ctc import ctc_nll, frames_needed
+from omni.decoding import one_token_reader
 from omni.errors import UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
@@ -636,17 +637,18 @@ class OmniModel(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
         cache = KVCache(self.thinker.arch, B, longest + limit, device, dtype)
-        hidden = self.thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])
+        hidden = self.thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])[:, -1]  # (B, D)
+        read = one_token_reader(self.thinker, cache)
         stops = torch.tensor(stop_ids, device=device)
         ended, written = torch.zeros(B, dtype=torch.bool, device=device), []
         for _ in range(limit):
-            ids = self.thinker.head(hidden[:, -1]).float().argmax(dim=-1)  # (B,)
+            ids = self.thinker.head(hidden).float().argmax(dim=-1)  # (B,)
             ended = ended | torch.isin(ids, stops)
             if ended.all():
                 break
             written.append(ids.masked_fill(ended, stop_ids[0]))
             there = F.pad(there, (0, 1), value=True)
-            hidden = self.thinker.hidden_states(ids[:, None], cache=cache, mask=there[:, None, None])
+            hidden = read(ids, there)
         rows = torch.stack(written, dim=1).tolist() if written else [[]] * B
         return [row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
 

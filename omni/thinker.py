@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omni.checkpoint import load_stage, load_weights
 from omni.config import TextConfig, ThinkerArchitecture
+from omni.decoding import one_token_reader
 from omni.errors import UserError
 from omni.layers import RMS_EPS, Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
 from omni.tokenizer import Tokenizer
@@ -240,39 +241,31 @@ class Thinker(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            ids = list(prompt_ids)
-            for step in range(max_new_tokens):
-                hidden, next_id = self._next_id(ids, inputs_embeds, cache, temperature, top_k, top_p, generator)
-                if states is not None and step > 0:
-                    states.append(hidden)
+            prompt = None if inputs_embeds is not None else torch.tensor([list(prompt_ids)], device=device)
+            read, next_id = one_token_reader(self, cache), None
+            for _ in range(max_new_tokens):
+                with torch.inference_mode():  # not around the yield: the caller's code would run in it
+                    if next_id is None:
+                        hidden = self.hidden_states(prompt, inputs_embeds=inputs_embeds, cache=cache)[0, -1]  # (D,)
+                    else:
+                        hidden = read(torch.tensor([next_id], device=device))[0]
+                        if states is not None:
+                            states.append(hidden)
+                    next_id = self._choose(hidden, temperature, top_k, top_p, generator)
                 if next_id in stop_ids:
                     return
                 yield next_id
-                ids, inputs_embeds = [next_id], None
         finally:
             self.train(was_training)
 
-    # Not around the generator: between two tokens, the caller's code would run in inference mode.
-    @torch.inference_mode()
-    def _next_id(
-        self,
-        ids: list[int],
-        inputs_embeds: Tensor | None,
-        cache: KVCache,
-        temperature: float,
-        top_k: int | None,
-        top_p: float | None,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, int]:
-        token_ids = None
-        if inputs_embeds is None:
-            token_ids = torch.tensor([ids], device=self.embed_tokens.weight.device)
-        hidden = self.hidden_states(token_ids, inputs_embeds=inputs_embeds, cache=cache)[0, -1]  # (D,)
+    def _choose(
+        self, hidden: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    ) -> int:
         logits = self.head(hidden).float()  # (V,)
         if temperature == 0:
-            return hidden, int(logits.argmax())
+            return int(logits.argmax())
         probabilities = _probabilities(logits / temperature, top_k, top_p)
-        return hidden, int(torch.multinomial(probabilities, 1, generator=generator))
+        return int(torch.multinomial(probabilities, 1, generator=generator))
 
 
 def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
