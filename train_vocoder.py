@@ -31,7 +31,6 @@ from omni.vocoder import (
     Generator,
     VocoderScore,
     adversarial_loss,
-    clip_columns,
     discriminator_loss,
     feature_loss,
     frozen,
@@ -39,22 +38,22 @@ from omni.vocoder import (
     mel_loss,
     mel_spec,
     read_clip,
+    split_column,
 )
 
 STAGE = Stage(name="vocoder", prefix="hifigan", final="hifigan.pt", unit="samples", best_metric="mel_l1")
 BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory
 STATISTICS_CLIPS = 64
+COLUMNS = ("wav",)
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(VocoderConfig, __doc__, argv)
     with Run(config, STAGE, notices, device) as run:
         # --- Data: random segments of recordings, and their log-mels ---------------------------------------------
-        columns = clip_columns(config.train_csv)
-        manifest = val_manifest = prepare_manifest(run, config.train_csv, columns, key=columns[-1])
+        manifest = val_manifest = prepare_manifest(run, config.train_csv, COLUMNS, key=split_column(config.train_csv))
         if config.val_csv:
-            columns = clip_columns(config.val_csv)
-            val_manifest = prepare_manifest(run, config.val_csv, columns, key=columns[-1])
+            val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key=split_column(config.val_csv))
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
         else:
             train_rows, val_rows = split_rows(manifest, config.val_split)

@@ -319,14 +319,13 @@ def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
 # Rows
 
 
-def clip_columns(path: str) -> tuple[str, ...]:
-    """The columns that a manifest of clips must fill. The last one splits it: the text if there is one, so that no
-    sentence is on both sides."""
+def split_column(path: str) -> str:
+    """The column that splits a manifest of clips: the text if there is one, so that no sentence is on both sides."""
     with open(path, encoding="utf-8", errors="replace") as file:
         head = file.read(1 << 16)
     if Path(path).suffix not in (".json", ".jsonl"):
         head = head.partition("\n")[0]
-    return ("wav", "text") if re.search(r"\btext\b", head) else ("wav",)
+    return "text" if re.search(r"\btext\b", head) else "wav"
 
 
 def read_clip(manifest: Manifest, row: dict, config: VocoderConfig) -> Tensor:

@@ -57,7 +57,7 @@ from omni.talker import Utterance, collate_utterances, talker_metrics, talker_su
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import load_vision_encoder
-from omni.vocoder import Clips, VocoderScore, clip_columns, load_codec_of, load_vocoder
+from omni.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from train_text import text_metrics, text_sums
 
 # those that need no second file, and no folder of another stage
@@ -253,8 +253,7 @@ def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
 
 def judge_vocoder(args: argparse.Namespace, device: torch.device) -> Judgement:
     model = load_vocoder(args.ckpt_dir, device)
-    columns = clip_columns(args.data)
-    manifest = load_manifest(args.data, columns, columns[-1], cache_dir=args.cache_dir, log=to_stderr)
+    manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
     codec = load_codec_of(model.config)
     rows = Clips(manifest, first_rows(len(manifest), args), model.config, training=False, codec=codec)
     score = VocoderScore(model.config)

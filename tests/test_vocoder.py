@@ -16,14 +16,13 @@ import train_vocoder
 from omni.audio import griffin_lim, log_mel, mel_statistics
 from omni.config import VocoderConfig, load_config
 from omni.errors import UserError
-from omni.manifest import load_manifest
+from omni.manifest import load_manifest, split_rows
 from omni.vocoder import (
     Clips,
     Discriminators,
     Generator,
     VocoderScore,
     adversarial_loss,
-    clip_columns,
     discriminator_loss,
     feature_loss,
     fold_weight_norm,
@@ -33,6 +32,7 @@ from omni.vocoder import (
     mel_spec,
     segment_log_mel,
     speecht5_config,
+    split_column,
     to_speecht5_state_dict,
 )
 
@@ -189,7 +189,7 @@ def test_the_log_mel_of_a_segment_is_a_slice_of_the_whole(keys):
 
 def clips(folder, training: bool, **keys) -> Clips:
     path = make_clips(folder)["train_csv"]
-    manifest = load_manifest(path, clip_columns(path), "text")
+    manifest = load_manifest(path, ("wav",), "text")
     return Clips(manifest, np.arange(len(manifest)), config(train_csv=path, **keys), seed=3, training=training)
 
 
@@ -238,14 +238,25 @@ def test_statistics_are_those_of_the_usable_clips(tmp_path):
     torch.testing.assert_close(torch.tensor(statistics["std"]), mels.std(dim=0, correction=0).clamp(min=0.1))
 
 
+def test_clips_without_a_text_are_used_and_split_like_others(tmp_path):
+    path = make_clips(tmp_path)["train_csv"]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["wav", "text"], *([f"clip{number}.wav", ""] for number in range(24))])
+    manifest = load_manifest(path, ("wav",), split_column(path))
+    train_rows, val_rows = split_rows(manifest, 0.3)
+    assert len(train_rows) > 10 and len(val_rows) > 2
+    stdout = VOCODER.training(tmp_path, max_steps=2, max_epochs=None).finish().stdout
+    assert "Not used" not in stdout and "24 samples" not in stdout
+
+
 def test_the_column_that_splits(tmp_path):
-    for name, content, columns in (
-        ("a.csv", "wav,speaker\na.wav,text\n", ("wav",)),
-        ("b.csv", '"text",wav\n', ("wav", "text")),
-        ("c.jsonl", '{"wav": "a.wav", "text": "a"}\n', ("wav", "text")),
+    for name, content, column in (
+        ("a.csv", "wav,speaker\na.wav,text\n", "wav"),
+        ("b.csv", '"text",wav\n', "text"),
+        ("c.jsonl", '{"wav": "a.wav", "text": "a"}\n', "text"),
     ):
         (tmp_path / name).write_text(content)
-        assert clip_columns(tmp_path / name) == columns
+        assert split_column(tmp_path / name) == column
 
 
 # --- Judging ---------------------------------------------------------------------------------------------------------
