@@ -165,7 +165,7 @@ def check_target(target: Path, replace: bool) -> None:
         raise UserError(f"--output_dir {target}: expected a folder, found a file")
     if not any(target.iterdir()):
         return
-    if not is_merged(target):
+    if not all((target / name).is_file() for name in (INFO, WEIGHTS)):  # one alone may be another tool's
         raise UserError(f"--output_dir {target}: expected a new or empty folder, found one that holds other things")
     if not replace:
         raise UserError(f"--output_dir {target}: holds an earlier export already. Give --force to replace it")
@@ -231,8 +231,8 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def is_merged(folder: str | Path) -> bool:
-    """Whether ``export.py`` wrote it."""
-    return (Path(folder) / INFO).is_file() and (Path(folder) / WEIGHTS).is_file()
+    """Whether ``export.py`` wrote it; ``Merged`` then tells what has been lost since."""
+    return (Path(folder) / INFO).is_file() or (Path(folder) / WEIGHTS).is_file()
 
 
 class Merged:

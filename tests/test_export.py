@@ -371,7 +371,7 @@ def test_every_damage_is_found_and_told_in_one_line(merged, tmp_path, file):
             Assistant.load(folder, CPU)
         assert "\n" not in str(error.value)
     (folder / file).unlink()
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=f"{file}: cannot read it: No such file"):
         Assistant.load(folder, CPU)
 
 
@@ -455,6 +455,12 @@ def test_options_that_make_no_sense_are_refused(folders, tmp_path):
     refused(options({"thinker": folders["thinker"]}, folders["ocr"]), str(folders["ocr"]), "other things")
     refused(options({"thinker": folders["thinker"]}, folders["ocr"], "--force"), "other things")
     refused(options({"thinker": folders["thinker"]}, folders["ocr"] / "ocr.pt"), "expected a folder")
+
+
+def test_another_tool_s_model_is_not_replaced(folders, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"weights")
+    refused(options({"thinker": folders["thinker"]}, tmp_path / "theirs", "--force"), "other things")
 
 
 def test_an_earlier_export_is_replaced_with_force_only(folders, tmp_path):
