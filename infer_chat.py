@@ -116,6 +116,9 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("talker_ckpt", "vocoder_ckpt"):
         if getattr(args, name) is not None and args.audio_out is None:
             raise UserError(f"--{name}: expected --audio_out beside it, for what --say or an answer speaks")
+    for name in ("image", "audio_in", "video"):
+        if "" in getattr(args, name):
+            raise UserError(f"--{name}: expected a file, found an empty name")
     if args.complete:
         if args.system is not None:
             raise UserError("--system: expected a chat, but --complete continues the text as it stands")

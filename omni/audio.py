@@ -6,6 +6,7 @@ What a file claims about itself is checked before its samples are read, so a hos
 # S samples, T frames, M mel channels
 
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ def _open(path: str | Path) -> soundfile.SoundFile:
     try:
         file = soundfile.SoundFile(str(path))
     except soundfile.LibsndfileError as error:
+        if not os.path.exists(path):  # libsndfile says "System error." only
+            raise BadRow(f"{path}: not an audio file: No such file or directory") from error
         raise BadRow(f"{path}: not an audio file that can be read: {error.error_string}") from error
     problem = _header_problem(file)
     if problem:
