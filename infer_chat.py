@@ -140,13 +140,16 @@ def written_to(path: Path) -> Path:
     """Where the sound for ``--audio_out`` is written: what a link leads to, so that the link stays one.
 
     Raises:
-        UserError: a folder, a pipe or a device stands there, which the file would replace; or it has no folder.
+        UserError: a folder, a pipe or a device stands there, which the file would replace; it has no folder; it
+            is to be of another format.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise UserError(f"--audio_out {path}: expected a file, or a name for a new one; found a folder, pipe or device")
     if not target.parent.is_dir():
         raise UserError(f"--audio_out {path}: expected a file in a folder that exists")
+    if path.suffix.lower() not in ("", ".wav"):
+        raise UserError(f"--audio_out {path}: expected a name that ends in .wav, the format that is written")
     return target
 
 

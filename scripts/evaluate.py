@@ -370,6 +370,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if not args.data.is_file():
         raise UserError(f"--data {args.data}: expected a file, found none")
+    if args.save_speech is not None and args.save_speech.exists() and not args.save_speech.is_dir():
+        raise UserError(f"--save_speech {args.save_speech}: expected a folder, or a name for a new one")
     return args
 
 
