@@ -3,7 +3,7 @@
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
 # make smoke  every stage on a few steps, and one question: under three minutes
 # make lint   check the style; make format mends it
-# make bench  speed, as ratios, also in checkpoints/bench.json
+# make bench  speed, as ratios, also in checkpoints/bench.json and docs/speed.md
 # make web    install what scripts/web_demo.py needs
 
 # The first of these that is Python 3.11 or newer; or say: make PYTHON=/path/to/python3
@@ -51,7 +51,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 bench: .venv/.installed-dev
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench.py --page docs/speed.md
 
 web: .venv/.installed-web
 

@@ -509,10 +509,37 @@ def write_figures(path: Path, figures: dict[str, dict]) -> None:
     write_json(path, {"machine": facts, "date": date, "figures": kept | figures})
 
 
+def target_of(name: str) -> tuple[str, Callable[[float], bool]] | None:
+    """What a figure ought to be, in words and as a condition; None where it only informs."""
+    if name.startswith("train/") and not name.endswith("matmul_share"):
+        return "at least 1.2", lambda value: value >= 1.2
+    if name == "generate/batch_1":
+        return "at least 3", lambda value: value >= 3
+    if name.startswith("loop/") and name.endswith("/overhead"):
+        return "at most 1.05", lambda value: value <= 1.05
+    if name.endswith("/real_time_factor"):
+        return "below 0.5", lambda value: value < 0.5
+    return None
+
+
+def page(written: dict, command: str) -> str:
+    """``written``, the JSON, for people."""
+    facts = ", ".join(f"{name} {value}" for name, value in written["machine"].items())
+    lines = ["# Speed", "", f"`{command}`, {written['date']}: {facts}.", "", " ".join(__doc__.split("\n\n")[0].split())]
+    lines += ["", "| figure | value | target | what |", "| --- | ---: | --- | --- |"]
+    for name, figure in written["figures"].items():
+        value, target = figure["value"], target_of(name)
+        shown = "-" if value is None else f"{value:.2f} {figure['unit']}".replace(" x", "")
+        wanted = "" if target is None or value is None else target[0] + ("" if target[1](value) else ": **missed**")
+        lines.append(f"| {name} | {shown} | {wanted} | {figure['note']} |")
+    return "\n".join([*lines, ""])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/bench.json", metavar="FILE", help="figures")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="also as a table, with the targets")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIR", help="of the *_demo.json")
     parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="stage D, to speak; default: random weights")
     parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="stage F, likewise")
@@ -526,6 +553,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts or PARTS:
         PARTS[name](bench)
         write_figures(args.json, bench.figures)
+    if args.page is not None:
+        args.page.write_text(page(json.loads(args.json.read_text()), "make bench"), encoding="utf-8")
 
 
 if __name__ == "__main__":

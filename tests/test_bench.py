@@ -87,6 +87,24 @@ def test_figures_of_other_parts_stay_and_those_of_another_machine_go(tmp_path):
     assert json.loads(path.read_text())["figures"] == other
 
 
+def test_the_page_tells_what_was_missed():
+    values = {
+        "train/A/thinker": 1.19,
+        "train/A/thinker/matmul_share": 30.0,
+        "generate/batch_1": 3.2,
+        "startup/help": None,
+    }
+    figures = {name: {"value": value, "unit": "x", "note": "of both"} for name, value in values.items()}
+    lines = bench.page({"machine": {"cpus": 2}, "date": "today", "figures": figures}, "make bench").splitlines()
+    assert lines[2] == "`make bench`, today: cpus 2."
+    assert lines[-4:] == [
+        "| train/A/thinker | 1.19 | at least 1.2: **missed** | of both |",
+        "| train/A/thinker/matmul_share | 30.00 |  | of both |",
+        "| generate/batch_1 | 3.20 | at least 3 | of both |",
+        "| startup/help | - |  | of both |",
+    ]
+
+
 def test_a_stage_without_data_is_left_out_and_says_so(configs, tmp_path, monkeypatch, capsys):
     keys = json.loads((configs / "thinker_demo.json").read_text())
     (tmp_path / "thinker_demo.json").write_text(json.dumps(keys | {"train_text": "absent.txt"}))
