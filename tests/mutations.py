@@ -1,0 +1,323 @@
+"""Switches off, one at a time, what keeps a promise, and shows that a test then fails.
+
+    python tests/mutations.py                        all of them, about twelve minutes on 2 cores
+    python tests/mutations.py --only lock --page docs/mutations.md
+
+Each mutation is a piece of text that stands exactly once in a file, and what takes its place in a copy of the tree. A
+mutation that no test notices ends the run with exit code 1, as does one whose text is no longer there.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from reliability import ROOT, commit, machine
+
+COPIED = ("*.py", "omni", "scripts", "tests", "configs", "pyproject.toml", "README.md", "Makefile", ".gitignore")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    promise: str
+    what: str  # is switched off
+    file: str
+    old: str
+    new: str
+    tests: str  # pytest's arguments
+
+
+RESUME = "tests/test_resume.py::test_resume_is_exact_with_partial_steps_and_bf16[text]"
+SAVES = "tests/test_checkpoint.py"
+MUTATIONS = [
+    Mutation(
+        "exact resume", "a resumed epoch begins at its first sample", "omni/loop.py",
+        "dataset.skip_samples = progress.step * dataset.samples_per_step",
+        "dataset.skip_samples = progress.step // dataset.steps_per_epoch * dataset.steps_per_epoch * 6", RESUME,
+    ),
+    Mutation(
+        "exact resume", "random states are not restored", "omni/loop.py",
+        'set_rng_state(payload["rng"][run.rank], run.device)', "pass", RESUME,
+    ),
+    Mutation(
+        "exact resume", "the optimizer is not restored", "omni/loop.py",
+        'phase.optimizer.load_state_dict(saved["optimizer"])', "pass", RESUME,
+    ),
+    Mutation(
+        "exact resume", "running averages are not restored", "omni/loop.py",
+        'self.meter.load_state_dict(payload["meter"][run.rank])', "pass", RESUME,
+    ),
+    Mutation(
+        "boundaries", "a validation that was killed is not taken up again", "omni/loop.py",
+        "self._validate_and_save()  # a run that was stopped in its validation takes it up again", "pass",
+        "tests/test_resume.py::test_kills_at_boundaries -k text",
+    ),
+    Mutation(
+        "num_workers may change", "workers get the micro-batches the other way round", "omni/data.py",
+        "(worker.id, worker.num_workers)", "(worker.num_workers - 1 - worker.id, worker.num_workers)",
+        "tests/test_resume.py::test_another_num_workers_between_runs_changes_nothing[text]",
+    ),
+    Mutation(
+        "O(1) resume", "what is skipped is read", "omni/data.py",
+        "for micro_batch in range(start + index, stop, count):\n            rows = self.rows(epoch, micro_batch)\n",
+        "for micro_batch in range(index, stop, count):\n            rows = self.rows(epoch, micro_batch)\n"
+        "            if micro_batch < start:\n                self.source.batch(rows, epoch)\n"
+        "                continue\n",
+        "tests/test_data.py::test_a_resumed_run_reads_no_skipped_row",
+    ),
+    Mutation(
+        "each sample once an epoch", "every epoch has the order of the first", "omni/data.py",
+        "self.seed * 0x1_0000_0000 + epoch", "self.seed * 0x1_0000_0000",
+        "tests/test_resume.py::test_every_sample_once_per_epoch_in_another_order[text]",
+    ),
+    Mutation(
+        "each sample once an epoch", "rows are drawn, not permuted", "omni/data.py",
+        "rows = permute(positions, len(self.source), key)\n",
+        "rows = np.random.default_rng(key).integers(0, len(self.source), len(positions))\n",
+        "tests/test_resume.py::test_every_sample_once_per_epoch_in_another_order[text]",
+    ),
+    Mutation(
+        "atomic save", "written in place", "omni/checkpoint.py",
+        "temporary = temporary_in_progress = path.with_name(path.name + TEMPORARY_SUFFIX)",
+        "temporary = temporary_in_progress = path",
+        f"{SAVES}::test_a_failed_write_leaves_the_old_file_and_no_temporary",
+    ),
+    Mutation(
+        "atomic save", "the folder is not synced after the rename", "omni/checkpoint.py",
+        "os.fsync(folder)  # the rename itself must survive a power cut", "pass",
+        f"{SAVES}::test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk[text]",
+    ),
+    Mutation(
+        "atomic save", "leftovers of a killed save stay", "omni/runtime.py",
+        "checkpoint.remove_temporary(self.save_dir)", "pass",
+        "tests/test_signals.py::test_a_partial_file_of_a_killed_save_is_cleared",
+    ),
+    Mutation(
+        "disk full", "the error of a write is forgotten", "omni/checkpoint.py",
+        "if self.error is not None:\n            raise self.error\n", "pass\n",
+        f"{SAVES}::test_disk_full_during_a_save[text]",
+    ),
+    Mutation(
+        "corruption", "the checksum is not compared", "omni/checkpoint.py",
+        "if comment != _TAG + digest.hexdigest().encode():", "if False:",
+        f"{SAVES}::test_every_flipped_bit_is_detected {SAVES}::test_every_damage_to_a_step_file_is_detected[text]",
+    ),
+    Mutation(
+        "corruption", "with all checkpoints damaged, it starts over", "omni/checkpoint.py",
+        'damaged = sorted(folder.glob(f"{prefix}_step_*.pt{DAMAGED_SUFFIX}"))', "damaged = []",
+        f"{SAVES}::test_all_checkpoints_damaged_stops_the_run_every_time[text]",
+    ),
+    Mutation(
+        "retention", "the best is deleted like the others", "omni/checkpoint.py",
+        "if step != best_step:", "if True:",
+        f"{SAVES}::test_the_best_checkpoint_is_kept_and_becomes_the_final_file[text]",
+    ),
+    Mutation(
+        "retention", "older files go before the new one is verified", "omni/loop.py",
+        "            checkpoint.save(path, payload)\n            checkpoint.prune(",
+        "            (lambda *args: checkpoint.prune(*args) or checkpoint.save(path, payload))(",
+        f"{SAVES}::test_a_new_file_that_does_not_verify_costs_no_older_one[text]"
+        f" {SAVES}::test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk[text]",
+    ),
+    Mutation(
+        "retention", "step 10 comes before step 9, as names do", "omni/checkpoint.py",
+        "for match, path in matches if match), reverse=True)",
+        "for match, path in matches if match), key=lambda found: str(found[0]), reverse=True)",
+        f"{SAVES}::test_order_and_retention_are_numeric",
+    ),
+    Mutation(
+        "environment", "the newest checkpoint is that with the latest file time", "omni/checkpoint.py",
+        "for match, path in matches if match), reverse=True)",
+        "for match, path in matches if match), key=lambda found: found[1].stat().st_mtime, reverse=True)",
+        "tests/test_environment.py::test_file_times_do_not_decide_which_checkpoint_is_newest",
+    ),
+    Mutation(
+        "no code in checkpoints", "torch.load may run what it finds", "omni/checkpoint.py",
+        'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=bool(0)',
+        f"{SAVES}::test_a_pickle_with_code_is_refused_even_with_a_valid_checksum",
+    ),
+    Mutation(
+        "signals", "a request to stop is not looked at", "omni/loop.py",
+        "if progress.step < self.total_steps and run.stop_agreed():", "if False:",
+        "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
+    ),
+    Mutation(
+        "signals", "a second signal leaves what is being written", "omni/runtime.py",
+        "checkpoint.temporary_in_progress.unlink(missing_ok=True)", "pass",
+        "tests/test_signals.py::test_a_second_signal_leaves_no_partial_file -k text",
+    ),
+    Mutation(
+        "lock", "no lock is taken", "omni/runtime.py",
+        "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
+        "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first",
+    ),
+    Mutation(
+        "lock", "workers inherit the lock", "omni/runtime.py",
+        "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first"
+        " tests/test_resume.py::test_sigkill_at_random_instants[text]",
+    ),
+    Mutation(
+        "config drift", "another training's checkpoint is taken", "omni/loop.py",
+        "        if refused:\n", "        if False:\n",
+        "tests/test_config.py::test_another_training_is_refused_with_the_differences -k text",
+    ),
+    Mutation(
+        "config drift", "other data are taken for the same", "omni/loop.py",
+        "if self.fingerprint.get(key) != value:", "if False:",
+        "tests/test_config.py::test_changed_data_are_refused -k text",
+    ),
+    Mutation(
+        "bad rows", "they are not counted", "omni/loop.py",
+        'self.new_bad_rows |= batch.get("bad_rows", {})', "pass",
+        "tests/test_bad_rows.py::test_bad_rows_are_named_replaced_and_counted -k audio_enc",
+    ),
+    Mutation(
+        "bad rows", "any number of them is put up with", "omni/loop.py",
+        "        if len(known) > limit:\n", "        if False:\n",
+        "tests/test_bad_rows.py::test_too_many_bad_rows_stop_the_run -k audio_enc",
+    ),
+    Mutation(
+        "loss not finite", "the update is made all the same", "omni/loop.py",
+        "phase.optimizer.found_inf = 1.0 - ok", "phase.optimizer.found_inf = 0.0 * ok",
+        "tests/test_environment.py::test_a_loss_that_is_not_finite_makes_no_update_and_is_counted -k text",
+    ),
+    Mutation(
+        "loss not finite", "any number in a row is put up with", "omni/loop.py",
+        "if in_a_row >= limit:", "if False:", "tests/test_environment.py::test_many_in_a_row_stop_the_run",
+    ),
+    Mutation(
+        "validation", "it leaves its mark in the random states", "omni/loop.py",
+        "untouched_rng(run.device), torch.no_grad():", "torch.no_grad():",
+        "tests/test_resume.py::test_validation_changes_nothing_in_training[text]",
+    ),
+    Mutation(
+        "progress", "the bar of a resumed run begins at 0", "omni/loop.py",
+        "run.start_bar(self.total_steps, progress.step)", "run.start_bar(self.total_steps, 0)",
+        "tests/test_resume.py::test_progress_of_a_resumed_run[text]",
+    ),
+    Mutation(
+        "interchange", "a missing weight is passed over", "omni/checkpoint.py",
+        "        module.load_state_dict(state_dict)\n", "        module.load_state_dict(state_dict, strict=False)\n",
+        "tests/test_distributed.py::test_a_missing_or_extra_weight_is_an_error[text]",
+    ),
+    Mutation(
+        "a finished run", "it is trained and written again", "omni/loop.py",
+        "if progress.step >= self.total_steps and (final := self._existing_final()):",
+        "if progress.step >= self.total_steps and (final := None):",
+        "tests/test_environment.py::test_a_finished_run_rerun_changes_no_file -k text",
+    ),
+    Mutation(
+        "torchrun", "both processes read the same rows", "omni/data.py",
+        "first = (part * self.world + self.rank) * self.batch_size", "first = part * self.world * self.batch_size",
+        "tests/test_distributed.py::test_two_processes_agree_with_one[text]",
+    ),
+    Mutation(
+        "torchrun", "the gradient is half of what it should be", "omni/loop.py",
+        "(loss * (share * world)).backward()", "(loss * share).backward()",
+        "tests/test_distributed.py::test_two_processes_agree_with_one[text]",
+    ),
+    Mutation(
+        "torchrun", "only the process that got the signal stops", "omni/runtime.py",
+        "return bool(self._all_reduce(flag, dist.ReduceOp.MAX))", "return bool(flag)",
+        "tests/test_distributed.py::test_a_signal_to_one_of_two_stops_both[text] --timeout 60",
+    ),
+    Mutation(
+        "bad config", "unknown keys are passed over", "omni/config.py",
+        'model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())',
+        'model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())',
+        "tests/test_config.py::test_bad_keys -k text",
+    ),
+    Mutation(
+        "hostile input", "a path may leave image_root", "omni/manifest.py",
+        "if not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):", "if False:",
+        "tests/test_manifest.py::test_files_inside_and_outside_of_the_root",
+    ),
+    Mutation(
+        "hostile input", "a NUL byte in a CSV is passed over", "omni/manifest.py",
+        'if (nul := chunk.find(b"\\0")) >= 0:', "if (nul := -1) >= 0:",
+        "tests/test_manifest.py::test_a_bad_csv_is_refused_in_one_line",
+    ),
+    Mutation(
+        "hostile input", "a line of any length is read", "omni/manifest.py",
+        "    if len(record) > _MAX_ROW_BYTES:\n        raise UserError(f\"{path}: line {row}: longer",
+        "    if False:\n        raise UserError(f\"{path}: line {row}: longer",
+        "tests/test_manifest.py::test_a_line_of_100_mb_is_refused_in_bounded_memory",
+    ),
+    Mutation(
+        "hostile input", "a recording of any length is read", "omni/audio.py",
+        "if max_s is not None and seconds > max_s:", "if False:",
+        "tests/test_audio.py::test_what_cannot_be_used_is_refused_with_its_reason"
+        " tests/test_audio.py::test_ten_hours_and_a_thousand_channels_cost_no_memory",
+    ),
+    Mutation(
+        "hostile input", "a picture of any size is decoded", "omni/images.py",
+        "if width * height > MAX_PIXELS:", "if False:",
+        "tests/test_images.py::test_an_image_bomb_is_refused_from_its_header",
+    ),
+]  # fmt: skip
+
+
+def copy_of_the_tree(folder: Path) -> None:
+    for pattern in COPIED:
+        for path in ROOT.glob(pattern):
+            copy = shutil.copytree if path.is_dir() else shutil.copy
+            copy(path, folder / path.name)
+
+
+def noticed(mutation: Mutation, tree: Path) -> str:
+    """Apply it, run its tests, and undo it.
+
+    Returns:
+        The tests that failed; "" if none did.
+    """
+    path = tree / mutation.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutation.old) != 1:
+        sys.exit(f"error: {mutation.file}: expected once, found {text.count(mutation.old)} times: {mutation.old}")
+    path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", *mutation.tests.split()]
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    path.write_text(text, encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*::(\S+)", result.stdout, re.MULTILINE)
+    if result.returncode not in (0, 1) or (result.returncode == 1 and not failed):
+        sys.exit(f"error: {mutation.what}: {' '.join(command)} ended with {result.returncode}\n{result.stdout}")
+    return ", ".join(failed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", metavar="TEXT", default="", help="those whose promise or description has this in it")
+    parser.add_argument("--page", metavar="FILE.md", type=Path, help="write the table to it")
+    args = parser.parse_args()
+    lines = [
+        "# What was switched off, and which tests noticed",
+        "",
+        f"`python tests/mutations.py`, {time.strftime('%Y-%m-%d')}, commit {commit()}, {machine()}.",
+        "",
+        "| promise | switched off | in | noticed by |",
+        "| --- | --- | --- | --- |",
+    ]
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy_of_the_tree(Path(folder))
+        for mutation in MUTATIONS:
+            if args.only in mutation.promise + mutation.what:
+                tests = noticed(mutation, Path(folder))
+                unnoticed += not tests
+                print(f"{mutation.promise}: {mutation.what}: {tests or 'NOT NOTICED'}", flush=True)
+                by = tests or "**nobody**"
+                lines.append(f"| {mutation.promise} | {mutation.what} | {mutation.file} | {by.replace('|', ' ')} |")
+    if args.page:
+        args.page.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    sys.exit(1 if unnoticed else 0)
+
+
+if __name__ == "__main__":
+    main()
