@@ -27,7 +27,8 @@ IGNORE = -100  # target value that the loss leaves out
 _VERSION = 1
 _CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 64 << 10
-_TOKENIZER_SAMPLE_BYTES = 256 << 20  # merges stop changing long before; training needs the sample's words in memory
+_ENCODED_BYTES = 1 << 20  # text encoded at a time: a token takes 100 bytes and more until it is written
+_TOKENIZER_SAMPLE_BYTES = 32 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -90,15 +91,17 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
 
 
 def sample_lines(run: Run, path: Path) -> Iterator[str]:
-    """Lines to train a tokenizer on: the whole file, or chunks spread evenly over a large one."""
-    size = path.stat().st_size
-    every = max(1, round(size / _TOKENIZER_SAMPLE_BYTES))
+    """Lines to train a tokenizer on: the whole file, or of a large one the beginning of each chunk."""
+    share = _TOKENIZER_SAMPLE_BYTES / max(1, path.stat().st_size)
     row = 1
-    for number, chunk in enumerate(read_chunks(path)):
+    for chunk in read_chunks(path):
         run.check_stop()
-        if number % every == 0:
-            for sample in split_samples(chunk, path, row):
-                yield sample.decode("utf-8")
+        left = share * len(chunk)
+        for sample in split_samples(chunk, path, row):
+            if left <= 0:
+                break
+            left -= len(sample)
+            yield sample.decode("utf-8")
         row += chunk.count(b"\n")
 
 
@@ -232,23 +235,22 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
                 done[name]["tokens"] = 1
         for chunk in read_chunks(corpus, done["bytes"]):
             run.check_stop()
-            samples = list(split_samples(chunk, corpus, done["rows"] + 1))
-            # bytes, not str: what came in is what is hashed
-            held_out = [zlib.crc32(s) < val_split * 2**32 for s in samples]
-            encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
-            for name, is_val in (("train", False), ("val", True)):
-                ids = [[*ids, tokenizer.eos_id] for ids, held in zip(encoded, held_out, strict=True) if held == is_val]
-                flat = np.fromiter((token for sample in ids for token in sample), dtype=dtype)
-                files[name].write(flat)
-                files[name].flush()
-                os.fsync(files[name].fileno())
-                count = done[name]
-                count["tokens"] += len(flat)
-                count["samples"] += len(ids)
-                count["text_bytes"] += sum(
-                    len(s) + 1 for s, held in zip(samples, held_out, strict=True) if held == is_val
-                )
-            done["dialogues"] += sum(b"<|assistant|>" in sample for sample in samples)
+            for samples in _batches(split_samples(chunk, corpus, done["rows"] + 1)):
+                # bytes, not str: what came in is what is hashed
+                held_out = [zlib.crc32(s) < val_split * 2**32 for s in samples]
+                encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
+                for name, is_val in (("train", False), ("val", True)):
+                    own = [i for i, held in enumerate(held_out) if held == is_val]
+                    flat = np.fromiter((token for i in own for token in (*encoded[i], tokenizer.eos_id)), dtype=dtype)
+                    files[name].write(flat)
+                    count = done[name]
+                    count["tokens"] += len(flat)
+                    count["samples"] += len(own)
+                    count["text_bytes"] += sum(len(samples[i]) + 1 for i in own)
+                done["dialogues"] += sum(b"<|assistant|>" in sample for sample in samples)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
             done["sha256"] = _chain(done["sha256"], chunk)
             done["bytes"] += len(chunk)
             done["rows"] += chunk.count(b"\n")
@@ -263,6 +265,19 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
         done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}
     write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
     progress_path.unlink()
+
+
+def _batches(samples: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lists of about ``_ENCODED_BYTES``."""
+    batch, size = [], 0
+    for sample in samples:
+        batch.append(sample)
+        size += len(sample)
+        if size >= _ENCODED_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------

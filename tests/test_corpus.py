@@ -11,7 +11,7 @@ from harness import kill_at
 from stages import TEXT, WORDS
 
 from omni import corpus
-from omni.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, split_samples
+from omni.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
 from omni.errors import Interrupted, UserError
 from omni.tokenizer import Tokenizer
 
@@ -197,20 +197,39 @@ def test_a_giant_line_becomes_samples_and_loses_nothing(tmp_path, monkeypatch):
         assert max(map(len, pieces)) <= 50
 
 
-def test_memory_stays_bounded_however_long_the_file(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 4000)
-    path, largest = tmp_path / "long.txt", 0
-    path.write_text("the cat sat\n" * 20_000)
-    encode = Tokenizer.encode_batch
+def test_memory_stays_bounded_however_long_the_file(text, tokenizer, monkeypatch):
+    """Little is encoded at a time, fewer lines than are read at once, and the tokens are the same."""
+    path, lines = text
+    whole = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    expected = {file.path: file.path.read_bytes() for file in (whole.train, whole.val)}
+    whole.train.path.with_name("meta.json").unlink()
+    monkeypatch.setattr(corpus, "_ENCODED_BYTES", 100)
+    encode, sizes = Tokenizer.encode_batch, []
 
     def measured(self, texts, **keys):
-        nonlocal largest
-        largest = max(largest, sum(map(len, texts)))
+        sizes.append([len(text.encode()) for text in texts])
         return encode(self, texts, **keys)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", measured)
-    prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
-    assert largest < 5000
+    assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3) == whole
+    assert {path: path.read_bytes() for path in expected} == expected
+    assert sum(map(len, sizes)) == len(lines) and all(sum(batch[:-1]) < 100 for batch in sizes)
+    assert len(sizes) > 2 * path.stat().st_size / 500
+
+
+def test_a_tokenizer_is_trained_on_the_whole_of_a_small_text_and_on_parts_from_all_over_a_large_one(text, monkeypatch):
+    path, lines = text
+    assert list(sample_lines(FakeRun(), path)) == lines
+    numbered = [f"line {i:04}" for i in range(1000)]
+    path.write_text("\n".join(numbered))
+    monkeypatch.setattr(corpus, "_TOKENIZER_SAMPLE_BYTES", path.stat().st_size // 10)
+    sample = [numbered.index(line) for line in sample_lines(FakeRun(), path)]
+    chunks, size = path.stat().st_size / 500, sum(len(numbered[i]) for i in sample)
+    assert size <= path.stat().st_size // 10 + chunks * len(numbered[0])
+    assert sample == sorted(sample) and sample[0] == 0 and sample[-1] > 940
+    assert max(b - a for a, b in zip(sample, sample[1:], strict=False)) <= 500 / len(numbered[0]), (
+        "no chunk is left out"
+    )
 
 
 def write_100_mb(path, separator: bytes, nul: bytes) -> int:
