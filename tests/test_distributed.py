@@ -93,6 +93,33 @@ def test_from_two_processes_to_one_in_mid_run(stage, tmp_path):
     assert "resumed at step 7" in one.finish().stdout
 
 
+@pytest.mark.loop
+@pytest.mark.parametrize("halved", ["batch_size", "gradient_accumulation_steps"])
+def test_from_one_process_to_two_in_mid_run(stage, tmp_path, halved):
+    if stage.contrastive and halved == "batch_size":
+        pytest.skip("a contrastive loss compares the samples of a micro-batch with each other")
+    keys = {"dropout": 0.0, "drop_last": False, "print_freq": 1, "batch_size": 2, "gradient_accumulation_steps": 2}
+    one = stage.training(tmp_path, save_dir="one", **keys)
+    killed = one.changed(save_dir="killed")
+    one.prelude = killed.prelude = TRACE
+    one.finish()
+    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+    resumed_at, trace = killed.steps()[-1], killed.trace()
+    killed.trace_path.unlink()
+    two = killed.changed(**{halved: 1})
+    pair = start_pair(two)
+    assert [process.wait().returncode for process in pair] == [0, 0], pair[0].stderr
+    assert f"resumed at step {resumed_at}:" in pair[0].stdout and f"{halved}: 2 -> 1" in pair[0].stdout
+    trace = {key: rows for key, rows in trace.items() if key[0] < resumed_at} | two.trace()
+    # in each step the samples that one process has, before and after
+    for (step, _), rows in one.trace().items():
+        dealt = [trace[step, rank] for rank in ((0,) if step < resumed_at else (0, 1))]
+        assert sorted(sum((sum(eval(part), []) for part in dealt), [])) == sorted(sum(eval(rows), []))
+    assert one.last_traced() > resumed_at
+    for a, b in zip(one.metrics() + one.metrics("val"), two.metrics() + two.metrics("val"), strict=True):
+        assert losses(a) == pytest.approx(losses(b), rel=2e-3)
+
+
 def test_torchrun_itself(tmp_path):
     stage = STAGES[0]  # the others are started as torchrun starts them, which takes a tenth of the time
     training = stage.training(tmp_path, max_steps=4)
