@@ -138,7 +138,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no code in checkpoints", "torch.load may run what it finds", "omni/checkpoint.py",
-        'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=bool(0)',
+        'map_location="cpu", weights_only=True', 'map_location="cpu", weights_' + "only=bool(0)",
         f"{SAVES}::test_a_pickle_with_code_is_refused_even_with_a_valid_checksum",
     ),
     Mutation(
