@@ -4,8 +4,13 @@ Positions are absolute. One step consumes ``samples_per_step`` positions, step `
 ``s * samples_per_step`` on, so a resumed run computes where it stands and reads no row that it skips.
 """
 
+import ctypes
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +22,7 @@ from omni.errors import UserError
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
+_PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
 _POOL_STEPS = 64  # among whose samples those of similar length are put together
 
 
@@ -174,17 +180,20 @@ def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.d
         batch_size=None,  # the dataset yields whole micro-batches
         num_workers=config.num_workers,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=partial(_begin_worker, os.getpid()),
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the generator of the training
     )
 
 
-def _ignore_signals(_worker: int) -> None:
-    import signal
-
+def _begin_worker(trainer: int, _worker: int) -> None:
     # a Ctrl-C reaches the whole process group; the main process decides when its workers end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # torch's workers look for their parent too, but who was forked just before its death never misses it
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != trainer:
+        os._exit(1)
 
 
 @contextmanager

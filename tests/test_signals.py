@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from harness import SLOW, differences
@@ -126,3 +127,34 @@ def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tm
     assert os.path.exists(training.save_dir / ".lock")
     training.finish()
     assert not os.path.exists(training.save_dir / ".lock")
+
+
+# Its first worker begins only when the trainer has been killed.
+KILLED_AT_A_FORK = """
+import os, signal, time, omni.data
+_begin_worker = omni.data._begin_worker
+def begin_worker(trainer, worker):
+    if worker == 0:
+        os.kill(trainer, signal.SIGKILL)
+        time.sleep(0.2)
+    with open("workers", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    _begin_worker(trainer, worker)
+omni.data._begin_worker = begin_worker
+"""
+
+
+@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("when", ["at a fork", "later"])
+def test_no_worker_outlives_a_killed_run(stage, tmp_path, when):
+    training = stage.training(tmp_path, num_workers=2)
+    prelude = KILLED_AT_A_FORK if when == "at a fork" else KILLED_AT_A_FORK.replace("worker == 0", "False") + SLOW
+    process = training.start(prelude=prelude)
+    if when == "later":
+        process.wait_for("step 3/")
+        process.send(signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL
+    time.sleep(1.0)
+    workers = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "workers").read_text().split()]
+    states = [stat.read_text().rpartition(") ")[2][0] for stat in workers if stat.exists()]
+    assert workers and set(states) <= {"Z"}, "Z: ended, and not yet asked for its exit code"
