@@ -186,10 +186,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in a temporary folder")
     args = parser.parse_args()
-    if not args.smoke:
-        return demo()
-    with tempfile.TemporaryDirectory(prefix="omni_smoke_") as folder:
-        return smoke(Path(folder))
+    heed_signals()
+    try:
+        if not args.smoke:
+            return demo()
+        with tempfile.TemporaryDirectory(prefix="omni_smoke_") as folder:
+            return smoke(Path(folder))
+    finally:
+        for process in _children:  # if something went wrong here; one that has ended does not mind
+            process.terminate()
 
 
 def demo() -> int:
@@ -265,35 +270,49 @@ def smoke(folder: Path) -> int:
 # --- Running scripts of this repository ------------------------------------------------------------------------------
 
 
-def start(*command: str, **options) -> subprocess.Popen:
-    """In a process group of its own, so that a Ctrl-C in the terminal reaches it once only, through ``stop`` below."""
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, process_group=0, **options)
+_asked = threading.Event()  # this process has been asked to stop
+_children: list[subprocess.Popen] = []
 
 
-def pass_signals_to(processes: dict[str, subprocess.Popen]) -> threading.Event:
-    """Each Ctrl-C, SIGTERM and hang-up is passed on as one SIGTERM, upon which a child saves and ends by itself.
+def heed_signals() -> None:
+    """Each Ctrl-C, SIGTERM, SIGQUIT and hang-up is passed on as one SIGTERM: a child saves upon it, and ends by itself.
+
     Waiting for it (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
-
-    Returns:
-        is set once this process has been asked to stop.
     """
-    asked = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop())
 
-    def stop(*_) -> None:
-        asked.set()
-        for process in list(processes.values()):
-            process.terminate()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    return asked
+def stop() -> None:
+    _asked.set()
+    for process in list(_children):
+        process.terminate()
+
+
+def start(*command: str, **options) -> subprocess.Popen:
+    """In a process group of its own, so that a Ctrl-C in the terminal reaches it once only, through ``stop``."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, process_group=0, **options)
+    _children.append(process)
+    if _asked.is_set():  # while it was being started
+        process.terminate()
+    return process
+
+
+def tell(line: str) -> None:
+    """Print it. Where nobody reads any more (a closed terminal, ``| head``), what runs is asked to save and end."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not _asked.is_set():
+            stop()
 
 
 def run(*command: str) -> None:
     """Run a script; if it does not end well, neither does the demo, with the same exit code."""
-    process = start(*command)
-    asked = pass_signals_to({command[0]: process})
-    if (code := process.wait()) or asked.is_set():
+    if _asked.is_set():
+        give_up(EXIT_INTERRUPTED)
+    if (code := start(*command).wait()) or _asked.is_set():
         give_up(code)
 
 
@@ -313,34 +332,35 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
     environment = {"OMP_NUM_THREADS": str(cores // together), "PYTHONUNBUFFERED": "1"} | os.environ
     waiting, running, finished, failed = list(STAGES), {}, set(), 0
     ends: queue.SimpleQueue[tuple[DemoStage, float, int]] = queue.SimpleQueue()
-    asked = pass_signals_to(running)
 
     def follow(stage: DemoStage, process: subprocess.Popen, since: float) -> None:
         for line in process.stdout or ():
-            print(f"{stage.name:<9} | {line}", end="", flush=True)
+            tell(f"{stage.name:<9} | {line.rstrip()}")
         ends.put((stage, time.monotonic() - since, process.wait()))
 
-    while waiting or running:
-        ready = [stage for stage in waiting if stage.waits_for <= finished]
+    while running or (waiting and not _asked.is_set()):
+        ready = [stage for stage in waiting if stage.waits_for <= finished and not _asked.is_set()]
         for stage in ready[: together - len(running)]:
             waiting.remove(stage)
-            print(f"\n=== {stage.name}: python {' '.join(commands[stage.name])}", flush=True)
+            tell(f"\n=== {stage.name}: python {' '.join(commands[stage.name])}")
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if together > 1 else {}
             running[stage.name] = start(*commands[stage.name], env=environment, **output)
             threading.Thread(target=follow, args=(stage, running[stage.name], time.monotonic())).start()
+        if not running:
+            break
         stage, seconds, code = ends.get()
         del running[stage.name]
-        print(f"=== {stage.name}: {'finished' if code == 0 else 'ended'} after {seconds / 60:.1f} min", flush=True)
+        tell(f"=== {stage.name}: {'finished' if code == 0 else 'ended'} after {seconds / 60:.1f} min")
         ended(stage, seconds, code)
         finished.add(stage.name)
-        if code or asked.is_set():  # the others save and end too, and the next run goes on with all of them
-            if not failed and not asked.is_set():  # asked twice, they would end at once and save nothing
-                for process in running.values():
-                    process.terminate()
-            failed = failed or code or EXIT_INTERRUPTED
+        if code and not failed and not _asked.is_set():  # the others save and end too; asked twice, they would not save
+            for process in running.values():
+                process.terminate()
+        if code:  # the next run goes on with all of them
+            failed = failed or code
             waiting.clear()
-    if failed:
-        give_up(failed)
+    if failed or _asked.is_set():
+        give_up(failed or EXIT_INTERRUPTED)
 
 
 # --- What the trained models say -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -43,7 +44,11 @@ class Fake:
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Train fake stages on so many cores: the notes that they left, and what ``ended`` was told."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    monkeypatch.setattr(demo, "_asked", threading.Event())
+    monkeypatch.setattr(demo, "_children", [])
+    demo.heed_signals()
 
     def run(*stages: Fake, cores: int = 2) -> tuple[list[str], dict[str, int], int]:
         notes, ends, code = tmp_path / "notes", {}, 0
@@ -96,6 +101,39 @@ def test_asked_to_stop_it_lets_all_save(train, tmp_path, number):
     threading.Thread(target=ask, daemon=True).start()
     notes, ends, code = train(Fake("a", 60.0), Fake("b", 60.0), Fake("c", 0.1))
     assert code == EXIT_INTERRUPTED and "begin c" not in notes and ends == dict.fromkeys("ab", EXIT_INTERRUPTED)
+
+
+@pytest.mark.usefixtures("train")
+def test_asked_between_two_scripts_it_starts_no_other(tmp_path):
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        demo.run("-c", f"open({str(tmp_path / 'begun')!r}, 'w')")
+    assert ended.value.code == EXIT_INTERRUPTED and not (tmp_path / "begun").exists()
+    child = demo.start("-c", "import time; time.sleep(60)")  # as if the signal had come in the middle of this
+    assert child.wait() == -signal.SIGTERM
+
+
+def test_when_nobody_reads_any_more_all_save_and_it_ends(tmp_path):
+    """As with a terminal that is closed, or ``| head -1``."""
+    stages = "[Fake('a', 60.0), Fake('b', 60.0), Fake('c', 0.1)]"
+    script = f"""
+import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(demo.__file__).parent), str(demo.ROOT)]!r}
+import os, demo
+from test_demo import Fake, TRAINING
+demo.STAGES = {stages}
+os.sched_getaffinity = lambda _: {{0, 1}}
+demo.torch.cuda.is_available = lambda: False
+demo.heed_signals()
+commands = {{s.name: ["-uc", TRAINING, s.name, {str(tmp_path / "notes")!r}, str(s.seconds), "0"] for s in demo.STAGES}}
+demo.train(commands, lambda stage, seconds, code: print(stage.name, code, file=sys.stderr))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == EXIT_INTERRUPTED
+    assert {line.split()[1] for line in process.stderr.read().splitlines()} <= {str(EXIT_INTERRUPTED), "-15"}
 
 
 def test_a_ctrl_c_in_the_terminal_reaches_the_stages_through_the_demo_only():
