@@ -356,7 +356,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--thinker_ckpt", help="vision: where the Thinker that reads the captions is now")
     parser.add_argument("--audio_ckpt", help="talker: folder of stage B, whose model listens")
     parser.add_argument("--vocoder_ckpt", help="talker: folder of stage F (default: Griffin-Lim)")
-    parser.add_argument("--save_speech", type=Path, metavar="DIR", help="talker: write what it says, with manifests")
+    parser.add_argument("--save_speech", metavar="DIR", help="talker: write what it says, with manifests")
     parser.add_argument("--beam", type=int, default=1, help="audio_enc: width of the beam search (1: greedy)")
     parser.add_argument("--limit", type=int, help="judge the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
@@ -370,8 +370,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if not args.data.is_file():
         raise UserError(f"--data {args.data}: expected a file, found none")
-    if args.save_speech is not None and args.save_speech.exists() and not args.save_speech.is_dir():
-        raise UserError(f"--save_speech {args.save_speech}: expected a folder, or a name for a new one")
+    if args.save_speech is not None:
+        if args.stage != "talker":
+            raise UserError(f"--save_speech: has no effect on {args.stage}")
+        if not args.save_speech or Path(args.save_speech).exists() and not Path(args.save_speech).is_dir():
+            raise UserError(f"--save_speech {args.save_speech!r}: expected a folder, or a name for a new one")
+        args.save_speech = Path(args.save_speech)
     return args
 
 

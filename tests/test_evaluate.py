@@ -76,7 +76,9 @@ def test_bad_arguments(stage, trained, tmp_path):
     data = trained.config[stage.data_key]
     only_error(evaluate(trained, stage.name, "--data", str(tmp_path / "absent")), "absent", "found none")
     only_error(evaluate(trained, stage.name, "--data", data, "--limit", "0"), "--limit", "at least 1")
-    only_error(evaluate(trained, stage.name, "--data", data, "--save_speech", data), "--save_speech", "a folder")
+    only_error(evaluate(trained, "talker", "--data", data, "--save_speech", data), "--save_speech", "a folder")
+    only_error(evaluate(trained, "talker", "--data", data, "--save_speech", ""), "--save_speech", "a folder")
+    only_error(evaluate(trained, "text", "--data", data, "--save_speech", "said"), "--save_speech", "no effect")
     only_error(evaluate(trained, "nothing", "--data", data), "invalid choice")
     empty = trained.changed(save_dir="empty")
     empty.save_dir.mkdir()

@@ -374,6 +374,7 @@ def other_vocoder(folders: dict[str, Path], tmp_path: Path) -> Path:
         (["--talker_ckpt", "x", "--text", "x"], ["--talker_ckpt", "--audio_out"]),
         (["--complete", "--image", "a.png", "--text", "x"], ["--image", "no effect on --complete"]),
         (["--say", "x", "--audio_out", "x.mp3"], ["--audio_out", "ends in .wav"]),
+        (["--say", "x", "--audio_out", ".wav"], ["--audio_out", "ends in .wav"]),
         (["--text", "x", "--audio_out", "absent/x.wav"], ["--audio_out", "folder that exists"]),
         (["--image", "absent.png", "--text", "x"], ["absent.png", "No such file"]),
         (["--audio_in", "absent.wav"], ["absent.wav", "No such file"]),
