@@ -52,7 +52,7 @@ torch.save = save
 """
 
 MOMENTS = {
-    "in training": (SLOW, "step 6/", {}),
+    "in training": (SLOW.replace("0.02", "0.3"), "step 3/", {}),
     "in validation": (SLOW_VALIDATION, "validating", {}),
     "between micro-steps": (SLOW_MICRO_STEP, "second micro-step", {"gradient_accumulation_steps": 3}),
 }
@@ -76,6 +76,8 @@ def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):
     assert "saved in" in process.stderr and "Traceback" not in process.stderr
     step = stopped.steps()[-1]
     assert f"stopped at step {step}" in process.stderr
+    if text == "step 3/":
+        assert step < 7, "it was not waited for the next validation"
     if text == "validating":
         assert f"step {step}  validation" not in process.stdout, "it was given up, not finished first"
     again = stopped.finish()
