@@ -233,11 +233,11 @@ def test_a_tokenizer_is_trained_on_the_whole_of_a_small_text_and_on_parts_from_a
 
 
 def write_100_mb(path, separator: bytes, nul: bytes) -> int:
-    """Words, a separator after every tenth, and ``nul`` once a megabyte. Returns the number of bytes."""
+    """Words, a separator after every tenth and at the end, and ``nul`` once a megabyte. Returns the number of bytes."""
     words = random.Random(0).choices(WORDS, k=200_000)
     block = separator.join(" ".join(words[i : i + 10]).encode() for i in range(0, len(words), 10))[: 1 << 20]
     with path.open("wb") as file:
-        return sum(file.write(block + separator + nul) for _ in range(100))
+        return sum(file.write(block + nul + separator) for _ in range(100))
 
 
 @pytest.mark.parametrize("nul", [b"", b"\0"], ids=["without NUL", "with NUL"])
