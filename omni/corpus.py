@@ -27,8 +27,8 @@ IGNORE = -100  # target value that the loss leaves out
 _VERSION = 1
 _CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 64 << 10
-_ENCODED_BYTES = 1 << 20  # text encoded at a time: a token takes 100 bytes and more until it is written
-_TOKENIZER_SAMPLE_BYTES = 32 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
+_ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes 100 bytes and more until it is written
+_TOKENIZER_SAMPLE_BYTES = 24 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
 
 
 # ---------------------------------------------------------------------------------------------------------------
