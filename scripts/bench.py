@@ -554,7 +554,8 @@ def main(argv: list[str] | None = None) -> None:
         PARTS[name](bench)
         write_figures(args.json, bench.figures)
     if args.page is not None:
-        args.page.write_text(page(json.loads(args.json.read_text()), "make bench"), encoding="utf-8")
+        command = " ".join(["python scripts/bench.py", *sys.argv[1:]])
+        args.page.write_text(page(json.loads(args.json.read_text()), command), encoding="utf-8")
 
 
 if __name__ == "__main__":
