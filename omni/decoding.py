@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni.layers import RMS_EPS, KVCache
+from omni.layers import KVCache
+from omni.ops import RMS_EPS
 
 
 class _Layer:

@@ -6,33 +6,23 @@ Parameter names are those of Qwen3 in ``transformers``, so that an export only p
 # B batch, T new tokens, S tokens attended to (cached and new), D model width, F inner width
 # H query heads, G key/value heads, K head width, E experts, N = B * T tokens, R = N * top_k routed rows
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omni.config import ThinkerArchitecture
-
-RMS_EPS = 1e-6
+from omni.ops import attention, linear, matmul_dtype, norm_and_rotate, rms_norm, silu_gate
 
 
 class RMSNorm(nn.Module):
-    """(..., D) -> (..., D): x / rms(x) * weight, computed in float32, returned in the dtype of x.
-
-    Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
-    """
+    """(..., D) -> (..., D), see ``omni.ops.rms_norm``."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32, weight = x.float(), self.weight.float()
-        if x.is_cuda:  # one kernel there; on the CPU it is slower than its parts, in training and in generation
-            return F.rms_norm(x32, weight.shape, weight, RMS_EPS).to(x.dtype)
-        return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + RMS_EPS) * weight).to(x.dtype)
+        return rms_norm(x, self.weight)
 
 
 def rope_tables(length: int, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -47,11 +37,6 @@ def rope_tables(length: int, head_width: int, theta: float) -> tuple[Tensor, Ten
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)  # (length, K/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs of ``x`` (B, heads, T, K) by the angles of ``cos`` and ``sin`` (T, K)."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
@@ -109,19 +94,16 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         """``mask`` (T, S), true where a query may look: only for several new tokens after a filled cache."""
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, K)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head)).transpose(1, 2)  # (B, G, T, K)
-        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, G, T, K)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, -1, self.d_head)
+        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
+        q, k = norm_and_rotate(qk, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_heads)
+        v = v.transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         # is_causal aligns its triangle with the first key. That is right when keys and queries are the same tokens,
         # and wrong after a filled cache: there one new token sees all keys, and several need the mask.
         is_causal = mask is None and T > 1
-        with nullcontext() if self.use_flash else sdpa_kernel(SDPBackend.MATH):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=self.n_heads != self.n_kv_heads
-            )  # (B, H, T, K)
+        y = attention(q, k, v, causal=is_causal, mask=mask, use_flash=self.use_flash)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -135,7 +117,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_gate(linear(x, self.gate_proj, self.up_proj)))
 
 
 @torch.library.custom_op("omni::grouped_linear", mutates_args=())
@@ -198,10 +180,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     Returns:
         (R, out), in autocast's dtype under autocast.
     """
-    device = rows.device.type
-    if torch.is_autocast_enabled(device):  # neither kernel below takes part in autocast by itself
-        dtype = torch.get_autocast_dtype(device)
-        rows, weight = rows.to(dtype), weight.to(dtype)
+    device, dtype = rows.device.type, matmul_dtype(rows)
+    rows, weight = rows.to(dtype), weight.to(dtype)  # neither kernel below takes part in autocast by itself
     # torch's fused kernel never waits for the device. In torch 2.11 it can be compiled for bf16 only, and wants rows
     # of whole 16 bytes and, on CUDA, compute capability 8.
     fused = rows.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
@@ -220,8 +200,8 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
         """rows (R, D) sorted by expert, and where each expert's end (E,) -> (R, D)."""
-        gate, up = grouped_linear(rows, self.gate_up_proj, ends).chunk(2, dim=-1)  # (R, F) each
-        return grouped_linear(F.silu(gate) * up, self.down_proj, ends)
+        gate_up = grouped_linear(rows, self.gate_up_proj, ends)  # (R, 2F)
+        return grouped_linear(silu_gate(gate_up), self.down_proj, ends)
 
 
 class MoE(nn.Module):

@@ -8,7 +8,6 @@ The character set comes from the training texts and stands in the config, so a c
 
 import unicodedata
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import jiwer
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omni import checkpoint
 from omni.config import OcrArchitecture, OcrConfig, ThinkerArchitecture
@@ -24,6 +22,7 @@ from omni.ctc import ctc_nll
 from omni.images import load_image, normalise
 from omni.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import BadRow, Manifest, Rows
+from omni.ops import attention, linear
 from omni.vision_encoder import ViT
 
 IGNORED = -100  # a target that has no loss
@@ -53,15 +52,13 @@ class CrossAttention(nn.Module):
     def keys_values(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, D) -> keys and values (B, H, P, K)."""
         B, P, _ = image_tokens.shape
-        k = self.k_norm(self.k_proj(image_tokens).view(B, P, self.n_heads, self.d_head)).transpose(1, 2)
-        v = self.v_proj(image_tokens).view(B, P, self.n_heads, self.d_head).transpose(1, 2)
-        return k, v
+        k, v = linear(image_tokens, self.k_proj, self.v_proj).view(B, P, 2, self.n_heads, -1).unbind(dim=2)
+        return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, K)
-        with nullcontext() if self.use_flash else sdpa_kernel(SDPBackend.MATH):
-            y = F.scaled_dot_product_attention(q, k, v)  # (B, H, T, K)
+        y = attention(q, k, v, use_flash=self.use_flash)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -14,7 +14,8 @@ from omni.checkpoint import load_stage, load_weights
 from omni.config import TextConfig, ThinkerArchitecture
 from omni.decoding import one_token_reader
 from omni.errors import UserError
-from omni.layers import RMS_EPS, Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
+from omni.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
+from omni.ops import RMS_EPS
 from omni.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that has no loss

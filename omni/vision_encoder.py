@@ -6,18 +6,17 @@ in which it is trained: beside a text tower, against captions."""
 
 import hashlib
 import math
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from omni.checkpoint import load_stage, load_weights
 from omni.config import VisionConfig
 from omni.errors import UserError
+from omni.ops import attention, linear
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 
@@ -40,10 +39,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
-        heads = (B, N, self.n_heads, D // self.n_heads)
-        q, k, v = (proj(x).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        with nullcontext() if self.use_flash else sdpa_kernel(SDPBackend.MATH):
-            y = F.scaled_dot_product_attention(q, k, v)  # (B, A, N, K)
+        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, N, 3, self.n_heads, -1)
+        q, k, v = (part.transpose(1, 2) for part in heads.unbind(dim=2))  # (B, A, N, K) each
+        y = attention(q, k, v, use_flash=self.use_flash)
         return self.o_proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -73,6 +71,19 @@ class ViTBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + F.dropout(self.attention(self.layernorm_before(x)), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.layernorm_after(x)), self.dropout, self.training)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """(B, 3, H, W) -> (B, D, rows, columns): a linear map of each patch, a convolution in weights and result.
+
+    Cut into patches first, it is one matrix product.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        height, width = self.kernel_size
+        patches = images.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, 3, rows, height, columns, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (B, rows, columns, 3 * height * width)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def grid_positions(rows: int, columns: int, width: int) -> Tensor:
@@ -129,7 +140,7 @@ class ViT(nn.Module):
         self.img_size, self.patch_size = (img_height, img_width), (patch_height, patch_width)
         self.n_heads, self.d_ff, self.dropout = n_heads, d_ff, dropout
         self.n_patches = (img_height // patch_height) * (img_width // patch_width)
-        self.patch_embedding = nn.Conv2d(3, d_model, kernel_size=self.patch_size, stride=self.patch_size)
+        self.patch_embedding = PatchEmbedding(3, d_model, kernel_size=self.patch_size, stride=self.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, d_model))
         self.position_embeddings = nn.Parameter(torch.empty(1, 1 + self.n_patches, d_model))
         self.layers = nn.ModuleList(ViTBlock(d_model, n_heads, d_ff, dropout, use_flash) for _ in range(n_layers))

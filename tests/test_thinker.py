@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni import layers, thinker
+from omni import layers, ops, thinker
 from omni.config import ThinkerArchitecture
 from omni.layers import KVCache, MoE, grouped_linear, load_balancing_loss
 from omni.thinker import Thinker, qwen3_config, to_qwen3_state_dict
@@ -129,14 +129,14 @@ def test_cached_decoding_equals_the_full_forward(shape, use_flash, chunks):
 @torch.no_grad()
 def test_use_flash_false_selects_the_plain_maths(monkeypatch):
     arch, x, chosen = build().arch, tokens(2, 20), []
-    real = layers.sdpa_kernel
-    monkeypatch.setattr(layers, "sdpa_kernel", lambda backend: chosen.append(backend) or real(backend))
+    real = ops._PlainAttention.apply
+    monkeypatch.setattr(ops._PlainAttention, "apply", lambda *keys: chosen.append("plain") or real(*keys))
     flash, plain = Thinker(arch).eval(), Thinker(arch, use_flash=False).eval()
     plain.load_state_dict(flash.state_dict())
     expected = flash(x)
     assert chosen == []
     torch.testing.assert_close(plain(x), expected, atol=1e-5, rtol=0)
-    assert chosen == [layers.SDPBackend.MATH] * arch.n_layers
+    assert chosen == ["plain"] * arch.n_layers
 
 
 @torch.no_grad()
