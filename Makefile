@@ -2,7 +2,7 @@
 # make test   the test suite
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
 # make mutations  switch off what keeps each promise and see a test fail; the list goes to docs/mutations.md
-# make smoke  every stage on a few steps, and one question: under three minutes
+# make smoke  every stage on a few steps, and one question: about three minutes
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios, also in checkpoints/bench.json and docs/speed.md
 # make web    install what scripts/web_demo.py needs

@@ -148,7 +148,7 @@ def written_to(path: Path) -> Path:
         raise UserError(f"--audio_out {path}: expected a file, or a name for a new one; found a folder, pipe or device")
     if not target.parent.is_dir():
         raise UserError(f"--audio_out {path}: expected a file in a folder that exists")
-    if path.suffix.lower() not in ("", ".wav") or path.name in ("", ".wav"):
+    if any(name.suffix.lower() not in ("", ".wav") or name.name in ("", ".wav") for name in (path, target)):
         raise UserError(f"--audio_out {path}: expected a name that ends in .wav, the format that is written")
     return target
 

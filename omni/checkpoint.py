@@ -119,7 +119,8 @@ def save(path: Path, payload: dict) -> None:
         replace_file(path, write)
         verify(path)
     except OSError as error:
-        raise RunError(f"{path}: could not save the checkpoint: {error.strerror}. Earlier files are intact") from error
+        remedy = "Earlier files are intact: mend that, and run the same command again"
+        raise RunError(f"{path}: could not save the checkpoint: {error.strerror}. {remedy}") from error
     except DamagedCheckpoint as error:
         raise RunError(f"{path}: read back otherwise than written ({error}): check the disk") from error
 

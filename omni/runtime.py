@@ -58,6 +58,7 @@ _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
     faulthandler.enable()  # a crash inside a library says where
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files go. A training has its own
     threading.excepthook = _thread_failed
     try:
         code = _exit_code(main)

@@ -243,14 +243,15 @@ class Training:
 def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
     """SIGKILL at instants drawn from the duration of ``reference``, which has finished and traces its steps.
 
-    A run that ends before its kill comes is followed by one in a new folder. It goes on until at least ``kills / 2``
+    A run that ends before its kill comes is followed by one in a new folder; where the machine has become slower, and
+    even a late kill comes before the first step, later ones are drawn as well. It goes on until at least ``kills / 2``
     kills came after training had begun and runs were resumed at several different steps: else it would prove nothing.
 
     Returns:
         The trainings that were killed, all finished.
     """
     rng, trainings, starts, landed, in_training, resumed_at = random.Random(1), [], 0, 0, 0, set()
-    running = False
+    running, seconds = False, reference.seconds
     while landed < kills or in_training < kills / 2 or len(resumed_at) < max(2, kills // 5):
         assert starts < 4 * kills, f"{in_training} of {landed} kills came in training, resumed at {resumed_at}"
         starts += 1
@@ -259,11 +260,13 @@ def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
         killed = trainings[-1]
         traced = killed.traced()
         process = killed.start()
-        time.sleep(rng.uniform(0, reference.seconds))
+        time.sleep(delay := rng.uniform(0, seconds))
         running = process.kill().returncode == -9
         assert running or process.returncode == 0, process.stderr
         landed += running
-        in_training += running and killed.traced() > traced
+        began = killed.traced() > traced
+        in_training += running and began
+        seconds *= 1.5 if running and not began and delay > seconds / 2 else 1.0
         stands = ", ".join(re.findall(r"(?:resumed|already finished) at step \d+", process.stdout))
         resumed_at |= {stands} if "resumed" in stands else set()
     for killed in trainings:
