@@ -18,6 +18,7 @@ from omni.vision_encoder import PictureTextModel, contrastive_loss, similarities
 from omni.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
 
 GROUP = 64  # captions among which a picture must find its own
+PROMPTS = 512  # captions that are embedded at a time
 OPEN_GROUPS = 64  # being filled at a time: many equal captions must not make this quadratic
 ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "count": tuple(range(1, MAX_COUNT + 1))}
 MAX_SHIFT = 1 / 32  # of the picture's side, either way
@@ -149,7 +150,7 @@ class CaptionRanking:
     captions to pictures. Only batches of 64 distinct pairs count.
 
     ``zero_shot_*``: share of pictures of one group whose colour, shape or count is the likeliest. A class is as likely
-    as all captions with it together, and these vary in everything else, so the model is told nothing about the
+    as all captions with it together, in every place, size and so on: the model is told nothing else about the
     picture (Radford et al. 2021, with probabilities added instead of embeddings averaged: an average of captions
     with ten shapes is near none of them). Absent for data without "groups".
     """
@@ -197,22 +198,21 @@ class CaptionRanking:
         """The classes' captions in the common space, (prompts, E); made anew only after a change of the weights."""
         weight = model.text_proj.weight  # no update leaves it as it is
         if self._made_with is None or not torch.equal(self._made_with, weight):
-            self._cache = model.embed_captions(self.tokens.to(weight.device), self.ends.to(weight.device))
+            parts = zip(*(tensor.to(weight.device).split(PROMPTS) for tensor in (self.tokens, self.ends)), strict=True)
+            self._cache = torch.cat([model.embed_captions(*part) for part in parts])
             self._made_with = weight.detach().clone()
         return self._cache
 
 
 def attribute_captions() -> tuple[list[str], dict[str, Tensor]]:
-    """The world's captions of one group: each colour with each shape and each count, sizes and places in turn.
+    """The world's captions of one group: each colour with each shape, count, place and size.
 
     Returns:
         the captions, and for each attribute the class number of each caption.
     """
     rng = random.Random(0)
-    looks = itertools.cycle(itertools.product(PLACE_OF, SIZES))
     captions, labels = [], []
-    for colour, shape, count in itertools.product(*ATTRIBUTES.values()):
-        cell, size = next(looks)
+    for colour, shape, count, cell, size in itertools.product(*ATTRIBUTES.values(), PLACE_OF, SIZES):
         captions.append(caption(Scene((Group(shape, colour, size, count, cell),)), rng))
         labels.append([COLOURS.index(colour), SHAPES.index(shape), count - 1])
     return captions, dict(zip(ATTRIBUTES, torch.tensor(labels).T, strict=True))

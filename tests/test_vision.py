@@ -45,6 +45,7 @@ from omni.vision_encoder import (
     vit_config,
     word_loss,
 )
+from omni.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
 
 CPU = torch.device("cpu")
 
@@ -302,6 +303,7 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.labels, self.order = labels, order
         self.text_proj = torch.nn.Linear(1, 1)
+        self.read = 0  # class prompts so far
         self.turn = 0  # by how many classes prompts and pictures are out of step
 
     def code(self, labels: torch.Tensor) -> torch.Tensor:
@@ -309,7 +311,9 @@ class Oracle(torch.nn.Module):
         return F.normalize(torch.cat(hot, dim=1).float(), dim=-1)
 
     def embed_captions(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return self.code(torch.stack(list(attribute_captions()[1].values()), dim=1))
+        labels = torch.stack(list(attribute_captions()[1].values()), dim=1)
+        start, self.read = self.read, (self.read + len(tokens)) % len(labels)  # they come some at a time
+        return self.code(labels[start : start + len(tokens)])
 
     def forward(self, images, tokens, ends):
         if self.order is not None:
@@ -350,6 +354,14 @@ def test_zero_shot_asks_for_colour_shape_and_count():
     assert expected.items() <= judged(model, 4).items()
     model.turn = 1
     assert judged(model, 4)["zero_shot"] == 0.0
+
+
+def test_a_class_is_shown_with_all_that_may_go_with_it():
+    captions, classes = attribute_captions()
+    assert len(set(captions)) == len(captions) == len(COLOURS) * len(SHAPES) * MAX_COUNT * len(PLACE_OF) * len(SIZES)
+    for number, colour in enumerate(COLOURS):
+        of_it = [caption for caption, label in zip(captions, classes["colour"], strict=True) if label == number]
+        assert len(of_it) == len(captions) / len(COLOURS) and all(colour in caption for caption in of_it)
 
 
 def test_class_prompts_follow_the_weights():
