@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from omni.config import SftConfig
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.omni_model import Inputs, assemble
@@ -56,25 +56,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         mix = Mix(tasks, config.task_weights, inputs, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")
-        train_set = ResumableDataset(
-            mix,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
-        )
+        train_set = training_set(run, mix)
 
         # --- Validation: which held-out questions are answered in exactly the right words? --------------------------
         validation = None
         if val_tasks:
             items = HeldOutItems(val_tasks, inputs, config.val_items)
-            split = ResumableDataset(
-                items, seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
-            )
             score = AnswerScore(inputs, config.max_answer_tokens)
-            validation = Validation(split, score.sums, score.metrics)
+            validation = Validation(held_out_set(run, items), score.sums, score.metrics)
         else:
             run.log("no held-out rows (val_split is 0, or there are very few): nothing will be validated")
 

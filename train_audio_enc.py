@@ -27,7 +27,7 @@ from omni.asr import (
 )
 from omni.audio_encoder import AudioEncoder
 from omni.config import AudioEncoderConfig
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.manifest import prepare_manifest, split_rows
@@ -48,15 +48,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if not len(rows):
             raise UserError(f"{manifest.path}: not one of its {len(train_rows)} training rows can be used")
         utterances = Utterances(manifest, rows, config, tokenizer, seed=config.seed, training=True, lengths=frames)
-        train_set = ResumableDataset(
-            utterances,
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
-        )
+        train_set = training_set(run, utterances)
 
         # --- Model -----------------------------------------------------------------------------------------------
         if config.use_compile:  # each padded length is compiled for training and for validation
@@ -81,9 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 report_unknown_characters(run, source, source_rows, tokenizer)
                 source_rows, _ = usable_rows(run, source, source_rows, config, tokenizer, training=False)
                 sources[name] = Utterances(source, source_rows, config, tokenizer, training=False)
-            split = ResumableDataset(
-                HeldOut(sources), seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
-            )
+            split = held_out_set(run, HeldOut(sources))
             validation = Validation(split, partial(score_sums, tokenizer=tokenizer), score_metrics)
         else:
             run.log("no held-out recordings (val_split is 0, or there are very few): nothing will be validated")

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from omni.config import OcrConfig
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.files import write_json
 from omni.loop import Phase, Validation, train
@@ -41,15 +41,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # the characters belong to the model: they are part of the checkpoint's config
         characters = prepare_characters(run, (manifest, train_rows), (val_manifest, val_rows))
         config = run.config = config.model_copy(update={"characters": characters})
-        train_set = ResumableDataset(
-            OcrRows(manifest, train_rows, config, seed=config.seed, training=True, lengths=lengths),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
-        )
+        lines = OcrRows(manifest, train_rows, config, seed=config.seed, training=True, lengths=lengths)
+        train_set = training_set(run, lines)
 
         # --- Model -----------------------------------------------------------------------------------------------
         model = run.prepare(Ocr(config, use_flash=config.use_flash))
@@ -60,14 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: the loss given the true text so far, and what the model reads by itself -----------------
         validation = None
         if len(val_rows):
-            split = ResumableDataset(
-                OcrRows(val_manifest, val_rows, config, training=False),
-                seed=0,
-                batch_size=config.batch_size,
-                rank=run.rank,
-                world=run.world,
-                shuffle=False,
-            )
+            split = held_out_set(run, OcrRows(val_manifest, val_rows, config, training=False))
             validation = Validation(split, ocr_sums, ocr_metrics)
         else:
             run.log("no held-out rows (val_split is 0, or there are very few rows): nothing will be validated")

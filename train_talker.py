@@ -16,18 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.aligner import (
-    Aligner,
-    SpokenTexts,
-    aligner_metrics,
-    aligner_nats,
-    aligner_sums,
-    load_aligner,
-    prepare_speech,
-)
+from omni.aligner import Aligner, SpokenTexts, aligner_metrics, aligner_nats, aligner_sums, load_aligner, prepare_speech
 from omni.asr import static_lengths
 from omni.audio import load_audio
-from omni.checkpoint import load_stage, replace_file
 from omni.codec import (
     Codec,
     SpeechClips,
@@ -40,11 +31,10 @@ from omni.codec import (
     load_codec,
     mel_spec,
     prepare_mel_statistics,
-)
-from omni.config import AlignerArchitecture, CodecArchitecture, SpeechFrames, TalkerConfig
-from omni.data import ResumableDataset
+)  # fmt: skip
+from omni.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
-from omni.files import file_sha256
 from omni.loop import Phase, Validation, train
 from omni.manifest import prepare_manifest, read_some, split_rows
 from omni.optim import build_optimizer
@@ -87,17 +77,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             read_some(manifest, rows, 100, lambda row: load_audio(manifest.file(row["wav"]), rate), run.check_stop)
         if not len(val_rows):
             run.log("no held-out rows (val_split is 0, or there are very few rows): nothing will be validated")
-        own = {"seed": config.seed, "rank": run.rank, "world": run.world}
-        how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
         clips, spoken = (of(manifest, train_rows, config, training=True, lengths=lengths[train_rows]) for of in PARTS)
         val_clips, val_spoken = (of(val_manifest, val_rows, config, training=False) for of in PARTS)
-        # refuses an impossible batch_size now, and not after hours of training the codec
-        ResumableDataset(clips, batch_size=config.batch_size, **own, **how)
+        training_set(run, clips)  # refuses an impossible batch_size now, and not after hours of training the codec
 
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
         if config.codec_ckpt:
-            figures = adopt(run, CODEC, CodecArchitecture)
+            figures = run.adopt(config.codec_ckpt, CODEC, CodecArchitecture)
         else:
             with run.part(config.codec, CODEC):
                 figures = train_codec(run, clips, val_clips, data)
@@ -105,7 +92,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         # --- Second part: the aligner ------------------------------------------------------------------------------
         if config.codec_ckpt and (Path(config.codec_ckpt) / ALIGNER.final).exists():
-            figures = figures | adopt(run, ALIGNER, AlignerArchitecture)
+            figures = figures | run.adopt(config.codec_ckpt, ALIGNER, AlignerArchitecture)
         else:
             with run.part(config.aligner, ALIGNER):
                 figures = figures | train_aligner(run, codec, spoken, val_spoken, data)
@@ -116,11 +103,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if config.val_csv:
             val_coded, _ = prepare_speech(run, val_manifest, config, codec, aligner, "validation")
         speech = CodedSpeech(coded, train_rows, config, seed=config.seed, training=True, lengths=lengths[train_rows])
-        train_set = ResumableDataset(speech, batch_size=config.batch_size, **own, **how)
 
         # --- Third part: the talker --------------------------------------------------------------------------------
         talker = run.prepare(Talker(config))
-        weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
+        loss = partial(talker_loss, frame_dropout=config.frame_dropout, duration_weight=config.duration_weight)
 
         # --- Validation: perplexity of the true codes, and what a recogniser hears when the talker speaks ----------
         if vocoder is not None:
@@ -143,39 +129,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         validation = None
         if len(val_rows):
             held_out = CodedSpeech(val_coded, val_rows, config, training=False)
-            split = ResumableDataset(held_out, batch_size=config.batch_size, **own, shuffle=False)
+            split = held_out_set(run, held_out)
             score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show, config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
-        optimizer = build_optimizer(talker, config)
         return train(
             run,
-            [Phase("talker", talker, optimizer, partial(talker_loss, **weights), peak_lr=config.lr)],
-            train_set,
+            [Phase("talker", talker, build_optimizer(talker, config), loss, peak_lr=config.lr)],
+            training_set(run, speech),
             fingerprint=data | {"codec": fingerprint(codec), "aligner": fingerprint(aligner)},
             validation=validation,
             summary=figures | references,
         )
-
-
-def adopt(run: Run, stage: Stage, sizes: type[SpeechFrames]) -> dict[str, float]:
-    """Put a part of ``codec_ckpt`` into ``save_dir``, which then has all that speaking needs; its metrics.
-
-    Raises:
-        UserError: it has other ``sizes`` than the config says, or ``save_dir`` has another one already.
-    """
-    source, target = Path(run.config.codec_ckpt) / stage.final, run.save_dir / stage.final
-    saved = load_stage(source.parent, stage.name, stage.prefix, stage.final)
-    for key in sizes.model_fields:
-        if saved["config"][key] != getattr(run.config, key):
-            raise UserError(f"{source}: {key} is {saved['config'][key]}, this config has {getattr(run.config, key)}")
-    with run.main_process_first():
-        if target.exists() and file_sha256(target) != file_sha256(source):
-            raise UserError(f"{target}: another {stage.name} than {source}. Use a new save_dir")
-        if run.is_main and not target.exists():
-            replace_file(target, lambda file: file.write(source.read_bytes()))
-    return saved["metrics"]
 
 
 def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict[str, str]) -> dict[str, float]:
@@ -222,14 +188,11 @@ def train_part(
     Args:
         judge: sums and metrics of the validation; sources: to train and to validate on.
     """
-    run.prepare(model)
-    config, (source, val_source) = run.config, sources
-    own = {"seed": config.seed, "batch_size": config.batch_size, "rank": run.rank, "world": run.world}
-    how = {"accumulation": config.gradient_accumulation_steps, "drop_last": config.drop_last}
-    validation = Validation(ResumableDataset(val_source, **own, shuffle=False), *judge) if len(val_source) else None
-    optimizer = build_optimizer(model, config)
-    phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=config.lr, after_update=after_update)
-    train_set, made_of_it = ResumableDataset(source, **own, **how), MADE_OF[run.stage.name]
+    source, val_source = sources
+    validation = Validation(held_out_set(run, val_source), *judge) if len(val_source) else None
+    optimizer = build_optimizer(run.prepare(model), run.config)
+    phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=run.config.lr, after_update=after_update)
+    train_set, made_of_it = training_set(run, source), MADE_OF[run.stage.name]
     return train(run, [phase], train_set, fingerprint=data, validation=validation, made_of_it=made_of_it)
 
 

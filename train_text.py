@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from omni.config import TextConfig
 from omni.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.optim import build_optimizer
@@ -40,17 +40,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=config.val_split)
             held_out, held_out_sha256 = corpus.val, corpus.sha256
-        train_set = ResumableDataset(
-            PackedTokens(
-                corpus.train, config.ctx_len, context_weight=config.context_weight, answer_ids=tokenizer.answer_ids
-            ),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
+        windows = PackedTokens(
+            corpus.train, config.ctx_len, context_weight=config.context_weight, answer_ids=tokenizer.answer_ids
         )
+        train_set = training_set(run, windows)
 
         # --- Model -----------------------------------------------------------------------------------------------
         model = run.prepare(Thinker(config, use_flash=config.use_flash))
@@ -65,10 +58,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         validation = None
         if held_out.samples:
             tail = PackedTokens(held_out, config.ctx_len, keep_tail=True)
-            split = ResumableDataset(
-                tail, seed=0, batch_size=config.batch_size, rank=run.rank, world=run.world, shuffle=False
-            )
-            validation = Validation(split, text_sums, partial(text_metrics, text_bytes=held_out.text_bytes))
+            metrics = partial(text_metrics, text_bytes=held_out.text_bytes)
+            validation = Validation(held_out_set(run, tail), text_sums, metrics)
         else:
             run.log("no held-out text (val_split is 0, or the corpus is very small): nothing will be validated")
 

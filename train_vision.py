@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.config import VisionConfig
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.images import normalise
 from omni.loop import Phase, Validation, train
@@ -64,28 +64,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             contrast, words, scale = model(images, batch["tokens"], batch["ends"], same=batch["same"])
             return contrast + config.word_loss * words, {"contrast": contrast, "words": words, "scale": scale}
 
-        train_set = ResumableDataset(
-            CaptionRows(manifest, train_rows, tokenizer, config, training=True),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
-        )
+        train_set = training_set(run, CaptionRows(manifest, train_rows, tokenizer, config, training=True))
 
         # --- Validation: does a picture find its caption among 64? -----------------------------------------------
         validation = None
         if len(held_out_rows):
             groups = in_distinct_groups(held_out, held_out_rows)
-            split = ResumableDataset(
-                CaptionRows(held_out, groups, tokenizer, config, training=False),
-                seed=0,
-                batch_size=GROUP,
-                rank=run.rank,
-                world=run.world,
-                shuffle=False,
-            )
+            split = held_out_set(run, CaptionRows(held_out, groups, tokenizer, config, training=False), GROUP)
             ranking = CaptionRanking(tokenizer, config.ctx_len)
             validation = Validation(split, ranking.sums, ranking.metrics)
         else:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from omni.audio import log_mel, mel_statistics
 from omni.codec import fingerprint
 from omni.config import VocoderConfig
-from omni.data import ResumableDataset
+from omni.data import held_out_set, training_set
 from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, prepare_manifest, read_some, split_rows
 from omni.optim import build_optimizer
@@ -58,15 +58,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             train_rows, val_rows = split_rows(manifest, config.val_split)
         codec = load_codec_of(config)
-        train_set = ResumableDataset(
-            Clips(manifest, train_rows, config, seed=config.seed, training=True, codec=codec),
-            seed=config.seed,
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            rank=run.rank,
-            world=run.world,
-            drop_last=config.drop_last,
-        )
+        clips = Clips(manifest, train_rows, config, seed=config.seed, training=True, codec=codec)
+        train_set = training_set(run, clips)
 
         # --- Models ----------------------------------------------------------------------------------------------
         generator, discriminators = Generator(config), Discriminators(config)
@@ -117,14 +110,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         validation = None
         if len(val_rows):
             spaced = np.linspace(0, len(val_rows) - 1, min(config.val_clips, len(val_rows))).astype(int)
-            split = ResumableDataset(
-                Clips(val_manifest, val_rows[spaced], config, training=False, codec=codec),
-                seed=0,
-                batch_size=config.batch_size,
-                rank=run.rank,
-                world=run.world,
-                shuffle=False,
-            )
+            split = held_out_set(run, Clips(val_manifest, val_rows[spaced], config, training=False, codec=codec))
             score = VocoderScore(config, show=partial(save_samples, run, spec=spec), shown=config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
         else:

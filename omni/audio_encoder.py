@@ -67,7 +67,9 @@ class Subsampling(nn.Module):
             nn.init.zeros_(conv.bias)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
-        x = features.unsqueeze(-1).permute(0, 3, 1, 2)  # channels last in memory, and so all that follows: faster
+        x = features.unsqueeze(1)  # (B, 1, T, M)
+        if x.device.type == "cpu":  # channels last in memory, and so is all that follows: faster there
+            x = features.unsqueeze(-1).permute(0, 3, 1, 2)
         x = F.relu(self.conv(x))  # (B, C, T / 2, M / 2)
         lengths = output_frames(lengths, 2)
         x = x * frame_mask(lengths, x.shape[2])[:, None, :, None]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.config import StageConfig
 from omni.errors import UserError
+from omni.runtime import Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
@@ -171,6 +172,26 @@ class ResumableDataset(IterableDataset):
         for micro_batch in range(start + index, stop, count):
             rows = self.rows(epoch, micro_batch)
             yield self.source.batch(rows, epoch) | {"rows": rows.tolist()}
+
+
+def training_set(run: Run, source: Source) -> ResumableDataset:
+    """``source`` in random order, in steps as the run's config says, dealt out to its processes."""
+    config = run.config
+    return ResumableDataset(
+        source,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        rank=run.rank,
+        world=run.world,
+        drop_last=config.drop_last,
+    )
+
+
+def held_out_set(run: Run, source: Source, batch_size: int | None = None) -> ResumableDataset:
+    """``source`` in its own order, dealt out to the run's processes; ``batch_size``: the config's if None."""
+    size = batch_size or run.config.batch_size
+    return ResumableDataset(source, seed=0, batch_size=size, rank=run.rank, world=run.world, shuffle=False)
 
 
 def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.device) -> DataLoader:

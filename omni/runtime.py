@@ -27,12 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import nn
 from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from omni.files import file_sha256
 
 
 @dataclass(frozen=True)
@@ -372,6 +374,28 @@ class Run:
             self._close_logs()
         finally:
             self.config, self.stage, self._is_part = whole
+
+    def adopt(self, folder: str, stage: Stage, sizes: type[BaseModel]) -> dict[str, float]:
+        """Put the final file of ``stage`` from another folder into ``save_dir``, in the place of training it.
+
+        Returns:
+            Its metrics.
+
+        Raises:
+            UserError: it has other ``sizes`` than the config says, or ``save_dir`` has another one already.
+        """
+        source, target = Path(folder) / stage.final, self.save_dir / stage.final
+        saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
+        for key in sizes.model_fields:
+            if saved["config"][key] != getattr(self.config, key):
+                found, wanted = saved["config"][key], getattr(self.config, key)
+                raise UserError(f"{source}: {key} is {found}, this config has {wanted}")
+        with self.main_process_first():
+            if target.exists() and file_sha256(target) != file_sha256(source):
+                raise UserError(f"{target}: another {stage.name} than {source}. Use a new save_dir")
+            if self.is_main and not target.exists():
+                checkpoint.replace_file(target, lambda file: file.write(source.read_bytes()))
+        return saved["metrics"]
 
     def _close_logs(self) -> None:
         if self.bar is not None:
