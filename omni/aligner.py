@@ -18,6 +18,7 @@ from omni.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerpri
 from omni.config import AlignerConfig, TalkerConfig
 from omni.ctc import ctc_nll
 from omni.manifest import BadRow, Manifest
+from omni.ops import rounded_up
 from omni.precompute import Ragged, RowsWith, precompute
 from omni.runtime import Run
 
@@ -180,17 +181,17 @@ def likeliest_durations(scores: Tensor, slots: Tensor, text_lengths: Tensor) -> 
     return [one[:length] for one, length in zip(durations, text_lengths, strict=True)]
 
 
-def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig) -> Tensor:
+def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig, step: int = 1) -> Tensor:
     """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
 
-    L is that of the longest text, or under ``use_compile`` the slots of ``n_frames`` mel frames: so the recordings'
-    static lengths are the texts' too, and no text that fits has more bytes.
+    L is that of the longest text, rounded up to a multiple of ``step``, or under ``use_compile`` the slots of
+    ``n_frames`` mel frames: so the recordings' static lengths are the texts' too, and no text that fits has more bytes.
     """
     padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
-    if not config.use_compile:
-        return padded
-    slots = n_frames // config.frames_per_code * config.slots_per_code
-    return nn.functional.pad(padded, (0, slots - padded.shape[1]))
+    L = rounded_up(padded.shape[1], step)
+    if config.use_compile:
+        L = n_frames // config.frames_per_code * config.slots_per_code
+    return nn.functional.pad(padded, (0, L - padded.shape[1]))
 
 
 class SpokenTexts(SpeechClips):

@@ -81,10 +81,10 @@ class Subsampling(nn.Module):
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of each channel by itself. On a CPU in float32, also under autocast: in bf16 it takes four times
-    as long there."""
+    """A convolution of each channel by itself. On a CPU in the weights' float32, also under autocast: in bf16 it takes
+    four times as long there."""
     with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext():
-        return conv(x.float() if x.device.type == "cpu" else x)
+        return conv(x.to(conv.weight.dtype) if x.device.type == "cpu" else x)
 
 
 def frame_mask(lengths: Tensor, frames: int) -> Tensor:
@@ -131,13 +131,16 @@ class RelativeAttention(nn.Module):
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """``positions`` (2U, D); ``mask`` (B, U), true for frames that are there."""
         B, U, _ = x.shape
-        q, k, v = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, U, 3, self.n_heads, -1).unbind(dim=2)
+        q, k, v = (
+            linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, U, 3, self.n_heads, self.d_head).unbind(dim=2)
+        )
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, H, U, K)
         r = self.relative_k_proj(positions).view(2 * U, self.n_heads, self.d_head).permute(1, 2, 0)  # (H, K, 2U)
         by_content = (q + self.bias_u.to(q.dtype)).transpose(1, 2)  # (B, H, U, K)
         by_distance = (q + self.bias_v.to(q.dtype)).transpose(1, 2) @ r  # (B, H, U, 2U)
         scores = by_distance_to_by_key(by_distance) / math.sqrt(self.d_head)
-        scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
+        # not -inf: where all is masked, its softmax is not a number
+        scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
         y = attention(by_content, k, v, mask=scores, use_flash=self.use_flash)  # (B, H, U, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, U, -1))
 

@@ -119,7 +119,7 @@ def save(path: Path, payload: dict) -> None:
         replace_file(path, write)
         verify(path)
     except OSError as error:
-        remedy = "Earlier files are intact: mend that, and run the same command again"
+        remedy = "Earlier files are intact; with room on the disk, the same command goes on"
         raise RunError(f"{path}: could not save the checkpoint: {error.strerror}. {remedy}") from error
     except DamagedCheckpoint as error:
         raise RunError(f"{path}: read back otherwise than written ({error}): check the disk") from error

@@ -94,9 +94,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
         """``mask`` (T, S), true where a query may look: only for several new tokens after a filled cache."""
         B, T, _ = x.shape
-        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, -1, self.d_head)
-        qk, v = heads.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=2)
-        q, k = norm_and_rotate(qk, self.q_norm.weight, self.k_norm.weight, cos, sin, self.n_heads)
+        n_heads, n_keys = self.n_heads, self.n_kv_heads
+        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, n_heads + 2 * n_keys, self.d_head)
+        qk, v = heads.split((n_heads + n_keys, n_keys), dim=2)
+        q, k = norm_and_rotate(qk, self.q_norm.weight, self.k_norm.weight, cos, sin, n_heads)
         v = v.transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)

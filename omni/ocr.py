@@ -52,7 +52,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(B, P, D) -> keys and values (B, H, P, K)."""
         B, P, _ = image_tokens.shape
-        k, v = linear(image_tokens, self.k_proj, self.v_proj).view(B, P, 2, self.n_heads, -1).unbind(dim=2)
+        k, v = linear(image_tokens, self.k_proj, self.v_proj).view(B, P, 2, self.n_heads, self.d_head).unbind(dim=2)
         return self.k_norm(k).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:

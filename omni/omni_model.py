@@ -39,6 +39,7 @@ from omni.errors import UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
 from omni.manifest import BadRow
+from omni.ops import rounded_up
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
@@ -235,7 +236,7 @@ class Inputs:
             ``sound_from`` (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and
             ``spoken_lengths`` (A,), what they say.
         """
-        T = self.pad_to or max(len(sample.ids) for sample in samples)
+        T = self.pad_to or min(rounded_up(max(len(sample.ids) for sample in samples)), self.ctx_len)
         tokens = torch.full((len(samples), T), self.tokenizer.eos_id)
         targets = torch.full((len(samples), T), IGNORED)
         for row, sample in enumerate(samples):
@@ -255,7 +256,7 @@ class Inputs:
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
         said = [row for row, sample in enumerate(samples) if sample.utterance is not None]
         if said:
-            utterances = collate_utterances([samples[row].utterance for row in said], self.talker)
+            utterances = collate_utterances([samples[row].utterance for row in said], self.talker, step=8)
             batch |= {f"said_{key}": value for key, value in utterances.items() if isinstance(value, Tensor)}
             batch["said_rows"], at = torch.tensor(said), [torch.tensor(samples[row].uttered) for row in said]
             padded = nn.utils.rnn.pad_sequence(at, batch_first=True, padding_value=-1)
@@ -264,8 +265,8 @@ class Inputs:
         if sounds:
             starts, found = [at for at, _ in sounds], [sound for _, sound in sounds]
             if self.kept:
-                batch["frames"] = nn.utils.rnn.pad_sequence(found, batch_first=True)
-                width = batch["frames"].shape[1]
+                width = rounded_up(max(map(len, found)))
+                batch["frames"] = torch.stack([F.pad(frames, (0, 0, 0, width - len(frames))) for frames in found])
             else:
                 batch |= self.pad_sounds(found)
                 width = batch["features"].shape[1] // self.audio["downsample_time"]
@@ -471,7 +472,7 @@ class OmniModel(nn.Module):
             return self.thinker(inputs_embeds=embeds, targets=targets)
         nats, balance = [], []
         for rows in lengths.argsort(stable=True).split(ROWS_TOGETHER):
-            T = int(lengths[rows].max())
+            T = min(rounded_up(int(lengths[rows].max())), embeds.shape[1])
             sums = self.thinker(inputs_embeds=embeds[rows, :T], targets=targets[rows, :T], reduction="sum")
             nats.append(sums[0])
             balance.append(sums[1] * len(rows) / len(lengths))
@@ -508,7 +509,7 @@ class OmniModel(nn.Module):
         # what is left out goes to the end, where it is padding
         order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
         if self.ragged:
-            order = order[:, : int((batch["sizes"] - dropped).max())]
+            order = order[:, : rounded_up(int((batch["sizes"] - dropped).max()))]
         targets = targets.gather(1, order)  # nothing is to be learnt where a recording stands
         x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
         return Sequences(x, targets, dropped, sounds)

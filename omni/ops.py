@@ -13,16 +13,16 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RMS_EPS = 1e-6
-_FEW = 16  # rows, for which to join the matrices would take longer than to multiply by them
 _QUERIES = 128  # of causal attention, computed together: they need no key beyond the last of them
 
 
 def by_hand(x: Tensor) -> bool:
-    """Whether the written-out gradients are the faster ones for ``x``."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether what follows is written out for ``x``: in training on a CPU, where nothing is compiled."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
@@ -31,9 +31,19 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def rounded_up(length: int, step: int = 16) -> int:
+    """To a multiple of ``step``. On a CPU, oneDNN makes a kernel for each shape of a product when it first meets it,
+    which takes as long as several products, and keeps a thousand. So lengths should be few."""
+    return -(-length // step) * step
+
+
 def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """(..., D) -> (..., sum of the layers' widths): several layers that read the same, as one product."""
-    if x.shape[:-1].numel() < _FEW:
+    """(..., D) -> (..., sum of the layers' widths): several layers that read the same, as one product.
+
+    All of them have a bias, or none. Without gradients, so perhaps for a single token, joining their weights would
+    take longer than multiplying by them.
+    """
+    if not torch.is_grad_enabled():
         return torch.cat([layer(x) for layer in layers], dim=-1)
     biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(x, torch.cat([layer.weight for layer in layers]), biases)
@@ -50,7 +60,10 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """
     if by_hand(x):
         return _RMSNorm.apply(x, weight.float())
-    return F.rms_norm(x.float(), weight.shape, weight.float(), RMS_EPS).to(x.dtype)
+    x32, weight = x.float(), weight.float()
+    if x.is_cuda:  # one kernel there; on the CPU it is slower than its parts
+        return F.rms_norm(x32, weight.shape, weight, RMS_EPS).to(x.dtype)
+    return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + RMS_EPS) * weight).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,10 +74,11 @@ class _RMSNorm(torch.autograd.Function):
         return (normed * weight).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         normed, scale, weight = ctx.saved_tensors
         x_grad, weight_grad = _norm_backward(grad.to(torch.float32, copy=True), normed, scale, weight)
-        return x_grad.to(grad.dtype), weight_grad.flatten(0, -2).sum(dim=0)
+        return x_grad.to(grad.dtype), weight_grad.reshape(-1, weight_grad.shape[-1]).sum(dim=0)
 
 
 def _over_rms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +138,7 @@ class _NormAndRotate(torch.autograd.Function):
         return tuple(part.to(heads.dtype, memory_format=torch.contiguous_format) for part in parts)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         normed, scale, weight, cos, sin = ctx.saved_tensors
         grad = torch.empty_like(normed)  # (B, T, H + G, K) float32
@@ -154,6 +169,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -177,10 +193,15 @@ def attention(
         k, v: (B, G, S, K); H / G queries share one.
         causal: a query sees the keys up to its own place; T = S.
         mask: broadcast to (B, H, T, S): bool, true where a query may look, or a number that is added before the
-            softmax, whose gradient goes back to it. A query that may look nowhere gets any mean of the values.
+            softmax, whose gradient goes back to it. A query that may look nowhere gets some finite vector.
         use_flash: the fused kernel; False: the plain maths, with T * S numbers in memory for each head.
+
+    Raises:
+        ValueError: causal, and T is not S or there is a mask.
     """
-    if use_flash or not by_hand(q):
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        raise ValueError("causal attention is of the same tokens to each other, without a mask")
+    if use_flash or q.device.type != "cpu" or torch.compiler.is_compiling():
         grouped = q.shape[1] != k.shape[1]
         with nullcontext() if use_flash else sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
@@ -191,7 +212,10 @@ def attention(
 
 
 class _PlainAttention(torch.autograd.Function):
-    """``F.scaled_dot_product_attention`` computes its plain maths in float32, and the masked half of a causal one."""
+    """The plain maths in the dtype of its inputs; of causal attention, block by block, only the half that is seen.
+
+    Those of ``F.scaled_dot_product_attention`` are in float32 throughout, and compute both halves.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -216,8 +240,10 @@ class _PlainAttention(torch.autograd.Function):
         return y.view(B, H, T, K)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (q, k, v, *shares), (B, H, T, K), S = ctx.saved_tensors, grad.shape, ctx.saved_tensors[1].shape[1]
+        q, k, v, *shares = ctx.saved_tensors
+        (B, H, T, K), S = grad.shape, k.shape[1]
         grad, q_grad, mask_grad, start = grad.reshape(B * H, T, K), torch.empty_like(q), None, 0
         if len(shares) > 1:
             k_sum, v_sum = (torch.zeros(k.shape) for _ in range(2))  # in float32

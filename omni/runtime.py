@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,6 @@ _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
     faulthandler.enable()  # a crash inside a library says where
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: temporary files go. A training has its own
     threading.excepthook = _thread_failed
     try:
         code = _exit_code(main)
@@ -538,6 +538,8 @@ class Run:
         """The callable to train with: the module itself, or its DDP wrapper under torchrun."""
         if self.world == 1:
             return module
+        # of weights with dimensions of size 1, whose strides mean nothing
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # Logs --------------------------------------------------------------------------------------------------------

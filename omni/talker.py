@@ -26,6 +26,7 @@ from omni.codec import ConvNeXtBlock, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
 from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import BadRow, Rows
+from omni.ops import rounded_up
 from omni.precompute import RowsWith
 from omni.thinker import INIT_STD, Block
 
@@ -204,7 +205,7 @@ class Talker(nn.Module):
         return self.depth(self.norm(x), F.pad(codes, (0, 0, 0, 1))), self.log_durations(text)
 
     def rope(self, n_frames: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (n_frames, K), as ``omni.layers.rotate`` takes them."""
+        """Cosines and sines (n_frames, K), as ``omni.ops.rotate`` takes them."""
         tables = rope_tables(n_frames, self.blocks_arch.d_head, self.config.rope_theta)
         return tables[0].to(self.start.device), tables[1].to(self.start.device)
 
@@ -437,15 +438,15 @@ class CodedSpeech(Rows):
         return collate_utterances(samples, self.config)
 
 
-def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig) -> dict:
+def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig, step: int = 1) -> dict:
     """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
-    ``texts``, ``wavs``. Under ``use_compile`` L and T are a few static lengths."""
+    ``texts``, ``wavs``. L and T are multiples of ``step``; under ``use_compile`` a few static lengths."""
     lengths = [len(sample.codes) for sample in samples]
-    n_codes = padded_codes(max(lengths), config)
+    n_codes = padded_codes(rounded_up(max(lengths), step), config)
     n_frames = n_codes * config.frames_per_code
     return {
-        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config),
-        "durations": pad_bytes([sample.durations for sample in samples], n_frames, config),
+        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config, step),
+        "durations": pad_bytes([sample.durations for sample in samples], n_frames, config, step),
         "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
         "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
         "lengths": torch.tensor(lengths),

@@ -15,7 +15,7 @@ from omni.config import TextConfig, ThinkerArchitecture
 from omni.decoding import one_token_reader
 from omni.errors import UserError
 from omni.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
-from omni.ops import RMS_EPS
+from omni.ops import RMS_EPS, rounded_up
 from omni.tokenizer import Tokenizer
 
 IGNORED = -100  # a target that has no loss
@@ -188,7 +188,10 @@ class Thinker(nn.Module):
         hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
             counted = (targets != IGNORED).nonzero().flatten()
-            hidden, targets, weights = hidden[counted], targets[counted], weights[counted]
+            missing = rounded_up(len(counted), 64) - len(counted)  # so many more, without weight
+            weights = F.pad(weights[counted], (0, missing))
+            counted = F.pad(counted, (0, missing))
+            hidden, targets = hidden[counted], targets[counted]
         nats = 0.0
         for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
             if len(part[0]) < len(hidden) and torch.is_grad_enabled():

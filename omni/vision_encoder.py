@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
-        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, N, 3, self.n_heads, -1)
+        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, N, 3, self.n_heads, D // self.n_heads)
         q, k, v = (part.transpose(1, 2) for part in heads.unbind(dim=2))  # (B, A, N, K) each
         y = attention(q, k, v, use_flash=self.use_flash)
         return self.o_proj(y.transpose(1, 2).reshape(B, N, D))

@@ -157,7 +157,7 @@ def step_of(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.
 
 def count_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Of forward and backward. The counter does not know the CPU's fused attention, so plain attention is counted,
-    which has twice the products that a causal one needs."""
+    up to twice the products that a causal one needs."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss(model).backward()
     return counter.get_total_flops()

@@ -266,7 +266,8 @@ def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
         landed += running
         began = killed.traced() > traced
         in_training += running and began
-        seconds *= 1.5 if running and not began and delay > seconds / 2 else 1.0
+        if running and not began and delay > seconds / 2:
+            seconds = min(1.5 * seconds, 4 * reference.seconds)
         stands = ", ".join(re.findall(r"(?:resumed|already finished) at step \d+", process.stdout))
         resumed_at |= {stands} if "resumed" in stands else set()
     for killed in trainings:
