@@ -8,12 +8,13 @@ passes forward, fewer backward, and nothing kept that the backward can do withou
 
 # B batch, T queries, S keys, K head width, H query heads, G key/value heads, D width, F inner width
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import wraps
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RMS_EPS = 1e-6
@@ -49,6 +50,18 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return F.linear(x, torch.cat([layer.weight for layer in layers]), biases)
 
 
+def first_derivative_only(backward: Callable) -> Callable:
+    """A backward that refuses ``create_graph``: a derivative of what is written out here would be wrong."""
+
+    @wraps(backward)
+    def checked(ctx, *grads: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("omni.ops: no second derivatives are written out")
+        return backward(ctx, *grads)
+
+    return checked
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # RMSNorm and rotation
 
@@ -74,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
         return (normed * weight).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         normed, scale, weight = ctx.saved_tensors
         x_grad, weight_grad = _norm_backward(grad.to(torch.float32, copy=True), normed, scale, weight)
@@ -138,7 +151,7 @@ class _NormAndRotate(torch.autograd.Function):
         return tuple(part.to(heads.dtype, memory_format=torch.contiguous_format) for part in parts)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
         normed, scale, weight, cos, sin = ctx.saved_tensors
         grad = torch.empty_like(normed)  # (B, T, H + G, K) float32
@@ -169,7 +182,7 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -240,7 +253,7 @@ class _PlainAttention(torch.autograd.Function):
         return y.view(B, H, T, K)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *shares = ctx.saved_tensors
         (B, H, T, K), S = grad.shape, k.shape[1]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from omni import ops
 from omni.layers import rope_tables
@@ -89,3 +90,32 @@ def test_nothing_is_computed_in_bf16_without_autocast():
     assert ops.attention(q, k, v, use_flash=False).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         assert ops.attention(q, k, v, use_flash=False).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_computed_again_in_the_backward_has_the_same_gradients(case):
+    function, *shapes = CASES[case]
+    torch.manual_seed(0)
+    inputs = [torch.randn(shape) for shape in shapes]
+    expected = results_and_gradients(function, inputs)
+    found = results_and_gradients(lambda *given: checkpoint(function, *given, use_reentrant=False), inputs)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_second_derivatives_are_refused(case):
+    function, *shapes = CASES[case]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    results = function(*inputs)
+    results = sum(result.sum() for result in (results if isinstance(results, tuple) else (results,)))
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(results, inputs[:1], create_graph=True)
+
+
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_causal_attention_is_of_the_same_tokens_and_without_a_mask(use_flash):
+    q, k, v = (torch.randn(1, 1, 3, K) for _ in range(3))
+    with pytest.raises(ValueError, match="causal"):
+        ops.attention(q, k, v, causal=True, mask=torch.ones(3, 3, dtype=torch.bool), use_flash=use_flash)
+    with pytest.raises(ValueError, match="causal"):
+        ops.attention(q[:, :, :2], k, v, causal=True, use_flash=use_flash)

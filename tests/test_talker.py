@@ -94,6 +94,14 @@ def test_static_shapes_under_compile_change_nothing():
     torch.testing.assert_close(talker_loss(talker, padded, **weights)[0], talker_loss(talker, plain, **weights)[0])
 
 
+def test_lengths_in_few_sizes_change_nothing():
+    talker, samples = small(max_mel_length=40), utterances()
+    plain, padded = (collate_utterances(samples, talker.config, step=step) for step in (1, 8))
+    assert padded["codes"].shape == (3, 16, 3) and padded["symbols"].shape == padded["durations"].shape == (3, 16)
+    weights = {"frame_dropout": 0.0, "duration_weight": 1.0}
+    torch.testing.assert_close(talker_loss(talker, padded, **weights)[0], talker_loss(talker, plain, **weights)[0])
+
+
 def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
     talker = small()
     batch = collate_utterances(utterances()[:1], talker.config)
