@@ -31,7 +31,7 @@ from omni.codec import (
     load_codec,
     mel_spec,
     prepare_mel_statistics,
-)  # fmt: skip
+)
 from omni.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
 from omni.data import held_out_set, training_set
 from omni.errors import UserError
