@@ -39,6 +39,14 @@ def build(seed: int = 0, *, use_flash: bool = True, **changes) -> AudioEncoder:
     return model
 
 
+@pytest.mark.parametrize("use_flash", [True, False])
+def test_an_utterance_without_a_frame_spoils_no_gradient(use_flash):
+    model = build(use_flash=use_flash)
+    logits, _ = model(torch.randn(2, 40, 80), torch.tensor([40, 0]))
+    logits.sum().backward()
+    assert logits.isfinite().all() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def utterances(*lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     frames = torch.tensor(lengths)
     features = torch.randn(len(lengths), max(lengths), 80, generator=torch.Generator().manual_seed(seed))
