@@ -73,8 +73,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generate_once = run.world == 1 and config.gradient_accumulation_steps == 1
 
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            if batch["step"] < config.adv_start_step:  # a gradient of 0 for every weight, as torchrun expects one
-                return sum(weight.sum() for weight in model.parameters()) * 0.0, {}
             with torch.set_grad_enabled(generate_once):
                 generated = generator(batch["log_mel"])
             if generate_once:
@@ -101,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         phases = [
             Phase(
                 "discriminator", discriminators, optimizer(discriminators, lr=config.lr_d), loss_of_discriminators,
-                peak_lr=config.lr_d,
+                peak_lr=config.lr_d, first_step=config.adv_start_step,
             ),
             Phase("generator", generator, optimizer(generator, lr=config.lr_g), loss_of_generator, peak_lr=config.lr_g),
         ]  # fmt: skip

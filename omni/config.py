@@ -636,7 +636,7 @@ class VocoderConfig(StageConfig):
     lambda_fm: float = free(2.0, ge=0, description="weight of the difference in the discriminators' features")
     lambda_adv: float = free(1.0, ge=0, description="weight of deceiving the discriminators")
     adv_start_step: int = free(
-        0, ge=0, description="until this step the log-mels alone teach, at half the cost of a step"
+        0, ge=0, description="until this step the log-mels alone teach, and no discriminator runs"
     )
 
     @property

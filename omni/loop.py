@@ -34,7 +34,8 @@ class Phase:
 
     ``loss`` is called with the module to run (under torchrun its DDP wrapper) and a micro-batch. It may read other
     phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
-    averages; it gets 1.0 on the device, or 0.0 if the step's update was not made.
+    averages; it gets 1.0 on the device, or 0.0 if the step's update was not made. Before ``first_step`` nothing of it
+    runs, so that not even weight decay touches the module.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Phase:
     loss: LossFunction
     peak_lr: float
     after_update: Callable[[Tensor], None] | None = None
+    first_step: int = 0
 
 
 @dataclass
@@ -181,7 +183,8 @@ class _Training:
         shares = [batch["weight"] / total for batch in micro_batches]
         micro_batches = [to_device(batch, run.device) | {"step": self.progress.step} for batch in micro_batches]
         finite = torch.ones((), device=run.device)
-        for phase in self.phases:
+        phases = self.begun_phases()
+        for phase in phases:
             model = self.models[phase.name]
             phase.module.train()
             phase.optimizer.zero_grad(set_to_none=True)
@@ -192,7 +195,7 @@ class _Training:
             for index, (batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
                 if share == 0 and world == 1:
                     continue  # the unfilled end of an epoch's last step
-                if run.stop_requested and index > 0 and phase is self.phases[0] and world == 1:
+                if run.stop_requested and index > 0 and phase is phases[0] and world == 1:
                     # nothing was updated yet: give up this step, as if it had not begun
                     phase.optimizer.zero_grad(set_to_none=True)
                     set_rng_state(rng_before, run.device)
@@ -240,6 +243,9 @@ class _Training:
             phase.optimizer.found_inf = 1.0 - ok  # a fused optimizer reads this: 1.0 leaves everything as it is
             phase.optimizer.step()
         return norm, ok
+
+    def begun_phases(self) -> list[Phase]:
+        return [phase for phase in self.phases if self.progress.step >= phase.first_step]
 
     def _learning_rate(self, phase: Phase) -> float:
         config = self.config
@@ -331,7 +337,7 @@ class _Training:
         self._tick()
         epoch = (progress.step - 1) // self.dataset.steps_per_epoch
         progress.step -= 1  # the rate that the last step was made with
-        lr = {f"{p.name}_lr" if len(self.phases) > 1 else "lr": self._learning_rate(p) for p in self.phases}
+        lr = {f"{p.name}_lr" if len(self.phases) > 1 else "lr": self._learning_rate(p) for p in self.begun_phases()}
         progress.step += 1
         values = averages | lr | rates | {"peak_memory_gb": peak_memory_gb(run.device)}
         counts = {"skipped_updates": progress.skipped_updates, "bad_rows": len(progress.bad_rows)}

@@ -233,7 +233,7 @@ def bare_seconds(training: omni.loop._Training, steps: list[list[dict]]) -> np.n
 def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
     """Forward, backward and optimizer of each phase, and nothing else."""
     micro_batches = [batch | {"step": training.progress.step} for batch in micro_batches]
-    for phase in training.phases:
+    for phase in training.begun_phases():
         phase.optimizer.zero_grad(set_to_none=True)
         for batch in micro_batches:
             with training.run.autocast():
