@@ -280,7 +280,13 @@ class _Training:
         module = self.phases[-1].module
         totals: dict[str, Tensor] = {}
         module.eval()
-        with from_the_start(self.validation.dataset) as dataset, untouched_rng(run.device), torch.no_grad():
+        with (
+            from_the_start(self.validation.dataset) as dataset,
+            untouched_rng(run.device),
+            torch.no_grad(),
+            # to compile the forward pass once more takes longer than it saves, and can hold up a stop for minutes
+            torch.compiler.set_stance("force_eager"),
+        ):
             for batch in build_loader(dataset, self.config, run.device):
                 if stopping := run.stop_agreed():
                     break

@@ -137,16 +137,32 @@ def test_torchrun_itself(tmp_path):
     assert "2 process(es)" in result.stdout and result.stdout.count("finished:") == 1
 
 
+# traced and differentiated as for inductor, but not translated to C++, which would take a minute
+AOT_EAGER = """
+import functools, torch
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager")
+"""
+
+VALIDATION_COMPILES_NOTHING = """
+import omni.loop
+from torch._dynamo.utils import counters
+validate = omni.loop._Training._validate
+def watched(self):
+    graphs = counters["stats"]["unique_graphs"]
+    improved = validate(self)
+    assert graphs and counters["stats"]["unique_graphs"] == graphs
+    return improved
+omni.loop._Training._validate = watched
+"""
+
+
 @pytest.mark.loop
 def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
     plain = stage.training(tmp_path, max_steps=12)
     assert plain.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
     keys = plain.newest()["phases"]
-    # traced and differentiated as for inductor, but not translated to C++, which would take a minute
-    backend = "import functools, torch\ntorch.nn.Module.compile = functools.partialmethod("
-    backend += "torch.nn.Module.compile, backend='aot_eager')\n"
     compiled = plain.changed(use_compile=True)
-    process = compiled.finish(prelude=backend)
+    process = compiled.finish(prelude=AOT_EAGER + VALIDATION_COMPILES_NOTHING)
     assert "resumed at step 7" in process.stdout
     after = compiled.newest()["phases"]
     assert {n: list(p["module"]) for n, p in after.items()} == {n: list(p["module"]) for n, p in keys.items()}
