@@ -64,12 +64,15 @@ def launch(main: Callable[[], None]) -> None:
     threading.excepthook = _thread_failed
     try:
         code = _exit_code(main)
-    except BaseException:
-        if not dist.is_initialized():
-            raise
+    except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
-    if dist.is_initialized():
+    workers = multiprocessing.active_children()
+    if workers:  # an error left them: they ignore SIGTERM, by which Python would end them, and would wait for ever
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no error
+        for worker in workers:
+            worker.kill()
+    if workers or dist.is_initialized():
         # Not sys.exit, which would take the process group apart: gloo's destructor holds the interpreter while it
         # waits for a thread that may itself be waiting for the interpreter.
         sys.stdout.flush()
@@ -101,12 +104,10 @@ def _exit_code(main: Callable[[], None]) -> int:
             return EXIT_BAD_INPUT
         if not isinstance(error, RuntimeError) and multiprocessing.active_children():
             reason = f"a DataLoader worker died while it sent a batch: {reason}"
-        if "DataLoader worker" not in reason:
+        if "DataLoader worker (pid" not in reason and "a DataLoader worker died" not in reason:
             raise
         print(f"error: {reason} (often out of memory). Run the same command to go on", file=sys.stderr, flush=True)
-        for worker in multiprocessing.active_children():
-            worker.kill()  # they ignore SIGTERM, by which Python would end them, and would then wait for ever
-        os._exit(EXIT_FAILED)
+        return EXIT_FAILED
     except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool

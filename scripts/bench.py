@@ -29,7 +29,6 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
 import transformers
 from bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
@@ -180,54 +179,54 @@ class Watch:
     Both on batches that are new, since oneDNN makes kernels for each shape when it first meets it. What the one block
     is more work than the other is seen from bare steps on both of them once more. While bare steps run, the loader's
     workers prepare batches for which the loop might have had to wait; so that many steps go by before each block.
+
+    At the end the same batches once more, without workers: what remains is the loop's own doing.
     """
 
     sizes: Sizes
     stage: str = ""
-    # of each block: seconds of the loop, and of the same steps bare, on the clock and of this process's CPU
-    loops: list[np.ndarray] = field(default_factory=list)
-    bares: list[np.ndarray] = field(default_factory=list)
-    waits: list[float] = field(default_factory=list)  # seconds of the loop's on the clock, for batches
+    # of each block
+    seconds: list[float] = field(default_factory=list)  # of the loop
+    overheads: list[float] = field(default_factory=list)  # that time over the bare steps'
+    own_overheads: list[float] = field(default_factory=list)  # the same without workers
+    waits: list[float] = field(default_factory=list)  # the share of the loop's time that it waits for batches
 
     def loop(self, training: omni.loop._Training) -> Iterator[list[dict]]:
         """In the place of ``_Training._steps``."""
-        self.stage, steps = training.run.stage.name, STEPS(training)
+        self.stage, steps, kept = training.run.stage.name, STEPS(training), []
         for block in range(1 + self.sizes.blocks):
             for _ in range(PREFETCHED * training.config.num_workers):
                 yield next(steps)
-            looped, wait, started = [], 0.0, now()
+            looped, wait, started = [], 0.0, time.perf_counter()
             for _ in range(self.sizes.block_steps):
                 asked = time.perf_counter()
                 looped.append(next(steps))
                 wait += time.perf_counter() - asked
                 yield looped[-1]  # the loop comes back when it wants the next
-            seconds = now() - started
+            seconds = time.perf_counter() - started
             others = [next(steps) for _ in looped]
             bare = bare_seconds(training, others)
             bare = bare * bare_seconds(training, looped) / bare_seconds(training, others)
             if block > 0:  # the first one warms up
-                self.loops.append(seconds)
-                self.bares.append(bare)
-                self.waits.append(wait)
+                self.seconds.append(seconds)
+                self.overheads.append(seconds / bare)
+                self.waits.append(wait / seconds)
+                kept.append(looped)
         steps.close()  # and with them the loader's workers
+        for looped in kept:
+            bare_seconds(training, looped)  # makes the kernels for these shapes
+            started = time.perf_counter()
+            yield from looped
+            seconds = time.perf_counter() - started
+            self.own_overheads.append(seconds / bare_seconds(training, looped))
         raise Enough
 
-    def overheads(self) -> tuple[float, float]:
-        """Of the loop over the bare steps, on the clock and of this process's CPU."""
-        wall, cpu = np.median(np.stack(self.loops) / np.stack(self.bares), axis=0).tolist()
-        return wall, cpu
 
-
-def now() -> np.ndarray:
-    """Seconds on the clock, and of this process's CPU: in these are neither waiting nor what workers compute."""
-    return np.array([time.perf_counter(), time.process_time()])
-
-
-def bare_seconds(training: omni.loop._Training, steps: list[list[dict]]) -> np.ndarray:
-    started = now()
+def bare_seconds(training: omni.loop._Training, steps: list[list[dict]]) -> float:
+    started = time.perf_counter()
     for micro_batches in steps:
         bare_step(training, micro_batches)
-    return now() - started
+    return time.perf_counter() - started
 
 
 def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
@@ -263,13 +262,12 @@ def bench_loop(bench: Bench) -> None:
             path = Path(folder) / "config.json"
             path.write_text(config.model_dump_json())
             watch = watched_run(letter, path, bench.sizes)
-        overhead, own_overhead = watch.overheads()
-        ms = 1000 * statistics.median(loop[0] for loop in watch.loops) / bench.sizes.block_steps
+        ms = 1000 * statistics.median(watch.seconds) / bench.sizes.block_steps
         note = f"step of {watch.stage} in the loop over forward, backward and optimizer alone; {ms:.0f} ms"
-        bench.add(f"loop/{letter}/overhead", overhead, "x", note)
-        note = "the same in this process's CPU time: what the loop itself does, whatever the workers take of the cores"
-        bench.add(f"loop/{letter}/own_overhead", own_overhead, "x", note)
-        share = statistics.median(wait / loop[0] for wait, loop in zip(watch.waits, watch.loops, strict=True))
+        bench.add(f"loop/{letter}/overhead", statistics.median(watch.overheads), "x", note)
+        note = "the same without loader workers, which take their share of the cores and of the memory's speed"
+        bench.add(f"loop/{letter}/own_overhead", statistics.median(watch.own_overheads), "x", note)
+        share = statistics.median(watch.waits)
         note = f"of the loop's time is waiting for batches, num_workers {config.num_workers}"
         bench.add(f"loop/{letter}/loader_share", 100 * share, "%", note)
 

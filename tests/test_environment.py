@@ -67,6 +67,22 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
     assert "already finished at step 14" in longer.finish().stdout
 
 
+WORKERS_FAIL = """
+import omni.data
+def fail(self):
+    raise KeyError("a fault in a worker")
+    yield
+omni.data.ResumableDataset.__iter__ = fail
+"""
+
+
+@pytest.mark.loop
+def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_path):
+    process = stage.training(tmp_path, num_workers=2).run(prelude=WORKERS_FAIL)  # it once hung here
+    assert process.returncode == 1
+    assert "a fault in a worker" in process.stderr.rstrip().splitlines()[-1], process.stderr
+
+
 @pytest.mark.loop
 def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
