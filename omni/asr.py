@@ -19,6 +19,7 @@ from omni.config import AudioEncoderConfig
 from omni.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
 from omni.errors import UserError
 from omni.manifest import BadRow, Manifest, Rows, measure_rows
+from omni.ops import rounded_up
 from omni.runtime import Run
 
 COLUMNS = ("wav", "text")
@@ -155,7 +156,7 @@ class Utterances(Rows):
         with no target, and no text."""
         lengths = [len(sample.features) for sample in samples]
         target_lengths = [len(sample.tokens) for sample in samples]
-        missing, frames = 0, 8 * -(-max(lengths) // 8)
+        missing, frames = 0, rounded_up(max(lengths), 32)
         if self.config.use_compile:
             missing = self.config.batch_size - len(samples)
             frames = next(length for length in static_lengths(self.config.max_mel_length) if length >= max(lengths))
