@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_set = training_set(run, utterances)
 
         # --- Model -----------------------------------------------------------------------------------------------
-        if config.use_compile:  # each padded length is compiled for training and for validation
+        if config.use_compile:  # each padded length is compiled
             torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
         # fused attention on a GPU adds up the gradient of its mask, our relative positions, in any order
         use_flash = config.use_flash and not (config.deterministic and run.device.type == "cuda")

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(TalkerConfig, __doc__, argv)
     vocoder = load_vocoder_for("this config", mel_spec(config), config.vocoder_ckpt, "cpu")
     with Run(config, STAGE, notices, device) as run:
-        if config.use_compile:  # each padded length is compiled for training and for validation
+        if config.use_compile:  # each padded length is compiled
             torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
 
         # --- Data: recordings of no more than max_mel_length frames ------------------------------------------------

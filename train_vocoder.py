@@ -3,10 +3,10 @@
     python train_vocoder.py --config configs/vocoder_tiny.json
 
 The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
-trains the discriminators, then the generator, on random segments. What it makes of held-out clips is written to
-save_dir/samples at each validation, beside what Griffin-Lim makes of them. It can run beside all other stages;
-codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more max_steps, it goes
-on from there.
+trains the discriminators (from adv_start_step on), then the generator, on random segments. What it makes of held-out
+clips is written to save_dir/samples at each validation, beside what Griffin-Lim makes of them. It can run beside all
+other stages; codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more
+max_steps, it goes on from there.
 """
 
 from dataclasses import asdict

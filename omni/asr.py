@@ -102,7 +102,7 @@ class Utterances(Rows):
     """Recordings with their texts, from a manifest with the columns wav and text.
 
     Args:
-        config: feature sizes, augmentation; ``use_compile`` pads to a few static shapes, else to what a batch needs.
+        config: feature sizes, augmentation; ``use_compile`` pads to a few static shapes, else in steps of 32 frames.
         others: see ``Rows``.
     """
 

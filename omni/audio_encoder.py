@@ -286,7 +286,7 @@ def load_audio_encoder(
         UserError: nothing there, or damaged.
     """
     payload = load_stage(folder, "audio_enc", "audio_enc", "audio_enc.pt")
-    # static shapes are for compiled training: what is transcribed is padded to what its batch needs
+    # static shapes are for compiled training
     config = AudioEncoderConfig.model_validate(payload["config"] | {"use_compile": False})
     tokenizer = CtcTokenizer.load(Path(folder) / "tokenizer.json")
     model = AudioEncoder(config, tokenizer.vocab_size, use_flash=config.use_flash)

@@ -1,8 +1,9 @@
 """The one training loop, for all seven stages.
 
-A step is one optimizer update per phase. Most stages have one phase; a GAN has two (discriminator, then generator)
-that see the same micro-batches. Everything that must be the same in every stage is here: position, accumulation,
-mixed precision, clipping, the policy for losses that are not finite, validation, checkpoints, resume, progress.
+A step is one optimizer update per phase that has begun. Most stages have one phase; a GAN has two (discriminator,
+then generator) that see the same micro-batches. Everything that must be the same in every stage is here: position,
+accumulation, mixed precision, clipping, the policy for losses that are not finite, validation, checkpoints, resume,
+progress.
 
 The host never waits for the device except where it prints, validates or saves: what is only logged stays on the
 device, and an update that must not happen is skipped there.
@@ -284,7 +285,7 @@ class _Training:
             from_the_start(self.validation.dataset) as dataset,
             untouched_rng(run.device),
             torch.no_grad(),
-            # to compile the forward pass once more takes longer than it saves, and can hold up a stop for minutes
+            # its shapes would be compiled as well, in modes of their own, and no signal is looked at meanwhile
             torch.compiler.set_stance("force_eager"),
         ):
             for batch in build_loader(dataset, self.config, run.device):
@@ -595,7 +596,8 @@ class _Meter:
         return int(self.skipped), int(self.in_a_row)
 
     def averages(self, run: Run) -> dict[str, float]:
-        """Means over the updates made since the last call, over all processes; starts anew."""
+        """Means over the updates made since the last call, over all processes; starts anew. Those of a phase that has
+        begun since are spread over all these updates."""
         if not self.sums:
             return {}
         names = sorted(self.sums)

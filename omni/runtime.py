@@ -67,11 +67,10 @@ def launch(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # that a worker ends is no error any more
     workers = multiprocessing.active_children()
-    if workers:  # an error left them: they ignore SIGTERM, by which Python would end them, and would wait for ever
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # their end is no error
-        for worker in workers:
-            worker.kill()
+    for worker in workers:  # an error left them; they ignore SIGTERM, after which Python would wait for them for ever
+        worker.kill()
     if workers or dist.is_initialized():
         # Not sys.exit, which would take the process group apart: gloo's destructor holds the interpreter while it
         # waits for a thread that may itself be waiting for the interpreter.
@@ -102,9 +101,10 @@ def _exit_code(main: Callable[[], None]) -> int:
             what = reason.split(" does not have")[0]
             print(f'error: key "deterministic": expected false, as {what} adds up in any order', file=sys.stderr)
             return EXIT_BAD_INPUT
+        passed_on = "in DataLoader worker process" in reason  # a fault of ours, with its traceback
         if not isinstance(error, RuntimeError) and multiprocessing.active_children():
             reason = f"a DataLoader worker died while it sent a batch: {reason}"
-        if "DataLoader worker (pid" not in reason and "a DataLoader worker died" not in reason:
+        if passed_on or "DataLoader worker" not in reason:
             raise
         print(f"error: {reason} (often out of memory). Run the same command to go on", file=sys.stderr, flush=True)
         return EXIT_FAILED

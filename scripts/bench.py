@@ -245,10 +245,11 @@ def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
 
 def bench_loop(bench: Bench) -> None:
     """The real scripts on the demo's data: time of a step in the loop, with loading, clipping, checks and logs but
-    without validation and checkpoints, over that of the bare step; and the share of it that the loop waits for batches.
+    without validation and checkpoints, over that of the bare step; the same without loading, which leaves what the loop
+    itself does; and the share of the time that the loop waits for batches.
 
-    Of stage D it is the first training, the codec's; stage E learns from the held-out files, whose features are made
-    in seconds.
+    Of stage D it is the first training, the codec's, of stage F the steps before ``adv_start_step``; stage E learns
+    from the held-out files, whose features are made in seconds.
     """
     for letter in STAGES:
         with tempfile.TemporaryDirectory() as folder:
@@ -265,7 +266,7 @@ def bench_loop(bench: Bench) -> None:
         ms = 1000 * statistics.median(watch.seconds) / bench.sizes.block_steps
         note = f"step of {watch.stage} in the loop over forward, backward and optimizer alone; {ms:.0f} ms"
         bench.add(f"loop/{letter}/overhead", statistics.median(watch.overheads), "x", note)
-        note = "the same without loader workers, which take their share of the cores and of the memory's speed"
+        note = "the same on batches that are ready, without loader workers, which share the cores"
         bench.add(f"loop/{letter}/own_overhead", statistics.median(watch.own_overheads), "x", note)
         share = statistics.median(watch.waits)
         note = f"of the loop's time is waiting for batches, num_workers {config.num_workers}"

@@ -115,7 +115,11 @@ class Process:
 
     def wait(self) -> "Process":
         if self.returncode is None:
-            self.returncode = Zygote.get().ask({"wait": self.pid})
+            try:
+                self.returncode = Zygote.get().ask({"wait": self.pid})
+            except BaseException:  # the test took too long
+                os.killpg(self.pid, signal.SIGKILL)
+                raise
             self.stdout = self.output.with_suffix(".out").read_text()
             self.stderr = self.output.with_suffix(".err").read_text()
         return self

@@ -142,6 +142,12 @@ MUTATIONS = [
         "tests/test_environment.py::test_file_times_do_not_decide_which_checkpoint_is_newest",
     ),
     Mutation(
+        "environment", "a run with a fault in a data worker waits for its workers", "omni/runtime.py",
+        "workers = multiprocessing.active_children()", "workers = []",
+        "tests/test_environment.py::test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback"
+        " -k 'audio_enc and KeyError' --timeout 60",
+    ),
+    Mutation(
         "no code in checkpoints", "torch.load may run what it finds", "omni/checkpoint.py",
         'map_location="cpu", weights_only=True', 'map_location="cpu", weights_' + "only=bool(0)",
         f"{SAVES}::test_a_pickle_with_code_is_refused_even_with_a_valid_checksum",

@@ -70,16 +70,18 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
 WORKERS_FAIL = """
 import omni.data
 def fail(self):
-    raise KeyError("a fault in a worker")
+    raise {error}("a fault in a worker")
     yield
 omni.data.ResumableDataset.__iter__ = fail
 """
 
 
 @pytest.mark.loop
-def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_path):
-    process = stage.training(tmp_path, num_workers=2).run(prelude=WORKERS_FAIL)  # it once hung here
+@pytest.mark.parametrize("error", ["KeyError", "RuntimeError", "EOFError"])
+def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_path, error):
+    process = stage.training(tmp_path, num_workers=2).run(prelude=WORKERS_FAIL.format(error=error))  # it once hung
     assert process.returncode == 1
+    assert "Traceback" in process.stderr and "out of memory" not in process.stderr
     assert "a fault in a worker" in process.stderr.rstrip().splitlines()[-1], process.stderr
 
 

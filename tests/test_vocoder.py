@@ -338,6 +338,10 @@ def test_before_adv_start_step_the_discriminators_stay_as_they_are(tmp_path):
     assert differences(late, begun)
     keys = {row["step"]: {key.split("_")[0] for key in row} for row in training.metrics()}
     assert "discriminator" not in keys[3] and "discriminator" in keys[4]
+    first, second = training.metrics()
+    assert {"generator_mel", "generator_loss"} <= first.keys() and "generator_adversarial" not in first
+    assert first["generator_loss"] == pytest.approx(45 * first["generator_mel"])
+    assert "generator_adversarial" in second
 
 
 def test_one_forward_or_two_are_the_same_training(tmp_path):
