@@ -72,8 +72,8 @@ def launch(main: Callable[[], None]) -> None:
     for worker in workers:  # an error left them; they ignore SIGTERM, after which Python would wait for them for ever
         worker.kill()
     if workers or dist.is_initialized():
-        # Not sys.exit, which would take the process group apart: gloo's destructor holds the interpreter while it
-        # waits for a thread that may itself be waiting for the interpreter.
+        # Not sys.exit, which would wait for what the loader of killed workers left, and take the process group apart:
+        # gloo's destructor holds the interpreter while it waits for a thread that may be waiting for the interpreter.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,7 +118,8 @@ class Process:
             try:
                 self.returncode = Zygote.get().ask({"wait": self.pid})
             except BaseException:  # the test took too long
-                os.killpg(self.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
                 raise
             self.stdout = self.output.with_suffix(".out").read_text()
             self.stderr = self.output.with_suffix(".err").read_text()
