@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from omni.config import OcrConfig
 from omni.data import held_out_set, training_set
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.files import write_json
 from omni.loop import Phase, Validation, train
-from omni.manifest import BadRow, Manifest, measure_rows, prepare_manifest, split_rows
+from omni.manifest import Manifest, measure_rows, prepare_manifest, split_rows
 from omni.ocr import Ocr, OcrRows, clean_text, ocr_loss, ocr_metrics, ocr_sums, text_length
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.config import VisionConfig
 from omni.data import held_out_set, training_set
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.images import normalise
 from omni.loop import Phase, Validation, train
-from omni.manifest import BadRow, Manifest, prepare_manifest, split_rows
+from omni.manifest import Manifest, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.thinker import load_thinker

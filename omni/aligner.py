@@ -17,7 +17,8 @@ from omni.checkpoint import load_stage, load_weights
 from omni.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
 from omni.config import AlignerConfig, TalkerConfig
 from omni.ctc import ctc_nll
-from omni.manifest import BadRow, Manifest
+from omni.errors import BadRow
+from omni.manifest import Manifest
 from omni.ops import rounded_up
 from omni.precompute import Ragged, RowsWith, precompute
 from omni.runtime import Run

@@ -17,8 +17,8 @@ from omni.audio import audio_duration, load_audio, log_mel, normalise_features, 
 from omni.audio_encoder import greedy_texts, mel_spec, output_frames
 from omni.config import AudioEncoderConfig
 from omni.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
-from omni.errors import UserError
-from omni.manifest import BadRow, Manifest, Rows, measure_rows
+from omni.errors import BadRow, UserError
+from omni.manifest import Manifest, Rows, measure_rows
 from omni.ops import rounded_up
 from omni.runtime import Run
 

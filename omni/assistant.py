@@ -11,9 +11,8 @@ from omni.aligner import MAX_TEXT_BYTES
 from omni.checkpoint import load_stage, step_files
 from omni.codec import fingerprint
 from omni.config import SftConfig
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.images import load_image
-from omni.manifest import BadRow
 from omni.merged import Merged, is_merged
 from omni.ocr import Ocr, load_ocr, read_text
 from omni.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes

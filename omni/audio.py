@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
-from omni.manifest import BadRow
+from omni.errors import BadRow
 
 # A waveform's amplitude is 1 at full scale. 1e-5 lies below the steps of 16 bit (3e-5), so the logarithm of digital
 # silence is finite and quieter than anything recorded.

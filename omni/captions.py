@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from omni.config import VisionConfig
+from omni.errors import BadRow
 from omni.images import load_image, normalise
-from omni.manifest import BadRow, Manifest, Rows
+from omni.manifest import Manifest, Rows
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import PictureTextModel, contrastive_loss, similarities
 from omni.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption

@@ -1,4 +1,4 @@
-"""The three ways in which a run ends early, each with its exit code.
+"""What can be wrong: a row of the data, or the three ways in which a run ends early, each with its exit code.
 
 A message is one line: what is wrong, where, what was expected, what to do next.
 """
@@ -24,3 +24,7 @@ class Interrupted(Exception):
     """SIGTERM or Ctrl-C arrived, and the state is saved."""
 
     exit_code = EXIT_INTERRUPTED
+
+
+class BadRow(Exception):
+    """This row of the data cannot be used. The message says why, without file and row number."""

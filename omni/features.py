@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from omni.asr import measure_seconds
-from omni.manifest import BadRow, Manifest, Rows
+from omni.errors import BadRow
+from omni.manifest import Manifest, Rows
 from omni.omni_model import Inputs, OmniModel
 from omni.precompute import Ragged, precompute
 from omni.runtime import Run

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, WebPImagePlugin  # noqa: F401  (Pillow opens WebP only once its parser is imported)
 from torch import Tensor
 
-from omni.manifest import BadRow
+from omni.errors import BadRow
 
 # A picture is a few hundred bytes for a header that promises any size. 64 megapixels (more than most cameras make)
 # are at most 0.9 GB while they are decoded and turned upright (measured).

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from omni.checkpoint import replace_file
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.files import file_stat, index_is_current, write_json
 from omni.runtime import FolderLock, Run
 
@@ -31,10 +31,6 @@ _CHUNK_BYTES = 4 << 20
 _MAX_ROW_BYTES = 1 << 20
 _SUBSTITUTES_TRIED = 100
 _THREADS = 8  # headers are read from many small files: waiting, not computing
-
-
-class BadRow(Exception):
-    """This row cannot be used. The message says why, without file and row number."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

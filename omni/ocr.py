@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from omni import checkpoint
 from omni.config import OcrArchitecture, OcrConfig, ThinkerArchitecture
 from omni.ctc import ctc_nll
+from omni.errors import BadRow
 from omni.images import load_image, normalise
 from omni.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
-from omni.manifest import BadRow, Manifest, Rows
+from omni.manifest import Manifest, Rows
 from omni.ops import attention, linear
 from omni.vision_encoder import ViT
 

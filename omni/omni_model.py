@@ -35,10 +35,9 @@ from omni.config import (
 )
 from omni.ctc import ctc_nll, frames_needed
 from omni.decoding import one_token_reader
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
-from omni.manifest import BadRow
 from omni.ops import rounded_up
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker

@@ -26,10 +26,10 @@ from omni.config import SftConfig
 from omni.corpus import read_chunks
 from omni.ctc import normalise_text
 from omni.data import permute
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.features import features_of_pictures, features_of_sounds, kept
 from omni.files import file_stat, index_is_current, write_json
-from omni.manifest import BadRow, Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
+from omni.manifest import Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
 from omni.precompute import RowsWith
 from omni.runtime import FolderLock, Run

@@ -19,7 +19,8 @@ from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.ctc import normalise_text
-from omni.manifest import BadRow, Manifest
+from omni.errors import BadRow
+from omni.manifest import Manifest
 from omni.runtime import Run
 from omni.talker import Talker, load_talker, talker_metrics, talker_sums
 from omni.vocoder import Generator, load_vocoder_for, refuse_other_mels

@@ -24,8 +24,9 @@ from omni.audio import audio_duration
 from omni.checkpoint import load_stage, load_weights
 from omni.codec import ConvNeXtBlock, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
+from omni.errors import BadRow
 from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
-from omni.manifest import BadRow, Rows
+from omni.manifest import Rows
 from omni.ops import rounded_up
 from omni.precompute import RowsWith
 from omni.thinker import INIT_STD, Block

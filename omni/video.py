@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from omni.errors import BadRow
 from omni.images import DAMAGED, check_size, load_image, reason_of, squash, to_rgb
-from omni.manifest import BadRow
 
 ANIMATED = ("GIF", "WEBP", "PNG")
 # No other parsers: playlists, for one, make FFmpeg open whatever they name, on this machine or elsewhere.

@@ -26,8 +26,8 @@ from omni.asr import COLUMNS, read_text, row_seconds
 from omni.audio_encoder import output_frames
 from omni.config import AudioEncoderConfig, TalkerConfig, load_config
 from omni.ctc import CtcTokenizer, frames_needed
-from omni.errors import UserError
-from omni.manifest import BadRow, Manifest, load_manifest, measure
+from omni.errors import BadRow, UserError
+from omni.manifest import Manifest, load_manifest, measure
 from omni.runtime import OneLineErrors, launch
 
 _NAMED = 5  # rows that are named; all are counted

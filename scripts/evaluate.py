@@ -44,10 +44,10 @@ from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.config import CodecConfig, StageConfig
 from omni.corpus import IGNORE, read_chunks, split_samples
 from omni.data import ResumableDataset, build_loader
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.images import normalise
 from omni.loop import to_device
-from omni.manifest import BadRow, Rows, load_manifest
+from omni.manifest import Rows, load_manifest
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device

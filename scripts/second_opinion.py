@@ -26,8 +26,8 @@ from omni import world
 from omni.asr import COLUMNS, error_counts, read_text
 from omni.audio import load_audio
 from omni.ctc import normalise_text
-from omni.errors import UserError
-from omni.manifest import BadRow, load_manifest
+from omni.errors import BadRow, UserError
+from omni.manifest import load_manifest
 from omni.runtime import OneLineErrors, launch
 
 SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them

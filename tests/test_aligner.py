@@ -18,7 +18,7 @@ from omni.aligner import (
     text_symbols,
 )
 from omni.config import AlignerConfig
-from omni.manifest import BadRow
+from omni.errors import BadRow
 
 KEYS = {"save_dir": "-", "tts_csv": "-", "max_steps": 1, "n_mels": 8, "aligner_d_model": 32}
 

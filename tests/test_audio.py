@@ -23,7 +23,7 @@ from omni.audio import (
     reflect,
     spec_augment,
 )
-from omni.manifest import BadRow
+from omni.errors import BadRow
 
 MEL = MelSpec()
 
@@ -119,7 +119,7 @@ def test_ten_hours_and_a_thousand_channels_cost_no_memory(tmp_path):
     code = f"""
 import resource
 from omni.audio import audio_duration, load_audio
-from omni.manifest import BadRow
+from omni.errors import BadRow
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_audio({str(long)!r}, 16_000, max_s=20)

@@ -21,8 +21,8 @@ from omni.asr import HeldOut, Utterances, ctc_loss, error_counts, score_metrics,
 from omni.audio_encoder import AudioEncoder, load_audio_encoder, parakeet_config, to_parakeet_state_dict, transcribe
 from omni.config import AudioEncoderArchitecture, AudioEncoderConfig
 from omni.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text, prefix_beam_search
-from omni.errors import UserError
-from omni.manifest import BadRow, load_manifest
+from omni.errors import BadRow, UserError
+from omni.manifest import load_manifest
 from omni.optim import build_adamw
 
 V = 30  # tokens, without the blank

@@ -13,7 +13,7 @@ from test_sft import small_config
 import sft_omni
 from omni import sft
 from omni.config import SftConfig
-from omni.manifest import BadRow
+from omni.errors import BadRow
 from omni.omni_model import Inputs, OmniModel, assemble
 from omni.runtime import Run, Stage
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import omni.images
+from omni.errors import BadRow
 from omni.images import MAX_PIXELS, load_image, normalise
-from omni.manifest import BadRow
 
 SIDE = 32
 

@@ -15,8 +15,8 @@ import pytest
 from harness import ROOT
 
 import omni.manifest
-from omni.errors import UserError
-from omni.manifest import BadRow, Manifest, Rows, load_manifest, measure, read_some, split_rows
+from omni.errors import BadRow, UserError
+from omni.manifest import Manifest, Rows, load_manifest, measure, read_some, split_rows
 
 COLUMNS = ("wav", "text")
 
@@ -145,7 +145,6 @@ def test_a_line_of_100_mb_is_refused_in_bounded_memory(tmp_path, name):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from omni.errors import UserError
 from omni.manifest import load_manifest
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:

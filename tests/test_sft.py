@@ -23,9 +23,8 @@ from omni.config import SftConfig
 from omni.corpus import IGNORE
 from omni.ctc import CtcTokenizer
 from omni.data import ResumableDataset
-from omni.errors import UserError
+from omni.errors import BadRow, UserError
 from omni.layers import KVCache
-from omni.manifest import BadRow
 from omni.omni_model import Encoded, Inputs, OmniModel, Projection, assemble, embeddings_of, load_omni, spoken_bytes
 from omni.ops import rounded_up
 from omni.optim import build_adamw

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from omni.errors import BadRow
 from omni.images import MAX_PIXELS
-from omni.manifest import BadRow
 from omni.video import evenly, load_frames
 
 
