@@ -277,6 +277,16 @@ MUTATIONS = [
         "if width * height > MAX_PIXELS:", "if False:",
         "tests/test_images.py::test_an_image_bomb_is_refused_from_its_header",
     ),
+    # manifests and texts
+    # conversations and captions
+    # recordings and speech
+    # pictures, films and chat
+    # the page
+    # files, exports and tokenizers
+    # caches
+    # steps and processes
+    # downloads and fuzzing
+    # numerics and the allocator
 ]  # fmt: skip
 
 
