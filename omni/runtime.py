@@ -32,7 +32,7 @@ from pydantic import BaseModel
 from torch import nn
 from tqdm import tqdm
 
-from omni import checkpoint
+from omni import allocator, checkpoint
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
 from omni.files import file_sha256
@@ -60,6 +60,7 @@ _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
+    allocator.restart_with_settings()
     faulthandler.enable()  # a crash inside a library says where
     threading.excepthook = _thread_failed
     try:

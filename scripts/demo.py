@@ -3,7 +3,8 @@
     python scripts/demo.py            the demo configs, to their targets
     python scripts/demo.py --smoke    the same on a few steps, in a temporary folder: does everything run?
 
-Without a GPU, two stages train side by side, each on half of the cores: models of this size keep no two cores busy.
+Without a GPU, two stages train side by side, each on half of the cores: models of this size keep no two cores busy. The
+longest one, which needs the others, comes last and has all cores to itself.
 Interrupt it when you like and run it again: what is finished is skipped, what is half-done goes on. The figures, all
 on held-out data, are written to checkpoints/demo_results.json.
 """
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from omni import allocator
 from omni.checkpoint import load, replace_file
 from omni.errors import EXIT_INTERRUPTED
 
@@ -48,6 +50,7 @@ class DemoStage:
     held_out: str | None = None  # data to show a few items of, beside what the model makes of them
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it wants
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
+    alone: bool = False  # it trains beside no other one, on all cores
 
     @property
     def folder(self) -> Path:
@@ -64,7 +67,7 @@ TASKS = (  # of stage E
     "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
 )  # fmt: skip
 
-STAGES = [  # one that can begin does so before those below it; so first come those that the longest one waits for
+STAGES = [  # one that can begin does so before those below it: first the one that another waits for, then the longest
     DemoStage(
         name="audio_enc",
         script="train_audio_enc.py",
@@ -127,6 +130,25 @@ STAGES = [  # one that can begin does so before those below it; so first come th
         held_out="images/annotations.val.json",
     ),
     DemoStage(
+        name="ocr",
+        script="train_ocr.py",
+        config="configs/ocr_demo.json",
+        final="ocr.pt",
+        metrics={"cer": "< 0.1", "exact": None},
+        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
+        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
+        held_out="ocr/ocr.val.csv",
+    ),
+    DemoStage(
+        name="vocoder",
+        script="train_vocoder.py",
+        config="configs/vocoder_demo.json",
+        final="hifigan.pt",
+        metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
+        data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
+        smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
+    ),
+    DemoStage(
         name="sft",
         script="sft_omni.py",
         config="configs/omni_sft_demo.json",
@@ -148,25 +170,7 @@ STAGES = [  # one that can begin does so before those below it; so first come th
         },
         smoke=("max_steps=4", "batch_size=4", "val_items=2"),
         bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
-    ),
-    DemoStage(
-        name="ocr",
-        script="train_ocr.py",
-        config="configs/ocr_demo.json",
-        final="ocr.pt",
-        metrics={"cer": "< 0.1", "exact": None},
-        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
-        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
-        held_out="ocr/ocr.val.csv",
-    ),
-    DemoStage(
-        name="vocoder",
-        script="train_vocoder.py",
-        config="configs/vocoder_demo.json",
-        final="hifigan.pt",
-        metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
-        data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
-        smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
+        alone=True,
     ),
 ]
 
@@ -187,6 +191,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in a temporary folder")
     args = parser.parse_args()
     heed_signals()
+    os.environ |= allocator.settings()  # of every process that is started here
     try:
         if not args.smoke:
             return demo()
@@ -329,7 +334,6 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     together = 1 if torch.cuda.is_available() or cores < 2 else 2
-    environment = {"OMP_NUM_THREADS": str(cores // together), "PYTHONUNBUFFERED": "1"} | os.environ
     waiting, running, finished, failed = list(STAGES), {}, set(), 0
     ends: queue.SimpleQueue[tuple[DemoStage, float, int]] = queue.SimpleQueue()
 
@@ -339,8 +343,10 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
         ends.put((stage, time.monotonic() - since, process.wait()))
 
     while running or (waiting and not _asked.is_set()):
-        ready = [stage for stage in waiting if stage.waits_for <= finished and not _asked.is_set()]
-        for stage in ready[: together - len(running)]:
+        turn = [] if _asked.is_set() else whose_turn(waiting, running, finished, together)
+        for stage in turn:
+            threads = cores if stage.alone else cores // together
+            environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | os.environ
             waiting.remove(stage)
             tell(f"\n=== {stage.name}: python {' '.join(commands[stage.name])}")
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if together > 1 else {}
@@ -361,6 +367,16 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
             waiting.clear()
     if failed or _asked.is_set():
         give_up(failed or EXIT_INTERRUPTED)
+
+
+def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[str], together: int) -> list[DemoStage]:
+    """The stages to start now. One that is to train alone waits for all others, and all others wait for it."""
+    busy = [stage for stage in STAGES if stage.name in running]
+    ready = [stage for stage in waiting if stage.waits_for <= finished]
+    if any(stage.alone for stage in busy):
+        return []
+    beside = [stage for stage in ready if not stage.alone]
+    return beside[: together - len(busy)] if busy or beside else ready[:1]
 
 
 # --- What the trained models say -------------------------------------------------------------------------------------

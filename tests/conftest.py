@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import reliability  # noqa: E402
 from stages import STAGES  # noqa: E402
+
+from omni import allocator  # noqa: E402
+
+os.environ |= allocator.settings()  # or each script that a test runs would start twice
 
 
 def pytest_addoption(parser):

@@ -287,6 +287,14 @@ MUTATIONS = [
     # steps and processes
     # downloads and fuzzing
     # numerics and the allocator
+    Mutation(
+        "the demo", "stage E trains beside others, on half of the cores", "scripts/demo.py",
+        "beside = [stage for stage in ready if not stage.alone]", "beside = ready", "tests/test_demo.py -k alone",
+    ),
+    Mutation(
+        "speed", "scripts start without the allocator's settings", "omni/runtime.py",
+        "    allocator.restart_with_settings()\n", "", "tests/test_allocator.py",
+    ),
 ]  # fmt: skip
 
 

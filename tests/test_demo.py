@@ -27,7 +27,8 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 name, notes, seconds, code = sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 note = lambda what: open(notes, "a").write(f"{what} {name}\\n")
-note("begin"); print("step 1"); time.sleep(seconds); note("end"); sys.exit(code)
+note("begin"); print("step 1"); print("threads", os.environ.get("OMP_NUM_THREADS"))
+time.sleep(seconds); note("end"); sys.exit(code)
 """
 
 
@@ -39,6 +40,7 @@ class Fake:
     seconds: float
     code: int = 0
     waits_for: set[str] = field(default_factory=set)
+    alone: bool = False
 
 
 @pytest.fixture
@@ -75,6 +77,18 @@ def test_a_stage_waits_for_those_it_builds_on_and_for_no_other(train, capfd):
     assert notes.index("begin d") < notes.index("end b"), "what can begin does not wait"
     assert notes.index("begin c") > max(notes.index("end a"), notes.index("end b"))
     assert "a         | step 1\n" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("order", ["cab", "abc"])
+def test_one_that_trains_alone_begins_when_the_others_have_ended_and_has_all_cores(train, monkeypatch, capfd, order):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    stages = {"a": Fake("a", 0.3), "b": Fake("b", 0.6), "c": Fake("c", 0.1, alone=True)}
+    notes, _, code = train(*(stages[name] for name in order), cores=4)
+    assert code == 0 and notes[-2:] == ["begin c", "end c"]
+    lines = capfd.readouterr().out.splitlines()
+    assert {line for line in lines if "| threads" in line} == {
+        f"{n:<9} | threads {t}" for n, t in zip("abc", "224", strict=True)
+    }
 
 
 def test_on_one_core_one_after_the_other(train):

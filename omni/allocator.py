@@ -1,0 +1,40 @@
+"""The memory allocator's settings, which training on a CPU gains a tenth to a third from.
+
+By default glibc gives large freed blocks back to the kernel, so that most new tensors begin as pages that have to be
+zeroed and mapped in again, 4 KiB at a time. With these settings it keeps up to 1 GiB, and asks for huge pages. The
+settings are read when a process starts, and change no result.
+"""
+
+import os
+import sys
+
+# glibc manual, "Memory Allocation Tunables"; hugetlb came with glibc 2.35, older ones pass over it
+_VARIABLE = "GLIBC_TUNABLES"
+_SETTINGS = {
+    "glibc.malloc.hugetlb": 1,  # madvise(MADV_HUGEPAGE)
+    "glibc.malloc.mmap_max": 0,  # large blocks from the heap as well, not from mappings of their own
+    "glibc.malloc.trim_threshold": 1 << 30,  # bytes
+    "glibc.malloc.top_pad": 64 << 20,  # bytes that the heap grows by
+}
+
+
+def settings() -> dict[str, str]:
+    """What to add to the environment of a process: nothing where the user has set it, or where there is no glibc."""
+    if _VARIABLE in os.environ or not _is_glibc():
+        return {}
+    return {_VARIABLE: ":".join(f"{name}={value}" for name, value in _SETTINGS.items())}
+
+
+def restart_with_settings() -> None:
+    """Start this program anew with ``settings``, in the same process; returns where there is nothing to add."""
+    if added := settings():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | added)
+
+
+def _is_glibc() -> bool:
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION").startswith("glibc ")
+    except (AttributeError, ValueError, OSError):  # Windows; macOS and musl do not know the name
+        return False
