@@ -22,6 +22,7 @@ import torchaudio
 from torch import Tensor
 
 from omni.errors import BadRow
+from omni.ops import true_float32
 
 # A waveform's amplitude is 1 at full scale. 1e-5 lies below the steps of 16 bit (3e-5), so the logarithm of digital
 # silence is finite and quieter than anything recorded.
@@ -173,7 +174,7 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
     left = (spec.win_length - spec.hop_length) // 2
     needed = (spec.frames(signal.shape[-1]) - 1) * spec.hop_length + spec.win_length
     signal = reflect(signal, left, needed - left - signal.shape[-1])
-    with torch.autocast(waveform.device.type, enabled=False):
+    with true_float32(waveform.device):
         # not torch.stft: it transforms the zeros around the window too, in a layout that costs five times as much
         windows = signal.unfold(-1, spec.win_length, spec.hop_length)[..., :frames, :] * window  # (..., T, win_length)
         real, imaginary = torch.view_as_real(torch.fft.rfft(windows, spec.n_fft)).unbind(-1)  # (..., T, n_fft / 2 + 1)

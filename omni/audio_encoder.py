@@ -117,6 +117,8 @@ class RelativeAttention(nn.Module):
     (Dai et al. 2019, "Transformer-XL", section 3.3). The second score goes into the fused attention as its mask.
     """
 
+    no_decay = ("bias_u", "bias_v")
+
     def __init__(self, d_model: int, n_heads: int, use_flash: bool):
         super().__init__()
         self.n_heads, self.d_head, self.use_flash = n_heads, d_model // n_heads, use_flash

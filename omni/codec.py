@@ -24,6 +24,7 @@ from omni.checkpoint import load_stage, load_weights
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
 from omni.layers import RMSNorm
 from omni.manifest import Manifest, Rows, read_some
+from omni.ops import true_float32
 from omni.precompute import Ragged, precompute
 from omni.runtime import Run
 
@@ -152,7 +153,8 @@ class ResidualQuantizer(nn.Module):
 
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """(..., C) and (K, C) -> (...) index of the closest row, in float32."""
-    return (codebook.square().sum(dim=-1) - 2 * vectors @ codebook.T).argmin(dim=-1)
+    with true_float32(vectors.device):
+        return (codebook.square().sum(dim=-1) - 2 * vectors @ codebook.T).argmin(dim=-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class StageConfig(BaseModel):
     )
     lr: float = free(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = free(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
-    wd: float = free(0.1, ge=0, description="weight decay, on matrices only")
+    wd: float = free(0.1, ge=0, description="weight decay, of kernels and embeddings only")
     warmup_steps: int = free(100, ge=0)
     max_steps: int | None = free(None, ge=1, description="optimizer updates; wins over max_epochs")
     max_epochs: int | None = free(None, ge=1, description="used when max_steps is absent")

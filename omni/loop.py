@@ -22,7 +22,7 @@ from omni import checkpoint
 from omni.config import StageConfig, drift
 from omni.data import ResumableDataset, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
-from omni.optim import Muon, set_lr, warmup_cosine
+from omni.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.runtime import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
 # (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
@@ -36,7 +36,7 @@ class Phase:
     ``loss`` is called with the module to run (under torchrun its DDP wrapper) and a micro-batch. It may read other
     phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
     averages; it gets 1.0 on the device, or 0.0 if the step's update was not made. Before ``first_step`` nothing of it
-    runs, so that not even weight decay touches the module.
+    runs, so that not even weight decay touches the module; there its learning rate begins, with its own warm-up.
     """
 
     name: str
@@ -251,10 +251,10 @@ class _Training:
     def _learning_rate(self, phase: Phase) -> float:
         config = self.config
         return warmup_cosine(
-            self.progress.step,
+            self.progress.step - phase.first_step,
             peak=phase.peak_lr,
             warmup_steps=config.warmup_steps,
-            total_steps=self.total_steps,
+            total_steps=self.total_steps - phase.first_step,
             min_ratio=config.min_lr_ratio,
         )
 
@@ -457,7 +457,7 @@ class _Training:
         for phase in self.phases:
             saved = payload["phases"][phase.name]
             checkpoint.load_weights(phase.module, saved["module"], path)
-            phase.optimizer.load_state_dict(saved["optimizer"])
+            load_optimizer(phase.optimizer, saved["optimizer"], path)
         self.scaler.load_state_dict(payload["scaler"])
         for name in vars(progress):
             setattr(progress, name, payload[name])

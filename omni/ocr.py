@@ -144,6 +144,7 @@ class Ocr(nn.Module):
         self.bridge = nn.Identity() if same else nn.Linear(arch.vision_d_model, decoder.d_model, bias=False)
         self.embed_tokens = nn.Embedding(self.n_written + 2, decoder.d_model)
         self.embed_positions = nn.Embedding(decoder.ctx_len, decoder.d_model)
+        self.embed_positions.no_decay = ("weight",)
         self.layers = nn.ModuleList(DecoderBlock(decoder, layer, use_flash) for layer in range(decoder.n_layers))
         self.norm = RMSNorm(decoder.d_model)
         cos, sin = rope_tables(decoder.ctx_len, decoder.d_head, decoder.rope_theta)

@@ -38,7 +38,7 @@ from omni.decoding import one_token_reader
 from omni.errors import BadRow, UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
-from omni.ops import rounded_up
+from omni.ops import rounded_up, true_float32
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
@@ -322,6 +322,8 @@ class Projection(nn.Module):
         side: of the square of positions that every picture takes; where each of them is, is learnt too (``places``).
     """
 
+    no_decay = ("places",)
+
     def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0, named: int = 0, side: int = 0):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -554,7 +556,7 @@ class OmniModel(nn.Module):
         The embeddings themselves get no gradient from it.
         """
         table, blank = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1), self.audio_id  # (V, D)
-        with torch.autocast(sounds.device.type, enabled=False):  # near cosines would be equal in bf16
+        with true_float32(sounds.device):  # in less, near cosines would be equal
             logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T  # (A, U, V)
         logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
         units = batch["spoken"] - (batch["spoken"] > blank).long()

@@ -1,11 +1,13 @@
 """AdamW, Muon, and a learning rate that is a pure function of the step."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from omni.config import StageConfig
+from omni.errors import UserError
 
 
 def build_optimizer(
@@ -17,21 +19,34 @@ def build_optimizer(
 
 
 def build_adamw(module: nn.Module, *, lr: float, wd: float, betas: tuple[float, float] = (0.9, 0.95)):
-    """AdamW (Loshchilov & Hutter 2019), one fused kernel per group.
-
-    Weight decay applies to matrices and higher; gains, biases and other vectors are left alone, since pulling a
-    normalisation gain towards zero is no regulariser.
-    """
-    return _adamw([parameter for parameter in module.parameters() if parameter.requires_grad], lr, wd, betas)
+    """AdamW (Loshchilov & Hutter 2019), one fused kernel per group."""
+    return _adamw(module, [parameter for parameter in module.parameters() if parameter.requires_grad], lr, wd, betas)
 
 
-def _adamw(parameters: list[nn.Parameter], lr: float, wd: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+def _adamw(
+    module: nn.Module, parameters: list[nn.Parameter], lr: float, wd: float, betas: tuple[float, float]
+) -> torch.optim.AdamW:
+    decayed = {id(parameter) for parameter in decayed_parameters(module)}
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": wd},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) in decayed], "weight_decay": wd},
+        {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
     # fused also understands `found_inf`: it skips an update on the device, without telling the host
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters under weight decay: kernels and tables of embeddings.
+
+    Left alone are gains and biases, of whatever shape, and positions: pulling them towards zero is no regulariser. A
+    layer names those that are no vectors in ``no_decay``; the gains of weight norm are known by their name.
+    """
+    return [
+        parameter
+        for layer in module.modules()
+        for name, parameter in layer._parameters.items()
+        if parameter is not None and parameter.ndim >= 2 and name not in ("original0", *getattr(layer, "no_decay", ()))
+    ]
 
 
 class Muon:
@@ -47,7 +62,7 @@ class Muon:
         ids = {id(kernel) for kernel in kernels}
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
         self.parts = [OrthogonalUpdates(kernels, lr, wd)] if kernels else []
-        self.parts += [_adamw(others, lr, wd, betas)] if others else []
+        self.parts += [_adamw(module, others, lr, wd, betas)] if others else []
         self.found_inf: Tensor | None = None  # 1.0 on the device for a step that is to change nothing
 
     @property
@@ -154,3 +169,16 @@ def warmup_cosine(step: int, *, peak: float, warmup_steps: int, total_steps: int
 def set_lr(optimizer: "torch.optim.Optimizer | Muon", lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def load_optimizer(optimizer: "torch.optim.Optimizer | Muon", state: dict, path: Path) -> None:
+    """``optimizer.load_state_dict``.
+
+    Raises:
+        UserError: the state is of other groups of parameters: another version decided which of them decay.
+    """
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        reason = f"its optimizer has other groups of parameters ({error}); another version wrote it"
+        raise UserError(f"{path}: {reason}. Go on with that version, or use a new save_dir") from error

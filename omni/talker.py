@@ -52,6 +52,7 @@ class DepthDecoder(nn.Module):
         self.state_proj = nn.Linear(arch.d_model, width, bias=False)
         self.embed_codes = nn.Embedding(codebooks * codebook_size, width)
         self.embed_levels = nn.Embedding(codebooks, width)
+        self.embed_levels.no_decay = ("weight",)
         self.norms = nn.ModuleList(RMSNorm(width) for _ in range(arch.depth_layers))
         self.mlps = nn.ModuleList(SwiGLU(width, arch.depth_d_ff) for _ in range(arch.depth_layers))
         self.norm = RMSNorm(width)

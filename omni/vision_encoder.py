@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from omni.checkpoint import load_stage, load_weights
 from omni.config import VisionConfig
 from omni.errors import UserError
-from omni.ops import attention, linear
+from omni.ops import attention, linear, true_float32
 from omni.thinker import Thinker, load_thinker
 from omni.tokenizer import Tokenizer
 
@@ -117,6 +117,8 @@ class ViT(nn.Module):
     Raises:
         ValueError: the sides are not multiples of the patch's, or the width not one of the heads.
     """
+
+    no_decay = ("cls_token", "position_embeddings")
 
     def __init__(
         self,
@@ -304,8 +306,8 @@ class PictureTextModel(nn.Module):
 
 
 def similarities(pictures: Tensor, captions: Tensor) -> Tensor:
-    """Cosines (B, C) of (B, E) and (C, E), in float32: in bf16, near ones would be equal."""
-    with torch.autocast(pictures.device.type, enabled=False):
+    """Cosines (B, C) of (B, E) and (C, E)."""
+    with true_float32(pictures.device):  # in less, near ones would be equal
         return pictures @ captions.T
 
 

@@ -49,7 +49,7 @@ MUTATIONS = [
     ),
     Mutation(
         "exact resume", "the optimizer is not restored", "omni/loop.py",
-        'phase.optimizer.load_state_dict(saved["optimizer"])', "pass", RESUME,
+        'load_optimizer(phase.optimizer, saved["optimizer"], path)', "pass", RESUME,
     ),
     Mutation(
         "exact resume", "running averages are not restored", "omni/loop.py",
@@ -287,6 +287,20 @@ MUTATIONS = [
     # steps and processes
     # downloads and fuzzing
     # numerics and the allocator
+    Mutation(
+        "numerics", "positions decay", "omni/optim.py",
+        'not in ("original0", *getattr(layer, "no_decay", ()))', 'not in ("original0",)',
+        "tests/test_optim.py -k 'kernels_and_embeddings and vision'",
+    ),
+    Mutation(
+        "numerics", "near distances are compared in TF32", "omni/ops.py",
+        'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
+    ),
+    Mutation(
+        "numerics", "a phase that begins late has the schedule of the first", "omni/loop.py",
+        "self.progress.step - phase.first_step,", "self.progress.step,",
+        "tests/test_vocoder.py -k adv_start_step",
+    ),
     Mutation(
         "the demo", "stage E trains beside others, on half of the cores", "scripts/demo.py",
         "beside = [stage for stage in ready if not stage.alone]", "beside = ready", "tests/test_demo.py -k alone",

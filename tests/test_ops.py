@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from omni import ops
+from omni.audio import MelSpec, log_mel
+from omni.codec import nearest
 from omni.layers import rope_tables
+from omni.vision_encoder import similarities
 
 T, K = 300, 16  # T: more than the queries that are computed together
 COS, SIN = rope_tables(7, K, 1e4)
@@ -119,3 +123,36 @@ def test_causal_attention_is_of_the_same_tokens_and_without_a_mask(use_flash):
         ops.attention(q, k, v, causal=True, mask=torch.ones(3, 3, dtype=torch.bool), use_flash=use_flash)
     with pytest.raises(ValueError, match="causal"):
         ops.attention(q[:, :, :2], k, v, causal=True, use_flash=use_flash)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Notes of each product of matrices what the GPU's would be made in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made_in = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            self.made_in.append((args[-1].dtype, torch.backends.cuda.matmul.fp32_precision))
+        return function(*args, **(kwargs or {}))
+
+
+COMPARED = {
+    "the nearest row of a codebook": lambda x: nearest(x, torch.randn(9, 8)),
+    "cosines of pictures and captions": lambda x: similarities(x, torch.randn(7, 8)),
+    "log-mels": lambda x: log_mel(x.flatten().repeat(200), MelSpec()),
+}
+
+
+@pytest.mark.parametrize("compute", COMPARED.values(), ids=COMPARED)
+def test_what_is_compared_is_made_in_float32_however_coarse_training_is(compute):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16), MatrixProducts() as products:
+            compute(torch.randn(5, 8))
+        assert set(products.made_in) == {(torch.float32, "ieee")}
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32", "and afterwards as before"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,13 +1,19 @@
 """The optimizers: what Muon works on, that it does what its papers say, and that it can be stopped and taken up."""
 
+import contextlib
 import copy
+import importlib
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from omni.optim import Muon, OrthogonalUpdates, hidden_kernels, orthogonalise
+from omni.errors import UserError
+from omni.optim import Muon, OrthogonalUpdates, build_adamw, hidden_kernels, load_optimizer, orthogonalise
 
 
 class Net(nn.Module):
@@ -129,3 +135,35 @@ def test_taken_up_from_its_state_it_goes_on_with_the_same_bits(tmp_path):
     optimizer.load_state_dict(saved["optimizer"])
     train(resumed, optimizer, range(4, 8))
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in net.state_dict().items())
+
+
+GAINS_BIASES_AND_POSITIONS = re.compile(r"bias|norm|scale|original0|cls|position|places|levels|\.start$")
+
+
+def test_weight_decay_is_on_kernels_and_embeddings_only(stage, tmp_path, monkeypatch):
+    """Of every stage's modules, as its script sets them up: by their names, which are the field's."""
+    training = stage.training(tmp_path, wd=0.1)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(training.config))
+    script = importlib.import_module(stage.script.removesuffix(".py"))
+    seen = []
+    monkeypatch.setattr(script, "train", lambda run, phases, *_, **__: seen.extend(phases) or {})
+    with contextlib.suppress(UserError):  # stage D's next part wants what this one would have trained
+        script.main(["--config", str(path), "--device", "cpu"])
+    assert seen
+    for phase in seen:
+        names = {id(parameter): name for name, parameter in phase.module.named_parameters()}
+        for group in phase.optimizer.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                left_alone = bool(GAINS_BIASES_AND_POSITIONS.search(name)) or parameter.ndim < 2
+                assert group["weight_decay"] == (0.0 if left_alone else 0.1), name
+
+
+def test_a_state_of_other_groups_is_refused_in_one_line():
+    net = new_net()
+    other = copy.deepcopy(net)
+    other.linear.no_decay = ("weight",)  # as if another version had decided otherwise
+    state = build_adamw(other, lr=1e-3, wd=0.1).state_dict()
+    with pytest.raises(UserError, match="^run/x_step_3.pt: its optimizer has other groups of parameters"):
+        load_optimizer(build_adamw(net, lr=1e-3, wd=0.1), state, Path("run/x_step_3.pt"))

@@ -328,7 +328,8 @@ def test_each_phase_changes_only_its_own_module(tmp_path, monkeypatch):
 
 
 def test_before_adv_start_step_the_discriminators_stay_as_they_are(tmp_path):
-    training = VOCODER.training(tmp_path, wd=0.1, adv_start_step=3, max_steps=4, checkpoint_freq=1, keep_checkpoints=9)
+    keys = {"max_steps": 4, "warmup_steps": 2, "checkpoint_freq": 1, "keep_checkpoints": 9}
+    training = VOCODER.training(tmp_path, wd=0.1, adv_start_step=3, **keys)
     training.finish()
     early, late, begun = (
         torch.load(training.step_path(step), weights_only=True)["phases"]["discriminator"]["module"]
@@ -342,6 +343,7 @@ def test_before_adv_start_step_the_discriminators_stay_as_they_are(tmp_path):
     assert {"generator_mel", "generator_loss"} <= first.keys() and "generator_adversarial" not in first
     assert first["generator_loss"] == pytest.approx(45 * first["generator_mel"])
     assert "generator_adversarial" in second
+    assert second["discriminator_lr"] == pytest.approx(training.config["lr_d"] / 2), "the first of its own warm-up"
 
 
 def test_one_forward_or_two_are_the_same_training(tmp_path):
