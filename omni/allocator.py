@@ -9,7 +9,7 @@ import os
 import sys
 
 # glibc manual, "Memory Allocation Tunables"; hugetlb came with glibc 2.35, older ones pass over it
-_VARIABLE = "GLIBC_TUNABLES"
+VARIABLE = "GLIBC_TUNABLES"
 _SETTINGS = {
     "glibc.malloc.hugetlb": 1,  # madvise(MADV_HUGEPAGE)
     "glibc.malloc.mmap_max": 0,  # large blocks from the heap as well, not from mappings of their own
@@ -20,13 +20,16 @@ _SETTINGS = {
 
 def settings() -> dict[str, str]:
     """What to add to the environment of a process: nothing where the user has set it, or where there is no glibc."""
-    if _VARIABLE in os.environ or not _is_glibc():
+    if VARIABLE in os.environ or not _is_glibc():
         return {}
-    return {_VARIABLE: ":".join(f"{name}={value}" for name, value in _SETTINGS.items())}
+    return {VARIABLE: ":".join(f"{name}={value}" for name, value in _SETTINGS.items())}
 
 
 def restart_with_settings() -> None:
-    """Start this program anew with ``settings``, in the same process; returns where there is nothing to add."""
+    """Start this program anew with ``settings``, in the same process; returns where there is nothing to add.
+
+    Imports are paid for twice, about two seconds: worth it where a program computes for minutes.
+    """
     if added := settings():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -60,7 +60,6 @@ _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
-    allocator.restart_with_settings()
     faulthandler.enable()  # a crash inside a library says where
     threading.excepthook = _thread_failed
     try:
@@ -150,6 +149,8 @@ def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] |
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
+    if argv is None:  # this program is the process's own
+        allocator.restart_with_settings()
     config, notices = load_config(cls, args.config, args.set)
     return config, notices, args.device
 

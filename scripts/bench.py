@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import omni.loop
-from omni import checkpoint
+from omni import allocator, checkpoint
 from omni.codec import Codec, load_codec
 from omni.config import StageConfig
 from omni.errors import UserError
@@ -414,7 +414,10 @@ class SmallTraining:
         """
         line = [*self.command, "--set", f"save_dir={self.folder / save_dir}"]
         # stderr: what the orphaned workers have to say about the kill
-        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        environment = {
+            name: value for name, value in os.environ.items() if name != allocator.VARIABLE
+        }  # as users start it
+        process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, text=True)
         for line in process.stdout:
             if line.startswith("step "):
                 end(process)
@@ -489,6 +492,7 @@ def machine() -> dict:
         "cpu": names[0] if names else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "allocator": os.environ.get(allocator.VARIABLE, "as it is"),
     }
 
 
@@ -558,4 +562,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    allocator.restart_with_settings()  # what is ours and what it is measured against run under the same
     launch(main)

@@ -12,23 +12,29 @@ from omni import allocator
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "GLIBC_TUNABLES"
 WITHOUT = {name: value for name, value in os.environ.items() if name != VARIABLE}
-PROGRAM = (
-    f"import os, sys; from omni.runtime import launch; launch(lambda: print(os.environ.get({VARIABLE!r}), sys.argv))"
-)
+PROGRAM = f"""
+import os, sys
+from omni import runtime
+from omni.config import TextConfig
+def main():
+    runtime.load_config = lambda *_: (print(os.environ.get({VARIABLE!r}), sys.argv, flush=True), os._exit(0))
+    runtime.parse_stage_args(TextConfig, "")
+runtime.launch(main)
+"""
 
 pytestmark = pytest.mark.skipif(not allocator._is_glibc(), reason="the settings are glibc's")
 
 
 def environment_of(**variables: str) -> list[str]:
     """What a program sees that is launched with these variables, and its arguments."""
-    line = [sys.executable, "-c", PROGRAM, "a b", "--c"]
+    line = [sys.executable, "-c", PROGRAM, "--config", "a b"]
     process = subprocess.run(line, cwd=ROOT, env=WITHOUT | variables, capture_output=True, text=True, check=True)
     return process.stdout.strip().split(" ", 1)
 
 
 def test_a_script_starts_anew_with_the_settings_and_its_arguments():
     found, arguments = environment_of()
-    assert found.startswith("glibc.malloc.hugetlb=1:") and arguments == "['-c', 'a b', '--c']"
+    assert found.startswith("glibc.malloc.hugetlb=1:") and arguments == "['-c', '--config', 'a b']"
 
 
 def test_what_the_user_has_set_stays():
