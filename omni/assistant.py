@@ -23,6 +23,10 @@ from omni.video import load_frames
 from omni.vocoder import load_vocoder_for
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
+# A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
+# long runs of one character have more.
+CHARACTERS_PER_TOKEN = 32
+LONGEST_CTX_LEN = 4096  # where no model is at hand to say its own
 
 
 class Assistant:
@@ -130,6 +134,8 @@ class Assistant:
         Raises:
             UserError: the question alone, with its attachments, is too long; the turns stay for a shorter one.
         """
+        for text in _texts(messages):
+            check_text_length(text, self.ctx_len)
         room = self.ctx_len - min(max_new_tokens, self.ctx_len // 2)
         first = 1 if messages[0]["role"] == "system" else 0
         for oldest in range(first, len(messages), 2):  # a turn is a question and its answer; the last has none yet
@@ -208,6 +214,12 @@ class Thoughts:
         return found
 
 
+def check_text_length(text: str, ctx_len: int = LONGEST_CTX_LEN) -> None:
+    """Refuse (UserError) what cannot fit into a context of ``ctx_len`` tokens, without tokenising it."""
+    if len(text) > (most := ctx_len * CHARACTERS_PER_TOKEN):
+        raise UserError(f"the text has {len(text):,} characters, expected at most {most:,} (ctx_len {ctx_len})")
+
+
 def message(attached: list[dict], text: str) -> dict:
     """What the user says: attachments first, as in training, then the text."""
     if not attached:
@@ -215,8 +227,14 @@ def message(attached: list[dict], text: str) -> dict:
     return {"role": "user", "content": attached + ([{"type": "text", "text": text}] if text.strip() else [])}
 
 
+def _texts(messages: list[dict]) -> Iterator[str]:
+    for content in (each["content"] for each in messages):
+        yield from [content] if isinstance(content, str) else (part["text"] for part in content if "text" in part)
+
+
 def clean(text: str) -> str:
-    """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take."""
+    """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take; so does half a pair."""
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # those that stand for no byte
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
