@@ -2,8 +2,9 @@
 
 ``--ckpt_dir`` is a folder of stage A, of stage E or an exported one, which is all that is needed then. With ``--text``
 or a recorded question it answers once, and stdout holds the answer and nothing else. Without, it holds a conversation:
-``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach something to the next message, ``/reset`` forgets the
-conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer.
+``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach something to the next message, ``/drop`` takes it away
+again, ``/reset`` forgets the conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer. A FILE may be dragged
+into the window; here as in the options it may also be a data URI.
 
     python infer_chat.py --ckpt_dir merged_model --image cat.png --text "What is in the picture?" --audio_out answer.wav
     python infer_chat.py --ckpt_dir merged_model --audio_in question.wav
@@ -23,23 +24,29 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import soundfile
 
 from omni.aligner import MAX_TEXT_BYTES
 from omni.assistant import (
+    CHARACTERS_PER_TOKEN,
     Assistant,
     Thoughts,
+    check_text_length,
     clean,
     load_reader,
     load_speaker,
+    media_named,
     message,
     read_picture,
     sentences,
     spoken,
+    without_controls,
 )
 from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.media import Media, quoted, visible
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import MAX_SECONDS, Speaker
 
@@ -177,18 +184,18 @@ def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop:
         for piece in answer(assistant, thoughts, prompt, args):
             pieces.append(piece)
             if streaming:
-                print(piece, end="", flush=True)
+                print(without_controls(piece), end="", flush=True)
     except KeyboardInterrupt:
         if not may_stop:
             raise
-    print("" if streaming else "".join(pieces), flush=True)
+    print("" if streaming else without_controls("".join(pieces)), flush=True)
     return "".join(pieces), thoughts
 
 
-def frames_of(assistant: Assistant, path: str, count: int | None) -> list[dict]:
+def frames_of(assistant: Assistant, path: Media, count: int | None) -> list[dict]:
     """A video as parts of a message; how much of it is seen is told on stderr."""
     frames, total = assistant.video(path, count)
-    print(f"{path}: {len(frames)} of {total} frames", file=sys.stderr)
+    print(f"{quoted(path)}: {len(frames)} of {total} frames", file=sys.stderr)
     return frames
 
 
@@ -197,9 +204,10 @@ def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
     if args.complete:
         prompt = continued(assistant, text)
     else:
-        attached = [assistant.image(path) for path in args.image]
-        attached += [frame for path in args.video for frame in frames_of(assistant, path, args.video_frames)]
-        attached += [assistant.sound(path) for path in args.audio_in]
+        attached = [assistant.image(media_named(name)) for name in args.image]
+        for name in args.video:
+            attached += frames_of(assistant, media_named(name), args.video_frames)
+        attached += [assistant.sound(media_named(name)) for name in args.audio_in]
         prompt = assistant.prompt([*system_message(args), message(attached, text)], args.max_new_tokens)
     speaker = prepare(assistant, args)
     text, thoughts = respond(assistant, prompt, args, may_stop=False)
@@ -211,7 +219,7 @@ def prepare(assistant: Assistant, args: argparse.Namespace) -> Speaker | None:
     """Who speaks the answers, if anyone is to; what should be known of the model is told on stderr."""
     speaker = None if args.audio_out is None else find_speaker(args, assistant)
     if assistant.metrics.get("dialogue_share") == 0 and not args.complete:
-        print(f"{args.ckpt_dir}: trained on text without dialogues; try --complete", file=sys.stderr)
+        print(f"{quoted(args.ckpt_dir)}: trained on text without dialogues; try --complete", file=sys.stderr)
     return speaker
 
 
@@ -223,25 +231,49 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.messages, self.attached = system_message(self.args), []
-        self.heard = False  # a recording is attached, which may ask without a text
+        self.messages = system_message(self.args)
+        self.drop()
 
-    def attach(self, command: str, path: str) -> None:
-        """Carry out ``/image``, ``/audio`` or ``/video``."""
-        if not path:
-            raise UserError(f"{command}: expected a file after it")
-        if command == "/video":
-            self.attached += frames_of(self.assistant, path, None)
-        else:
-            self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
+    def drop(self) -> None:
+        self.attached = []
+        self.heard = False  # a recording is attached, which may ask without a text
+        self.missing, self.waiting = [], None  # what could not be attached, and the question that waits for it
+
+    def attach(self, command: str, name: str) -> None:
+        """Carry out ``/image``, ``/audio`` or ``/video``.
+
+        Raises:
+            UserError: it cannot be read. The next question waits, as it is about what is missing.
+        """
+        try:
+            if not name:
+                raise UserError(f"{command}: expected a file after it")
+            path = media_named(name)
+            if command == "/video":
+                self.attached += frames_of(self.assistant, path, None)
+            else:
+                self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
+        except UserError:
+            self.missing, self.waiting = [*self.missing, f"{command} {name}".strip()], None
+            raise
         self.heard = self.heard or command == "/audio"
+        self.missing, self.waiting = [], None  # it was attached after all
 
     def ask(self, text: str) -> tuple[str, Thoughts]:
         """Print and return the answer to ``text`` and what is attached.
 
         Raises:
-            UserError: it is too long; the conversation and what is attached stay as they were.
+            UserError: it is too long, or something could not be attached to it; the conversation and what is attached
+                stay as they were.
         """
+        if self.missing and text != self.waiting:
+            self.waiting = text
+            missing = ", ".join(quoted(name) for name in self.missing)
+            raise UserError(
+                f"{missing}: not attached, so the question waits. Attach it, or go on without: /drop, or the same "
+                f"question again"
+            )
+        self.missing, self.waiting = [], None
         if self.args.complete:
             return respond(self.assistant, continued(self.assistant, text), self.args, may_stop=True)
         self.messages.append(message(self.attached, text))
@@ -252,29 +284,30 @@ class Conversation:
             del self.messages[-1:]
             raise
         self.messages.append({"role": "assistant", "content": said})
-        self.attached, self.heard = [], False
+        self.drop()
         return said, thoughts
 
 
 def converse(assistant: Assistant, args: argparse.Namespace) -> None:
     """Answer line after line of the input. What is wrong with one of them is told, and the conversation goes on."""
     speaker = prepare(assistant, args)
-    print(f"{args.ckpt_dir}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
+    print(f"{quoted(args.ckpt_dir)}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
     conversation, spoken = Conversation(assistant, args), itertools.count(1)
-    while (line := read_line()) is not None and line.strip() != "/quit":
-        command, _, path = line.strip().partition(" ")
+    longest = assistant.ctx_len * CHARACTERS_PER_TOKEN
+    while (line := read_line(longest)) is not None and line.strip() != "/quit":
+        command, *name = line.split(maxsplit=1) or [""]
         try:
-            if command == "/reset":
-                conversation.reset()
+            if command in ("/reset", "/drop") and not name:
+                conversation.reset() if command == "/reset" else conversation.drop()
             elif command in ("/image", "/audio", "/video") and not args.complete:
-                conversation.attach(command, path.strip())
+                conversation.attach(command, "".join(name).strip())
             elif line.strip() or conversation.heard:
                 text, thoughts = conversation.ask(line)
                 if speaker is not None:
                     file = args.audio_out.with_stem(f"{args.audio_out.stem}_{next(spoken)}")
                     speak(speaker, sentences(text), file, "the answer", thoughts=thoughts)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {visible(str(error))}", file=sys.stderr)
 
 
 def system_message(args: argparse.Namespace) -> list[dict]:
@@ -283,22 +316,43 @@ def system_message(args: argparse.Namespace) -> list[dict]:
 
 def continued(assistant: Assistant, text: str) -> list[int]:
     """The prompt of --complete: in training, a text follows the end of the one before it."""
+    check_text_length(text, assistant.ctx_len)
     return [assistant.tokenizer.eos_id, *assistant.tokenizer.encode(text)]
 
 
-def read_line() -> str | None:
-    """The user's next line; None at the end of the input. Ctrl-C clears the line."""
+def read_line(longest: int) -> str | None:
+    """The user's next line; None at the end of the input. Ctrl-C clears the line.
+
+    Args:
+        longest: in characters; of a longer line only as much as shows that it is one.
+    """
+    if sys.stdin is None:
+        raise UserError("expected --text, or a conversation on stdin; found it closed")
     while True:
         try:
-            if sys.stdout.isatty():
+            if sys.stdin.isatty() and sys.stdout.isatty():
                 return clean(input("you> "))
             print("you> ", end="", file=sys.stderr, flush=True)
-            return clean(input())
+            return read_line_of(sys.stdin.buffer, longest)
         except KeyboardInterrupt:
             print(file=sys.stderr)
         except EOFError:
             print(file=sys.stderr)
             return None
+
+
+def read_line_of(file: BinaryIO, longest: int) -> str:
+    """
+    Raises:
+        EOFError: there is no more line.
+    """
+    line = file.readline(4 * longest + 8)  # a character has up to four bytes
+    if not line:
+        raise EOFError
+    end = line
+    while end and not end.endswith(b"\n"):
+        end = file.readline(1 << 20)
+    return line.decode("utf-8", "replace").rstrip("\r\n")
 
 
 # --- Speaking and reading --------------------------------------------------------------------------------------------
@@ -323,7 +377,7 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
     started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
 
     def cut(text: str) -> None:
-        print(f"{path}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
+        print(f"{quoted(path)}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
 
     sound = spoken(speaker, texts, what, cut, **sampling)
     first = next(sound)
@@ -340,7 +394,7 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
         raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
     took, lasts = time.perf_counter() - started, samples / rate
     print(
-        f"{path}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
+        f"{quoted(path)}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
         f"first sound after {1000 * first_s:.0f} ms",
         file=sys.stderr,
     )
@@ -358,7 +412,7 @@ def read(args: argparse.Namespace) -> None:
     """Print the text of each ``--image``, a line each."""
     reader = load_reader(args.ckpt_dir, args.ocr_ckpt, pick_device(args.device))
     for path in args.image:
-        print(read_picture(reader, path), flush=True)
+        print(without_controls(read_picture(reader, media_named(path))), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,6 +1,10 @@
 """Who answers, who speaks, who reads: found in whatever kind of folder, that of a stage or an exported one."""
 
+import contextlib
+import os
 import re
+import shlex
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from omni.codec import fingerprint
 from omni.config import SftConfig
 from omni.errors import BadRow, UserError
 from omni.images import load_image
+from omni.media import Media, is_data_uri, parse_data_uri, quoted
 from omni.merged import Merged, is_merged
 from omni.ocr import Ocr, load_ocr, read_text
 from omni.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
@@ -26,6 +31,8 @@ MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds 
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
 # long runs of one character have more.
 CHARACTERS_PER_TOKEN = 32
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # all of C0 and C1 but tab and line feed
+_FILE_URL = re.compile("file:(?://(?:localhost)?)?(/.*)", re.IGNORECASE | re.DOTALL)
 LONGEST_CTX_LEN = 4096  # where no model is at hand to say its own
 
 
@@ -73,7 +80,7 @@ class Assistant:
 
     # Attachments: parts of a message
 
-    def image(self, path: str | Path) -> dict:
+    def image(self, path: Media) -> dict:
         """A picture file as a part of a message.
 
         Raises:
@@ -81,7 +88,7 @@ class Assistant:
         """
         return self._attach("vision_encoder", path, lambda inputs: inputs.image(path))
 
-    def sound(self, path: str | Path) -> dict:
+    def sound(self, path: Media) -> dict:
         """A recording as a part of a message.
 
         Raises:
@@ -89,7 +96,7 @@ class Assistant:
         """
         return self._attach("audio_encoder", path, lambda inputs: inputs.sound(path))
 
-    def video(self, path: str | Path, count: int | None = None) -> tuple[list[dict], int]:
+    def video(self, path: Media, count: int | None = None) -> tuple[list[dict], int]:
         """Frames of a video, evenly spaced, as parts of a message; and how many frames the video has.
 
         Args:
@@ -116,9 +123,9 @@ class Assistant:
             f"export of one (export.py --omni_ckpt)"
         )
 
-    def _attach(self, encoder: str, path: str | Path, read):
+    def _attach(self, encoder: str, path: Media, read):
         if reason := self.lacks(encoder):
-            raise UserError(f"{path}: {reason}")
+            raise UserError(f"{quoted(path)}: {reason}")
         try:
             return read(self.inputs)
         except BadRow as error:
@@ -217,7 +224,7 @@ class Thoughts:
 def check_text_length(text: str, ctx_len: int = LONGEST_CTX_LEN) -> None:
     """Refuse (UserError) what cannot fit into a context of ``ctx_len`` tokens, without tokenising it."""
     if len(text) > (most := ctx_len * CHARACTERS_PER_TOKEN):
-        raise UserError(f"the text has {len(text):,} characters, expected at most {most:,} (ctx_len {ctx_len})")
+        raise UserError(f"the text is too long: expected at most {most:,} characters (for ctx_len {ctx_len})")
 
 
 def message(attached: list[dict], text: str) -> dict:
@@ -236,6 +243,32 @@ def clean(text: str) -> str:
     """Bytes that are not UTF-8 reach Python as lone surrogates, which no tokenizer can take; so does half a pair."""
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # those that stand for no byte
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def without_controls(text: str) -> str:
+    """What may be printed of a text that a model or somebody else wrote: nothing that moves the cursor or more."""
+    return _CONTROLS.sub("", text)
+
+
+def media_named(text: str) -> Media:
+    """What a user names: a data URI or a file, as it stands or as a shell, a file manager or a browser writes it.
+
+    Raises:
+        UserError: it is a data URI that cannot be read.
+    """
+    if is_data_uri(text):
+        try:
+            return parse_data_uri(text)
+        except BadRow as error:
+            raise UserError(str(error)) from error
+    names = [text]
+    with contextlib.suppress(ValueError):  # a quotation mark of its own, as in it's.png
+        if len(words := shlex.split(text)) == 1:  # 'my cat.png', my\ cat.png
+            names += words
+    urls = [url[1] for name in names if (url := _FILE_URL.match(name))]
+    names += [urllib.parse.unquote(path, errors="surrogateescape") for path in urls]
+    names += [os.path.expanduser(name) for name in names]
+    return next((name for name in names if os.path.lexists(name)), text)
 
 
 def length(prompt: list[int] | Encoded) -> int:
@@ -337,7 +370,7 @@ def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Oc
     return Merged(source).part("ocr", device) if is_merged(source) else load_ocr(source, device)
 
 
-def read_picture(reader: Ocr, path: str | Path) -> str:
+def read_picture(reader: Ocr, path: Media) -> str:
     """The text of a picture file of one line of text.
 
     Raises:

@@ -78,4 +78,9 @@ def quoted(name: object) -> str:
     text = str(name)
     if len(text) > _SHOWN_CHARACTERS:
         text = f"{text[: _SHOWN_CHARACTERS - 20]}... ({len(text):,} characters)"
+    return visible(text)
+
+
+def visible(text: str) -> str:
+    """``text`` with its control characters, line ends and lone surrogates written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -38,6 +38,7 @@ from omni.decoding import one_token_reader
 from omni.errors import BadRow, UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
+from omni.media import Media, quoted
 from omni.ops import rounded_up, true_float32
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.thinker import IGNORED, Thinker, load_thinker
@@ -92,7 +93,7 @@ class Inputs:
 
     # Attachments: parts of a message's content
 
-    def image(self, path: str | Path) -> dict:
+    def image(self, path: Media) -> dict:
         """A picture file as a part of a message.
 
         Raises:
@@ -100,17 +101,17 @@ class Inputs:
         """
         return {"type": "image", "image": self.pixels(path)}
 
-    def pixels(self, path: str | Path) -> Tensor:
+    def pixels(self, path: Media) -> Tensor:
         """A picture file as (3, H, W) uint8.
 
         Raises:
             BadRow: not a picture, damaged, too large; or the model has no vision encoder.
         """
         if self.img_size is None:
-            raise BadRow(f"{path}: this model has no vision encoder (no vision_ckpt)")
+            raise BadRow(f"{quoted(path)}: this model has no vision encoder (no vision_ckpt)")
         return load_image(path, self.img_size, self.img_size)
 
-    def sound(self, path: str | Path, text: str = "") -> dict:
+    def sound(self, path: Media, text: str = "") -> dict:
         """A recording as a part of a message; in training with its ``text``, if that is known.
 
         Raises:
@@ -118,14 +119,14 @@ class Inputs:
         """
         return {"type": "audio", "audio": self.mels(path), "text": text}
 
-    def mels(self, path: str | Path) -> Tensor:
+    def mels(self, path: Media) -> Tensor:
         """A recording as (F, M) normalised log-mels.
 
         Raises:
             BadRow: not audio, damaged, longer than the audio encoder was trained on; or the model has none.
         """
         if self.audio is None:
-            raise BadRow(f"{path}: this model has no audio encoder (no audio_ckpt)")
+            raise BadRow(f"{quoted(path)}: this model has no audio encoder (no audio_ckpt)")
         waveform = load_audio(path, self.mel.sample_rate, self.max_s)
         # the header can be a sample off what resampling makes of it
         waveform = waveform[: self.audio["max_mel_length"] * self.mel.hop_length]

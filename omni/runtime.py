@@ -36,6 +36,7 @@ from omni import allocator, checkpoint
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
 from omni.files import file_sha256
+from omni.media import visible
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except (UserError, RunError, Interrupted) as error:
         label = "" if isinstance(error, Interrupted) else "error: "
         if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # the others say the same
-            print(f"{label}{error}", file=sys.stderr, flush=True)
+            print(f"{label}{visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         reason = " ".join(str(error).split())

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from omni.aligner import load_aligner, text_symbols
 from omni.asr import COLUMNS, Utterances, error_counts
+from omni.assistant import without_controls
 from omni.audio import log_mel
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
@@ -48,6 +49,7 @@ from omni.errors import BadRow, UserError
 from omni.images import normalise
 from omni.loop import to_device
 from omni.manifest import Rows, load_manifest
+from omni.media import visible
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device
@@ -389,14 +391,14 @@ def main(argv: list[str] | None = None) -> None:
         judgement = judge(args, device)
     step = load_stage(args.ckpt_dir, args.stage, prefix, final)["step"]
     for where, why in list(judgement.left_out.items())[:10]:
-        to_stderr(f"{where}: {why}. Left out")
+        to_stderr(visible(f"{where}: {why}. Left out"))
     if args.json:
         facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": step, "data": str(args.data)}
         counts = {"rows": judgement.rows, "rows_left_out": len(judgement.left_out)}
         print(json.dumps(facts | counts | judgement.metrics))
         return
     for truth, said in judgement.shown:
-        print(f"true   {truth}\nmodel  {said}\n")
+        print(f"true   {without_controls(truth)}\nmodel  {without_controls(said)}\n")
     left_out = f", {len(judgement.left_out)} left out" if judgement.left_out else ""
     print(f"{args.ckpt_dir} (step {step}) on {args.data}: {judgement.rows} rows{left_out}")
     for name, value in judgement.metrics.items():

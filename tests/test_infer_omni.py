@@ -1,7 +1,10 @@
 """infer_chat.py with all that the model sees, hears, reads and says: everything attached has its effect, and what is
 missing is one line."""
 
+import io
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from test_video import clip, film, reds
 import export
 import infer_chat
 from omni.aligner import text_symbols
-from omni.assistant import Assistant, Thoughts
+from omni.assistant import CHARACTERS_PER_TOKEN, Assistant, Thoughts, check_text_length, clean, media_named
 from omni.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,15 +70,8 @@ class Chat:
         monkeypatch.setattr(infer_chat, "answer", spy)
 
     def __call__(self, folder: Path, *arguments: str, lines: list[str] = ()) -> tuple[str, str]:
-        answers = iter(lines)
-
-        def next_line(prompt: str = "") -> str:
-            line = next(answers, None)
-            if line is None:
-                raise EOFError
-            return line
-
-        self.monkeypatch.setattr("builtins.input", next_line)
+        typed = "".join(f"{line}\n" for line in lines).encode()
+        self.monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
         self.prompts.clear()
         infer_chat.main(["--ckpt_dir", str(folder), "--device", "cpu", "--max_new_tokens", "8", *arguments])
         return self.capsys.readouterr()
@@ -153,7 +149,7 @@ def test_everything_that_is_attached_reaches_the_thinker(merged, media, chat):
 def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_path):
     lines = [
         f"/image {media['picture']}", "red cat", "dog", f"/audio {media['question']}", "", f"/video {media['film']}",
-        "/image absent.png", "/audio", "blue", "/reset", "big", "",
+        "/image absent.png", "/audio", "blue", "blue", "/reset", "big", "",
     ]  # fmt: skip
     out, err = chat(merged, "--max_new_tokens", "3", "--audio_out", str(tmp_path / "said.wav"), lines=lines)
     assert len(chat.prompts) == 5, "an empty line asks only what was recorded"
@@ -166,6 +162,95 @@ def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_pa
     spoken = sorted(path.name for path in tmp_path.glob("said*.wav"))
     assert set(spoken) <= {f"said_{number}.wav" for number in range(1, 6)}
     assert len(spoken) + err.count("had nothing to say") == 5
+
+
+def test_a_question_about_what_was_not_attached_waits(merged, media, chat):
+    """Until it is attached, dropped, or the user asks the same once more."""
+    good, bad = f"/image {media['picture']}", "/image absent.png"
+    for lines, asked, waited in (
+        ([bad, "red"], [], 1),
+        ([bad, "red", "cat"], [], 2),
+        ([bad, "red", "red"], [0], 1),
+        ([bad, "red", "red", "cat"], [0, 0], 1),
+        ([good, bad, "red", "red"], [1], 1),
+        ([bad, "red", good, "red"], [1], 1),
+        ([bad, "red", "/drop", "red"], [0], 1),
+        ([good, bad, "/drop", "red"], [0], 0),
+        ([good, "/drop", "red"], [0], 0),
+        ([bad, "/reset", "red"], [0], 0),
+        (["/image", "red", "/audio absent.wav", "red", "/video absent.gif", "red"], [], 3),
+    ):
+        err = chat(merged, "--max_new_tokens", "1", lines=lines).err
+        assert [len(prompt.images) for prompt in chat.prompts] == asked, lines
+        assert err.count("not attached, so the question waits. Attach it, or go on without: /drop") == waited, lines
+
+
+NAMES = ["my cat.png", "it's.png", '"5".png', "a\\b.png", "50%25.png", "näh.png", "plain.png", " .png"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_understood_as_programs_write_it(tmp_path, monkeypatch, name):
+    """As it stands, as a shell or a terminal quotes it, as a file manager or a browser makes a URL of it."""
+    path = tmp_path / name
+    path.touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    escaped = re.sub(r"([^\w./~-])", r"\\\1", str(path))
+    url = path.as_uri()
+    forms = [
+        str(path),
+        escaped,
+        shlex.quote(str(path)),
+        url,
+        url.replace("file://", "file://localhost"),
+        f"'{url}'",
+        f"~/{name}",
+    ]
+    forms += [f'"{path}"'] if not set(name) & set('"\\') else []
+    for form in forms:
+        assert os.path.samefile(media_named(form), path), form
+    assert media_named(f"{path} absent") == f"{path} absent"
+    assert media_named("data:image/png;base64,QUI=").data == b"AB"
+    with pytest.raises(UserError, match="base64"):
+        media_named("data:image/png;base64,!")
+
+
+def test_a_line_of_any_length_is_refused_before_it_is_tokenised(merged, chat, monkeypatch):
+    """Nor is more of it held than shows that it is too long; what follows it is answered."""
+    most, taken = 64 * CHARACTERS_PER_TOKEN, []
+    for length in (most, most + 1, 10 * most, 5_000_000):
+        for letter in ("a", "ü", "你", "😀"):
+            monkeypatch.setattr("omni.tokenizer.Tokenizer.encode", lambda _, text, **__: taken.append(text) or [1] * 70)
+            err = chat(merged, lines=[letter * length, "red"]).err
+            assert (f"expected at most {most:,} characters" in err) == (length > most)
+            assert [text[:1] for text in taken if text] == [letter] * (length == most) + ["r"], "only what may fit"
+            taken.clear()
+    with pytest.raises(UserError, match=r"at most 131,072 characters"):
+        check_text_length("a" * 131_073)
+    for more in ([], ["--complete"]):
+        assert "too long" in chat.refuses(merged, "--text", "a" * (most + 1), *more)
+
+
+def test_nothing_that_a_model_or_a_name_says_moves_the_cursor(merged, chat, monkeypatch, tmp_path):
+    controls = "".join(chr(i) for i in (*range(32), *range(127, 160), 0xD800, 0xDFFF))
+    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A", controls, "Z"]))
+    out, _ = chat(merged, "--text", "red")
+    assert out == "A\t\nZ\n"
+    for option in ("--image", "--video"):
+        name = controls[1:].replace("/", "")
+        assert chat.refuses(merged, option, name, "--text", "red").isprintable()
+    out, err = chat(merged, lines=["/image \x1b[31mred.png", "/audio \x1b[2J"])
+    assert "\\x1b[31mred.png" in err and "\x1b" not in err
+
+
+def test_what_is_typed_may_be_anything(merged, chat, monkeypatch):
+    """Bytes that are not UTF-8, half a surrogate pair in --text, no input at all."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe red\r\nlast")))
+    assert [infer_chat.read_line(99) for _ in range(3)] == ["\ufffd\ufffd red", "last", None]
+    assert clean("a\udcc3\udca4 \ud800 \udfff \udcff") == "aä \ufffd \ufffd \ufffd"
+    chat(merged, "--text", "red \ud800 \udcff")
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(UserError, match="--text"):
+        infer_chat.read_line(99)
 
 
 def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
@@ -401,9 +486,9 @@ def test_a_path_that_can_be_none_is_one_line(merged, media, chat, tmp_path):
     process = run(tmp_path, "infer_chat.py", "--ckpt_dir", str(tmp_path), "--text", "red")
     only_error(process, "thinker.pt: Is a directory")
     for option, words in (("image", ["--text", "red"]), ("video", ["--text", "red"]), ("audio_in", [])):
-        assert long in chat.refuses(merged, f"--{option}", long, *words)
+        assert long[:80] in chat.refuses(merged, f"--{option}", long, *words)
     out, err = chat(merged, lines=[f"/video {long}", "red"])
-    assert "File name too long" in err and len(chat.prompts) == 1
+    assert "File name too long" in err and not chat.prompts
 
 
 def test_broken_media_are_one_line(merged, media, chat, tmp_path):
