@@ -84,7 +84,7 @@ class _Budget:
         self.source, self.pixels, self.left = source, pixels, pixels
 
     def spend(self, width: int, height: int, frames: int = 1) -> None:
-        """Count frames, before they are decoded.
+        """Count frames of one size, before they are decoded.
 
         Raises:
             BadRow: they are too large, or too much in all.
@@ -103,13 +103,15 @@ def _of_animation(source: Media, file: BinaryIO, count: int, height: int, width:
         warnings.catch_warnings(action="ignore"),
         Image.open(without_metadata(source, file), formats=ANIMATED) as picture,
     ):
-        budget = _Budget(source, MAX_ANIMATION_PIXELS)
-        check_size(source, picture.width, picture.height, MAX_FRAME_PIXELS)
+        budget, size = _Budget(source, MAX_ANIMATION_PIXELS), picture.size
+        check_size(source, *size, MAX_FRAME_PIXELS)
         total, frames = getattr(picture, "n_frames", 1), []
         wanted = evenly(total, count)
+        budget.spend(*size, wanted[-1] + 1)
         for index in range(wanted[-1] + 1):  # each is painted over the one before; a GIF may grow with any of them
             picture.seek(index)
-            budget.spend(picture.width, picture.height)
+            if picture.size != size:
+                budget.spend(*picture.size)
             if index == wanted[len(frames)]:
                 frames.append(squash(to_rgb(picture), height, width))
     return frames, total
@@ -202,11 +204,15 @@ def _needed(packets: list[tuple[int, bool]], wanted: list[int]) -> set[int]:
 def _decode(
     source: Media, container: av.container.InputContainer, needed: set[int], budget: _Budget
 ) -> Iterator[av.VideoFrame]:
-    codec, was_decoded = None, False
+    size, was_decoded = None, False
     for index, packet in enumerate(_packets(source, container)):
         codec = packet.stream.codec_context
+        if size is None:
+            size = codec.width, codec.height
+            budget.spend(*size, len(needed))
         if index in needed:
-            budget.spend(codec.width, codec.height)
+            if (codec.width, codec.height) != size:  # it may change in mid-stream
+                budget.spend(codec.width, codec.height)
             yield from packet.decode()
         elif was_decoded:  # the end of a stretch: what the decoder still holds, and a new beginning
             yield from codec.decode(None)

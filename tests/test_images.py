@@ -1,6 +1,7 @@
 """Pictures come out the same whatever holds them, and a hostile or broken file is one line."""
 
 import io
+import os
 import random
 import struct
 import zlib
@@ -8,11 +9,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 import omni.images
+import omni.metadata
 from omni.errors import BadRow
-from omni.images import MAX_PIXELS, load_image, normalise
+from omni.images import MAX_PIXELS, MAX_SIDE, load_image, normalise, to_rgb
+from omni.media import Inline
 
 SIDE = 32
 
@@ -140,6 +143,38 @@ def test_pad_keeps_the_proportions_and_the_background(tmp_path):
     assert torch.equal(wide[:, :, :30], tall[:, 10:20]), "both scaled to 30 x 10: no word becomes wider or narrower"
 
 
+def letters(grey: int, clear: tuple, mode: str) -> Image.Image:
+    """A line of smooth letters, as a program draws them on a transparent ground."""
+    image = Image.new("RGBA", (64, 24), (*clear, 0))
+    ImageDraw.Draw(image).text((4, 2), "MARKET", fill=(grey, grey, grey, 255), font=ImageFont.load_default(16))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("clear", [(255, 255, 255), (0, 0, 0)])
+def test_letters_of_any_grey_on_a_transparent_ground_can_be_seen(clear, mode):
+    """A quarter of the range between letter and ground at least, whatever stands below the transparent pixels."""
+    for grey in range(0, 256, 5):
+        flat = to_rgb(letters(grey, clear, mode))
+        values = np.asarray(flat).astype(int)
+        ground = values[0, 0, 0]
+        assert ground in (0, 255) and (ground == 255 or grey > 150), "white, as ever, where that can be read"
+        assert np.abs(values - ground).max() >= 63, grey
+
+
+def test_only_what_would_vanish_is_put_over_black():
+    """White paper with dark letters is put over white, though most of it is white. What is opaque stays."""
+    paper = Image.new("RGBA", (100, 100), (255, 255, 255, 255))
+    paper.paste((20, 20, 20, 255), (30, 40, 60, 50))
+    opaque = to_rgb(paper)
+    assert np.array_equal(np.asarray(opaque), np.asarray(paper)[..., :3])
+    paper.paste((0, 0, 0, 0), (0, 0, 100, 10))
+    assert to_rgb(paper).getpixel((5, 5)) == (255, 255, 255)
+    white = Image.new("RGBA", (8, 8), (255, 255, 255, 255))
+    assert to_rgb(white).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(Image.new("RGBA", (8, 8), (255, 255, 255, 0))).getpixel((0, 0)) == (255, 255, 255)
+
+
 def png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
@@ -153,7 +188,10 @@ NO_CHUNK_AFTER_THE_FIRST = png_header(9, 9) + png_chunk(b"IDAT", b"\x78\x9c") + 
 PPM = b"P6 2 2 255 " + bytes(12)  # Pillow could read it; this project does not
 
 
-@pytest.mark.parametrize(("width", "height"), [(8_001, 8_001), (12_000, 12_000), (60_000, 60_000), (MAX_PIXELS + 1, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(8_001, 8_001), (12_000, 12_000), (60_000, 60_000), (MAX_PIXELS, 1), (1, MAX_PIXELS), (MAX_SIDE + 1, 1)],
+)
 def test_an_image_bomb_is_refused_from_its_header(tmp_path, monkeypatch, recwarn, width, height):
     def decoded(*_):
         raise AssertionError("decoded")
@@ -215,6 +253,140 @@ def test_damage_anywhere_is_a_bad_row_or_a_picture_and_never_anything_else(tmp_p
         with pytest.raises(BadRow):
             load_image(path, 8, 8)
     assert refused > 100
+
+
+# --- what makes no pixels ---------------------------------------------------------------------------------------------
+
+TIFF = b"II*\0\x08\0\0\0"
+
+
+def orientation_of_type(kind: int, count: int, value: bytes) -> bytes:
+    return TIFF + struct.pack("<HHHI", 1, 0x0112, kind, count) + value.ljust(4, b"\0") + bytes(4)
+
+
+BODIES = {  # of EXIF
+    "empty": b"",
+    "garbage": b"garbage that is no TIFF",
+    "cut": TIFF + b"\xff\xff",
+    "points outside": b"II*\0\xff\xff\xff\x7f",
+    "no header": TIFF[:3],
+    "a letter": orientation_of_type(2, 1, b"X"),
+    "nine": orientation_of_type(3, 1, b"\x09"),
+    "a fraction outside": orientation_of_type(5, 1, b"\xff\xff\xff\xff"),
+    "a billion": orientation_of_type(3, 10**9, b"\x06"),
+    "of no type": orientation_of_type(99, 1, b"\x06"),
+    "points at itself": TIFF + struct.pack("<HHHII", 1, 0x8769, 4, 1, 8) + struct.pack("<I", 8),
+    **{f"noise {i}": TIFF + random.Random(i).randbytes(40) for i in range(6)},
+}
+XMP_NOT_UTF8 = b'<x:xmpmeta \xa8\xff tiff:Orientation="1"/>'
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body
+
+
+def encoded(format: str, **more) -> bytes:
+    buffer = io.BytesIO()
+    quarters().save(buffer, format, **more)
+    return buffer.getvalue()
+
+
+def with_broken_metadata() -> dict[str, list[bytes]]:
+    """For each format files of the same picture: the first as it should be."""
+    jpeg, png = encoded("JPEG"), encoded("PNG")
+    jpegs = [segment(0xE1, b"Exif\0\0" + body) for body in BODIES.values()]
+    jpegs += [segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + XMP_NOT_UTF8)]
+    prefixes = (b"JFIF\0", b"Adobe", b"MPF\0", b"ICC_PROFILE\0", b"Photoshop 3.0\x008BIM", b"FPXR\0", b"Exif\0\0", b"")
+    for marker in (*range(0xE0, 0xF0), 0xFE):
+        jpegs += [segment(marker, prefix + tail) for prefix in prefixes for tail in (b"", b"\0", b"\xff" * 5)]
+    chunks = [png_chunk(b"eXIf", body) for body in BODIES.values()]
+    chunks += [png_chunk(b"eXIf", orientation_of_type(3, 1, b"\x06"))[:-1] + b"?"]  # its checksum is wrong
+    bomb = zlib.compress(bytes(3 << 20))
+    for name in (
+        b"iCCP",
+        b"zTXt",
+        b"iTXt",
+        b"tEXt",
+        b"gAMA",
+        b"cHRM",
+        b"sRGB",
+        b"pHYs",
+        b"tIME",
+        b"bKGD",
+        b"noNe",
+        b"exIf",
+    ):
+        bodies = (b"", b"\0", b"x\0\0" + bomb, b"x\0\7" + bomb, b"x\0\1\0\0\0" + bomb, b"\xff" * 40)
+        chunks += [png_chunk(name, body) for body in bodies]
+        chunks += [png_chunk(name, b"x\0\0y")[:-1] + b"?"]
+    chunks += [png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP_NOT_UTF8)]
+    start, end = len(png_header(9, 9)), len(png) - 12
+    webp = [encoded("WEBP", lossless=True, exif=body or b"x") for body in BODIES.values()]
+    webp += [encoded("WEBP", lossless=True, xmp=XMP_NOT_UTF8, icc_profile=body) for body in (b"x", b"\xff" * 200)]
+    return {
+        "JPEG": [jpeg] + [jpeg[:2] + part + jpeg[2:] for part in jpegs],
+        "PNG": [png] + [png[:at] + part + png[at:] for part in chunks for at in (start, end)],
+        "WEBP": [encoded("WEBP", lossless=True), *webp],
+    }
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_broken_metadata_do_not_cost_the_picture(format):
+    files = with_broken_metadata()[format]
+    expected = load_image(Inline(files[0], ""), SIDE, SIDE)
+    for file in files[1:]:
+        assert torch.equal(load_image(Inline(file, ""), SIDE, SIDE), expected), file[:100]
+
+
+def test_what_says_how_the_camera_was_held_is_no_metadata_to_ignore():
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for format in ("JPEG", "PNG", "WEBP"):
+        straight, turned = (load_image(Inline(encoded(format, exif=e), ""), SIDE, SIDE) for e in (b"", exif))
+        assert (turned.flip(1, 2).int() - straight.int()).abs().max() < 60 and not torch.equal(turned, straight)
+
+
+def test_a_file_larger_than_any_picture_or_of_too_many_pieces_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    quarters().save(path)
+    monkeypatch.setattr(omni.metadata, "MAX_FILE_BYTES", path.stat().st_size - 1)
+    with pytest.raises(BadRow, match="bytes, expected at most"):
+        load_image(path, 8, 8)
+    monkeypatch.undo()
+    monkeypatch.setattr(omni.metadata, "MAX_READS", 1000)
+    load_image(path, 8, 8)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:33] + png_chunk(b"tEXt", b"") * 1000 + whole[33:])
+    with pytest.raises(BadRow, match="pieces"):
+        load_image(path, 8, 8)
+    gif = encoded("GIF")
+    path.write_bytes(gif[:-1] + b"!\xfe\0" * 1000 + gif[-1:])
+    load_image(path, 8, 8)  # behind the picture
+    at = gif.index(b",\0\0\0\0")
+    path.write_bytes(gif[:at] + b"!\xfe\0" * 1000 + gif[at:])
+    with pytest.raises(BadRow, match="pieces"):
+        load_image(path, 8, 8)
+
+
+def test_any_exception_of_a_decoder_is_a_bad_row(monkeypatch):
+    for kind in (IndexError, UnicodeDecodeError, AttributeError, ZeroDivisionError, MemoryError, AssertionError):
+        error = kind("utf-8", b"", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
+        monkeypatch.setattr("PIL.Image.open", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(BadRow, match=rf"cannot read the picture: {kind.__name__}: .*why"):
+            load_image(Inline(b"", ""), 8, 8)
+
+
+def test_a_picture_is_a_regular_file_or_a_data_uri(tmp_path):
+    quarters().save(tmp_path / "a.png")
+    inline = Inline((tmp_path / "a.png").read_bytes(), "text/plain")  # the content decides
+    assert torch.equal(load_image(inline, SIDE, SIDE), load_image(str(tmp_path / "a.png"), SIDE, SIDE))
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("pipe.png", "."):
+        with pytest.raises(BadRow, match="expected a file"):
+            load_image(tmp_path / name, 8, 8)
+    with pytest.raises(BadRow) as caught:
+        load_image("\x1b[2J.png", 8, 8)
+    assert str(caught.value).isprintable()
 
 
 def test_normalise_is_mean_and_deviation_one_half():
