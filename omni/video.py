@@ -28,6 +28,7 @@ MAX_FRAME_PIXELS = 20_000_000  # 5K; a decoder of films holds up to 30 frames, w
 MAX_FILM_PIXELS = 4_000_000_000
 MAX_ANIMATION_PIXELS = 1_000_000_000
 _LEAST_PIXELS = 64 * 64
+MAX_PACKETS = 1_000_000  # of a film, which are counted: nine hours at 30 a second
 MAX_FILES = 100_000  # in a folder of frames: an hour at 25 a second
 ANIMATED = ("GIF", "WEBP", "PNG")
 # No other parsers: playlists, for one, make FFmpeg open whatever they name, on this machine or elsewhere.
@@ -153,10 +154,9 @@ def _packets(source: Media, container: av.container.InputContainer) -> Iterator[
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # in mid-stream, before there is room for it
     stream.codec_context.thread_type = "AUTO"
     stream.codec_context.thread_count = 2  # each holds more frames
-    most = MAX_FILM_PIXELS // _LEAST_PIXELS
     for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
-        if number == most:
-            raise BadRow(f"{quoted(source)}: expected at most {most:,} frames, found more")
+        if number == MAX_PACKETS:
+            raise BadRow(f"{quoted(source)}: expected at most {MAX_PACKETS:,} frames, found more")
         yield packet
 
 

@@ -281,6 +281,71 @@ MUTATIONS = [
     # conversations and captions
     # recordings and speech
     # pictures, films and chat
+    Mutation(
+        "bad rows", "a decoder's unforeseen exception at a picture or film ends the run", "omni/images.py",
+        "    except Exception as error:\n        raise BadRow(", "    except OSError as error:\n        raise BadRow(",
+        "tests/test_images.py tests/test_video.py -k any_exception_of_a_decoder",
+    ),
+    Mutation(
+        "hostile input", "a picture has sides of any length", "omni/images.py",
+        " or max(width, height) > MAX_SIDE:", ":",
+        "tests/test_images.py::test_an_image_bomb_is_refused_from_its_header",
+    ),
+    Mutation(
+        "hostile input", "only the first frame of an animation is measured", "omni/video.py",
+        "            if picture.size != size:\n", "            if False:\n",
+        "tests/test_video.py::test_every_frame_of_an_animation_is_measured_before_it_is_decoded",
+    ),
+    Mutation(
+        "hostile input", "an animation may cost any work", "omni/video.py",
+        "budget.spend(*size, wanted[-1] + 1)", "pass",
+        "tests/test_video.py::test_small_frames_on_a_large_screen_cost_what_the_screen_does",
+    ),
+    Mutation(
+        "hostile input", "a picture may be of any number of pieces", "omni/metadata.py",
+        "if self.left < 0:", "if False:",
+        "tests/test_images.py tests/test_video.py -k 'pieces or million'",
+    ),
+    Mutation(
+        "hostile input", "a film is decoded from its beginning to its end", "omni/video.py",
+        "needed.update(range(keys[key], packet + 1))", "needed.update(range(len(packets)))",
+        "tests/test_video.py::test_no_more_is_decoded_than_leads_to_the_wanted_frames",
+    ),
+    Mutation(
+        "bad rows", "text, profile and resolution of a PNG are parsed", "omni/metadata.py",
+        "if name not in _PNG_CHUNKS and name[0] & 0x20:", "if False:",
+        "tests/test_images.py::test_broken_metadata_do_not_cost_the_picture",
+    ),
+    Mutation(
+        "bad rows", "broken EXIF costs the picture", "omni/images.py",
+        "    except Exception:  # Pillow raises", "    except KeyError:  # Pillow raises",
+        "tests/test_images.py::test_broken_metadata_do_not_cost_the_picture",
+    ),
+    Mutation(
+        "bad rows", "white letters on a transparent ground are put over white", "omni/images.py",
+        "return _BLACK if 3 * on_white < on_black else _WHITE", "return _WHITE",
+        "tests/test_images.py::test_letters_of_any_grey_on_a_transparent_ground_can_be_seen",
+    ),
+    Mutation(
+        "hostile input", "a text is tokenised before it is measured", "omni/assistant.py",
+        "            check_text_length(text, self.ctx_len)\n", "            pass\n",
+        "tests/test_infer_omni.py::test_a_line_of_any_length_is_refused_before_it_is_tokenised",
+    ),
+    Mutation(
+        "hostile input", "a model's control characters reach the terminal", "omni/assistant.py",
+        'return _CONTROLS.sub("", text)', "return text",
+        "tests/test_infer_omni.py::test_nothing_that_a_model_or_a_name_says_moves_the_cursor",
+    ),
+    Mutation(
+        "conversation", "a question is answered without what could not be attached", "infer_chat.py",
+        "if self.missing and text != self.waiting:", "if False:",
+        "tests/test_infer_omni.py::test_a_question_about_what_was_not_attached_waits",
+    ),
+    Mutation(
+        "conversation", "a dragged name stays quoted", "omni/assistant.py",
+        "            names += words\n", "            pass\n",
+        "tests/test_infer_omni.py::test_a_name_is_understood_as_programs_write_it",
+    ),
     # the page
     # files, exports and tokenizers
     # caches

@@ -9,6 +9,8 @@ from stages import STAGES, StageCase
 from test_bad_rows import read_rows, spoil
 from test_config import only_error
 
+import scripts.evaluate as evaluate_script
+
 HELD_OUT_KEY = {"text": "val_text", "vision": "val_manifest"}  # of the others: val_csv
 
 
@@ -106,3 +108,15 @@ def test_the_joint_model_task_by_task(task, tmp_path):
     process = evaluate(training, "omni", "--data", data[key], "--task", task, "--limit", "3", "--show", "2")
     assert ": 3 rows" in process.stdout and process.stdout.count("model  ") == 2
     only_error(evaluate(training, "omni", "--data", data[key]), "--task", "expected one of text, image_question")
+
+
+def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):
+    text, controls = "a\x1b[2Jb\x9bc\rd\te", "".join(map(chr, (*range(32), *range(127, 160))))
+    judgement = evaluate_script.Judgement({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])
+    monkeypatch.setattr(evaluate_script, "STAGES", {"text": (lambda *_: judgement, "", "")})
+    monkeypatch.setattr(evaluate_script, "load_stage", lambda *_: {"step": 1})
+    (tmp_path / "a.txt").touch()
+    evaluate_script.main(["text", "--ckpt_dir", "x", "--data", str(tmp_path / "a.txt"), "--show", "1"])
+    out, err = capsys.readouterr()
+    assert out.startswith("true   a[2Jbcd\te\nmodel  \t\n\n")
+    assert err.endswith("\n") and err[:-1].isprintable()

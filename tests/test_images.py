@@ -4,11 +4,14 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
+from harness import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
 import omni.images
@@ -366,6 +369,21 @@ def test_a_file_larger_than_any_picture_or_of_too_many_pieces_is_refused(tmp_pat
     path.write_bytes(gif[:at] + b"!\xfe\0" * 1000 + gif[at:])
     with pytest.raises(BadRow, match="pieces"):
         load_image(path, 8, 8)
+
+
+def test_the_largest_picture_costs_less_than_a_gigabyte(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("P", (8000, 8000)).save(tmp_path / "square.png", transparency=0, exif=exif, compress_level=1)
+    code = f"""
+import resource
+from omni.images import load_image
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+load_image({str(tmp_path / "square.png")!r}, 32, 320, fit="pad")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 900, f"{done.stdout} MiB"
 
 
 def test_any_exception_of_a_decoder_is_a_bad_row(monkeypatch):

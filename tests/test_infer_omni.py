@@ -244,7 +244,13 @@ def test_nothing_that_a_model_or_a_name_says_moves_the_cursor(merged, chat, monk
 
 def test_what_is_typed_may_be_anything(merged, chat, monkeypatch):
     """Bytes that are not UTF-8, half a surrogate pair in --text, no input at all."""
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe red\r\nlast")))
+
+    class Typed(io.BytesIO):
+        def readline(self, size: int = -1) -> bytes:
+            assert 0 < size <= 1 << 20, "a line of any length would be held"
+            return super().readline(size)
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Typed(b"\xff\xfe red\r\nlast")))
     assert [infer_chat.read_line(99) for _ in range(3)] == ["\ufffd\ufffd red", "last", None]
     assert clean("a\udcc3\udca4 \ud800 \udfff \udcff") == "aä \ufffd \ufffd \ufffd"
     chat(merged, "--text", "red \ud800 \udcff")

@@ -165,8 +165,11 @@ def gif(screen: int, *frames: int) -> bytes:
 
 def test_every_frame_of_an_animation_is_measured_before_it_is_decoded():
     for second in (4500, 13_000):
+        data = bytearray(gif(8, 8, 8))
+        at = data.rindex(b",\0\0\0\0") + 5
+        data[at : at + 4] = struct.pack("<HH", second, second)
         with pytest.raises(BadRow, match=f"{second} x {second} pixels, expected at most 20,000,000|exceeds limit"):
-            load_frames(Inline(gif(8, 8, second), ""), 2, 16, 16)
+            load_frames(Inline(bytes(data), ""), 2, 16, 16)
 
 
 @pytest.mark.parametrize("count", [1, 16])
@@ -184,7 +187,7 @@ def test_a_million_frames_are_not_counted(monkeypatch):
         load_frames(Inline(gif(8, *[8] * 3000), ""), 16, 16, 16)
     film = io.BytesIO()
     movie(film, "mpeg4", 12, format="avi")
-    monkeypatch.setattr(omni.video, "MAX_FILM_PIXELS", 11 * 4096)
+    monkeypatch.setattr(omni.video, "MAX_PACKETS", 11)
     with pytest.raises(BadRow, match="expected at most 11 frames, found more"):
         load_frames(Inline(film.getvalue(), ""), 1, 8, 8)
 
@@ -216,6 +219,11 @@ def test_no_more_is_decoded_than_leads_to_the_wanted_frames(monkeypatch, contain
         frames, _ = load_frames(film, count, 8, 8)
         assert torch.equal(frames, everything[evenly(total, count)])
         assert spent[0] <= 13 * count < total or count > 2
+    monkeypatch.undo()
+    monkeypatch.setattr(omni.video, "MAX_FILM_PIXELS", total * 4096 - 1)
+    load_frames(film, 2, 8, 8)
+    with pytest.raises(BadRow, match="would have to be decoded. Expected a shorter or smaller video, or fewer frames"):
+        load_frames(film, 36, 8, 8)
 
 
 @pytest.mark.parametrize("first", [True, False])
