@@ -20,6 +20,7 @@ from omni.errors import UserError
 from omni.loop import Phase, Validation, train
 from omni.omni_model import Inputs, assemble
 from omni.optim import build_optimizer
+from omni.precompute import computed_digests
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
 from omni.tokenizer import Tokenizer
@@ -72,7 +73,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run,
             [Phase("omni", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
-            fingerprint=data | {"tokenizer": tokenizer.fingerprint} | config.origins,
+            fingerprint=data
+            | computed_digests(tasks, val_tasks)
+            | {"tokenizer": tokenizer.fingerprint}
+            | config.origins,
             validation=validation,
         )
 

@@ -8,15 +8,17 @@ collects its characters; every run after that starts at once.
 
 import contextlib
 import json
+import os
 from collections import Counter
 
 import numpy as np
 from torch import Tensor, nn
 
+from omni.caches import set_aside
 from omni.config import OcrConfig
 from omni.data import held_out_set, training_set
 from omni.errors import BadRow, UserError
-from omni.files import write_json
+from omni.files import read_sealed_json, write_sealed_json
 from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, measure_rows, prepare_manifest, split_rows
 from omni.ocr import Ocr, OcrRows, clean_text, ocr_loss, ocr_metrics, ocr_sums, text_length
@@ -90,7 +92,10 @@ def prepare_characters(run: Run, train: tuple[Manifest, np.ndarray], held_out: t
     """
     path, given = run.save_dir / "characters.json", run.config.characters
     with run.main_process_first():
-        if run.is_main and not path.exists():
+        if run.is_main and read_sealed_json(path) is None:
+            if os.path.lexists(path):
+                run.log(f"{path}: damaged, or of an earlier version: made again")
+                set_aside(path)
             counts = count_characters(run, *train)
             known = set(given or counts)
             for texts, found in (("training", counts), ("held-out", count_characters(run, *held_out))):
@@ -99,8 +104,8 @@ def prepare_characters(run: Run, train: tuple[Manifest, np.ndarray], held_out: t
                         f"{sum(unknown.values())} characters of the {texts} texts are none of the {len(known)} that "
                         f"the model can write, each counts as an error: {json.dumps(unknown, ensure_ascii=False)}"
                     )
-            write_json(path, {"characters": "".join(sorted(known))})
-        characters = json.loads(path.read_text())["characters"]
+            write_sealed_json(path, {"characters": "".join(sorted(known))})
+        characters = read_sealed_json(path)["characters"]
     if given and set(given) != set(characters):
         raise UserError(f'{path}: holds other characters than key "characters". Use a new save_dir')
     return characters

@@ -134,11 +134,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
+        made = {"codec": fingerprint(codec), "aligner": fingerprint(aligner)}
+        made |= {"codes": coded.sha256, "validation codes": val_coded.sha256}
         return train(
             run,
             [Phase("talker", talker, build_optimizer(talker, config), loss, peak_lr=config.lr)],
             training_set(run, speech),
-            fingerprint=data | {"codec": fingerprint(codec), "aligner": fingerprint(aligner)},
+            fingerprint=data | made,
             validation=validation,
             summary=figures | references,
         )

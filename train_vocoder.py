@@ -9,19 +9,18 @@ other stages; codec_ckpt fine-tunes it to the log-mels of stage D's codec: added
 max_steps, it goes on from there.
 """
 
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.audio import log_mel, mel_statistics
-from omni.codec import fingerprint
+from omni.audio import log_mel
+from omni.codec import fingerprint, mel_statistics_of
 from omni.config import VocoderConfig
 from omni.data import held_out_set, training_set
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, prepare_manifest, read_some, split_rows
+from omni.manifest import Manifest, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -140,11 +139,7 @@ def prepare_statistics(run: Run, manifest: Manifest, rows: np.ndarray) -> dict[s
     def read(row: dict) -> Tensor:
         return log_mel(read_clip(manifest, row, config), spec)
 
-    def make() -> dict[str, list[float]]:
-        return mel_statistics(read_some(manifest, rows, STATISTICS_CLIPS, read, run.check_stop))
-
-    belongs_to = {"data": manifest.sha256, "mel": asdict(spec), "clips": len(rows)}
-    return run.remember("mel_statistics.json", belongs_to, make)
+    return mel_statistics_of(run, manifest, rows, spec, read, STATISTICS_CLIPS)
 
 
 if __name__ == "__main__":

@@ -231,7 +231,8 @@ def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str)
         scores = aligner(symbols, text_lengths, log_mels, lengths)
         return likeliest_durations(scores, aligner.slots(lengths), text_lengths)
 
-    return precompute(run, f"{name}.durations", texts, {"aligner": fingerprint(aligner)}, make, note="aligning")
+    belongs_to = {"aligner": fingerprint(aligner)}
+    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
 
 
 def prepare_speech(

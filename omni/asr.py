@@ -45,7 +45,7 @@ def read_text(row: dict) -> str:
 
 def measure_seconds(run: Run, manifest: Manifest) -> np.ndarray:
     """(rows,) float64 duration of each recording by its header, 0 for one that cannot be read. Cached."""
-    return measure_rows(run, manifest, "seconds", row_seconds, np.float64)
+    return measure_rows(run, manifest, "seconds", row_seconds, np.float64, column="wav")
 
 
 def row_seconds(manifest: Manifest, row: int) -> float:

@@ -20,16 +20,17 @@ from torch import Tensor, nn
 
 from omni.asr import measure_seconds, static_lengths
 from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
+from omni.caches import require_finite
 from omni.checkpoint import load_stage, load_weights
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
 from omni.layers import RMSNorm
-from omni.manifest import Manifest, Rows, read_some
+from omni.manifest import Manifest, Rows, files_digest, read_some, spread
 from omni.ops import true_float32
 from omni.precompute import Ragged, precompute
 from omni.runtime import Run
 
 SILENCE = -11.5  # log-mel of digital silence, see omni.audio
-_STATISTICS_CLIPS = 256
+STATISTICS_CLIPS = 256
 _DEAD = 0.05  # a code used less than this share of the average is moved to where there are latents
 
 
@@ -418,13 +419,28 @@ def leave_out_long(
 
 def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:
     """``mean`` and ``std`` of each mel channel over some of the training clips, kept in ``save_dir``."""
-    belongs_to = {"data": clips.manifest.sha256, "mel": asdict(clips.mel), "clips": len(clips)}
+    read = partial(clips.read, rng=None)
+    return mel_statistics_of(run, clips.manifest, clips.row_numbers, clips.mel, read, STATISTICS_CLIPS)
+
+
+def mel_statistics_of(
+    run: Run, manifest: Manifest, rows: np.ndarray, spec: MelSpec, read: Callable[[dict], Tensor], count: int
+) -> dict[str, list[float]]:
+    """``mean`` and ``std`` of each mel channel over ``count`` of the ``rows``, kept in ``save_dir``.
+
+    Args:
+        read: gives the log-mels (T, M) of a row.
+    """
+
+    def read_finite(row: dict) -> Tensor:
+        return require_finite(read(row), row["wav"])
 
     def make() -> dict[str, list[float]]:
-        read = partial(clips.read, rng=None)
-        return mel_statistics(read_some(clips.manifest, clips.row_numbers, _STATISTICS_CLIPS, read, run.check_stop))
+        return mel_statistics(read_some(manifest, rows, count, read_finite, run.check_stop))
 
-    return run.remember("mel_statistics.json", belongs_to, make)
+    some = spread(rows, count)
+    belongs_to = {"data": manifest.sha256, "mel": asdict(spec), "clips": len(rows)}
+    return run.remember("mel_statistics.json", belongs_to | {"files": files_digest(manifest, some, "wav")}, make)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -447,4 +463,4 @@ def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> Ragg
         lengths = -(-batch["lengths"].numpy() // codec.arch.frames_per_code)
         return [one[:length].astype(np.uint16) for length, one in zip(lengths, codes, strict=True)]
 
-    return precompute(run, f"{name}.codes", clips, {"codec": fingerprint(codec)}, make, note="coding")
+    return precompute(run, f"{name}.codes", clips, "wav", {"codec": fingerprint(codec)}, make, note="coding")

@@ -2,8 +2,6 @@
 
 # I pictures of N patches, A recordings of F mel frames and U encoder frames, K an encoder's width
 
-import zlib
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -53,7 +51,8 @@ def features_of_pictures(
         with torch.no_grad(), run.autocast():
             return list(model.see(batch["images"].to(run.device)).half().cpu().numpy())
 
-    return _keep(run, "vision_encoder", PictureFiles(manifest, rows, inputs, root), make, note="looking at pictures")
+    files = PictureFiles(manifest, rows, inputs, root)
+    return _keep(run, "vision_encoder", files, make, "image", root, note="looking at pictures")
 
 
 def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray) -> Ragged:
@@ -66,16 +65,14 @@ def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Man
         return [one[:length] for one, length in zip(found, lengths.tolist(), strict=True)]
 
     rows = rows[np.argsort(measure_seconds(run, manifest)[rows], kind="stable")]  # the shortest first
-    return _keep(run, "audio_encoder", SoundFiles(manifest, rows, inputs), make, note="listening to recordings")
+    files = SoundFiles(manifest, rows, inputs)
+    return _keep(run, "audio_encoder", files, make, "wav", None, note="listening to recordings")
 
 
-def _keep(run: Run, part: str, files: PictureFiles | SoundFiles, make, note: str) -> Ragged:
-    depends_on = {
-        "encoder": run.config.origins[part],
-        "sizes": run.config.parts[part],
-        "of": zlib.crc32(files.row_numbers.tobytes()),
-    }
-    return precompute(run, f"{part}-{files.manifest.sha256[:12]}", files, depends_on, make, note=note)
+def _keep(run: Run, part: str, rows: Rows, make, column: str, root: str | None, note: str) -> Ragged:
+    depends_on = {"encoder": run.config.origins[part], "sizes": run.config.parts[part]}
+    name = f"{part}-{rows.manifest.sha256[:12]}"
+    return precompute(run, name, rows, column, depends_on, make, root=root, note=note)
 
 
 def kept(found: np.ndarray, path, read) -> Tensor:

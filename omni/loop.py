@@ -9,11 +9,13 @@ The host never waits for the device except where it prints, validates or saves: 
 device, and an update that must not happen is skipped there.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -112,6 +114,8 @@ class _Training:
         self.phases: list[Phase] = phases
         self.dataset: ResumableDataset = dataset
         self.fingerprint = fingerprint | {"samples": str(len(dataset.source))}
+        if dataset.lengths is not None:  # the order of the samples depends on them
+            self.fingerprint["lengths"] = hashlib.sha256(np.asarray(dataset.lengths).tobytes()).hexdigest()
         self.validation: Validation | None = validation
         self.summary = summary
         self.made_of_it: tuple[Stage, ...] = made_of_it

@@ -12,14 +12,16 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from omni.caches import ABSENT, arrays_problem, facts_of_row, open_arrays, write_arrays
 from omni.checkpoint import replace_file
 from omni.errors import BadRow, UserError
 from omni.files import file_stat, index_is_current, write_json
@@ -51,6 +53,7 @@ class Manifest:
         self.sha256: str = meta["sha256"]
         self.header: list[str] | None = meta["header"]  # None: JSON
         self.columns: list[str] = meta["columns"]
+        self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
         self._open()
 
     def _open(self) -> None:
@@ -59,7 +62,7 @@ class Manifest:
         self._file = os.open(self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("spans", "keys", "_file")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("spans", "keys", "_file", "facts")} | {"facts": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -352,23 +355,86 @@ def _json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, by
 
 
 def measure_rows(
-    run: Run, manifest: Manifest, name: str, function: Callable[[Manifest, int], float], dtype
+    run: Run,
+    manifest: Manifest,
+    name: str,
+    function: Callable[[Manifest, int], float],
+    dtype,
+    column: str | None = None,
 ) -> np.ndarray:
     """``function(manifest, row)`` for every row, computed once and kept beside the index under ``name``.
 
     Made for headers: how long a recording is. A row for which it raises ``BadRow`` gets 0.
 
+    Args:
+        column: the one whose files are measured; a file that has changed is measured again.
+
     Returns:
         (rows,) of ``dtype``, mapped from disk.
     """
-    path = manifest.folder / f"{name}.npy"
+    path, belongs_to = manifest.folder / name, {"data": manifest.sha256}
     with run.main_process_first():
-        if run.is_main and not path.exists():
-            with FolderLock.wait_for(manifest.folder, run.log, run.check_stop):
-                if not path.exists():  # another process may have measured before this one got the lock
-                    note = f"measure {manifest.path.name}"
-                    save_array(path, measure(manifest, function, dtype, desc=note, check_stop=run.check_stop))
-        return np.load(path, mmap_mode="r")
+        if run.is_main:
+            facts = {} if column is None else {"files": file_facts(run, manifest, column)}
+            if _measure_problem(path, belongs_to, facts):
+                try:
+                    with FolderLock.wait_for(manifest.folder, run.log, run.check_stop):
+                        _measure_again(run, manifest, path, belongs_to, facts, function, dtype)
+                except OSError as error:
+                    raise UserError(
+                        f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
+                    ) from error
+        return open_arrays(path)[0]["values"]
+
+
+def _measure_problem(path: Path, belongs_to: dict, facts: dict[str, np.ndarray]) -> str:
+    if problem := arrays_problem(path, belongs_to):
+        return problem
+    if facts and (changed := int((open_arrays(path)[0]["files"] != facts["files"]).sum())):
+        return f"{path}.npy: {changed:,} of {len(facts['files']):,} files changed"
+    return ""
+
+
+def _measure_again(run: Run, manifest: Manifest, path: Path, belongs_to: dict, facts: dict, function, dtype) -> None:
+    """Measure what has changed, or all if what was measured cannot be used. The caller holds the folder's lock."""
+    problem = _measure_problem(path, belongs_to, facts)
+    if not problem:  # another process has measured before this one got the lock
+        return
+    if problem != ABSENT:
+        run.log(f"{problem}: measured again")
+    changed, before = np.ones(len(manifest), bool), np.zeros(len(manifest), dtype)
+    if not arrays_problem(path, belongs_to):
+        kept, _ = open_arrays(path)
+        changed, before = kept["files"] != facts["files"], kept["values"]
+
+    def value(manifest: Manifest, row: int) -> float:
+        return function(manifest, row) if changed[row] else before[row]
+
+    values = measure(manifest, value, dtype, desc=f"measure {manifest.path.name}", check_stop=run.check_stop)
+    write_arrays(path, belongs_to, values=values, **facts)
+
+
+def file_facts(run: Run, manifest: Manifest, column: str, root: str | None = None) -> np.ndarray:
+    """(rows,) uint64 of size and times of the files that a column names, as they are when first asked for in a run."""
+    found = manifest.facts.get((column, root))
+    if found is None:
+        function = partial(facts_of_row, column=column, root=root)
+        desc = f"files of {manifest.path.name}"
+        found = measure(manifest, function, np.uint64, desc=desc, check_stop=run.check_stop)
+        manifest.facts[column, root] = found
+    return found
+
+
+def files_digest(manifest: Manifest, rows: Sequence[int], column: str) -> str:
+    """Of size and times of the files that some rows name."""
+
+    def facts(row: int) -> int:
+        try:
+            return facts_of_row(manifest, int(row), column, None)
+        except BadRow:
+            return 0
+
+    return hashlib.sha256(np.array([facts(row) for row in rows], np.uint64).tobytes()).hexdigest()
 
 
 def measure(manifest: Manifest, function, dtype, *, desc: str, check_stop=lambda: None) -> np.ndarray:
@@ -400,6 +466,11 @@ def split_rows(manifest: Manifest, val_split: float) -> tuple[np.ndarray, np.nda
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """Up to ``count`` of the ``rows``, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
 def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[dict], T], check_stop) -> list[T]:
     """``read(row)`` for up to ``count`` rows, evenly spread; those that cannot be used are named by whoever trains on
     them.
@@ -408,7 +479,7 @@ def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[
         UserError: not one of them can be used.
     """
     found, problem = [], ""
-    for row in rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]:
+    for row in spread(rows, count):
         check_stop()
         try:
             found.append(read(manifest[int(row)]))

@@ -33,9 +33,10 @@ from torch import nn
 from tqdm import tqdm
 
 from omni import allocator, checkpoint
+from omni.caches import cached_json
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
-from omni.files import file_sha256
+from omni.files import file_sha256, read_sealed_json
 from omni.media import visible
 
 
@@ -492,21 +493,17 @@ class Run:
             self.barrier()
 
     def remember(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
-        """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data.
+        """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data
+        or is damaged.
 
         Args:
             belongs_to: what the result depends on, as plain data.
             make: called in the first process; its result is plain data.
         """
-        path = self.save_dir / name
-        belongs_to = json.loads(json.dumps(belongs_to))  # tuples come back from a file as lists
         with self.main_process_first():
-            kept = json.loads(path.read_text()) if path.exists() else {}
-            if self.is_main and kept.get("belongs_to") != belongs_to:
-                kept = {"belongs_to": belongs_to, "result": make()}
-                text = json.dumps(kept).encode()
-                checkpoint.replace_file(path, lambda file: file.write(text))
-        return kept["result"]
+            if self.is_main:
+                return cached_json(self.save_dir / name, belongs_to, make, self.log)
+            return read_sealed_json(self.save_dir / name)["result"]
 
     # Numerics ----------------------------------------------------------------------------------------------------
 

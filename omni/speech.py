@@ -20,7 +20,7 @@ from omni.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.ctc import normalise_text
 from omni.errors import BadRow
-from omni.manifest import Manifest
+from omni.manifest import Manifest, files_digest
 from omni.runtime import Run
 from omni.talker import Talker, load_talker, talker_metrics, talker_sums
 from omni.vocoder import Generator, load_vocoder_for, refuse_other_mels
@@ -219,7 +219,8 @@ def prepare_references(
 
     models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "listener": listener.model}
     belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
-    return run.remember("references.json", belongs_to | {"data": manifest.sha256, "rows": len(rows)}, make)
+    belongs_to |= {"data": manifest.sha256, "rows": len(rows), "files": files_digest(manifest, rows, "wav")}
+    return run.remember("references.json", belongs_to, make)
 
 
 class TalkerScore:
