@@ -119,7 +119,8 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
     """In words, how many files have another content than the finished arrays were made of; "" for none."""
     facts, before = path.with_name(f"{path.name}.facts"), np.zeros(len(files.numbers), np.uint64)
     if problem := arrays_problem(facts, belongs_to):
-        files.run.log(f"{problem}: the content of {len(before):,} files is compared")
+        if problem != ABSENT:
+            files.run.log(f"{problem}: the content of {len(before):,} files is compared")
     else:
         before = open_arrays(facts)[0]["values"]
     suspects, changed = np.flatnonzero(before != files.facts), 0
