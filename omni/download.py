@@ -9,11 +9,14 @@ import fcntl
 import filecmp
 import hashlib
 import http.client
+import io
 import json
+import lzma
 import os
 import re
 import shutil
 import ssl
+import struct
 import sys
 import tarfile
 import time
@@ -29,8 +32,12 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from omni.errors import RunError, UserError
+from omni.files import SEAL, read_sealed_json, write_sealed_json
+from omni.media import quoted
 
 _BLOCK_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 20  # what an archive of next to nothing may hold
+_FEW = 100  # files of an archive of which only some are wanted
 _TIMEOUT_S = 60  # without a single byte
 _RETRIES = 6  # in a row, without a single byte
 _TRANSIENT = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
@@ -56,6 +63,7 @@ class Archive:
     root: str = ""  # folder of the unpacked archive
     count: int = 0  # about how many items; 0: they are not counted, and a limit does not apply to them
     growth: float = 1.0  # bytes on disk, unpacked, per byte of archive
+    at_most: int = 0  # bytes that a download never exceeds, where no size is published
     rename: Mapping[str, str] = field(default_factory=dict)
     # binary file, limit -> what to write in its place
     convert: Callable[[BinaryIO, int | None], Iterator[bytes]] | None = None
@@ -67,6 +75,14 @@ class Archive:
         share = min(1.0, limit / self.count) if limit and self.count else 1.0
         return int(archive_bytes * self.growth * share)
 
+    def most_bytes(self) -> int:
+        """Of a download whose size is not known beforehand."""
+        return self.at_most or 2 * (self.size or 0) or sys.maxsize
+
+    def most_unpacked(self, archive_bytes: int) -> int:
+        """What no such archive holds, however it is packed anew: a bomb."""
+        return int(2 * max(self.growth, 1.0) * archive_bytes) + _SMALL_BYTES
+
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
@@ -76,7 +92,8 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # a link that somebody put there is not followed
             yield file
             if sync:
                 file.flush()
@@ -85,6 +102,25 @@ def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def not_following(path: str, flags: int) -> int:
+    """For ``open``: a link that somebody put at ``path`` is an ``OSError``."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def read_record(path: Path) -> dict | list | None:
+    """Sealed JSON, or unsealed as earlier versions wrote it; None, and a line, if it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    if (value := read_sealed_json(path)) is not None:
+        return value
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(value, dict) and SEAL in value):
+            return value
+    log(f"{path}: damaged, so it counts for nothing")
+    return None
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -132,6 +168,7 @@ class Transfer:
     url: str
     path: Path
     size: int | None  # bytes expected, if known
+    most_bytes: int  # after which to stop, whatever the server says
     space_for: Callable[[int], int]  # bytes of the file -> bytes of disk that must be free for what is made from it
     retry_wait_s: float  # before the first of several retries; each waits twice as long as the one before
 
@@ -143,7 +180,10 @@ class Transfer:
         part = self.path.with_name(f"{self.path.name}.part")
         self.validator = self.path.with_name(f"{part.name}.validator")
         failures = 0
-        with open(part, "ab") as self.file, progress(self.size or 0, "B", self.path.name) as self.bar:
+        with (
+            open(part, "ab", opener=not_following) as self.file,
+            progress(self.size or 0, "B", self.path.name) as self.bar,
+        ):
             while True:
                 before = self.file.tell()
                 try:
@@ -173,7 +213,7 @@ class Transfer:
             return
         # some servers turn Python's own agent name away
         headers = {"User-Agent": "Mozilla/5.0 (compatible; micro-omni)", "Accept-Encoding": "identity"}
-        if offset and self.validator.exists() and (known := self.validator.read_text()):
+        if offset and (known := self._known_validator()):
             headers |= {"Range": f"bytes={offset}-", "If-Range": known}
         try:
             response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT_S)
@@ -187,8 +227,12 @@ class Transfer:
             if error.code in _TRANSIENT_STATUS:
                 raise
             raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
+        except ValueError as error:  # it was sent on to what is no address
+            raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
         with response:
-            length = response.headers.get("Content-Length")
+            length = response.headers.get("Content-Length", "")
+            if length and not re.fullmatch("[0-9]{1,18}", length):
+                raise RunError(f"{self.url}: expected a number as Content-Length, found {quoted(length)}")
             if response.status == 206:
                 if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
                     _start_over(self.file)
@@ -198,24 +242,39 @@ class Transfer:
                     log(f"{self.path.name}: changed since, or the server cannot go on in mid-file: starting over")
                 offset = 0
                 _start_over(self.file)
-                self.validator.write_text(_validator_of(response.headers))
+                self.validator.unlink(missing_ok=True)
+                self.validator.write_text(_validator_of(response.headers), encoding="utf-8", errors="replace")
             total = offset + int(length) if length else self.size
             if self.size not in (None, total):
                 raise RunError(
                     f"{self.url}: expected {self.size:,} bytes, the server has {total:,}. "
                     "If this is a newer file that you trust, give its digest with --checksums"
                 )
+            if (total or 0) > self.most_bytes:
+                raise RunError(f"{self.url}: expected at most {self.most_bytes:,} bytes, the server has {total:,}")
             if total is not None:
                 check_space(self.path.parent, total - offset + self.space_for(total))
                 going_on = f", going on at {gigabytes(offset)}" if offset else ""
                 log(f"{self.path.name}: {gigabytes(total)} from {self.url}{going_on}")
             self.bar.total, self.bar.n = total, offset
+            most = self.most_bytes if total is None else total
             while block := response.read1(_BLOCK_BYTES):
+                if self.file.tell() + len(block) > most:
+                    _start_over(self.file)
+                    raise RunError(f"{self.url}: expected {most:,} bytes at most, the server sends more")
                 self.file.write(block)
                 self.file.flush()  # what has arrived survives a kill
                 self.bar.update(len(block))
             if total is not None and self.file.tell() < total:
                 raise ConnectionError("connection cut")
+
+    def _known_validator(self) -> str:
+        """What an earlier run noted; "" if that cannot be sent back."""
+        try:
+            known = self.validator.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return ""
+        return known if known.isprintable() and len(known) < 1000 else ""
 
 
 def _start_over(file: BinaryIO) -> None:
@@ -267,29 +326,38 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
         Names of the items, in the order of the archive, and of the extras, both relative to ``folder``.
 
     Raises:
-        RunError: damaged, holds a link or a name that leaves the folder, or lacks what is wanted.
+        RunError: damaged, holds a link or a name that leaves the folder, lacks what is wanted, or holds far more.
     """
     stop_at = limit if archive.count else None
     items, extras, needed = [], set(), set()
+    is_packed = not source.is_dir()
+    left = _Allowance(archive.most_unpacked(source.stat().st_size) if is_packed else sys.maxsize)
+    most_items = 2 * archive.count or _FEW
     total = min(stop_at or archive.count, archive.count) or None
     try:
         with contextlib.closing(_members(source, archive.root)) as members, progress(total, "file", source.name) as bar:
             for member in members:
+                if ".tar" in source.suffixes:  # what is not wanted is decompressed, too
+                    left.take(member.size)
                 item, extra = re.fullmatch(archive.items, member.name), re.fullmatch(archive.extras, member.name)
                 if extra:
-                    _write(archive, member, folder / extra[1], None)
+                    _write(archive, member, folder / extra[1], None, left)
                     extras.add(extra[1])
                 elif item and (stop_at is None or len(items) < stop_at):
                     name = archive.rename.get(item[1], item[1])
-                    _write(archive, member, folder / name, limit)
+                    _write(archive, member, folder / name, limit, left)
                     items.append(name)
+                    if is_packed and len(items) > most_items:
+                        raise _Damaged(f"more than {most_items:,} files named like {archive.items}")
                     bar.update()
                     if archive.extra_of:
                         needed.add(archive.extra_of(name))
                 if len(items) == stop_at and needed <= extras:
                     break
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise RunError(f"{source}: damaged, or not the file that is expected: {error}") from error
+    except _DAMAGES as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of a decompressor
+            raise
+        raise RunError(f"{source}: damaged, or not the file that is expected: {quoted(error)}") from error
     if not items:
         raise RunError(f"{source}: expected files named like {archive.items}, found none")
     if missing := sorted(needed - extras):
@@ -297,14 +365,54 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
     return items, sorted(extras)
 
 
-def _write(archive: Archive, member: Member, target: Path, limit: int | None) -> None:
+class _Damaged(Exception):
+    """The archive cannot be what is published."""
+
+
+# whatever the readers of tar, zip and compressed streams raise for bytes that are not theirs
+_DAMAGES = (
+    _Damaged, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    EOFError, RuntimeError, ValueError, LookupError, OverflowError, OSError,
+)  # fmt: skip
+
+
+@dataclass
+class _Allowance:
+    """How many bytes an archive may still unpack to."""
+
+    n_bytes: int
+
+    def take(self, n_bytes: int) -> None:
+        self.n_bytes -= n_bytes
+        if self.n_bytes < 0:
+            raise _Damaged("it unpacks to far more than what is published")
+
+
+class _Counted(io.RawIOBase):
+    """``content``, whose bytes are taken from an allowance as they are read."""
+
+    def __init__(self, content: BinaryIO, left: _Allowance) -> None:
+        self.content, self.left = content, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self.content.read(len(buffer))
+        self.left.take(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _write(archive: Archive, member: Member, target: Path, limit: int | None, left: _Allowance) -> None:
     if archive.convert is None and target.is_file() and target.stat().st_size == member.size:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     if archive.convert is None and member.path is not None and _link(member.path, target):
         return
     # not synced one by one: whoever records that all of them are there syncs once before
-    with replacing(target, sync=False) as file, member.open() as content:
+    with replacing(target, sync=False) as file, member.open() as packed:
+        content = io.BufferedReader(_Counted(packed, left), _BLOCK_BYTES)
         if archive.convert is None:
             shutil.copyfileobj(content, file, _BLOCK_BYTES)
         else:
@@ -377,7 +485,7 @@ class Store:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.folder / ".lock", "a")
+            self.lock_file = open(self.folder / ".lock", "a", opener=not_following)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot write there: {error.strerror}. Choose another --out") from error
         try:
@@ -409,17 +517,16 @@ class Store:
             items, extras = unpack(archive, source, folder, limit)
             os.sync()  # the record must not survive a power cut that the files do not
             sizes = {name: (folder / name).stat().st_size for name in [*items, *extras]}
-            with replacing(record) as file:
-                file.write(json.dumps({"limit": limit, "items": items, "sizes": sizes}).encode())
+            write_sealed_json(record, {"limit": limit, "items": items, "sizes": sizes})
         if not self.keep_archives and not self.from_dir:
             (self.folder / archive.name).unlink(missing_ok=True)
         return items
 
     def _settled(self, record: Path, archive: Archive, folder: Path, limit: int | None) -> list[str] | None:
         """Items that were unpacked completely and still lie there; None if they must be unpacked (again)."""
-        if not record.exists():
+        made = read_record(record)
+        if not _is_record(made):
             return None
-        made = json.loads(record.read_text())
         if archive.convert:
             enough = made["limit"] == limit
         else:
@@ -449,7 +556,7 @@ class Store:
         if not path.exists():
             url = f"{self.mirror.rstrip('/')}/{archive.name}" if self.mirror else archive.url
             size = None if archive.name in self.checksums else archive.size
-            Transfer(url, path, size, space_for, self.retry_wait_s).run()
+            Transfer(url, path, size, archive.most_bytes(), space_for, self.retry_wait_s).run()
         if problem := self._mismatch(archive, path):
             aside = path.with_name(f"{path.name}.damaged")
             path.rename(aside)
@@ -465,7 +572,9 @@ class Store:
         record = self.folder / f"{archive.name}.sha256"
         expected = self.checksums.get(archive.name) or archive.checksum
         if not expected and record.exists():
-            expected = record.read_text().split()[0]
+            expected = record.read_text(encoding="utf-8", errors="replace").partition(" ")[0]
+            if digest_algorithm(expected) is None:
+                raise RunError(f"{record}: damaged. Delete it to take {archive.name} as it is now")
         algorithm = digest_algorithm(expected) or "sha256"
         found = file_digest(path, algorithm)
         if not expected:
@@ -474,6 +583,15 @@ class Store:
                 file.write(f"{found}  {archive.name}\n".encode())
             return None
         return None if found == expected else f"expected {algorithm} {expected}, found {found}"
+
+
+def _is_record(value: dict | list | None) -> bool:
+    """Whether it tells what was unpacked; an unsealed one of an earlier version can be anything."""
+    if not isinstance(value, dict) or value.keys() != {"limit", "items", "sizes"}:
+        return False
+    limit, items, sizes = value["limit"], value["items"], value["sizes"]
+    known = isinstance(items, list) and isinstance(sizes, dict) and (limit is None or isinstance(limit, int))
+    return known and all(isinstance(name, str) and name in sizes for name in items)
 
 
 def read_checksums(path: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ checksum, unpacked, and deleted.
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import itertools
@@ -22,13 +23,28 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.download import Archive, Store, gigabytes, log, read_checksums, replacing
+from omni.download import Archive, Store, gigabytes, log, read_checksums, read_record, replacing
 from omni.errors import Interrupted, RunError, UserError
+from omni.files import write_sealed_json
+from omni.media import quoted
 
 Items = dict[str, list[str]]  # name of an archive -> names of its unpacked items, relative to the dataset's folder
 Rows = Iterable[dict[str, str]]
 
 # --- what is written: rows from the files as they are published -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def as_published(path: Path) -> Iterator[Path]:
+    """
+    Raises:
+        RunError: the block finds something else in the file than what is published: no UTF-8, other fields.
+    """
+    try:
+        yield path
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+        reason = quoted(f"{type(error).__name__}: {error}")
+        raise RunError(f"{path}: damaged, or not as it is published: {reason}. Delete it to get it again") from error
 
 
 def librispeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
@@ -38,8 +54,9 @@ def librispeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
         output = "production_asr.csv" if archive.startswith("train") else "production_asr.val.csv"
         texts: dict[str, str] = {}  # utterance -> transcript
         for transcript in {librispeech_transcript(name) for name in names}:
-            lines = (folder / transcript).read_text(encoding="utf-8").splitlines()
-            texts.update(line.split(" ", 1) for line in lines)
+            with as_published(folder / transcript) as path:
+                lines = path.read_text(encoding="utf-8").splitlines()
+                texts.update(line.split(" ", 1) for line in lines)
         rows.setdefault(output, []).extend({"wav": name, "text": text_of(name, texts)} for name in names)
     return {output: sorted(of_output, key=lambda row: row["wav"]) for output, of_output in rows.items()}
 
@@ -62,7 +79,8 @@ def librispeech_transcript(name: str) -> str:
 
 def ljspeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
     """The normalised column, in which numbers are spelled out as they are spoken."""
-    with open(folder / "LJSpeech-1.1/metadata.csv", newline="", encoding="utf-8") as file:
+    metadata = folder / "LJSpeech-1.1/metadata.csv"
+    with as_published(metadata), open(metadata, newline="", encoding="utf-8") as file:
         texts = {line[0]: line[2] for line in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE)}
     (names,) = items.values()
     return {"production_tts.csv": ({"text": text_of(name, texts), "wav": name} for name in sorted(names))}
@@ -72,9 +90,12 @@ def coco_rows(folder: Path, items: Items) -> dict[str, Rows]:
     rows: dict[str, Rows] = {}
     for split, output in (("train2017", "production_annotations.json"), ("val2017", "production_annotations.val.json")):
         if f"{split}.zip" in items:
-            published = json.loads((folder / f"annotations/captions_{split}.json").read_text(encoding="utf-8"))
-            files = {image["id"]: f"{split}/{image['file_name']}" for image in published["images"]}
-            captions = sorted((files[a["image_id"]], a["id"], a["caption"]) for a in published["annotations"])
+            with as_published(folder / f"annotations/captions_{split}.json") as path:
+                published = json.loads(path.read_text(encoding="utf-8"))
+                files = {image["id"]: f"{split}/{image['file_name']}" for image in published["images"]}
+                captions = sorted(
+                    (files[a["image_id"]], a["id"], in_words(a["caption"])) for a in published["annotations"]
+                )
             rows[output] = caption_rows(((name, caption) for name, _, caption in captions), items[f"{split}.zip"])
     return rows
 
@@ -82,11 +103,13 @@ def coco_rows(folder: Path, items: Items) -> dict[str, Rows]:
 def flickr8k_rows(folder: Path, items: Items) -> dict[str, Rows]:
     """The published training and development images; the test images are in neither file."""
     text = folder / "Flickr8k_text"
-    lines = (text / "Flickr8k.token.txt").read_text(encoding="utf-8").splitlines()
-    captions = sorted(line.split("\t", 1) for line in lines)  # "1000268201_693b08cb0e.jpg#0", a caption
+    with as_published(text / "Flickr8k.token.txt") as path:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        captions = sorted((key, in_words(caption)) for key, caption in (line.split("\t", 1) for line in lines))
     rows: dict[str, Rows] = {}
     for split, output in (("train", "production_annotations.json"), ("dev", "production_annotations.val.json")):
-        images = set((text / f"Flickr_8k.{split}Images.txt").read_text(encoding="utf-8").split())
+        with as_published(text / f"Flickr_8k.{split}Images.txt") as path:
+            images = set(path.read_text(encoding="utf-8").split())
         names = [name for name in items["Flickr8k_Dataset.zip"] if Path(name).name in images]
         pairs = ((f"Flicker8k_Dataset/{key.partition('#')[0]}", caption) for key, caption in captions)
         rows[output] = caption_rows(pairs, names)
@@ -96,7 +119,14 @@ def flickr8k_rows(folder: Path, items: Items) -> dict[str, Rows]:
 def caption_rows(captions: Iterable[tuple[str, str]], images: list[str]) -> Rows:
     """One row per caption, so an image with five captions stands in five rows."""
     present = set(images)
-    return ({"image": name, "caption": " ".join(text.split())} for name, text in captions if name in present)
+    return ({"image": name, "caption": text} for name, text in captions if name in present)
+
+
+def in_words(text: str) -> str:
+    """With one blank between words, and nothing else."""
+    text = " ".join(text.split())
+    text.encode()  # half of a surrogate pair is valid JSON, and no text
+    return text
 
 
 def mjsynth_rows(folder: Path, items: Items) -> dict[str, Rows]:
@@ -174,7 +204,7 @@ def _tinystories(split: str, size: int, checksum: str, output: str) -> Archive:
 
 def _flickr8k(name: str, **fields) -> Archive:
     url = f"https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/{name}"
-    return Archive(name=name, url=url, size=None, checksum="", **fields)
+    return Archive(name=name, url=url, size=None, checksum="", at_most=4 << 30, **fields)
 
 
 DATASETS = {
@@ -268,7 +298,7 @@ DATASETS = {
         (
             Archive(
                 name="mjsynth.tar.gz", url="https://thor.robots.ox.ac.uk/~vgg/data/text/mjsynth.tar.gz",
-                size=None, checksum="7bf2b60ad935eaf64e5b606f782d68e5", count=8_919_273, growth=3.7,
+                size=None, checksum="7bf2b60ad935eaf64e5b606f782d68e5", at_most=20 << 30, count=8_919_273, growth=3.7,
                 root="90kDICT32px",
                 items=r"(?:mnt/ramdisk/max/)?(90kDICT32px/\d+/\d+/\d+_[^_/]+_\d+\.jpg)",
                 outputs=("production_ocr.csv",),
@@ -312,19 +342,22 @@ def chosen_archives(dataset: Dataset, args: argparse.Namespace) -> list[Archive]
 
 def claim(store: Store, outputs: list[Path]) -> None:
     """Remember which files this script made: others it will not overwrite."""
-    made = read_claims(store) | {str(path.resolve()) for path in outputs}
-    with replacing(store.folder / "made.json") as file:
-        file.write(json.dumps(sorted(made), indent=2).encode())
+    known = read_claims(store)
+    made = known | {str(path.resolve()) for path in outputs}
+    if made != known:
+        write_sealed_json(store.folder / "made.json", {"files": sorted(made)})
 
 
 def read_claims(store: Store) -> set[str]:
-    path = store.folder / "made.json"
-    return set(json.loads(path.read_text())) if path.exists() else set()
+    """Without a record that can be believed, none: what is there is taken for somebody else's."""
+    found = read_record(store.folder / "made.json")
+    found = found.get("files") if isinstance(found, dict) else found
+    return {path for path in found if isinstance(path, str)} if isinstance(found, list) else set()
 
 
 def write_csv(file: BinaryIO, rows: Rows) -> int:
     rows = iter(rows)
-    first = next(rows)
+    first = next(rows)  # there is one: an archive without items is refused
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.DictWriter(text, first, lineterminator="\n")
     writer.writeheader()
@@ -473,7 +506,9 @@ def main() -> None:
             prepare(store, name, args)
         except OSError as error:
             where = error.filename or args.out
-            raise RunError(f"{where}: {error.strerror}. What is complete stays; the same line goes on") from error
+            raise RunError(
+                f"{where}: {error.strerror or error}. What is complete stays; the same line goes on"
+            ) from error
 
 
 if __name__ == "__main__":
