@@ -5,6 +5,7 @@ one that is missing. Only the standard library and tqdm: a script that downloads
 """
 
 import contextlib
+import errno
 import fcntl
 import filecmp
 import hashlib
@@ -355,7 +356,8 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
                 if len(items) == stop_at and needed <= extras:
                     break
     except _DAMAGES as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of a decompressor
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            # of the disk; not of a decompressor, nor of a header that says where to go on
             raise
         raise RunError(f"{source}: damaged, or not the file that is expected: {quoted(error)}") from error
     if not items:

@@ -1,6 +1,7 @@
 """scripts/prepare_data.py against a server on this machine, with archives of the published layouts in miniature."""
 
 import csv
+import dataclasses
 import hashlib
 import http.server
 import importlib.util
@@ -8,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -22,6 +24,7 @@ import pytest
 import soundfile
 from harness import ROOT, Process, Zygote, kill_at
 
+from omni.download import Archive, Transfer, unpack
 from omni.errors import RunError
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
@@ -135,7 +138,8 @@ class Server:
     """Serves ``files`` with ranges and ETags; ``faults`` says what goes wrong, one entry a request.
 
     A fault is ``"cut"`` (half of the rest, then the connection closes), ``"stall"`` (half of the rest, then nothing
-    until ``release``), an HTTP status, or None.
+    until ``release``), ``"endless"`` (no length, zeros until the other side closes), ``"length ..."`` (that
+    Content-Length), ``"moved ..."`` (to that address), an HTTP status, or None.
     """
 
     def __init__(self) -> None:
@@ -166,6 +170,10 @@ class Server:
         if name not in self.files or isinstance(fault, int):
             return request.send_error(fault or 404)
         content = self.files[name]
+        if str(fault).startswith("moved "):
+            request.send_response(302)
+            request.send_header("Location", fault.removeprefix("moved "))
+            return request.end_headers()
         etag = self.etags.get(name) or f'"{hashlib.md5(content).hexdigest()}"'
         start = 0
         if wanted and self.ranges and request.headers.get("If-Range") == etag:
@@ -178,14 +186,27 @@ class Server:
         if start:
             request.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         request.send_header("ETag", etag)
-        request.send_header("Content-Length", str(len(content) - start))
+        if str(fault).startswith("length "):
+            request.send_header("Content-Length", fault.removeprefix("length "))
+        elif fault != "endless":
+            request.send_header("Content-Length", str(len(content) - start))
         request.end_headers()
+        if fault == "endless":
+            return self._zeros(request)
         rest = content[start:] if fault is None else content[start : (start + len(content)) // 2]
         request.wfile.write(rest)
         request.wfile.flush()
         self.sent += len(rest)
         if fault == "stall":
             self.release.wait(20)
+
+    def _zeros(self, request) -> None:
+        try:
+            while self.sent < 1 << 28:
+                request.wfile.write(bytes(1 << 16))
+                self.sent += 1 << 16
+        except OSError:
+            self.release.set()
 
 
 @pytest.fixture
@@ -566,11 +587,223 @@ def test_hostile_and_broken_archives(preparation, case):
     assert not list(preparation.out.rglob("production_*"))
 
 
-def test_too_little_disk_is_known_before_the_download(preparation, monkeypatch):
+def zip_with(change) -> bytes:
+    """An archive with the wanted picture, whose members' headers are changed."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in IMAGES.items():
+            archive.writestr(name, content)
+    data = bytearray(buffer.getvalue())
+    for signature, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        change(data, data.index(signature) + at)  # where flags and method stand
+    return bytes(data)
+
+
+def encrypted(data: bytearray, at: int) -> None:
+    data[at] |= 1
+
+
+def of_unknown_method(data: bytearray, at: int) -> None:
+    data[at + 2] = 77
+
+
+PICTURES = Archive("val2017.zip", "", None, "", r"(val2017/\d+\.jpg)", count=5)
+TALKS = Archive(
+    "dev.tar.gz", "", None, "", r"(LibriSpeech/\S+\.flac)", extras=r"(LibriSpeech/\S+\.txt)", count=9, growth=1.05
+)
+
+
+def unpacked_or_refused(archive: Archive, data: bytes, folder: Path) -> str | None:
+    """One line, or None; either way nothing lies outside of the folder."""
+    source, target = folder / archive.name, folder / "into"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    source.write_bytes(data)
+    try:
+        unpack(archive, source, target, None)
+        line = None
+    except RunError as error:
+        line = str(error)
+        assert archive.name in line and "\n" not in line
+    assert set(os.listdir(folder)) == {archive.name, "into"}
+    return line
+
+
+@pytest.mark.parametrize("change", [encrypted, of_unknown_method])
+def test_a_zip_that_cannot_be_read(tmp_path, change):
+    assert "damaged, or not the file" in unpacked_or_refused(PICTURES, zip_with(change), tmp_path)
+
+
+def test_a_bomb_is_stopped(tmp_path):
+    """However it is packed, in one member or in many, wanted or not: nothing grows beyond what the catalogue says."""
+    zeros = bytes(60 << 20)
+    one = io.BytesIO()
+    with zipfile.ZipFile(one, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("val2017/1.jpg", zeros)
+    many = io.BytesIO()
+    with zipfile.ZipFile(many, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(12):
+            archive.writestr(f"val2017/{number}.jpg", zeros[: 5 << 20])
+    for data in (one.getvalue(), many.getvalue()):
+        assert len(data) < 100_000
+        assert "far more" in unpacked_or_refused(PICTURES, data, tmp_path)
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*")) < 20 << 20
+    for name in ("LibriSpeech/a.flac", "LibriSpeech/unwanted"):
+        (tmp_path / PICTURES.name).unlink(missing_ok=True)
+        bomb = tar_bytes(SPEECH | {name: zeros})
+        assert "far more" in unpacked_or_refused(TALKS, bomb, tmp_path)
+    (tmp_path / TALKS.name).unlink()
+    assert "more than 10 files" in unpacked_or_refused(
+        PICTURES, zip_bytes({f"val2017/{number}.jpg": b"" for number in range(50)}), tmp_path
+    )
+
+
+@pytest.mark.parametrize("kind", ["zip", "deflated zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+def test_damaged_archives_are_refused_in_one_line(tmp_path, kind):
+    rng = random.Random(kind)
+    if "zip" in kind:
+        archive, good = PICTURES, zip_with(lambda *_: None) if kind != "zip" else zip_bytes(IMAGES)
+    else:
+        mode = f"w:{kind.partition('.')[2]}"
+        small = {name: content[:700] for name, content in SPEECH.items()}
+        archive, good = dataclasses.replace(TALKS, name=f"dev.{kind}"), tar_bytes(small, mode)
+    assert unpacked_or_refused(archive, good, tmp_path) is None
+    refused = 0
+    for _ in range(80):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        if rng.random() < 0.3:
+            del data[rng.randrange(len(data)) :]
+        refused += unpacked_or_refused(archive, bytes(data), tmp_path) is not None
+    assert refused
+
+
+def load_script():
     spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
     prepare_data = importlib.util.module_from_spec(spec)
     sys.modules["prepare_data"] = prepare_data
     spec.loader.exec_module(prepare_data)
+    return prepare_data
+
+
+TEXTS = {
+    "librispeech": ("dev-clean.tar.gz", "LibriSpeech/dev-clean/84/121/84-121.trans.txt"),
+    "ljspeech": ("LJSpeech-1.1.tar.bz2", "LJSpeech-1.1/metadata.csv"),
+    "coco": ("val2017.zip", "annotations/captions_val2017.json"),
+    "flickr8k": ("Flickr8k_Dataset.zip", "Flickr8k_text/Flickr8k.token.txt"),
+}
+
+
+@pytest.mark.parametrize("dataset", TEXTS)
+def test_texts_that_are_not_as_published(tmp_path, dataset):
+    """Whatever a damaged text holds: rows, or one line that names it."""
+    script, rng = load_script(), random.Random(dataset)
+    archive, text = TEXTS[dataset]
+    contents = CONTENT[archive] | CONTENT["annotations_trainval2017.zip"]
+    contents |= {f"Flickr8k_text/{name}": content for name, content in CONTENT["Flickr8k_text.zip"].items()}
+    names = [name for name in CONTENT[archive] if Path(name).suffix in (".flac", ".wav", ".jpg")]
+    for name, content in contents.items():
+        if Path(name).suffix in (".txt", ".csv", ".json"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(content)
+
+    def prepare() -> str | None:
+        try:
+            for output, rows in script.DATASETS[dataset].rows(tmp_path, {archive: names}).items():
+                (script.write_csv if output.endswith(".csv") else script.write_json)(io.BytesIO(), rows)
+        except RunError as error:
+            assert "\n" not in str(error)
+            return str(error)
+
+    good = (tmp_path / text).read_bytes()
+    assert prepare() is None
+    refused = 0
+    cuts = [good[:end] for end in range(0, len(good), 7)]
+    for damaged in [*cuts, b"\xff" + good, b"{}", b"[[]]", b'{"images": 3}', b"a"]:
+        b"\xff" + good,
+        b"{}",
+        b"[[]]",
+        b'{"images": 3}',
+        b"a",
+    ]:
+        (tmp_path / text).write_bytes(damaged)
+        refused += prepare() is not None
+    for _ in range(100):
+        damaged = bytearray(good)
+        for _ in range(3):
+            damaged[rng.randrange(len(good))] = rng.randrange(256)
+        (tmp_path / text).write_bytes(damaged)
+        refused += prepare() is not None
+    assert refused > 20
+    (tmp_path / text).write_bytes(b"\xff" + good)
+    assert dataset == "ljspeech" or text in prepare()
+
+
+def transfer(server: Server, path: Path, size: int | None, most_bytes: int) -> str:
+    with pytest.raises(RunError) as failure:
+        Transfer(f"{server.url}/{path.name}", path, size, most_bytes, lambda size: 0, 0.01).run()
+    assert "\n" not in str(failure.value) and not path.exists()
+    return str(failure.value)
+
+
+@pytest.mark.parametrize("size", [100_000, None])
+def test_a_download_stops_at_the_published_size(server, tmp_path, size, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server.faults = ["endless"]
+    path = tmp_path / "val2017.zip"
+    assert "expected 100,000 bytes at most" in transfer(server, path, size, 100_000)
+    assert server.release.wait(20), "the server goes on sending"
+    assert server.sent < 1 << 26 and path.with_name("val2017.zip.part").stat().st_size == 0
+
+
+def test_answers_that_make_no_sense(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = tmp_path / "val2017.zip"
+    for length in ("many", "-5", "9" * 30, "1e3", "0x10"):
+        server.faults = [f"length {length}"]
+        assert "Content-Length" in transfer(server, path, None, 1000)
+    server.faults = [f"length {10**15}"]
+    assert "at most 1,000 bytes" in transfer(server, path, None, 1000)
+    for address in ("http://[", "nowhere:x", "http://" + "a." * 300, "file:///etc/passwd"):
+        server.faults = [f"moved {address}"] * 20
+        transfer(server, path, None, 1000)
+
+
+RECORDS = ["made.json", "dev-clean.tar.gz.files"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_damaged_records_are_no_tracebacks(preparation, name):
+    line = ("librispeech", "--subset", "dev-clean")
+    preparation.finish(*line)
+    record = preparation.out / "downloads" / name
+    good = record.read_bytes()
+    for damaged in (b"{}", b"[" * 100_000 + b"\xff", good[: len(good) // 2]):
+        record.write_bytes(damaged)
+        if name == "made.json":
+            assert "was not made by this script" in preparation.fail(2, *line)
+        preparation.finish(*line, "--force")
+        assert preparation.files().keys() == {name for name in expected_librispeech() if "dev-clean" in name} | {
+            "audio/production_asr.val.csv"
+        }
+    preparation.finish(*line)
+
+
+def test_records_of_an_earlier_version_are_read(preparation):
+    line = ("librispeech", "--subset", "dev-clean")
+    preparation.finish(*line)
+    for name in RECORDS:
+        record = preparation.out / "downloads" / name
+        value = {key: value for key, value in json.loads(record.read_bytes()).items() if key != "seal"}
+        record.write_text(json.dumps(value.get("files", value)))
+    requests = len(preparation.server.requests)
+    preparation.finish(*line)
+    assert len(preparation.server.requests) == requests
+
+
+def test_too_little_disk_is_known_before_the_download(preparation, monkeypatch):
+    prepare_data = load_script()
     argv = ["--out", str(preparation.out), "--mirror", preparation.server.url, "librispeech", "--subset", "dev-clean"]
     argv += ["--checksums", str(preparation.checksums)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
