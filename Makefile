@@ -1,6 +1,7 @@
 # make demo   everything from nothing: environment, data, training, a table of results
 # make test   the test suite
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
+# make fuzz   20,000 damaged files of every kind that is read; the counts go to docs/reliability.md
 # make mutations  switch off what keeps each promise and see a test fail; the list goes to docs/mutations.md
 # make smoke  every stage on a few steps, and one question: about three minutes
 # make lint   check the style; make format mends it
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture mutations lint format bench web clean
+.PHONY: demo smoke test torture fuzz mutations lint format bench web clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -42,6 +43,9 @@ test: .venv/.installed-dev
 
 torture: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 4 -m torture --timeout 900 --reliability=docs/reliability.md
+
+fuzz: .venv/.installed-dev
+	$(BIN)/python tests/fuzz.py --page docs/reliability.md
 
 mutations: .venv/.installed-dev
 	$(BIN)/python tests/mutations.py --page docs/mutations.md

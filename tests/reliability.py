@@ -1,7 +1,8 @@
-"""The counts of a run of the tests as a page: `make torture` writes docs/reliability.md with them."""
+"""The counts of a run of the tests as a part of a page: `make torture` writes docs/reliability.md with them."""
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections import defaultdict
@@ -22,6 +23,7 @@ PROMISES = {
     "awkward folders, finished runs, losses not finite": ("test_environment.py",),
     "several processes": ("test_distributed.py",),
 }
+PARTS = ("tests", "fuzz")  # of the page: by `make torture`, by `make fuzz`
 OUTCOMES = ("passed", "failed", "skipped")
 
 
@@ -84,4 +86,13 @@ def write(path: Path, stats: dict) -> None:
         if hasattr(report, "duration")
     ]
     made = f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {machine()}"
-    path.write_text(page(reports, made), encoding="utf-8")
+    write_part(path, "tests", page(reports, made))
+
+
+def write_part(path: Path, name: str, text: str) -> None:
+    """Put ``text`` in the place of the part ``name`` of a page, and leave the other parts as they are."""
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = dict(re.findall(r"<!-- part (\w+) -->\n(.*?)<!-- end -->\n", old, re.DOTALL)) or {"tests": old}
+    parts |= {name: text.rstrip("\n") + "\n"}
+    written = [f"<!-- part {known} -->\n{parts[known]}<!-- end -->\n" for known in PARTS if parts.get(known)]
+    path.write_text("\n".join(written), encoding="utf-8")
