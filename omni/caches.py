@@ -33,17 +33,11 @@ _IN_MANIFEST = 1  # of a data URI: it changes with the manifest only
 
 
 def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
-    """64 bits of size and times of the file that a row names; 0 if there is none.
-
-    Raises:
-        BadRow: the row cannot be used.
-    """
-    file = manifest.file(manifest[row][column], root)
-    if isinstance(file, Inline):
-        return _IN_MANIFEST
+    """64 bits of size and times of the file that a row names; 0 if there is none."""
     try:
-        return _facts(os.stat(file))
-    except OSError:
+        file = manifest.file(manifest[row][column], root)
+        return _IN_MANIFEST if isinstance(file, Inline) else _facts(os.stat(file))
+    except (BadRow, OSError):
         return 0
 
 

@@ -374,7 +374,7 @@ class _Damaged(Exception):
 # whatever the readers of tar, zip and compressed streams raise for bytes that are not theirs
 _DAMAGES = (
     _Damaged, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
-    EOFError, RuntimeError, ValueError, LookupError, OverflowError, OSError,
+    EOFError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, OSError,
 )  # fmt: skip
 
 

@@ -125,7 +125,7 @@ CONFIGS = {
 def make_configs(folder: Path) -> None:
     for name in CONFIGS:
         config = json.loads((ROOT / "configs" / f"{name}_tiny.json").read_text(encoding="utf-8"))
-        config = {key: value for key, value in config.items() if not key.endswith("_ckpt")}
+        config = {key: value for key, value in config.items() if not key.endswith("_ckpt") and "thinker" not in key}
         for key, value in config.items():  # its files are not there
             if isinstance(value, str) and "/" in value:
                 config[key] = "configs" if key.endswith(("_dir", "_root")) else "README.md"

@@ -74,20 +74,25 @@ def test_a_case_is_the_same_again(tmp_path):
     assert contents[0] == contents[1] and len(set(contents[0])) > 20
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("good")
+
+
 @pytest.mark.parametrize("kind", fuzz.KINDS)
-def test_good_files_are_good(kind, tmp_path, monkeypatch):
+def test_good_files_are_good(kind, folder, monkeypatch):
     monkeypatch.chdir(fuzz.ROOT)
-    files = fuzz.files_of(fuzz.KINDS[kind], fuzz.prepare(kind, tmp_path))
+    files = fuzz.files_of(fuzz.KINDS[kind], fuzz.prepare(kind, folder))
     assert files
     for path in files:
         assert fuzz.outcome_of(fuzz.KINDS[kind].read, path) == ("good", ""), path
 
 
-def test_a_few_hundred_damages_of_each_kind(tmp_path):
-    results = fuzz.run(list(fuzz.KINDS), 400, 1, tmp_path)
-    assert [row for rows in results.values() for row in rows if row["outcome"] == "finding"] == []
-    text = fuzz.table(results, "today")
-    assert text.count("\n") == 5 + len(fuzz.KINDS)
+@pytest.mark.parametrize("kind", fuzz.KINDS)
+def test_damages_of_each_kind(kind, folder):
+    results = fuzz.run([kind], 40, 1, folder, workers=1)
+    assert [row for row in results[kind] if row["outcome"] == "finding"] == []
+    assert f"| {kind} | 40 |" in fuzz.table(results, "today")
 
 
 def test_the_page_keeps_the_parts_of_others(tmp_path):
