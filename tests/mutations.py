@@ -349,8 +349,135 @@ MUTATIONS = [
     # the page
     # files, exports and tokenizers
     # caches
+    Mutation(
+        "caches", "files are not looked at again", "omni/precompute.py",
+        "problem = arrays_problem(path, belongs_to) or _changed(path, belongs_to, files)",
+        "problem = arrays_problem(path, belongs_to)",
+        "tests/test_caches.py::test_files_replaced_under_their_old_names_are_noticed",
+    ),
+    Mutation(
+        "caches", "a file of equal size with its time put back is the same", "omni/caches.py",
+        "stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)", "stat.st_size, stat.st_mtime_ns, 0)",
+        "tests/test_caches.py::test_files_replaced_under_their_old_names_are_noticed",
+    ),
+    Mutation(
+        "caches", "the same content at another time is another file", "omni/precompute.py",
+        "changed += int((np.array(files.contents(some), np.uint64) != contents[some]).sum())", "changed += len(some)",
+        "tests/test_caches.py::test_the_same_content_at_another_time_is_the_same",
+    ),
+    Mutation(
+        "caches", "a file that changed while it was read counts as read", "omni/caches.py",
+        'int.from_bytes(digest.digest(), "little") if found == facts else 0',
+        'int.from_bytes(digest.digest(), "little")',
+        "tests/test_caches.py::test_a_file_that_changes_while_the_others_are_made",
+    ),
+    Mutation(
+        "caches", "arrays are believed without their digests", "omni/caches.py",
+        "if file_sha256(array_file(path, name)) != digest:", "if False:",
+        "tests/test_caches.py::test_a_damaged_file_of_a_cache_is_made_again",
+    ),
+    Mutation(
+        "caches", "JSON is believed without its digest", "omni/files.py",
+        "if isinstance(value, dict) and value.pop(SEAL, None) == json_sha256(value):",
+        "if isinstance(value, dict) and value.pop(SEAL, None):",
+        "tests/test_caches.py::test_damaged_json_is_made_again",
+    ),
+    Mutation(
+        "caches", "a folder in the way is an error", "omni/caches.py",
+        "        path.rename(aside)\n", "        pass\n",
+        "tests/test_caches.py::test_a_damaged_file_of_a_cache_is_made_again",
+    ),
+    Mutation(
+        "caches", "what a kill left half-written is believed", "omni/precompute.py",
+        'if digest.hexdigest() != batch["sha256"]:', "if False:",
+        "tests/test_caches.py::test_what_a_kill_left_half_written_is_made_again",
+    ),
+    Mutation(
+        "caches", "a line of the journal is believed without its digest", "omni/precompute.py",
+        'if line.endswith(b"\\n") and line[:_SEAL_BYTES] == _line_seal(value) else None', "if value else None",
+        "tests/test_caches.py::test_what_a_kill_left_half_written_is_made_again",
+    ),
+    Mutation(
+        "caches", "a kill costs all batches", "omni/precompute.py",
+        "return lines if known else None", "return None",
+        "tests/test_caches.py::test_a_kill_costs_one_batch",
+    ),
+    Mutation(
+        "caches", "batches of other files are gone on with", "omni/precompute.py",
+        '_parsed(lines[0]) == {"key": key}', "_parsed(lines[0])",
+        "tests/test_caches.py::test_a_kill_then_other_files_then_a_resume",
+    ),
+    Mutation(
+        "caches", "measured files are not looked at again", "omni/manifest.py",
+        """if facts and (changed := int((open_arrays(path)[0]["files"] != facts["files"]).sum())):""",
+        "if facts and (changed := 0):",
+        "tests/test_caches.py::test_only_changed_files_are_measured_again",
+    ),
+    Mutation(
+        "caches", "statistics do not know their files", "omni/codec.py",
+        'belongs_to | {"files": files_digest(manifest, some, "wav")}', "belongs_to",
+        "tests/test_caches.py::test_statistics_know_their_files_and_are_finite",
+    ),
+    Mutation(
+        "caches", "statistics that are not finite are kept", "omni/caches.py",
+        "if not values.isfinite().all():", "if False:",
+        "tests/test_caches.py::test_statistics_know_their_files_and_are_finite",
+    ),
+    Mutation(
+        "config drift", "other codes are the same training", "train_talker.py",
+        'made |= {"codes": coded.sha256, "validation codes": val_coded.sha256}', "pass",
+        "tests/test_caches.py::test_recordings_replaced_in_mid_training_are_another_training",
+    ),
+    Mutation(
+        "config drift", "other features are the same training", "omni/precompute.py",
+        'if found else {}', "if False else {}",
+        "tests/test_caches.py::test_pictures_replaced_in_mid_training_are_another_training",
+    ),
+    Mutation(
+        "config drift", "other lengths are the same order of samples", "omni/loop.py",
+        "if dataset.lengths is not None:  #", "if False:  #",
+        "tests/test_caches.py::test_lengths_that_change_in_mid_training_are_another_training",
+    ),
     # steps and processes
     # downloads and fuzzing
+    Mutation(
+        "downloads", "a server may send without end", "omni/download.py",
+        "if self.file.tell() + len(block) > most:", "if False:",
+        "tests/test_prepare_data.py::test_a_download_stops_at_the_published_size",
+    ),
+    Mutation(
+        "downloads", "an archive may unpack to anything", "omni/download.py",
+        "if self.n_bytes < 0:", "if False:", "tests/test_prepare_data.py::test_a_bomb_is_stopped",
+    ),
+    Mutation(
+        "downloads", "only some errors of archives are known", "omni/download.py",
+        "    except _DAMAGES as error:\n",
+        "    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:\n",
+        "tests/test_prepare_data.py::test_a_zip_that_cannot_be_read",
+    ),
+    Mutation(
+        "downloads", "any text is taken for what is published", "scripts/prepare_data.py",
+        "except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:",
+        "except csv.Error as error:",
+        "tests/test_prepare_data.py::test_texts_that_are_not_as_published",
+    ),
+    Mutation(
+        "downloads", "any record is believed", "omni/download.py",
+        "        if not _is_record(made):\n", "        if made is None:\n",
+        "tests/test_prepare_data.py::test_damaged_records_are_no_tracebacks",
+    ),
+    Mutation(
+        "fuzzing", "a case may take any time", "tests/fuzz.py",
+        "signal.alarm(SECONDS)", "signal.alarm(0) or None", "tests/test_fuzz.py::test_what_is_a_finding",
+    ),
+    Mutation(
+        "fuzzing", "a process that ends early has found nothing", "tests/fuzz.py",
+        'if rows and rows[-1]["number"] == numbers[-1]:', "if code == 0:", "tests/test_fuzz.py::test_what_is_a_finding",
+    ),
+    Mutation(
+        "fuzzing", "memory may grow", "tests/fuzz.py",
+        "if grown > RESIDENT:", "if False:", "tests/test_fuzz.py::test_what_is_a_finding",
+    ),
     # numerics and the allocator
     Mutation(
         "numerics", "positions decay", "omni/optim.py",
