@@ -237,7 +237,7 @@ def test_a_file_that_changes_while_the_others_are_made(made, monkeypatch):
     original = made.make
 
     def make(batch: dict) -> list[np.ndarray]:
-        if made.calls == 1:
+        if made.calls == 0:  # it has been read by now
             made.file(3).write_bytes(b"in between")
         return original(batch)
 
@@ -324,7 +324,8 @@ def test_damaged_json_is_made_again(tmp_path, capsys):
     config = TextConfig(train_text="-", vocab_size=300, ctx_len=8, save_dir=str(tmp_path / "run"), max_steps=1)
     path = tmp_path / "run/some.json"
     with Run(config, Stage("text", "t", "t.pt", "", "loss"), [], "cpu") as run:
-        for damage in (None, *DAMAGES.values()):
+        changed = lambda path: path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))  # noqa: E731
+        for damage in (None, changed, *DAMAGES.values()):
             if damage:
                 damage(path)
             capsys.readouterr()
