@@ -38,8 +38,8 @@ from omni.assistant import (
     sentences,
     spoken,
 )
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import replace_file
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import MAX_SECONDS, Speaker
 

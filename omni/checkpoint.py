@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from omni.errors import RunError, UserError
+from omni.files import replace_file
 
 FORMAT_VERSION = 1
-TEMPORARY_SUFFIX = ".omni-partial"  # like nobody else's, since leftovers are deleted
 DAMAGED_SUFFIX = ".damaged"
 
 _TAG = b"sha256:"
@@ -77,30 +77,6 @@ class _SealingFile:
         self.file.write(_TAG + self.digest.hexdigest().encode())
         self.file.flush()
         os.fsync(self.file.fileno())
-
-
-# The temporary file being written, so that a second Ctrl-C can remove it before the process ends at once.
-temporary_in_progress: Path | None = None
-
-
-def replace_file(path: Path, write: Callable) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path`` and move it into place, all or nothing."""
-    global temporary_in_progress
-    temporary = temporary_in_progress = path.with_name(path.name + TEMPORARY_SUFFIX)
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporary_in_progress = None
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
 
 
 def save(path: Path, payload: dict) -> None:
@@ -252,9 +228,3 @@ def prune(folder: Path, prefix: str, keep: int, best_step: int | None) -> None:
     for step, path in step_files(folder, prefix)[keep:]:
         if step != best_step:
             path.unlink()
-
-
-def remove_temporary(folder: Path) -> None:
-    """Clear what a kill in mid-write left behind. The caller holds the folder's lock."""
-    for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        path.unlink()

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import replace_file
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text units

@@ -20,9 +20,8 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from omni.checkpoint import replace_file
 from omni.errors import BadRow, UserError
-from omni.files import file_stat, index_is_current, write_json
+from omni.files import file_stat, index_is_current, replace_file, write_json
 from omni.runtime import FolderLock, Run
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from omni.audio import MelSpec, log_mel
-from omni.checkpoint import replace_file
+from omni.files import replace_file
 from omni.runtime import Run
 
 

@@ -16,8 +16,8 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import replace_file
 
 END_OF_TEXT = "<|endoftext|>"
 END = "<|end|>"
