@@ -10,6 +10,7 @@ import os
 import secrets
 import stat
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -126,6 +127,50 @@ def remove_temporary(folder: Path) -> None:
 
 def write_json(path: Path, value: dict) -> None:
     replace_file(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders that hold our files, and perhaps somebody else's
+
+
+@dataclass(frozen=True)
+class OwnFiles:
+    """Which files in a folder are ours; everything else in it is somebody's, and stays."""
+
+    is_own: Callable[[str], bool]  # of a name such as thinker/config.json; only a regular file can be one, not a link
+    folders: frozenset[str]  # that lead to them: thinker
+
+    def strangers(self, folder: Path, above: str = "") -> list[str]:
+        """Names of what lies in ``folder``, at any depth, and is not ours."""
+        found = []
+        for path in sorted(folder.iterdir()):
+            name, mode = above + path.name, path.lstat().st_mode
+            if stat.S_ISDIR(mode) and name in self.folders:
+                found += self.strangers(path, f"{name}/")
+            elif not stat.S_ISREG(mode) or not self.is_own(name):
+                found.append(name)
+        return found
+
+    def remove(self, folder: Path, above: str = "", last: str = "") -> bool:
+        """Delete our files in ``folder``, and every folder that is then empty.
+
+        Args:
+            last: the file that tells which are ours, deleted after all others.
+
+        Returns:
+            whether ``folder`` is gone.
+        """
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
+            name, mode = above + path.name, path.lstat().st_mode
+            if stat.S_ISDIR(mode) and name in self.folders:
+                self.remove(path, f"{name}/")
+            elif stat.S_ISREG(mode) and self.is_own(name):
+                path.unlink()
+        try:
+            folder.rmdir()
+        except OSError:  # something is left in it
+            return False
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from omni.audio_encoder import load_audio_encoder
 from omni.ctc import CtcTokenizer
 from omni.errors import RunError, UserError
 from omni.images import load_image, normalise
-from omni.merged import Merged, info_sha256, is_merged, write_json
+from omni.merged import Merged, info_sha256, is_merged, is_own_file, write_json
 from omni.ocr import read_text
 from omni.omni_model import Inputs, load_omni
 from omni.thinker import load_thinker
@@ -245,7 +245,7 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
 def test_what_the_folder_says_of_itself(folders, merged):
     info = json.loads((merged / "model_info.json").read_text())
     files = contents(merged)
-    assert info["files"].keys() == files.keys() - {"model_info.json"}
+    assert info["files"].keys() == files.keys() - {"model_info.json"} and all(map(is_own_file, files))
     assert not [name for name in files if Path(name).suffix not in (".json", ".safetensors", ".md")], "no pickles"
     assert {name.split("/")[0] for name in files if "/" in name} == set(SUBFOLDERS)
     for name, part in info["components"].items():
