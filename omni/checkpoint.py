@@ -14,15 +14,17 @@ import os
 import pickle
 import re
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from omni.errors import RunError, UserError
-from omni.files import replace_file
+from omni.files import file_sha256, replace_file
 
 FORMAT_VERSION = 1
 DAMAGED_SUFFIX = ".damaged"
@@ -200,9 +202,38 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
         raise UserError(f"{path}: {error}") from error
     if payload["stage"] != stage:
         raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {payload['stage']}")
+    _compare_files(folder, path, payload)
     if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
         payload["model"] = list(payload["phases"].values())[-1]["module"]
     return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
+
+
+def not_sealed(path: Path) -> str:
+    return f"damaged or exchanged: it is not the file that {path} was trained with. Put that one back"
+
+
+def _compare_files(folder: Path, path: Path, payload: dict) -> None:
+    """
+    Raises:
+        UserError: a file that the model needs, such as its tokenizer, is not the one that it was trained with. One that
+            is missing is told by the reader that needs it.
+    """
+    if "files" not in payload and (folder / "tokenizer.json").exists():
+        _tell_once(f"{path}: of an earlier version, without the checksum of tokenizer.json, which is not compared")
+    for name, digest in payload.get("files", {}).items():
+        try:
+            same = file_sha256(folder / Path(name).name) == digest
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot read it: {error.strerror}") from error
+        if not same:
+            raise UserError(f"{folder / name}: {not_sealed(path)}")
+
+
+@cache
+def _tell_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def load_weights(module: nn.Module, state_dict: dict, path: Path) -> None:

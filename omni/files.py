@@ -42,7 +42,7 @@ def read_text(path: str | Path, what: str = "file") -> str:
     """
     try:
         with open_regular(path) as file:
-            return file.read().decode("utf-8-sig")
+            return file.read().decode("utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the {what}: {error.strerror}") from error
     except UnicodeDecodeError as error:
