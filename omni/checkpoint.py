@@ -9,22 +9,24 @@ Saving never touches an existing file before its successor is complete on disk:
 temporary file, fsync, rename, fsync of the folder, verification, and only then the deletion of older files.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
 import re
 import struct
-import sys
 import zipfile
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
 
 from omni.errors import RunError, UserError
 from omni.files import file_sha256, replace_file
+from omni.media import quoted
 
 FORMAT_VERSION = 1
 DAMAGED_SUFFIX = ".damaged"
@@ -32,6 +34,10 @@ DAMAGED_SUFFIX = ".damaged"
 _TAG = b"sha256:"
 _COMMENT_BYTES = len(_TAG) + 64
 _BLOCK_BYTES = 8 << 20
+
+
+ConfigType = TypeVar("ConfigType", bound=BaseModel)
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
 class DamagedCheckpoint(Exception):
@@ -133,13 +139,17 @@ def load(path: Path) -> dict:
     """
     verify(path)
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise DamagedCheckpoint("compressed, as torch.save never does: it may grow without bound")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise DamagedCheckpoint(f"refused by torch.load: {str(error).splitlines()[0]}") from error
     if not isinstance(payload, dict) or "format" not in payload:
         raise DamagedCheckpoint("not a checkpoint of this project")
-    if payload["format"] != FORMAT_VERSION:
-        raise UserError(f"{path}: written in format {payload['format']}, this version reads format {FORMAT_VERSION}")
+    if type(payload["format"]) is not int or payload["format"] != FORMAT_VERSION:
+        found = quoted(payload["format"])
+        raise UserError(f"{path}: written in format {found}, this version reads format {FORMAT_VERSION}")
     return payload
 
 
@@ -182,7 +192,7 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     """A stage's weights: its final file, or, while it still trains, its newest step file.
 
     Returns:
-        A dict with ``stage, config, step, metrics, model``, the last being a state dict on CPU.
+        A dict with ``stage, config, step, metrics, files, path, model``, the last being a state dict on CPU.
 
     Raises:
         UserError: nothing there, damaged, or of another stage; the message names the file.
@@ -200,27 +210,64 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
         payload = load(path)
     except DamagedCheckpoint as error:
         raise UserError(f"{path}: {error}") from error
-    if payload["stage"] != stage:
-        raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {payload['stage']}")
-    _compare_files(folder, path, payload)
-    if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
-        payload["model"] = list(payload["phases"].values())[-1]["module"]
-    return {key: payload[key] for key in ("stage", "config", "step", "metrics", "model")}
+    if payload.get("stage") != stage:
+        raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {quoted(payload.get('stage'))}")
+    with understood(path):
+        if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
+            payload["model"] = list(payload["phases"].values())[-1]["module"]
+        saved = _Saved.model_validate(payload)
+        if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in saved.model.values()):
+            raise ValueError("weights that the file does not hold in full")
+    _compare_files(folder, path, saved.files)
+    return dict(saved) | {"path": path}
+
+
+class _Saved(BaseModel):
+    """What a reader needs of a checkpoint, which may have been written by another program."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    stage: str
+    config: dict[str, Any]
+    step: int
+    metrics: dict[str, float]
+    model: dict[str, Tensor]
+    files: dict[str, str] | None = None
+
+
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """What cannot be made sense of in the block is the fault of the file ``path``, which another version has written.
+
+    Raises:
+        UserError: one line that names the file, the key and what was expected.
+    """
+    try:
+        yield
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        where, found = ".".join(str(part) for part in detail["loc"]), quoted(repr(detail["input"]))
+        key = f'key "{quoted(where)}": ' if where else ""
+        raise UserError(f"{path}: of another version: {key}{detail['msg']}, found {found}") from error
+    except KeyError as error:
+        raise UserError(f'{path}: of another version: key "{quoted(error.args[0])}" is missing') from error
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{path}: of another version, or altered: {quoted(str(error).strip())}") from error
 
 
 def not_sealed(path: Path) -> str:
     return f"damaged or exchanged: it is not the file that {path} was trained with. Put that one back"
 
 
-def _compare_files(folder: Path, path: Path, payload: dict) -> None:
+def _compare_files(folder: Path, path: Path, files: dict[str, str] | None) -> None:
     """
     Raises:
         UserError: a file that the model needs, such as its tokenizer, is not the one that it was trained with. One that
             is missing is told by the reader that needs it.
     """
-    if "files" not in payload and (folder / "tokenizer.json").exists():
-        _tell_once(f"{path}: of an earlier version, without the checksum of tokenizer.json, which is not compared")
-    for name, digest in payload.get("files", {}).items():
+    for name, digest in (files or {}).items():
         try:
             same = file_sha256(folder / Path(name).name) == digest
         except FileNotFoundError:
@@ -231,23 +278,48 @@ def _compare_files(folder: Path, path: Path, payload: dict) -> None:
             raise UserError(f"{folder / name}: {not_sealed(path)}")
 
 
-@cache
-def _tell_once(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
-def load_weights(module: nn.Module, state_dict: dict, path: Path) -> None:
+def load_weights(module: nn.Module, state_dict: dict, path: Path, assign: bool = False) -> None:
     """``module.load_state_dict``, strict.
 
     Raises:
         UserError: a weight is missing, extra or of another shape; the message names the file and the first one.
     """
     try:
-        module.load_state_dict(state_dict)
+        module.load_state_dict(state_dict, assign=assign)
     except RuntimeError as error:
         reasons = [line.strip() for line in str(error).splitlines()[1:]]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UserError(f"{path}: does not fit the model: {reasons[0]}{more}") from error
+
+
+def saved_config(cls: type[ConfigType], saved: dict, **changes) -> ConfigType:
+    """The config in what ``load_stage`` returned, some of its keys changed.
+
+    Raises:
+        UserError: it is of another version; the message names file and key.
+    """
+    with understood(saved["path"]):
+        return cls.model_validate(saved["config"] | changes)
+
+
+def build(
+    make: Callable[[], ModuleType], weights: dict[str, Tensor], path: Path, sizes: Path | None = None
+) -> ModuleType:
+    """``make()`` with ``weights``, strict. What the sizes claim is compared with the weights first, on torch's "meta"
+    device: a model that would not fit to them is given no memory.
+
+    Args:
+        path: the file of the weights; sizes: the file that ``make`` has its sizes from, if that is another one.
+
+    Raises:
+        UserError: a weight is missing, extra or of another shape, or the sizes are none of such a model.
+    """
+    with understood(sizes or path), torch.device("meta"):
+        shapes = make()
+    load_weights(shapes, weights, path, assign=True)
+    module = make()
+    load_weights(module, weights, path)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omni.audio_encoder import AudioEncoder
-from omni.checkpoint import load_weights
+from omni.checkpoint import build, understood
 from omni.codec import Codec
 from omni.config import (
     AudioEncoderArchitecture,
@@ -391,19 +391,10 @@ class Merged:
         if not self.has(name):
             purpose, option = PURPOSE[name]
             raise UserError(f"{self.folder}: has no {name}, which {purpose}. Export it with {option}")
-        with self._sizes_of(name):
-            module = BUILD[name](self.config["parts"][name])
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in self.weights(name).items()}
-        load_weights(module, weights, self.folder / WEIGHTS)
+        sizes = self.folder / CONFIG
+        module = build(lambda: BUILD[name](self.config["parts"][name]), weights, self.folder / WEIGHTS, sizes)
         return module.to(device).eval()
-
-    @contextlib.contextmanager
-    def _sizes_of(self, what: str) -> Iterator[None]:
-        """What goes wrong in the block is a folder of a version whose parts had other sizes to choose."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / CONFIG}: not the sizes of a {what} of this version") from error
 
     def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:
         """The Thinker with all that it sees and hears through, as ``load_omni`` returns it, without the tokenizer.
@@ -411,16 +402,18 @@ class Merged:
         Raises:
             UserError: the folder was exported without stage E.
         """
-        if self.config["omni"] is None:
+        if self.config.get("omni") is None:
             raise UserError(f"{self.folder}: its Thinker neither sees nor hears. Export it with --omni_ckpt")
-        with self._sizes_of("model that sees or hears"):
+        sizes = self.folder / CONFIG
+        with understood(sizes):
             config = read_sizes(SftConfig, self.config["omni"])
-            model = OmniModel(config)
-        load_weights(model, self.weights(*dict(model.named_children())), self.folder / WEIGHTS)
+            weights = self.weights(*config.parts, "proj_a", "proj_v")
+        model = build(lambda: OmniModel(config), weights, self.folder / WEIGHTS, sizes)
         return model.to(device).eval(), config
 
     def speaker(self, device: torch.device) -> Speaker:
         """What says texts: talker, codec and, if there is one, vocoder."""
         vocoder = self.part("vocoder", device) if self.has("vocoder") else None
-        hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
+        with understood(self.folder / CONFIG):
+            hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
         return Speaker(self.part("talker", device), self.part("rvq", device), vocoder, hears=hears)

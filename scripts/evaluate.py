@@ -39,7 +39,7 @@ from omni.asr import COLUMNS, Utterances, error_counts
 from omni.audio import log_mel
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
-from omni.checkpoint import load_stage
+from omni.checkpoint import load_stage, saved_config
 from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.config import CodecConfig, StageConfig
 from omni.corpus import IGNORE, read_chunks, split_samples
@@ -161,7 +161,7 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
 
 def judge_codec(args: argparse.Namespace, device: torch.device) -> Judgement:
     codec = load_codec(args.ckpt_dir, device)
-    config = CodecConfig.model_validate(load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt")["config"])
+    config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
     judgement, totals = judge_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
