@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from omni.errors import RunError, UserError
 from omni.files import file_sha256, replace_file
@@ -34,6 +35,7 @@ DAMAGED_SUFFIX = ".damaged"
 _TAG = b"sha256:"
 _COMMENT_BYTES = len(_TAG) + 64
 _BLOCK_BYTES = 8 << 20
+_MAX_BUFFER_BYTES = 1 << 30  # of a model, beside its weights; positions of a context of a million tokens take half
 
 
 ConfigType = TypeVar("ConfigType", bound=BaseModel)
@@ -287,7 +289,8 @@ def load_weights(module: nn.Module, state_dict: dict, path: Path, assign: bool =
     try:
         module.load_state_dict(state_dict, assign=assign)
     except RuntimeError as error:
-        reasons = [line.strip() for line in str(error).splitlines()[1:]]
+        # torch names all that are missing in one line
+        reasons = [reason for line in str(error).splitlines()[1:] for reason in line.strip().split('", "')]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UserError(f"{path}: does not fit the model: {reasons[0]}{more}") from error
 
@@ -302,6 +305,24 @@ def saved_config(cls: type[ConfigType], saved: dict, **changes) -> ConfigType:
         return cls.model_validate(saved["config"] | changes)
 
 
+@contextlib.contextmanager
+def _at_most(parameters: int) -> Iterator[None]:
+    """A ``ValueError`` as soon as modules with more parameters than that were made: a number of layers may say 10^9."""
+    made = 0
+
+    def count(*_) -> None:
+        nonlocal made
+        made += 1
+        if made > parameters:
+            raise ValueError("sizes of a model with more weights than there are")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def build(
     make: Callable[[], ModuleType], weights: dict[str, Tensor], path: Path, sizes: Path | None = None
 ) -> ModuleType:
@@ -314,8 +335,12 @@ def build(
     Raises:
         UserError: a weight is missing, extra or of another shape, or the sizes are none of such a model.
     """
-    with understood(sizes or path), torch.device("meta"):
+    with understood(sizes or path), torch.device("meta"), _at_most(4 * len(weights) + 64):
         shapes = make()
+        # those that no file holds, such as the table of positions, are as large as the sizes claim
+        claimed, held = (sum(tensor.nbytes for tensor in w) for w in (shapes.buffers(), weights.values()))
+        if claimed > max(_MAX_BUFFER_BYTES, held):
+            raise ValueError(f"sizes whose tables would take {claimed:.1e} bytes")
     load_weights(shapes, weights, path, assign=True)
     module = make()
     load_weights(module, weights, path)

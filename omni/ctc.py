@@ -24,7 +24,7 @@ from torch import Tensor
 
 from omni.errors import UserError
 from omni.files import read_text, replace_file
-from omni.tokenizer import difference
+from omni.tokenizer import check_ids, difference
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text units
@@ -105,6 +105,7 @@ class CtcTokenizer:
         """
         serialized = read_text(path, "tokenizer")
         try:
+            check_ids(serialized)
             tokenizer = cls(serialized)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: damaged tokenizer: {' '.join(str(error).split())}") from error

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from omni.errors import UserError
-from omni.files import read_text, replace_file
+from omni.files import parse_json, read_text, replace_file
 from omni.media import quoted
 
 END_OF_TEXT = "<|endoftext|>"
@@ -69,8 +69,7 @@ _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 def difference(tokenizer: tokenizers.Tokenizer, empty: tokenizers.Tokenizer) -> str | None:
     """How ``tokenizer`` differs from ``empty`` but for what it has learnt; None if it does not.
 
-    A normaliser, for example, may make a gigabyte of one letter, and a token whose id is beyond the vocabulary has no
-    embedding.
+    A normaliser, for example, may make a gigabyte of one letter.
     """
     found, expected = (json.loads(one.to_str()) for one in (tokenizer, empty))
     added = found["added_tokens"]
@@ -82,10 +81,19 @@ def difference(tokenizer: tokenizers.Tokenizer, empty: tokenizers.Tokenizer) -> 
     for key in sorted(found.keys() | expected.keys()):
         if found.get(key) != expected.get(key):
             return f'key "{key}": expected {json.dumps(expected.get(key))}, found {quoted(json.dumps(found.get(key)))}'
-    ids = sorted(tokenizer.get_vocab().values())
-    if ids != list(range(len(ids))):
-        return f"expected ids from 0 to {len(ids) - 1}, found others"
     return None
+
+
+def check_ids(serialized: str) -> None:
+    """To be asked before the library reads a ``tokenizer.json``: it sets memory aside up to the highest id.
+
+    Raises:
+        ValueError: the ids are not those from 0 on, so that a token has no embedding.
+    """
+    whole = parse_json(serialized)
+    ids = {*whole["model"]["vocab"].values(), *(token["id"] for token in whole["added_tokens"])}
+    if ids != set(range(len(ids))):
+        raise ValueError(f"expected ids from 0 to {len(ids) - 1}, found others")
 
 
 class Tokenizer:
@@ -137,6 +145,7 @@ class Tokenizer:
         """
         serialized = read_text(path, "tokenizer")
         try:
+            check_ids(serialized)
             tokenizer = cls(serialized)
             for name in SPECIAL_TOKENS:
                 tokenizer.token_id(name)
