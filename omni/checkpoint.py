@@ -158,7 +158,7 @@ def load(path: Path) -> dict:
 def step_files(folder: Path, prefix: str) -> list[tuple[int, Path]]:
     """The ``<prefix>_step_<N>.pt`` files of ``folder``, newest first by number: file times play no part."""
     pattern = re.compile(re.escape(prefix) + r"_step_(\d+)\.pt")
-    matches = [(pattern.fullmatch(path.name), path) for path in folder.glob(f"{prefix}_step_*.pt")]
+    matches = [(pattern.fullmatch(path.name), path) for path in folder.glob(f"{prefix}_step_*.pt") if path.is_file()]
     return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
@@ -175,12 +175,18 @@ def newest(folder: Path, prefix: str, warn: Callable[[str], None]) -> dict | Non
     Raises:
         RunError: there were checkpoints, and none of them loads. Training never starts over by itself.
     """
+    for path in folder.glob(f"{prefix}_step_*.pt"):
+        if not path.is_file():
+            warn(f"{path}: no file, so not used as a checkpoint")
     for _, path in step_files(folder, prefix):
         try:
             return load(path)
         except DamagedCheckpoint as error:
             path.rename(path.with_name(path.name + DAMAGED_SUFFIX))
             warn(f"{path}: {error}. Set aside as {path.name}{DAMAGED_SUFFIX}; trying the one before")
+    others = [path for path in folder.glob(f"{prefix}_step_*.pt") if not path.is_file()]
+    if others:  # a link into nowhere: there was a checkpoint, on a disk that is not there now
+        raise RunError(f"{others[0]}: expected a checkpoint, found no file. Put it back, or move it away to start over")
     damaged = sorted(folder.glob(f"{prefix}_step_*.pt{DAMAGED_SUFFIX}"))
     if damaged:
         raise RunError(
@@ -202,6 +208,8 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     folder = Path(folder)
     steps = step_files(folder, prefix)
     path = folder / final
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path}: expected a checkpoint, found a folder, a pipe or a link into nowhere")
     if not path.exists():
         if not steps:
             raise UserError(

@@ -97,16 +97,20 @@ def replace_file(path: Path, write: Callable) -> None:
     The temporary name is new, so no link that somebody put there is followed; its permissions are the umask's.
     """
     global temporary_in_progress
-    temporary = temporary_in_progress = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
-    try:
-        with open(temporary, "xb") as file:
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
+    with open(temporary, "xb") as file:
+        temporary_in_progress = temporary
+        try:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-        temporary_in_progress = None
+            os.replace(temporary, path)
+        except OSError as error:
+            error.filename = error.filename or str(path)  # a full disk does not say where it is
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
+            temporary_in_progress = None
     fsync(path.parent)  # the rename itself must survive a power cut
 
 

@@ -411,9 +411,11 @@ class Run:
         """
         source, target = Path(folder) / stage.final, self.save_dir / stage.final
         saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
+        if saved["path"] != source:
+            raise UserError(f"{source}: expected the final file of a finished training, found step files only")
         for key in sizes.model_fields:
-            if saved["config"][key] != getattr(self.config, key):
-                found, wanted = saved["config"][key], getattr(self.config, key)
+            if saved["config"].get(key) != getattr(self.config, key):
+                found, wanted = saved["config"].get(key, "missing"), getattr(self.config, key)
                 raise UserError(f"{source}: {key} is {found}, this config has {wanted}")
         with self.main_process_first():
             if target.exists() and file_sha256(target) != file_sha256(source):

@@ -101,7 +101,7 @@ MUTATIONS = [
     ),
     Mutation(
         "disk full", "what was written so far stays", "omni/files.py",
-        "temporary.unlink(missing_ok=True)\n        temporary_in_progress = None",
+        "temporary.unlink(missing_ok=True)\n            temporary_in_progress = None",
         "temporary_in_progress = None",
         f"{SAVES}::test_disk_full_during_a_save[text]",
     ),
@@ -306,6 +306,36 @@ MUTATIONS = [
         "permissions", "weights are readable for everyone", "omni/merged.py",
         "path.chmod(path.parent.stat().st_mode & 0o666)", "path.chmod(0o644)",
         "tests/test_export_folder.py::test_permissions_are_the_umask_s",
+    ),
+    Mutation(
+        "sealed", "a tokenizer is not compared with its checksum", "omni/checkpoint.py",
+        "    _compare_files(folder, path, saved.files)\n", "",
+        "tests/test_foreign_files.py::test_a_model_s_tokenizer_is_sealed_with_it -k text",
+    ),
+    Mutation(
+        "hostile input", "sizes are not compared before memory is given", "omni/checkpoint.py",
+        "    load_weights(shapes, weights, path, assign=True)\n", "",
+        "tests/test_foreign_files.py::test_an_altered_checkpoint_is_one_line_or_the_same_model",
+    ),
+    Mutation(
+        "hostile input", "a tokenizer may normalise", "omni/tokenizer.py",
+        "if found.get(key) != expected.get(key):", "if False:",
+        "tests/test_foreign_files.py::test_a_tokenizer_that_does_more_than_ours_is_refused",
+    ),
+    Mutation(
+        "hostile input", "a lock follows links", "omni/runtime.py",
+        "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT",
+        "tests/test_files.py::test_a_lock_is_no_one_else_s_file",
+    ),
+    Mutation(
+        "hostile input", "a temporary file may be there already", "omni/files.py",
+        'with open(temporary, "xb") as file:', 'with open(temporary, "wb") as file:',
+        "tests/test_files.py::test_a_temporary_name_is_a_new_one",
+    ),
+    Mutation(
+        "export", "prompts are padded behind", "omni/foreign.py",
+        '"padding_side": "left"', '"padding_side": "right"',
+        "tests/test_export.py::test_the_thinker_answers_a_batch_as_it_answers_each_alone",
     ),
     # caches
     # steps and processes

@@ -145,6 +145,26 @@ def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("folder", [".", "thinker"])
+def test_the_thinker_answers_a_batch_as_it_answers_each_alone(merged, folder):
+    transformers = pytest.importorskip("transformers")
+    model = foreign(transformers.AutoModelForCausalLM, merged / "thinker")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged / folder)
+    texts = ["red", "one two red cat", "blue dog runs near the big round cat", "small"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in texts
+    ]
+    how = {"max_new_tokens": 12, "do_sample": False}
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        alone = model.generate(**ids, **how)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+@torch.no_grad()
 def test_the_vision_encoder_opens_in_transformers(folders, merged, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = foreign(transformers.ViTModel, merged / "vision_encoder", add_pooling_layer=False)
