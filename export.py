@@ -27,11 +27,11 @@ from omni.merged import (
     CONFIG,
     FORMAT,
     INFO,
-    LOCK,
     WEIGHTS,
     buffers_of,
     check_target,
     info_sha256,
+    is_own_file,
     new_folder,
     rounded,
     write_json,
@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
             info["loss_of_quality"] = loss_of_quality(thinker, tokenizer, dtype)
         subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
         (folder / "README.md").write_text(model_card(info, subfolders), encoding="utf-8")
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+        files = sorted(path for path in folder.rglob("*") if is_own_file(path.relative_to(folder).as_posix()))
         info["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         info["sha256"] = info_sha256(info)
         write_json(folder / INFO, info)

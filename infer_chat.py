@@ -44,8 +44,8 @@ from omni.assistant import (
     spoken,
     without_controls,
 )
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import replace_file
 from omni.media import Media, quoted, visible
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.speech import MAX_SECONDS, Speaker

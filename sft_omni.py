@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         inputs = Inputs(tokenizer, config)
         tasks, val_tasks, data = prepare_tasks(run, config, inputs)
-        keep_tokenizer(run, tokenizer)  # not before: what cannot be trained on leaves nothing behind
+        kept = keep_tokenizer(run, tokenizer)  # not before: what cannot be trained on leaves nothing behind
         if config.keep_features:
             keep_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
         mix = Mix(tasks, config.task_weights, inputs, config.seed)
@@ -77,12 +77,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             | computed_digests(tasks, val_tasks)
             | {"tokenizer": tokenizer.fingerprint}
             | config.origins,
+            files={"tokenizer.json": kept.sha256},
             validation=validation,
         )
 
 
-def keep_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
-    """Put the Thinker's tokenizer into ``save_dir``, beside the model that needs it.
+def keep_tokenizer(run: Run, tokenizer: Tokenizer) -> Tokenizer:
+    """Put the Thinker's tokenizer into ``save_dir``, beside the model that needs it, and read it from there.
 
     Raises:
         UserError: another one is there.
@@ -91,8 +92,10 @@ def keep_tokenizer(run: Run, tokenizer: Tokenizer) -> None:
     with run.main_process_first():
         if run.is_main and not path.exists():
             tokenizer.save(path)
-    if Tokenizer.load(path).fingerprint != tokenizer.fingerprint:
+    kept = Tokenizer.load(path)
+    if kept.fingerprint != tokenizer.fingerprint:
         raise UserError(f"{path}: is another tokenizer than that of {run.config.thinker_ckpt}. Use a new save_dir")
+    return kept
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 **{name: source.sha256 for name, (source, _) in held_out.items()},
                 "tokenizer": tokenizer.fingerprint,
             },
+            files={"tokenizer.json": tokenizer.sha256},
             validation=validation,
         )
 

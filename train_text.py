@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 "tokenizer": tokenizer.fingerprint,
                 "requested vocab_size": str(requested_vocab_size),
             },
+            files={"tokenizer.json": tokenizer.sha256},
             validation=validation,
             # whether chatting with this model makes sense, or only continuing a text
             summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},

@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             [Phase("vision", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
             fingerprint=fingerprint,
+            files={"tokenizer.json": tokenizer.sha256},
             validation=validation,
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
 from omni.config import AlignerConfig, TalkerConfig
 from omni.ctc import ctc_nll
@@ -256,6 +256,6 @@ def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "aligner", "aligner", "aligner.pt")
-    aligner = Aligner(AlignerConfig.model_validate(saved["config"] | {"use_compile": False}))
-    load_weights(aligner, saved["model"], Path(folder) / "aligner.pt")
+    config = saved_config(AlignerConfig, saved, use_compile=False)
+    aligner = build(lambda: Aligner(config), saved["model"], saved["path"])
     return aligner.to(device).eval().requires_grad_(False)

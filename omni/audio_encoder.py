@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.audio import MelSpec
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.config import AudioEncoderArchitecture, AudioEncoderConfig
 from omni.ctc import CtcTokenizer, collapse, prefix_beam_search
 from omni.ops import attention, linear
@@ -289,10 +289,10 @@ def load_audio_encoder(
     """
     payload = load_stage(folder, "audio_enc", "audio_enc", "audio_enc.pt")
     # static shapes are for compiled training
-    config = AudioEncoderConfig.model_validate(payload["config"] | {"use_compile": False})
+    config = saved_config(AudioEncoderConfig, payload, use_compile=False)
     tokenizer = CtcTokenizer.load(Path(folder) / "tokenizer.json")
-    model = AudioEncoder(config, tokenizer.vocab_size, use_flash=config.use_flash)
-    load_weights(model, payload["model"], Path(folder) / "audio_enc.pt")
+    n_tokens, how = tokenizer.vocab_size, {"use_flash": config.use_flash}
+    model = build(lambda: AudioEncoder(config, n_tokens, **how), payload["model"], payload["path"])
     return model.to(device).eval(), tokenizer, config
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from omni.checkpoint import replace_file
 from omni.errors import BadRow, UserError
-from omni.files import file_sha256, json_sha256, read_sealed_json, write_sealed_json
+from omni.files import file_sha256, json_sha256, read_sealed_json, replace_file, write_sealed_json
 from omni.media import Inline, open_media, quoted
 
 ABSENT = "absent"

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from omni.asr import measure_seconds, static_lengths
 from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
 from omni.caches import require_finite
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
 from omni.layers import RMSNorm
 from omni.manifest import Manifest, Rows, files_digest, read_some, spread
@@ -345,8 +345,8 @@ def load_codec(folder: str | Path, device: torch.device | str) -> Codec:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "codec", "rvq_codec", "rvq_codec.pt")
-    codec = Codec(CodecConfig.model_validate(saved["config"]))
-    load_weights(codec, saved["model"], Path(folder) / "rvq_codec.pt")
+    config = saved_config(CodecConfig, saved)
+    codec = build(lambda: Codec(config), saved["model"], saved["path"])
     return codec.to(device).eval().requires_grad_(False)
 
 

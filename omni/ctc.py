@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import read_text, replace_file
+from omni.tokenizer import check_ids, difference
 
 # ---------------------------------------------------------------------------------------------------------------
 # Text units
@@ -53,6 +54,13 @@ class _Heard(dict):
 _HEARD = _Heard()
 
 
+def _without_merges() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # words begin with "▁", so spaces come back
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
 class CtcTokenizer:
     """BPE over the characters of normalised text, kept in a ``tokenizer.json``. Build one with ``train`` or ``load``.
 
@@ -64,6 +72,7 @@ class CtcTokenizer:
 
     def __init__(self, serialized: str):
         """``serialized``: the text of a ``tokenizer.json``."""
+        self.serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         self._alphabet = {character for token in self._tokenizer.get_vocab() for character in token} | {" "}
 
@@ -77,9 +86,7 @@ class CtcTokenizer:
         Raises:
             UserError: the alphabet alone is larger.
         """
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # words begin with "▁", so spaces come back
-        tokenizer.decoder = decoders.Metaspace()
+        tokenizer = _without_merges()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
         tokenizer.train_from_iterator((normalise_text(text) for text in texts), trainer)
         trained = cls(tokenizer.to_str())
@@ -96,14 +103,14 @@ class CtcTokenizer:
         Raises:
             UserError: the file is missing, damaged, or not a tokenizer of this kind.
         """
+        serialized = read_text(path, "tokenizer")
         try:
-            tokenizer = cls(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
+            check_ids(serialized)
+            tokenizer = cls(serialized)
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: damaged tokenizer: {' '.join(str(error).split())}") from error
-        if not isinstance(tokenizer._tokenizer.decoder, decoders.Metaspace):
-            raise UserError(f"{path}: expected a tokenizer as train_audio_enc.py writes it")
+        if (reason := difference(tokenizer._tokenizer, _without_merges())) is not None:
+            raise UserError(f"{path}: expected a tokenizer as train_audio_enc.py writes it: {reason}")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
@@ -120,6 +127,11 @@ class CtcTokenizer:
     def vocab_size(self) -> int:
         """Tokens there really are; the blank is not among them."""
         return self._tokenizer.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that was loaded, byte for byte."""
+        return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:

@@ -33,6 +33,7 @@ def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": END_OF_TEXT,
+        "padding_side": "left",  # an answer goes on where its prompt ends
         "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in (END, END_OF_TEXT)],
         "model_max_length": arch.ctx_len,
         "clean_up_tokenization_spaces": False,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.codec import fingerprint
 from omni.codec import mel_spec as codec_mel_spec
 from omni.config import (
@@ -57,7 +57,7 @@ def load_part(name: str, folder: Path) -> Part:
     """
     stage, prefix, final, cls, sizes_cls = STAGES[name]
     saved, file = load_saved(folder, stage, prefix, final)
-    config, weights = cls.model_validate(saved["config"]), saved["model"]
+    config, weights = saved_config(cls, saved), saved["model"]
     sizes = {} if sizes_cls is None else sizes_of(sizes_cls, config)
     if name == "vision_encoder":  # of stage C's two towers the one that sees
         sizes = {key: getattr(config, key) for key in VIT_SIZES}
@@ -65,8 +65,7 @@ def load_part(name: str, folder: Path) -> Part:
     if name == "audio_encoder":
         n_tokens = CtcTokenizer.load(folder / TOKENIZER).vocab_size
         sizes |= {"max_mel_length": config.max_mel_length, "n_tokens": n_tokens}
-    module = Generator(config) if name == "vocoder" else BUILD[name](sizes)
-    load_weights(module, weights, folder / file)
+    module = build(lambda: Generator(config) if name == "vocoder" else BUILD[name](sizes), weights, saved["path"])
     if name == "vocoder":  # in training, direction and length of a weight are two tensors
         fold_weight_norm(module)
     return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"])
@@ -78,7 +77,9 @@ def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict,
     saved = load_stage(folder, stage, prefix, final)
     file = final if finished else f"{prefix}_step_{saved['step']}.pt"
     if not finished:
-        print(f"{folder}: no {final} yet, exporting {file}", file=sys.stderr)
+        say(f"{folder}: no {final} yet, exporting {file}")
+    if saved["files"] is None and (folder / TOKENIZER).exists():
+        say(f"{folder / file}: of an earlier version, without the checksum of {TOKENIZER}, which is taken as it is")
     return saved, file
 
 

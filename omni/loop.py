@@ -83,6 +83,7 @@ def train(
     dataset: ResumableDataset,
     *,
     fingerprint: dict[str, str],
+    files: dict[str, str] | None = None,
     validation: Validation | None = None,
     summary: dict[str, float] | None = None,
     made_of_it: tuple[Stage, ...] = (),
@@ -92,6 +93,8 @@ def train(
     Args:
         phases: in the order in which each step runs them. The last one's module goes into the final file.
         fingerprint: digests of the data; a resumed run must have the same.
+        files: digests of the files in ``save_dir`` that the model is of no use without, such as its tokenizer; whoever
+            loads the model compares them.
         summary: facts to keep beside the metrics in the final file.
         made_of_it: of a ``Run.part``, those whose models are made of this one's: once one of them has a file, a
             finished training takes no more steps.
@@ -104,11 +107,12 @@ def train(
         RunError: losses that are not finite, a full disk, checkpoints all damaged.
         Interrupted: asked to stop; everything is saved.
     """
-    return _Training(run, phases, dataset, fingerprint, validation, summary or {}, made_of_it).run_to_the_end()
+    parts = run, phases, dataset, fingerprint, files or {}, validation, summary or {}, made_of_it
+    return _Training(*parts).run_to_the_end()
 
 
 class _Training:
-    def __init__(self, run, phases, dataset, fingerprint, validation, summary, made_of_it) -> None:
+    def __init__(self, run, phases, dataset, fingerprint, files, validation, summary, made_of_it) -> None:
         self.run: Run = run
         self.config: StageConfig = run.config
         self.phases: list[Phase] = phases
@@ -116,6 +120,7 @@ class _Training:
         self.fingerprint = fingerprint | {"samples": str(len(dataset.source))}
         if dataset.lengths is not None:  # the order of the samples depends on them
             self.fingerprint["lengths"] = hashlib.sha256(np.asarray(dataset.lengths).tobytes()).hexdigest()
+        self.files: dict[str, str] = files
         self.validation: Validation | None = validation
         self.summary = summary
         self.made_of_it: tuple[Stage, ...] = made_of_it
@@ -427,6 +432,7 @@ class _Training:
                 "stage": run.stage.name,
                 "config": self.config.model_dump(),
                 "data": self.fingerprint,
+                "files": self.files,
                 "world": run.world,
                 "samples_per_step": self.dataset.samples_per_step,
                 **vars(progress),
@@ -507,6 +513,9 @@ class _Training:
         run = self.run
         if payload["stage"] != run.stage.name:
             raise UserError(f"{path}: expected a checkpoint of stage {run.stage.name}, found {payload['stage']}")
+        for name, digest in payload.get("files", {}).items():
+            if self.files.get(name) != digest:
+                raise UserError(f"{run.save_dir / name}: {checkpoint.not_sealed(path)}")
         refused, harmless = drift(type(self.config), payload["config"], self.config.model_dump())
         per_step = payload.get("samples_per_step", self.dataset.samples_per_step)
         if payload.get("world", run.world) != run.world and per_step == self.dataset.samples_per_step:
@@ -564,6 +573,7 @@ class _Training:
                 "format": checkpoint.FORMAT_VERSION,
                 "stage": run.stage.name,
                 "config": self.config.model_dump(),
+                "files": self.files,
                 "step": step,
                 "metrics": metrics,
                 "model": phase.module.state_dict(),

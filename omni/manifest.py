@@ -21,9 +21,8 @@ import numpy as np
 from tqdm import tqdm
 
 from omni.caches import ABSENT, arrays_problem, facts_of_row, open_arrays, write_arrays
-from omni.checkpoint import replace_file
 from omni.errors import BadRow, UserError
-from omni.files import file_stat, index_is_current, write_json
+from omni.files import file_stat, index_is_current, replace_file, write_json
 from omni.runtime import FolderLock, Run
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Container, Iterator
+import re
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omni.audio_encoder import AudioEncoder
-from omni.checkpoint import load_weights
+from omni.checkpoint import build, understood
 from omni.codec import Codec
 from omni.config import (
     AudioEncoderArchitecture,
@@ -33,7 +33,8 @@ from omni.config import (
     read_sizes,
 )
 from omni.errors import RunError, UserError
-from omni.files import file_sha256
+from omni.files import OwnFiles, file_sha256, fsync, open_regular, parse_json, read_json
+from omni.media import quoted
 from omni.ocr import Ocr
 from omni.omni_model import VIT_SIZES, OmniModel
 from omni.runtime import FolderLock
@@ -49,6 +50,11 @@ WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_in
 PARTIAL = ".{name}.omni-partial"  # the folder in which an export grows, beside the one that it becomes
 REPLACED = ".{name}.omni-replaced"  # and the earlier export, until the new one stands in its place
 LOCK = ".lock"  # of ``FolderLock``, in the first of these
+SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")  # parts as other tools open them
+FILES = (  # all that an export writes, in its folder and in those
+    WEIGHTS, CONFIG, INFO, TOKENIZER, "README.md",
+    "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
+)  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------
 # The parts
@@ -100,7 +106,8 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
     """A folder to fill, which becomes ``target`` when the block ends well: whole, or not at all.
 
     Args:
-        target: must not exist, or be empty; or, with ``replace``, hold an earlier export, which then makes room.
+        target: must not exist, or be empty; or, with ``replace``, hold an earlier export and nothing else, which then
+            makes room.
 
     Raises:
         UserError: it holds something else, its place cannot be written to, or another process is exporting to it.
@@ -109,6 +116,7 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
     target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is filled
     partial, replaced = (target.with_name(name.format(name=target.name)) for name in (PARTIAL, REPLACED))
     check_target(target, replace)
+    _refuse_strangers(partial, UNFINISHED)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = FolderLock(partial)
@@ -118,13 +126,16 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
         with _one_line(target):
             _restore(replaced, target)
             check_target(target, replace)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove_replaced(replaced)
             for leftover in partial.iterdir():  # of an export that was killed
-                if leftover != lock.path:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+                if leftover.is_dir():
+                    UNFINISHED.remove(leftover, f"{leftover.name}/")
+                elif leftover != lock.path:
+                    leftover.unlink()
             yield partial
             for path in (*sorted(partial.rglob("*")), partial):
                 _fsync(path)
+            check_target(target, replace)  # once more: making the export took a while
             lock.release()
             if target.exists() and any(target.iterdir()):
                 target.rename(replaced)
@@ -132,17 +143,34 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
             _fsync(target.parent)
     except BaseException:
         _restore(replaced, target)
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial.is_dir():
+            UNFINISHED.remove(partial)
         raise
     finally:
         lock.file.close()
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove_replaced(replaced)
 
 
 def _restore(replaced: Path, target: Path) -> None:
     """Put the earlier export back, if the new one did not come into its place."""
-    if replaced.exists() and not target.exists():
+    if not target.exists() and replaced.is_dir() and is_merged(replaced):
         replaced.rename(target)
+
+
+def _remove_replaced(replaced: Path) -> None:
+    """Delete the earlier export, which has made room, or what a kill has left of it.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    if not os.path.lexists(replaced):
+        return
+    if replaced.is_dir() and not any(replaced.iterdir()):
+        replaced.rmdir()
+        return
+    own = _own_files(listed_files(replaced))
+    _refuse_strangers(replaced, own)
+    own.remove(replaced, last=INFO)
 
 
 @contextlib.contextmanager
@@ -159,24 +187,62 @@ def check_target(target: Path, replace: bool) -> None:
     Raises:
         UserError: ``new_folder`` may not put anything there.
     """
+    target = Path(os.path.realpath(target))
     if not target.exists():
         return
     if not target.is_dir():
         raise UserError(f"--output_dir {target}: expected a folder, found a file")
     if not any(target.iterdir()):
         return
-    if not all((target / name).is_file() for name in (INFO, WEIGHTS)):  # one alone may be another tool's
+    if not (target / INFO).is_file():
         raise UserError(f"--output_dir {target}: expected a new or empty folder, found one that holds other things")
     if not replace:
         raise UserError(f"--output_dir {target}: holds an earlier export already. Give --force to replace it")
+    listed = listed_files(target)
+    _refuse_strangers(target, _own_files(listed))
+    for name, digest in listed.items():
+        path = target / name
+        if digest is not None and path.exists() and file_sha256(path) != digest:
+            raise UserError(f"{path}: changed since it was exported. Move or delete it, then export again")
+
+
+def _own_files(names: Iterable[str]) -> OwnFiles:
+    names = frozenset(names)
+    return OwnFiles(names.__contains__, frozenset(name.rpartition("/")[0] for name in names))
+
+
+def _refuse_strangers(folder: Path, own: OwnFiles) -> None:
+    """
+    Raises:
+        UserError: ``folder`` is a link or a file, or holds more than our own files.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder of export.py, found a link or a file. Move it away")
+    if found := own.strangers(folder):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise UserError(
+            f"{folder}: holds {quoted(found[0])}{more}, no file of an export. Move it away, then export again"
+        )
+
+
+def is_own_file(name: str) -> bool:
+    """Whether an export writes a file of this name."""
+    folder, _, file = name.rpartition("/")
+    return folder in ("", *SUBFOLDERS) and file in FILES
+
+
+def _is_unfinished(name: str) -> bool:
+    file = name.rpartition("/")[2]  # the temporary ones are those of safetensors and of replace_file
+    return is_own_file(name) or name == LOCK or re.fullmatch(r"\.tmp\w{6}|.+\.omni-partial", file) is not None
+
+
+UNFINISHED = OwnFiles(_is_unfinished, frozenset(SUBFOLDERS))  # before the export has its list
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path)
 
 
 def rounded(weights: dict[str, Tensor], dtype: torch.dtype, exact: Container[str]) -> dict[str, Tensor]:
@@ -194,7 +260,7 @@ def buffers_of(module: nn.Module) -> set[str]:
 def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Safetensors, the same bytes for the same weights: with a second entry, the metadata's order would be chance."""
     save_file(weights, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # it comes readable for its owner only, unlike its neighbours
+    path.chmod(path.parent.stat().st_mode & 0o666)  # it comes readable for its owner only; as the umask made the folder
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -235,6 +301,43 @@ def is_merged(folder: str | Path) -> bool:
     return (Path(folder) / INFO).is_file() or (Path(folder) / WEIGHTS).is_file()
 
 
+def read_info(folder: Path) -> dict:
+    """model_info.json, which has its own digest and that of every other file.
+
+    Raises:
+        UserError: it is missing, damaged, or of another version.
+    """
+    path = folder / INFO
+    try:
+        with open_regular(path) as file:
+            info = parse_json(file.read().decode("utf-8"))
+        if info_sha256(info) != info["sha256"]:
+            raise ValueError("the checksum does not match")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: damaged, or not written by export.py") from error
+    if info.get("format") != FORMAT:
+        found = f"written in format {quoted(info.get('format'))}"
+        raise UserError(f"{path}: {found}, this version reads format {FORMAT}")
+    for key in ("files", "components"):
+        if not isinstance(info.get(key), dict):
+            raise UserError(f'{path}: key "{key}": expected an object. It is of another version, or not of export.py')
+    return info
+
+
+def listed_files(folder: Path) -> dict[str, str | None]:
+    """Every file of the export in ``folder``, and its digest: that of ``model_info.json`` itself stands inside it.
+
+    Raises:
+        UserError: no export, or its list cannot be believed, so that nothing in the folder may be deleted.
+    """
+    try:
+        return read_info(folder)["files"] | {INFO: None}
+    except UserError as error:
+        raise UserError(f"{error}. So it cannot be told what in {folder} may be replaced: give a new folder") from error
+
+
 class Merged:
     """An exported folder, opened.
 
@@ -245,19 +348,9 @@ class Merged:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._verified: set[str] = set()
-        try:
-            info = json.loads((self.folder / INFO).read_text(encoding="utf-8"))
-            if info_sha256(info) != info["sha256"]:
-                raise ValueError("the checksum does not match")
-        except OSError as error:
-            raise UserError(f"{self.folder / INFO}: cannot read it: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.folder / INFO}: damaged, or not written by export.py") from error
-        if info["format"] != FORMAT:
-            found = f"written in format {info['format']}"
-            raise UserError(f"{self.folder / INFO}: {found}, this version reads format {FORMAT}")
+        info = read_info(self.folder)
         self.components, self.checksums = info["components"], info["files"]
-        self.config = json.loads(self.file(CONFIG).read_text(encoding="utf-8"))
+        self.config = read_json(self.file(CONFIG))
 
     def file(self, name: str) -> Path:
         """The path of a file of the folder, which is compared with its checksum once.
@@ -272,7 +365,9 @@ class Merged:
             except OSError as error:
                 raise UserError(f"{path}: cannot read it: {error.strerror}") from error
             if not same:
-                raise UserError(f"{path}: damaged: the checksum is not that of {INFO}. Export it again")
+                raise UserError(
+                    f"{path}: damaged: the checksum is not that of {INFO}. Delete it, and export again with --force"
+                )
             self._verified.add(name)
         return path
 
@@ -296,19 +391,10 @@ class Merged:
         if not self.has(name):
             purpose, option = PURPOSE[name]
             raise UserError(f"{self.folder}: has no {name}, which {purpose}. Export it with {option}")
-        with self._sizes_of(name):
-            module = BUILD[name](self.config["parts"][name])
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in self.weights(name).items()}
-        load_weights(module, weights, self.folder / WEIGHTS)
+        sizes = self.folder / CONFIG
+        module = build(lambda: BUILD[name](self.config["parts"][name]), weights, self.folder / WEIGHTS, sizes)
         return module.to(device).eval()
-
-    @contextlib.contextmanager
-    def _sizes_of(self, what: str) -> Iterator[None]:
-        """What goes wrong in the block is a folder of a version whose parts had other sizes to choose."""
-        try:
-            yield
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{self.folder / CONFIG}: not the sizes of a {what} of this version") from error
 
     def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:
         """The Thinker with all that it sees and hears through, as ``load_omni`` returns it, without the tokenizer.
@@ -316,16 +402,18 @@ class Merged:
         Raises:
             UserError: the folder was exported without stage E.
         """
-        if self.config["omni"] is None:
+        if self.config.get("omni") is None:
             raise UserError(f"{self.folder}: its Thinker neither sees nor hears. Export it with --omni_ckpt")
-        with self._sizes_of("model that sees or hears"):
+        sizes = self.folder / CONFIG
+        with understood(sizes):
             config = read_sizes(SftConfig, self.config["omni"])
-            model = OmniModel(config)
-        load_weights(model, self.weights(*dict(model.named_children())), self.folder / WEIGHTS)
+            weights = self.weights(*config.parts, "proj_a", "proj_v")
+        model = build(lambda: OmniModel(config), weights, self.folder / WEIGHTS, sizes)
         return model.to(device).eval(), config
 
     def speaker(self, device: torch.device) -> Speaker:
         """What says texts: talker, codec and, if there is one, vocoder."""
         vocoder = self.part("vocoder", device) if self.has("vocoder") else None
-        hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
+        with understood(self.folder / CONFIG):
+            hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
         return Speaker(self.part("talker", device), self.part("rvq", device), vocoder, hears=hears)

@@ -318,9 +318,9 @@ def load_ocr(folder: str | Path, device: torch.device | str) -> Ocr:
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
-    stage = checkpoint.load_stage(folder, "ocr", "ocr", "ocr.pt")
-    model = Ocr(OcrConfig.model_validate(stage["config"]))
-    checkpoint.load_weights(model, stage["model"], Path(folder))
+    saved = checkpoint.load_stage(folder, "ocr", "ocr", "ocr.pt")
+    config = checkpoint.saved_config(OcrConfig, saved)
+    model = checkpoint.build(lambda: Ocr(config), saved["model"], saved["path"])
     return model.to(device).eval()
 
 

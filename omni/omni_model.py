@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from omni.audio import load_audio, log_mel, normalise_features
 from omni.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, load_weights, saved_config, understood
 from omni.codec import fingerprint, load_codec
 from omni.config import (
     AudioEncoderArchitecture,
@@ -687,16 +687,16 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
         parts["audio_encoder"] = sizes | {"n_tokens": modules["audio_encoder"].ctc_head.out_features - 1}
     if config.vision_ckpt is not None:
         saved = load_stage(config.vision_ckpt, "vision", prefix="vision", final="vision.pt")
-        trained = VisionConfig.model_validate(saved["config"])
+        trained = saved_config(VisionConfig, saved)
         sizes = {name: getattr(trained, name) for name in VIT_SIZES}
         words = {
             name.removeprefix("word_head."): weight for name, weight in saved["model"].items() if "word_head." in name
         }
         captions = Tokenizer.load(Path(config.vision_ckpt) / "tokenizer.json") if words else None
         parts["vision_encoder"] = sizes | {"n_words": captions.vocab_size if captions else 0}
-        vit = modules["vision_encoder"] = ViT(sizes["img_size"], *sizes.values())
-        weights = {name: weight for name, weight in saved["model"].items() if name.startswith("vit.")}
-        load_weights(vit, {name.removeprefix("vit."): weight for name, weight in weights.items()}, config.vision_ckpt)
+        arguments = (sizes["img_size"], *sizes.values())
+        vit = build(lambda: ViT(*arguments), _below("vit.", saved["model"]), saved["path"])
+        modules["vision_encoder"] = vit
         side = trained.img_size // trained.patch
         if side % config.image_stack:
             raise UserError(
@@ -736,10 +736,9 @@ def _listening_talker(folder: str, d_model: int) -> tuple[dict, Talker]:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "talker", prefix="talker", final="talker.pt")
-    trained = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
-    talker = Talker(trained.model_copy(update={"thinker_d_model": d_model}))
-    nothing = {"thinker_proj.weight": torch.zeros_like(talker.thinker_proj.weight)}
-    load_weights(talker, saved["model"] | nothing, Path(folder) / "talker.pt")
+    trained = saved_config(TalkerConfig, saved, use_compile=False).model_copy(update={"thinker_d_model": d_model})
+    nothing = {"thinker_proj.weight": torch.zeros(trained.d_model, d_model)}
+    talker = build(lambda: Talker(trained), saved["model"] | nothing, saved["path"])
     return sizes_of(TalkerConfig, talker.config), talker
 
 
@@ -772,13 +771,14 @@ def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Toke
     """
     saved, path = load_stage(folder, "omni", prefix="omni", final="omni_final.pt"), Path(folder) / "tokenizer.json"
     # one padded length is for compiled training; and what was kept of training's files is not at hand
-    for_training = {"use_compile": False, "keep_features": False}
-    config, tokenizer = SftConfig.model_validate(saved["config"] | for_training), Tokenizer.load(path)
-    if tokenizer.vocab_size != config.parts["thinker"]["vocab_size"]:
+    config = saved_config(SftConfig, saved, use_compile=False, keep_features=False)
+    tokenizer = Tokenizer.load(path)
+    with understood(saved["path"]):
+        vocab_size = config.parts["thinker"]["vocab_size"]
+    if tokenizer.vocab_size != vocab_size:
         raise UserError(
-            f"{path}: expected {config.parts['thinker']['vocab_size']} entries as in the model, found "
-            f"{tokenizer.vocab_size}. The two files are not of one run"
+            f"{path}: expected {vocab_size} entries as in the model, found {tokenizer.vocab_size}. The two files are "
+            "not of one run"
         )
-    model = OmniModel(config, use_flash=config.use_flash)
-    load_weights(model, saved["model"], Path(folder) / "omni_final.pt")
+    model = build(lambda: OmniModel(config, use_flash=config.use_flash), saved["model"], saved["path"])
     return model.to(device).eval(), tokenizer, config

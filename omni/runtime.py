@@ -16,6 +16,7 @@ import os
 import random
 import resource
 import signal
+import stat
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -32,11 +34,11 @@ from pydantic import BaseModel
 from torch import nn
 from tqdm import tqdm
 
-from omni import allocator, checkpoint
+from omni import allocator, checkpoint, files
 from omni.caches import cached_json
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
-from omni.files import file_sha256, read_sealed_json
+from omni.files import file_sha256, read_sealed_json, remove_temporary, replace_file
 from omni.media import visible
 
 
@@ -245,22 +247,42 @@ class FolderInUse(UserError):
     """Another process holds the folder's lock."""
 
 
+def _open_lock(path: Path) -> TextIO:
+    """Open or create a lock file: the number of the process that holds it, and nothing else."""
+    try:
+        # not through a link, and not waiting for the other end of a pipe
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise UserError(f"{path}: expected a lock file, found something else. Move it away") from error
+    facts = os.fstat(number)
+    # two names: the other one is somebody's file
+    if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1 or os.pread(number, 32, 0).strip(b"0123456789"):
+        os.close(number)
+        raise UserError(f"{path}: expected the lock file of a run, found another program's. Move it away")
+    return open(number, "r+", encoding="utf-8")
+
+
 class FolderLock:
     """At most one process works in a folder.
 
     A POSIX record lock (``fcntl.lockf``) belongs to this process alone: data loader workers do not inherit it, so
-    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out. A context
-    manager that lets go of it at the end.
+    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out. Whoever takes
+    it clears the partial files of those who were killed. A context manager that lets go of it at the end.
+
+    Raises:
+        FolderInUse: another process has it.
+        UserError: ``.lock`` is something else than such a file, which is left as it is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ".lock"
         while True:
-            self.file = open(self.path, "a+", encoding="utf-8")
+            self.file = _open_lock(self.path)
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self.file.seek(0)
                 holder = self.file.read().strip() or "unknown"
                 self.file.close()
                 raise FolderInUse(f"{folder}: already in use by process {holder}. Wait for it, or stop it") from None
@@ -272,6 +294,7 @@ class FolderLock:
         self.file.truncate(0)
         self.file.write(str(os.getpid()))
         self.file.flush()
+        remove_temporary(folder)
 
     @classmethod
     def wait_for(cls, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> "FolderLock":
@@ -333,7 +356,6 @@ class Run:
             try:
                 self.save_dir.mkdir(parents=True, exist_ok=True)
                 self.lock = FolderLock(self.save_dir)
-                checkpoint.remove_temporary(self.save_dir)
             except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{self.save_dir}: cannot write to save_dir: {reason}") from error
@@ -391,15 +413,17 @@ class Run:
         """
         source, target = Path(folder) / stage.final, self.save_dir / stage.final
         saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
+        if saved["path"] != source:
+            raise UserError(f"{source}: expected the final file of a finished training, found step files only")
         for key in sizes.model_fields:
-            if saved["config"][key] != getattr(self.config, key):
-                found, wanted = saved["config"][key], getattr(self.config, key)
+            if saved["config"].get(key) != getattr(self.config, key):
+                found, wanted = saved["config"].get(key, "missing"), getattr(self.config, key)
                 raise UserError(f"{source}: {key} is {found}, this config has {wanted}")
         with self.main_process_first():
             if target.exists() and file_sha256(target) != file_sha256(source):
                 raise UserError(f"{target}: another {stage.name} than {source}. Use a new save_dir")
             if self.is_main and not target.exists():
-                checkpoint.replace_file(target, lambda file: file.write(source.read_bytes()))
+                replace_file(target, lambda file: file.write(source.read_bytes()))
         return saved["metrics"]
 
     def _close_logs(self) -> None:
@@ -415,8 +439,8 @@ class Run:
     def _on_signal(self, number: int, _frame) -> None:
         # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing
         if self.stop_requested and self.world == 1:
-            if checkpoint.temporary_in_progress is not None:
-                checkpoint.temporary_in_progress.unlink(missing_ok=True)
+            if files.temporary_in_progress is not None:
+                files.temporary_in_progress.unlink(missing_ok=True)
             os.write(2, b"stopped at once; the last saved checkpoint stands\n")
             os._exit(EXIT_INTERRUPTED)
         self.stop_requested = True
@@ -557,7 +581,7 @@ class Run:
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _is_row_until(line, self.stage.name, step)]
-            checkpoint.replace_file(path, lambda file: file.writelines(kept))
+            replace_file(path, lambda file: file.writelines(kept))
         self._metrics_file = open(path, "a", encoding="utf-8", buffering=1)
         folder = self.save_dir / "tensorboard"
         self._tensorboard = SummaryWriter(folder / self.stage.name if self._is_part else folder, purge_step=step + 1)

@@ -1,12 +1,15 @@
 """Sounds and pictures of them, beside the checkpoints and in TensorBoard: what figures cannot say about speech."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
 from omni.audio import MelSpec, log_mel
-from omni.checkpoint import replace_file
+from omni.files import replace_file
 from omni.runtime import Run
 
 
@@ -25,14 +28,17 @@ def save_samples(run: Run, step: int, index: int, clips: dict[str, Tensor], spec
     stem = f"step_{step}_{index}"
     sounds = {name: clip.detach().float().cpu().clamp(-1, 1) for name, clip in clips.items()}
     for name, sound in sounds.items():
-        _write(folder / f"{stem}_{name}.wav", sound, spec.sample_rate)
+        write_sound(folder / f"{stem}_{name}.wav", sound, spec.sample_rate)
     picture = draw_log_mels({name: log_mel(sound, spec) for name, sound in sounds.items()}, spec)
     replace_file(folder / f"{stem}.png", lambda file: _write_png(file, picture))
     run.record_media(step, f"clip_{index}", sounds, spec.sample_rate, picture)
 
 
-def _write(path, sound: Tensor, sample_rate: int) -> None:
-    replace_file(path, lambda file: soundfile.write(file, sound.numpy(), sample_rate, "PCM_16", format="WAV"))
+def write_sound(path: Path, sound: Tensor, sample_rate: int) -> None:
+    """A WAV file of ``sound`` (S,) in [-1, 1], whole or not at all."""
+    whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
+    soundfile.write(whole, sound.numpy(), sample_rate, "PCM_16", format="WAV")
+    replace_file(path, lambda file: file.write(whole.getbuffer()))
 
 
 def _write_png(file, picture: np.ndarray) -> None:

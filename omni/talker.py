@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from omni.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
 from omni.audio import audio_duration
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.codec import ConvNeXtBlock, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
 from omni.errors import BadRow
@@ -396,9 +396,8 @@ def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
         UserError: nothing there, or damaged.
     """
     saved = load_stage(folder, "talker", "talker", "talker.pt")
-    config = TalkerConfig.model_validate(saved["config"] | {"use_compile": False})
-    talker = Talker(config)
-    load_weights(talker, saved["model"], Path(folder) / "talker.pt")
+    config = saved_config(TalkerConfig, saved, use_compile=False)
+    talker = build(lambda: Talker(config), saved["model"], saved["path"])
     return talker.to(device).eval()
 
 

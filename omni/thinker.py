@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config
 from omni.config import TextConfig, ThinkerArchitecture
 from omni.decoding import one_token_reader
 from omni.errors import UserError
@@ -292,14 +292,13 @@ def load_thinker(folder: str | Path, device: torch.device) -> tuple[Thinker, Tok
         UserError: a file is missing or damaged, or the two are not of one run.
     """
     saved, path = load_stage(folder, "text", prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
-    config, tokenizer = TextConfig.model_validate(saved["config"]), Tokenizer.load(path)
+    config, tokenizer = saved_config(TextConfig, saved), Tokenizer.load(path)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{path}: expected {config.vocab_size} entries as in the model, found {tokenizer.vocab_size}. "
             "The two files are not of one run"
         )
-    thinker = Thinker(config, use_flash=config.use_flash)
-    load_weights(thinker, saved["model"], Path(folder))
+    thinker = build(lambda: Thinker(config, use_flash=config.use_flash), saved["model"], saved["path"])
     return thinker.to(device).eval(), tokenizer, saved["metrics"]
 
 

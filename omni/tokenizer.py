@@ -16,8 +16,9 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from omni.checkpoint import replace_file
 from omni.errors import UserError
+from omni.files import parse_json, read_text, replace_file
+from omni.media import quoted
 
 END_OF_TEXT = "<|endoftext|>"
 END = "<|end|>"
@@ -55,11 +56,52 @@ def _byte_of_symbol() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
+def _without_merges() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+_ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+
+
+def difference(tokenizer: tokenizers.Tokenizer, empty: tokenizers.Tokenizer) -> str | None:
+    """How ``tokenizer`` differs from ``empty`` but for what it has learnt; None if it does not.
+
+    A normaliser, for example, may make a gigabyte of one letter.
+    """
+    found, expected = (json.loads(one.to_str()) for one in (tokenizer, empty))
+    added = found["added_tokens"]
+    if any(token[key] != value for token in added for key, value in _ADDED.items()):
+        return 'key "added_tokens": expected special tokens that change nothing beside them'
+    for whole in (found, expected):
+        whole["added_tokens"], whole["model"]["vocab"], whole["model"]["merges"] = [], {}, []
+        whole |= {f"model.{key}": value for key, value in whole.pop("model").items()}
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            return f'key "{key}": expected {json.dumps(expected.get(key))}, found {quoted(json.dumps(found.get(key)))}'
+    return None
+
+
+def check_ids(serialized: str) -> None:
+    """To be asked before the library reads a ``tokenizer.json``: it sets memory aside up to the highest id.
+
+    Raises:
+        ValueError: the ids are not those from 0 on, so that a token has no embedding.
+    """
+    whole = parse_json(serialized)
+    ids = {*whole["model"]["vocab"].values(), *(token["id"] for token in whole["added_tokens"])}
+    if ids != set(range(len(ids))):
+        raise ValueError(f"expected ids from 0 to {len(ids) - 1}, found others")
+
+
 class Tokenizer:
     """Byte-level BPE. Build one with ``train`` or ``load``."""
 
     def __init__(self, serialized: str):
         """``serialized``: the text of a ``tokenizer.json``."""
+        self.serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
         # A second one, as the switch is a state of the tokenizer, and a shared state would be a race.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
@@ -70,7 +112,7 @@ class Tokenizer:
 
     def __reduce__(self):
         # as text: the library's own pickle forgets the switch
-        return type(self), (self._tokenizer.to_str(),)
+        return type(self), (self.serialized,)
 
     @classmethod
     def train(cls, lines: Iterator[str], vocab_size: int) -> Self:
@@ -84,9 +126,7 @@ class Tokenizer:
                 f'key "vocab_size": expected at least {MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} special '
                 f"tokens), found {vocab_size}"
             )
-        tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = _without_merges()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=list(SPECIAL_TOKENS),
@@ -103,13 +143,9 @@ class Tokenizer:
         Raises:
             UserError: the file is missing, damaged, or not a tokenizer of this kind.
         """
+        serialized = read_text(path, "tokenizer")
         try:
-            serialized = Path(path).read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: damaged tokenizer: byte {error.start} is not UTF-8") from error
-        try:
+            check_ids(serialized)
             tokenizer = cls(serialized)
             for name in SPECIAL_TOKENS:
                 tokenizer.token_id(name)
@@ -117,14 +153,24 @@ class Tokenizer:
             raise UserError(f"{path}: not a tokenizer of μOmni: it has no token {error.args[0]}") from error
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: damaged tokenizer: {' '.join(str(error).split())}") from error
-        if not isinstance(tokenizer._tokenizer.decoder, decoders.ByteLevel):
-            raise UserError(f"{path}: expected a byte-level tokenizer, as train_text.py writes it")
+        expected, symbols = "expected a byte-level tokenizer, as train_text.py writes it", set(_byte_of_symbol())
+        if (reason := difference(tokenizer._tokenizer, _without_merges())) is not None:
+            raise UserError(f"{path}: {expected}: {reason}")
+        added = {token.content for token in tokenizer._tokenizer.get_added_tokens_decoder().values()}
+        learnt = [token for token in tokenizer._tokenizer.get_vocab() if token not in added]
+        if not symbols <= set(learnt) or not symbols.issuperset("".join(learnt)):
+            raise UserError(f"{path}: {expected}: its tokens are not those of bytes")
         return tokenizer
 
     def save(self, path: str | Path) -> None:
         """Write ``path`` whole or not at all: a reader, or a killed run, never sees half a file."""
         serialized = self._tokenizer.to_str(pretty=True).encode()
         replace_file(Path(path), lambda file: file.write(serialized))
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that was loaded, byte for byte."""
+        return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.checkpoint import load_stage, load_weights
+from omni.checkpoint import build, load_stage, saved_config, understood
 from omni.config import VisionConfig
 from omni.errors import UserError
 from omni.ops import attention, linear, true_float32
@@ -385,17 +385,18 @@ def load_vision_encoder(
         UserError: a file is missing or damaged, or the Thinker is not the one of the training.
     """
     saved = load_stage(folder, "vision", prefix="vision", final="vision.pt")
-    config = VisionConfig.model_validate(saved["config"])
+    config = saved_config(VisionConfig, saved)
     tokenizer, thinker = Tokenizer.load(Path(folder) / "tokenizer.json"), None
     if config.use_thinker_for_text:
         thinker, _, _ = load_thinker(thinker_ckpt or config.thinker_ckpt, device)
-        if not torch.equal(thinker_digest(thinker), saved["model"]["thinker_sha256"]):
+        with understood(saved["path"]):
+            same = torch.equal(thinker_digest(thinker), saved["model"]["thinker_sha256"])
+        if not same:
             raise UserError(
                 f"{thinker_ckpt or config.thinker_ckpt}: not the Thinker that {folder} was trained with. Give that one "
                 "as thinker_ckpt"
             )
-    model = PictureTextModel(config, thinker)
-    load_weights(model, saved["model"], Path(folder))
+    model = build(lambda: PictureTextModel(config, thinker), saved["model"], saved["path"])
     return model.to(device).eval(), tokenizer, config
 
 

@@ -180,9 +180,9 @@ def load_vocoder(folder: str | Path, device: torch.device | str) -> Generator:
     Raises:
         UserError: no checkpoint there, or a damaged one.
     """
-    stage = checkpoint.load_stage(folder, "vocoder", "hifigan", "hifigan.pt")
-    model = Generator(VocoderConfig.model_validate(stage["config"]))
-    checkpoint.load_weights(model, stage["model"], Path(folder))
+    saved = checkpoint.load_stage(folder, "vocoder", "hifigan", "hifigan.pt")
+    config = checkpoint.saved_config(VocoderConfig, saved)
+    model = checkpoint.build(lambda: Generator(config), saved["model"], saved["path"])
     return fold_weight_norm(model).to(device).eval()
 
 

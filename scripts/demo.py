@@ -29,8 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from omni import allocator
-from omni.checkpoint import load, replace_file
+from omni.checkpoint import load
 from omni.errors import EXIT_INTERRUPTED
+from omni.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"

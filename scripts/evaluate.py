@@ -17,6 +17,7 @@ stderr and counted; nothing is written. --show prints some items beside what the
 
 import argparse
 import csv
+import io
 import itertools
 import json
 import sys
@@ -29,7 +30,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -40,12 +40,13 @@ from omni.assistant import without_controls
 from omni.audio import log_mel
 from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
-from omni.checkpoint import load_stage
+from omni.checkpoint import load_stage, saved_config
 from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.config import CodecConfig, StageConfig
 from omni.corpus import IGNORE, read_chunks, split_samples
 from omni.data import ResumableDataset, build_loader
 from omni.errors import BadRow, UserError
+from omni.files import replace_file
 from omni.images import normalise
 from omni.loop import to_device
 from omni.manifest import Rows, load_manifest
@@ -53,6 +54,7 @@ from omni.media import visible
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device
+from omni.samples import write_sound
 from omni.sft import TASKS, AnswerScore, HeldOutItems, load_text
 from omni.speech import Listener, Speaker, read_recordings, word_error_rates, word_errors
 from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums
@@ -163,7 +165,7 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
 
 def judge_codec(args: argparse.Namespace, device: torch.device) -> Judgement:
     codec = load_codec(args.ckpt_dir, device)
-    config = CodecConfig.model_validate(load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt")["config"])
+    config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
     judgement, totals = judge_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
@@ -227,17 +229,21 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
 def save_speech(
     folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
 ) -> None:
-    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them."""
+    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them. Each file is whole or
+    not there, and a manifest names only sounds that are."""
     for kind, waveforms in sounds.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{kind}.csv", "a" if first else "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            if not first:
-                rows.writerow(COLUMNS)
-            for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
-                name = f"{kind}/{number:06d}.wav"
-                soundfile.write(folder / name, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16")
-                rows.writerow([name, text])
+        table = io.StringIO(newline="")
+        rows = csv.writer(table)
+        if not first:
+            rows.writerow(COLUMNS)
+        for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
+            name = f"{kind}/{number:06d}.wav"
+            write_sound(folder / name, waveform.clamp(-1, 1), sample_rate)
+            rows.writerow([name, text])
+        path = folder / f"{kind}.csv"
+        content = (path.read_bytes() if first else b"") + table.getvalue().encode()
+        replace_file(path, lambda file, content=content: file.write(content))
 
 
 def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:

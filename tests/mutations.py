@@ -85,24 +85,23 @@ MUTATIONS = [
         "tests/test_resume.py::test_every_sample_once_per_epoch_in_another_order[text]",
     ),
     Mutation(
-        "atomic save", "written in place", "omni/checkpoint.py",
-        "temporary = temporary_in_progress = path.with_name(path.name + TEMPORARY_SUFFIX)",
-        "temporary = temporary_in_progress = path",
+        "atomic save", "written in place", "omni/files.py",
+        'with open(temporary, "xb") as file:', 'with open(path, "wb") as file:',
         f"{SAVES}::test_a_failed_write_leaves_the_old_file_and_no_temporary",
     ),
     Mutation(
-        "atomic save", "the folder is not synced after the rename", "omni/checkpoint.py",
-        "os.fsync(folder)  # the rename itself must survive a power cut", "pass",
+        "atomic save", "the folder is not synced after the rename", "omni/files.py",
+        "fsync(path.parent)  # the rename itself must survive a power cut", "pass",
         f"{SAVES}::test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk[text]",
     ),
     Mutation(
         "atomic save", "leftovers of a killed save stay", "omni/runtime.py",
-        "checkpoint.remove_temporary(self.save_dir)", "pass",
+        "        remove_temporary(folder)\n", "",
         "tests/test_signals.py::test_a_partial_file_of_a_killed_save_is_cleared",
     ),
     Mutation(
-        "disk full", "what was written so far stays", "omni/checkpoint.py",
-        "temporary.unlink(missing_ok=True)\n        temporary_in_progress = None",
+        "disk full", "what was written so far stays", "omni/files.py",
+        "temporary.unlink(missing_ok=True)\n            temporary_in_progress = None",
         "temporary_in_progress = None",
         f"{SAVES}::test_disk_full_during_a_save[text]",
     ),
@@ -159,7 +158,7 @@ MUTATIONS = [
     ),
     Mutation(
         "signals", "a second signal leaves what is being written", "omni/runtime.py",
-        "checkpoint.temporary_in_progress.unlink(missing_ok=True)", "pass",
+        "files.temporary_in_progress.unlink(missing_ok=True)", "pass",
         "tests/test_signals.py::test_a_second_signal_leaves_no_partial_file -k text",
     ),
     Mutation(
@@ -348,6 +347,61 @@ MUTATIONS = [
     ),
     # the page
     # files, exports and tokenizers
+    Mutation(
+        "only ours is replaced", "what else lies in an export is not looked for", "omni/merged.py",
+        "    _refuse_strangers(target, _own_files(listed))\n", "",
+        "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one",
+    ),
+    Mutation(
+        "only ours is replaced", "a changed file is replaced", "omni/merged.py",
+        "file_sha256(path) != digest:", "False:",
+        "tests/test_export_folder.py::test_a_file_that_was_changed_since_it_was_exported_is_not_replaced",
+    ),
+    Mutation(
+        "only ours is replaced", "what arrives during the export is not looked for", "omni/merged.py",
+        "check_target(target, replace)  # once more: making the export took a while", "pass",
+        "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one -k while",
+    ),
+    Mutation(
+        "only ours is replaced", "the folder of an unfinished export is believed to be one", "omni/merged.py",
+        "    _refuse_strangers(partial, UNFINISHED)\n", "",
+        "tests/test_export_folder.py::test_what_stands_at_its_temporary_names_is_left_alone -k partial",
+    ),
+    Mutation(
+        "permissions", "weights are readable for everyone", "omni/merged.py",
+        "path.chmod(path.parent.stat().st_mode & 0o666)", "path.chmod(0o644)",
+        "tests/test_export_folder.py::test_permissions_are_the_umask_s",
+    ),
+    Mutation(
+        "sealed", "a tokenizer is not compared with its checksum", "omni/checkpoint.py",
+        "    _compare_files(folder, path, saved.files)\n", "",
+        "tests/test_foreign_files.py::test_a_model_s_tokenizer_is_sealed_with_it -k text",
+    ),
+    Mutation(
+        "hostile input", "sizes are not compared before memory is given", "omni/checkpoint.py",
+        "    load_weights(shapes, weights, path, assign=True)\n", "",
+        "tests/test_foreign_files.py::test_an_altered_checkpoint_is_one_line_or_the_same_model",
+    ),
+    Mutation(
+        "hostile input", "a tokenizer may normalise", "omni/tokenizer.py",
+        "if found.get(key) != expected.get(key):", "if False:",
+        "tests/test_foreign_files.py::test_a_tokenizer_that_does_more_than_ours_is_refused",
+    ),
+    Mutation(
+        "hostile input", "a lock follows links", "omni/runtime.py",
+        "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT",
+        "tests/test_files.py::test_a_lock_is_no_one_else_s_file",
+    ),
+    Mutation(
+        "hostile input", "a temporary file may be there already", "omni/files.py",
+        'with open(temporary, "xb") as file:', 'with open(temporary, "wb") as file:',
+        "tests/test_files.py::test_a_temporary_name_is_a_new_one",
+    ),
+    Mutation(
+        "export", "prompts are padded behind", "omni/foreign.py",
+        '"padding_side": "left"', '"padding_side": "right"',
+        "tests/test_export.py::test_the_thinker_answers_a_batch_as_it_answers_each_alone",
+    ),
     # caches
     Mutation(
         "caches", "files are not looked at again", "omni/precompute.py",

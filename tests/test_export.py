@@ -22,7 +22,7 @@ from omni.audio_encoder import load_audio_encoder
 from omni.ctc import CtcTokenizer
 from omni.errors import RunError, UserError
 from omni.images import load_image, normalise
-from omni.merged import Merged, info_sha256, is_merged, write_json
+from omni.merged import Merged, info_sha256, is_merged, is_own_file, write_json
 from omni.ocr import read_text
 from omni.omni_model import Inputs, load_omni
 from omni.thinker import load_thinker
@@ -145,6 +145,26 @@ def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("folder", [".", "thinker"])
+def test_the_thinker_answers_a_batch_as_it_answers_each_alone(merged, folder):
+    transformers = pytest.importorskip("transformers")
+    model = foreign(transformers.AutoModelForCausalLM, merged / "thinker")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(merged / folder)
+    texts = ["red", "one two red cat", "blue dog runs near the big round cat", "small"]
+    prompts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+        for text in texts
+    ]
+    how = {"max_new_tokens": 12, "do_sample": False}
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, **how)[:, batch["input_ids"].shape[1] :]
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = tokenizer(prompt, return_tensors="pt")
+        alone = model.generate(**ids, **how)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(answer, skip_special_tokens=True) == tokenizer.decode(alone, skip_special_tokens=True)
+
+
+@torch.no_grad()
 def test_the_vision_encoder_opens_in_transformers(folders, merged, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = foreign(transformers.ViTModel, merged / "vision_encoder", add_pooling_layer=False)
@@ -245,7 +265,7 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
 def test_what_the_folder_says_of_itself(folders, merged):
     info = json.loads((merged / "model_info.json").read_text())
     files = contents(merged)
-    assert info["files"].keys() == files.keys() - {"model_info.json"}
+    assert info["files"].keys() == files.keys() - {"model_info.json"} and all(map(is_own_file, files))
     assert not [name for name in files if Path(name).suffix not in (".json", ".safetensors", ".md")], "no pickles"
     assert {name.split("/")[0] for name in files if "/" in name} == set(SUBFOLDERS)
     for name, part in info["components"].items():

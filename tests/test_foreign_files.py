@@ -1,0 +1,298 @@
+"""Checkpoints, exports and tokenizers that somebody altered, or that another version wrote: each is refused in one
+line, in bounded memory, or is the same model as before."""
+
+import json
+import random
+import re
+import resource
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, make_mix, save_model
+from test_config import only_error
+
+import export
+from omni import checkpoint
+from omni.aligner import load_aligner
+from omni.audio_encoder import load_audio_encoder
+from omni.codec import load_codec
+from omni.config import OcrConfig, SftConfig, VocoderConfig
+from omni.ctc import CtcTokenizer
+from omni.errors import UserError
+from omni.files import file_sha256, read_json, read_sealed_json, write_sealed_json
+from omni.merged import INFO, Merged, info_sha256, write_json
+from omni.ocr import Ocr, load_ocr
+from omni.omni_model import assemble, load_omni
+from omni.talker import load_talker
+from omni.thinker import load_thinker
+from omni.tokenizer import Tokenizer
+from omni.vision_encoder import load_vision_encoder
+from omni.vocoder import Generator, load_vocoder
+
+CPU = torch.device("cpu")
+WRONG = (
+    None, "", "x", "../../etc/passwd", True, -1, 0, 1.5, 10**8, 10**12, 10**30, float("nan"), [], {}, [1, "x"],
+    {"x": None}, "x" * 10_000, "a\nb",
+)  # fmt: skip
+LOADERS = {  # file -> its folder, and who reads it
+    "thinker.pt": ("thinker", load_thinker),
+    "audio_enc.pt": ("audio_enc", load_audio_encoder),
+    "vision.pt": ("vision", load_vision_encoder),
+    "ocr.pt": ("ocr", load_ocr),
+    "hifigan.pt": ("vocoder", load_vocoder),
+    "talker.pt": ("said/codec", load_talker),
+    "rvq_codec.pt": ("said/codec", load_codec),
+    "aligner.pt": ("said/codec", load_aligner),
+    "omni_final.pt": ("omni", load_omni),
+}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stages")
+    keys = make_mix(folder)
+    for name, stage, cls, make in (("ocr", OCR, OcrConfig, Ocr), ("vocoder", VOCODER, VocoderConfig, Generator)):
+        characters = {"characters": "abcdefgh"} if name == "ocr" else {}
+        config = cls(**stage.config | {"train_csv": "-", "save_dir": "-"} | characters)
+        (folder / name).mkdir()
+        save_model(folder / name / stage.final, name, config, make(config))
+    config, model, tokenizer = assemble(SftConfig(**OMNI.config | keys | {"save_dir": "-"}))
+    (folder / "omni").mkdir()
+    save_model(folder / "omni" / "omni_final.pt", "omni", config, model)
+    tokenizer.save(folder / "omni" / "tokenizer.json")
+    return folder
+
+
+@contextmanager
+def little_memory(more: int = 1 << 30):
+    """Whatever the block asks for beyond ``more`` bytes is refused by the system."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def one_line(error: Exception, *names: str) -> None:
+    assert "\n" not in str(error) and len(str(error)) < 600, str(error)
+    for name in names:
+        assert name in str(error)
+
+
+def places(value: dict, above: tuple = ()) -> list[tuple]:
+    """The path of every key; of a table of weights the first alone, as all are alike."""
+    found = []
+    for key, entry in value.items():
+        if key != "format":  # compared before anything else is read
+            found.append((*above, key))
+        if isinstance(entry, dict):
+            inside = places(entry, (*above, key))
+            found += inside[:1] if key == "model" and not above else inside
+    return found
+
+
+def changed(value: dict, path: tuple, new) -> dict:
+    """A copy in which the entry at ``path`` is ``new``, or is gone if that is ``...``."""
+    copy, (key, *rest) = dict(value), path
+    if rest:
+        copy[key] = changed(value[key], rest, new)
+    elif new is ...:
+        del copy[key]
+    else:
+        copy[key] = new
+    return copy
+
+
+def damages(content: bytes, flips: int, seed: int) -> list[bytes]:
+    """Random single-bit flips, and what is left of a file that was cut."""
+    rng, found = random.Random(seed), [content[: len(content) * part // 8] for part in range(8)]
+    for _ in range(flips):
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        found.append(bytes(flipped))
+    return [*found, content[:-1]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Keys and sizes
+
+
+@pytest.mark.parametrize("file", LOADERS)
+def test_an_altered_checkpoint_is_one_line_or_the_same_model(stages, monkeypatch, file):
+    folder, load = stages / LOADERS[file][0], LOADERS[file][1]
+    whole, rng = checkpoint.load(folder / file), random.Random(file)
+    loaded = 0
+    with little_memory():
+        for path in rng.sample(places(whole), 24):
+            for new in (rng.choice(WRONG), rng.choice([..., 10**8, 10**12])):
+                payload = changed(whole, path, new)
+                monkeypatch.setattr(checkpoint, "load", lambda _, payload=payload: payload)
+                try:
+                    load(folder, CPU)
+                    loaded += 1
+                except UserError as error:
+                    one_line(error, str(folder))
+    assert loaded, "keys that do not matter to the model, such as batch_size, may be other ones"
+
+
+def test_another_format_is_one_line(stages, tmp_path):
+    whole = checkpoint.load(stages / "ocr" / "ocr.pt")
+    for wrong in (*WRONG, torch.zeros(2)):
+        checkpoint.save(tmp_path / "ocr.pt", whole | {"format": wrong})
+        with pytest.raises(UserError, match="this version reads format 1") as error:
+            load_ocr(tmp_path, CPU)
+        one_line(error.value)
+
+
+def test_weights_that_the_file_does_not_hold_in_full_are_refused(stages, tmp_path):
+    whole = checkpoint.load(stages / "thinker" / "thinker.pt")
+    shutil.copy(stages / "thinker" / "tokenizer.json", tmp_path)
+    name, rows = "embed_tokens.weight", 1 << 40
+    weights = whole["model"] | {name: torch.zeros(1).expand(rows, 16)}
+    checkpoint.save(tmp_path / "thinker.pt", whole | {"model": weights})
+    with little_memory(), pytest.raises(UserError, match="does not hold in full") as error:
+        load_thinker(tmp_path, CPU)
+    one_line(error.value, "thinker.pt")
+
+
+@pytest.fixture(scope="module")
+def merged(stages, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("export") / "merged"
+    folders = {"omni": "omni", "ocr": "ocr", "vocoder": "vocoder", "audio": "audio_enc", "talker": "said/codec"}
+    without = {"vocoder"}  # its log-mels are others
+    pairs = [(f"--{name}_ckpt", str(stages / path)) for name, path in folders.items() if name not in without]
+    export.main([*(word for pair in pairs for word in pair), "--output_dir", str(output)])
+    return output
+
+
+def sealed_again(folder: Path, info: dict) -> None:
+    info = {key: value for key, value in info.items() if key != "sha256"}
+    write_json(folder / INFO, info | {"sha256": info_sha256(info)})
+
+
+@pytest.mark.parametrize("file", ["config.json", INFO])
+def test_an_altered_export_is_one_line_or_the_same_model(merged, tmp_path, file):
+    folder, rng = shutil.copytree(merged, tmp_path / "merged"), random.Random(file)
+    whole, info = read_json(folder / file), read_json(folder / INFO)
+    with little_memory():
+        for path in rng.sample(places(whole), 10):
+            for new in (rng.choice(WRONG), rng.choice([..., 10**8, 10**12])):
+                if file == INFO:
+                    sealed_again(folder, changed(whole, path, new))
+                else:
+                    write_json(folder / file, changed(whole, path, new))
+                    sealed_again(folder, changed(info, ("files", file), file_sha256(folder / file)))
+                try:
+                    opened = Merged(folder)
+                    for part in ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "ocr"):
+                        opened.part(part, CPU)
+                    opened.omni(CPU)
+                    opened.speaker(CPU)
+                    opened.tokenizer()
+                except UserError as error:
+                    one_line(error, str(folder))
+
+
+def test_json_that_is_none_is_one_line(tmp_path):
+    path = tmp_path / "x.json"
+    for content in (
+        b"",
+        b"[]",
+        b"1",
+        b"null",
+        b'"x"',
+        b"\xff{}",
+        b"[" * 200_000,
+        b'{"a":' * 200_000,
+        b"{",
+        b"9" * 5000,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.json: damaged") as error:
+            read_json(path)
+        one_line(error.value)
+        assert read_sealed_json(path) is None
+
+
+def test_a_sealed_json_file_is_what_was_written_or_nothing(tmp_path):
+    path, value = tmp_path / "x.json", {"a": 1.5, "b": [1, None, "é"], "c": {"d": float("inf")}, 7: (1, 2)}
+    assert read_sealed_json(path) is None
+    write_sealed_json(path, value)
+    expected = json.loads(json.dumps(value))
+    content = path.read_bytes()
+    assert read_sealed_json(path) == expected
+    for damaged in damages(content, 200, seed=3):
+        path.write_bytes(damaged)
+        assert read_sealed_json(path) in (None, expected)
+    for other in ({}, {"a": 1}, expected | {"seal": "0" * 64}):
+        path.write_text(json.dumps(other))
+        assert read_sealed_json(path) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+@pytest.mark.parametrize(
+    ("stage", "load"),
+    [
+        (TEXT, load_thinker),
+        (AUDIO_ENC, load_audio_encoder),
+        (VISION, load_vision_encoder),
+        (OMNI, load_omni),
+    ],
+    ids=["text", "audio_enc", "vision", "omni"],
+)
+def test_a_model_s_tokenizer_is_sealed_with_it(stage, load, tmp_path):
+    training = stage.training(tmp_path, max_steps=2, max_epochs=None)
+    training.finish()
+    path = training.save_dir / "tokenizer.json"
+    content, final = path.read_bytes(), training.save_dir / stage.final
+    for file in (final, training.step_path(2)):
+        assert checkpoint.load(file)["files"] == {"tokenizer.json": file_sha256(path)}
+
+    def refused() -> None:
+        with pytest.raises(UserError, match=r"tokenizer\.json") as error:
+            load(training.save_dir, CPU)
+        one_line(error.value)
+
+    for damaged in damages(content, 50, seed=4):
+        path.write_bytes(damaged)
+        refused()
+    other = json.loads(content)
+    path.write_text(json.dumps(other))  # another file, though it would encode the same way
+    refused()
+    only_error(training.changed(max_steps=3).run(), "tokenizer.json")
+    final.unlink()  # now the step file is what is loaded
+    refused()
+    path.write_bytes(content)
+    load(training.save_dir, CPU)
+
+
+def test_a_tokenizer_that_does_more_than_ours_is_refused(tmp_path):
+    ours, path = Tokenizer.train(iter(["red cat", "blue dog"] * 5), 300), tmp_path / "tokenizer.json"
+    ctc = CtcTokenizer.train(iter(["red cat", "blue dog"] * 5), 48)
+    bomb = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1_000_000}
+    for cls, tokenizer in ((Tokenizer, ours), (CtcTokenizer, ctc)):
+        whole = json.loads(tokenizer.serialized)
+        cases = {
+            "normalizer": whole | {"normalizer": bomb},
+            "pre_tokenizer": whole | {"pre_tokenizer": None},
+            "decoder": whole | {"decoder": bomb},
+            "truncation": whole
+            | {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}},
+            "model.dropout": changed(whole, ("model", "dropout"), 0.5),
+            "ids from 0": changed(whole, ("model", "vocab", "d"), 10**9),
+        }
+        for name, case in cases.items():
+            path.write_text(json.dumps(case))
+            with pytest.raises(UserError, match=re.escape(name)) as error:
+                cls.load(path)
+            one_line(error.value, str(path))
+        path.write_text(json.dumps(whole))
+        assert cls.load(path).encode("red dog") == tokenizer.encode("red dog")
