@@ -20,17 +20,3 @@ def file_sha256(path: Path) -> str:
 
 def write_json(path: Path, value: dict) -> None:
     replace_file(path, lambda file: file.write(json.dumps(value).encode()))
-
-
-def index_is_current(path: Path, folder: Path) -> bool:
-    """Whether the index in ``folder`` (its ``meta.json`` has ``stat`` and ``sha256``) is of ``path`` as it is."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if meta["stat"] == file_stat(path):
-        return True
-    if meta["stat"]["size"] == path.stat().st_size and meta["sha256"] == file_sha256(path):
-        write_json(folder / "meta.json", meta | {"stat": file_stat(path)})  # copied: the same bytes at another time
-        return True
-    return False

@@ -54,7 +54,7 @@ def hold_cache(folder: Path, log: Callable[[str], None], check_stop: Callable[[]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FolderLock.wait_for(folder, log, check_stop)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}. Set cache_dir to a folder that can be") from error
+        raise UserError(f"{folder}: {error.strerror}. Set cache_dir to a folder that can be written") from error
     with lock:
         yield
 

@@ -27,7 +27,7 @@ from omni.errors import BadRow, UserError, reading_row
 from omni.files import file_stat, write_json
 from omni.index import hold_cache, open_array, prepare_index, save_array
 from omni.media import Inline, is_data_uri, parse_data_uri, quoted
-from omni.records import BOMS, MAX_ROW_BYTES, Record, json_records, line_of, line_records, parse
+from omni.records import MAX_ROW_BYTES, Record, json_records, line_of, line_records, other_encoding, parse
 from omni.runtime import Run
 
 T = TypeVar("T")
@@ -99,7 +99,9 @@ class Manifest:
 
     def _is_cut(self, row: int, data: bytes) -> bool:
         """Whether a single CR ends the row, in a file whose header ends otherwise, and no whole row follows."""
-        if self.cr_ends or not data.endswith(b"\r") or row + 1 == len(self) or self.spans[row + 1][0] != self.spans[row][1]:
+        if self.cr_ends or not data.endswith(b"\r") or row + 1 == len(self):
+            return False
+        if self.spans[row + 1][0] != self.spans[row][1]:  # a blank line follows
             return False
         try:
             parse(self._data(row + 1), self.header)
@@ -143,6 +145,15 @@ class Manifest:
             if root is not None and not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
                 raise BadRow(f"{quoted(name)} leaves the folder {root}")
             raise BadRow(problem or _none_found(folders[0], name))
+
+    def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
+        """``rows`` without those where the mask ``unusable`` is true; says how many they are, and which the first."""
+        out = rows[unusable]
+        if len(out):
+            self.left_out[reason] = np.union1d(self.left_out.get(reason, out[:0]), out)
+            first = ", ".join(str(row + 1) for row in out[:_NAMED]) + ", ..." * (len(out) > _NAMED)
+            log(f"{self.path}: {len(out)} of {len(rows)} rows left out, {reason}: rows {first}")
+        return rows[~unusable]
 
 
 def _spellings(name: str) -> list[str]:
@@ -226,7 +237,11 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, lo
                 bar.update(len(chunk))
                 yield chunk
 
-    kind = _kind(path)
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if encoding := other_encoding(head):
+        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
+    kind = _kind(path, head)
     if kind == "jsonl" and path.suffix == ".json":
         log(f"{path}: begins with an object, not with an array of them: read as JSONL, an object a line")
     header, strip, cr_ends, rows = None, False, True, _Found()
@@ -259,12 +274,11 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, lo
     log(f"indexed {path}: {count:,} rows{rows.others(header is not None)}")
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path, head: bytes) -> str:
     """``csv``, ``jsonl`` or ``json``, an array. What is called ``.json`` is JSONL if an object stands first."""
     if path.suffix != ".json":
         return "jsonl" if path.suffix == ".jsonl" else "csv"
-    with open(path, "rb") as file:
-        return "jsonl" if file.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" else "json"
+    return "jsonl" if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" else "json"
 
 
 class _Found:
@@ -409,6 +423,33 @@ def split_rows(manifest: Manifest, val_split: float) -> tuple[np.ndarray, np.nda
     rows are held out, and equal keys are on one side."""
     held_out = np.asarray(manifest.keys) < val_split * 2**32
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+
+def account_for_rows(run: Run, manifest: Manifest, **uses: np.ndarray) -> None:
+    """Log in one line where every row of a manifest went: a use of it, or left out, for which reasons.
+
+    Args:
+        uses: what for, with ``_`` for blanks -> the rows.
+    """
+    left_out = {reason: len(rows) for reason, rows in manifest.left_out.items()}
+    parts = [f"{len(rows):,} {name.replace('_', ' ')}" for name, rows in uses.items()]
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    line = f"{manifest.path}: {len(manifest):,} rows = {' + '.join(parts)} + {sum(left_out.values()):,} left out"
+    line += f" ({reasons})" if reasons else ""
+    found = np.concatenate([*manifest.left_out.values(), *uses.values()])
+    assert np.array_equal(np.sort(found), np.arange(len(manifest))), f"a row that is in no count, or in two: {line}"
+    run.log(line)
+
+
+def account_for_split(
+    run: Run, manifest: Manifest, train_rows: np.ndarray, held_out: Manifest, held_out_rows: np.ndarray
+) -> None:
+    """``account_for_rows`` of a manifest for training and of that of the held-out rows, which may be the same."""
+    if manifest is held_out:
+        account_for_rows(run, manifest, to_train_on=train_rows, held_out=held_out_rows)
+    else:
+        account_for_rows(run, manifest, to_train_on=train_rows)
+        account_for_rows(run, held_out, held_out=held_out_rows)
 
 
 def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[dict], T], check_stop) -> list[T]:

@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from omni.data import ResumableDataset, build_loader
 from omni.files import write_json
-from omni.manifest import Manifest, Rows, save_array
+from omni.index import save_array
+from omni.manifest import Manifest, Rows
+from omni.media import Inline
 from omni.runtime import Run
 
 _AT_A_TIME = 32  # rows
@@ -85,7 +87,7 @@ class RowsWith:
     def where(self, row: int) -> str:
         return self.manifest.where(row)
 
-    def file(self, name: str, root: str | None = None) -> Path:
+    def file(self, name: str, root: str | None = None) -> Path | Inline:
         return self.manifest.file(name, root)
 
     def __getitem__(self, row: int) -> dict:

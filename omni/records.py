@@ -1,12 +1,12 @@
 """Where each row of a CSV, JSONL or JSON file begins and ends: found in one pass, in bounded memory.
 
-CSV: the rows are those of Python's ``csv.reader`` over the file opened with ``newline=""``. A line ends with LF, CRLF or
-CR. A quotation mark opens a quoted field only at the beginning of a field; in one, two of them are one, and line ends
-belong to the field. JSONL: lines with the same ends. JSON: the elements of an array.
+CSV: the rows are those of Python's ``csv.reader`` over the file opened with ``newline=""``. A line ends with LF, CRLF
+or CR. A quotation mark opens a quoted field only at the beginning of a field; in one, two of them are one, and line
+ends belong to the field. JSONL: lines with the same ends. JSON: the elements of an array.
 
-Departures from ``csv.reader``, all of them told: a quotation mark that is never closed is refused, since the rest of the
-file would be one row; a row over several lines with text after a closing quotation mark is bad (two stray marks have
-made one row of many); so is a row that a single CR cuts in two, in a file whose header ends otherwise.
+Departures from ``csv.reader``, all of them told: a quotation mark that is never closed is refused, since the rest of
+the file would be one row; a row over several lines with text after a closing quotation mark is bad (two stray marks
+have made one row of many); so is a row that a single CR cuts in two, in a file whose header ends otherwise.
 """
 
 import codecs
@@ -23,9 +23,10 @@ from omni.errors import BadRow, UserError
 from omni.media import quoted
 
 MAX_ROW_BYTES = 1 << 20
-BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 _OPENING = re.compile(rb'(?<![^,\r\n])"')  # a quotation mark at the beginning of a field
-_JSON_TOKEN = re.compile(rb'["\[\]{},]')
+# what opens or closes something, past strings without escapes; between elements also the comma
+_JSON_TOKEN = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+")*+(["\[\]{}])')
+_JSON_TOKEN_OUTSIDE = re.compile(rb'[^"\[\]{},]*+(["\[\]{},])')
 _STRING_END = re.compile(rb'["\\]')
 _JSON_BLANKS = b" \t\r\n"
 
@@ -56,10 +57,25 @@ class _Gatherer:
             if len(self.held) > MAX_ROW_BYTES:
                 self.held = None
 
-    def close(self) -> Record:
+    def close(self, data: bytes = b"") -> Record:
+        """The open record, which ends with ``data``."""
+        if not self.held and self.at == self.start and len(data) <= MAX_ROW_BYTES:  # as most do, it lies in one chunk
+            record = Record(self.start, self.start + len(data), data)
+            self.start = self.at = record.end
+            return record
+        self.add(data)
         record = Record(self.start, self.at, None if self.held is None else bytes(self.held))
         self.start, self.held = self.at, bytearray()
         return record
+
+
+def other_encoding(head: bytes) -> str | None:
+    """What a file that begins with ``head`` is, if it is plainly no UTF-8."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16, by its byte-order mark"
+    if head[:4096].count(0) * 3 > len(head[:4096]):  # in UTF-16, every other byte of ASCII letters
+        return "NUL bytes, as UTF-16 has"
+    return None
 
 
 def without_bom(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
@@ -138,15 +154,14 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
             ends = ends[(span < 0) | (ends > stops[span])]
         at = 1
         for end in ends.tolist():
-            record.add(text[at:end])
-            yield record.close()
+            yield record.close(text[at:end])
             at = end
         record.add(text[at:])
         previous = text[-1:]
     if in_quotes and not quote_seen:
         raise UserError(
-            f"{path}: line {line_of(path, opened)}: a quotation mark opens a field and is never closed, so that the rest "
-            "of the file would be one row. Close it, or leave it away"
+            f"{path}: line {line_of(path, opened)}: a quotation mark opens a field and is never closed, so that the "
+            "rest of the file would be one row. Close it, or leave it away"
         )
     if record.at > record.start:
         yield record.close()
@@ -181,8 +196,7 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
         if not depth and not closed:
             at = len(chunk) - len(chunk.lstrip(_JSON_BLANKS))
             if at == len(chunk):
-                record.add(chunk)
-                record.close()
+                record.close(chunk)
                 continue
             if chunk[at : at + 1] != b"[":
                 found = quoted(chunk[at : at + 1].decode("utf-8", "replace"))
@@ -201,16 +215,15 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
                 else:
                     in_string = False
                 continue
-            if (found := _JSON_TOKEN.search(chunk, at)) is None:
+            if (found := (_JSON_TOKEN if depth > 1 else _JSON_TOKEN_OUTSIDE).match(chunk, at)) is None:
                 break
-            at, token = found.end(), found[0]
+            at, token = found.end(), found[1]
             if token == b'"':
                 in_string = True
             elif token in b"[{":
                 depth += 1
                 if depth == 1:
-                    record.add(chunk[done:at])
-                    record.close()
+                    record.close(chunk[done:at])
                     done = at
             elif token in b"]}":
                 depth -= 1
@@ -218,10 +231,8 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
                 if closed and token != b"]":
                     raise UserError(f"{path}: line {line_of(path, record.at + at - 1 - done)}: expected ], found }}")
             if closed or token == b"," and depth == 1:
-                record.add(chunk[done : at - 1])
-                yield record.close()
-                record.add(chunk[at - 1 : at])
-                record.close()
+                yield record.close(chunk[done : at - 1])
+                record.close(chunk[at - 1 : at])
                 done = at
         if closed and chunk[done:].strip(_JSON_BLANKS):
             where = line_of(path, record.at + len(chunk[done:]) - len(chunk[done:].lstrip(_JSON_BLANKS)))
@@ -230,7 +241,9 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
         if closed:
             record.close()
     if not closed:
-        raise UserError(f"{path}: expected a JSON array, found no end of it" if depth else f"{path}: expected a JSON array")
+        raise UserError(
+            f"{path}: expected a JSON array, found no end of it" if depth else f"{path}: expected a JSON array"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,12 +261,7 @@ def parse(data: bytes | None, header: list[str] | None, required: list[str] = ()
     Raises:
         BadRow: not text, not as many columns as the header, or a required column that is absent or empty.
     """
-    if data is None:
-        raise BadRow(f"longer than {MAX_ROW_BYTES >> 20} MiB")
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(f"expected UTF-8 text, found byte {data[error.start]:#x}") from error
+    text = decode(data)
     row = _parse_json(text) if header is None else _parse_csv(text, header, strip)
     for column in required:
         value = row.get(column)
@@ -262,6 +270,19 @@ def parse(data: bytes | None, header: list[str] | None, required: list[str] = ()
         if not value.strip():
             raise BadRow(f'"{column}" is empty')
     return row
+
+
+def decode(data: bytes | None) -> str:
+    """
+    Raises:
+        BadRow: longer than ``MAX_ROW_BYTES``, or not UTF-8.
+    """
+    if data is None:
+        raise BadRow(f"longer than {MAX_ROW_BYTES >> 20} MiB")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"expected UTF-8 text, found byte {data[error.start]:#x}") from error
 
 
 def _parse_json(text: str) -> dict:

@@ -26,7 +26,7 @@ from omni.asr import COLUMNS, read_text, row_seconds
 from omni.audio_encoder import output_frames
 from omni.config import AudioEncoderConfig, TalkerConfig, load_config
 from omni.ctc import CtcTokenizer, frames_needed
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.manifest import Manifest, load_manifest, measure
 from omni.runtime import OneLineErrors, launch
 
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def seconds_of(manifest: Manifest, row: int) -> float:
         try:
-            return row_seconds(manifest, row)
+            with reading_row():
+                return row_seconds(manifest, row)
         except BadRow as error:
             bad[row] = str(error)
             raise
