@@ -311,8 +311,8 @@ class _Found:
 
     def others(self, has_header: bool) -> str:
         text = f", {self.blank:,} blank lines" if self.blank else ""
-        if self.of_lines:
-            text += f"; {self.of_lines:,} rows take several lines, row {self.longest - has_header} "
+        if self.of_lines and has_header:  # a JSON element may take as many as it likes
+            text += f"; {self.of_lines:,} rows take several lines, row {self.longest - 1} "
             text += f"the most, {self.longest_lines:,}"
         return text
 
