@@ -86,15 +86,15 @@ class Manifest:
         Raises:
             BadRow: not text, not as many columns as the header, or a required column that is absent or empty.
         """
+        start, end = (int(byte) for byte in self.spans[row])  # of no such row an IndexError, as of a list
         with reading_row():
-            data = self._data(row)
+            data = self._bytes(start, end)
             fields = parse(data, self.header, self.columns, strip=self.strip)
             if self._is_cut(row, data):
                 raise BadRow("a single carriage return stands inside it")
         return fields
 
-    def _data(self, row: int) -> bytes | None:
-        start, end = (int(byte) for byte in self.spans[row])
+    def _bytes(self, start: int, end: int) -> bytes | None:
         return os.pread(self._file, end - start, start) if end - start <= MAX_ROW_BYTES else None
 
     def _is_cut(self, row: int, data: bytes) -> bool:
@@ -104,7 +104,7 @@ class Manifest:
         if self.spans[row + 1][0] != self.spans[row][1]:  # a blank line follows
             return False
         try:
-            parse(self._data(row + 1), self.header)
+            parse(self._bytes(*map(int, self.spans[row + 1])), self.header)
         except BadRow:
             return True
         return False

@@ -355,8 +355,9 @@ class TextLines(Manifest):
         return {key: value for key, value in super().__getstate__().items() if key != "lines"}
 
     def __getitem__(self, row: int) -> dict:
+        start, end = (int(byte) for byte in self.spans[row])
         with reading_row():
-            return {"text": decode(self._data(row)).strip()}
+            return {"text": decode(self._bytes(start, end)).strip()}
 
     def where(self, row: int) -> str:
         return f"{self.path}: row {self.lines[row]}"
