@@ -53,6 +53,7 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
             if not chunk.endswith(b"\n"):
                 # the last CR that something follows; else, in a giant line, where a character ends
                 end = chunk.rfind(b"\r", max(0, len(chunk) - 2 * _PIECE_BYTES), -1) + 1
+                end += chunk[end : end + 1] == b"\n"
                 cut = len(chunk) - end if end and file.peek(1) else _incomplete_character(chunk)
             if 0 < cut < len(chunk):  # the rest is left to the next chunk
                 file.seek(-cut, os.SEEK_CUR)

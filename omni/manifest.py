@@ -17,7 +17,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
 import numpy as np
@@ -165,7 +165,9 @@ def _spellings(name: str) -> list[str]:
 
 def _none_found(folder: Path, name: str) -> str:
     """That a file is not there, and what is there under a name that differs in little."""
-    shown, path = folder / quoted(name), folder / _spellings(name)[-1]
+    # a name with a drive stands for itself, as one that begins with / does
+    shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
+    path = folder / _spellings(name)[-1]
     while path != path.parent and not path.parent.is_dir():
         path = path.parent
     near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None

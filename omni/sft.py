@@ -30,7 +30,7 @@ from omni.errors import BadRow, UserError, reading_row
 from omni.features import features_of_pictures, features_of_sounds, kept
 from omni.files import file_stat, write_json
 from omni.index import prepare_index, save_array
-from omni.manifest import Manifest, Rows, measure_rows, prepare_manifest, split_rows
+from omni.manifest import Manifest, Rows, account_for_rows, measure_rows, prepare_manifest, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
 from omni.precompute import RowsWith
 from omni.records import decode
@@ -525,9 +525,28 @@ def prepare_tasks(
     for name, weight in config.task_weights.items():
         if weight > 0 and name not in sides[0]:
             run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
+    account_for_tasks(run, sides)
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined
+
+
+def account_for_tasks(run: Run, sides: tuple[dict[str, TaskRows], dict[str, TaskRows]]) -> None:
+    """Log where the rows of each file went, one of which may serve several tasks."""
+    used: dict[Path, tuple[Manifest, tuple[list[np.ndarray], list[np.ndarray]]]] = {}
+    for side, tasks in enumerate(sides):
+        for task in tasks.values():
+            manifest = task.manifest.manifest if isinstance(task.manifest, RowsWith) else task.manifest
+            used.setdefault(manifest.path, (manifest, ([], [])))[1][side].append(task.row_numbers)
+    for manifest, found in used.values():
+        train, held_out = (np.unique(np.concatenate([np.zeros(0, np.int64), *rows])) for rows in found)
+        held_out = np.setdiff1d(held_out, train)
+        for reason, rows in manifest.left_out.items():  # by one task
+            manifest.left_out[reason] = np.setdiff1d(rows, np.concatenate([train, held_out]))
+        counted = np.concatenate([train, held_out, *manifest.left_out.values()])
+        if len(others := np.setdiff1d(np.arange(len(manifest)), counted)):
+            manifest.left_out["of no use to a task"] = others
+        account_for_rows(run, manifest, to_train_on=train, held_out=held_out)
 
 
 def keep_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs, tasks: list[TaskRows]) -> None:
@@ -567,12 +586,8 @@ def prepare_answers(
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
     """``rows`` without recordings that last longer than those that the audio encoder was trained on; says how many.
     Those that cannot be read stay: reading them says why."""
-    kept = rows[measure_seconds(run, manifest)[rows] <= inputs.max_s]
-    if len(kept) < len(rows):
-        run.log(
-            f"{manifest.path}: {len(rows) - len(kept)} of {len(rows)} rows left out, longer than {inputs.max_s:g} s"
-        )
-    return kept
+    too_long = measure_seconds(run, manifest)[rows] > inputs.max_s
+    return manifest.leave_out(rows, too_long, f"longer than {inputs.max_s:g} s", run.log)
 
 
 def count_questions(manifest: Manifest, row: int) -> int:

@@ -328,3 +328,28 @@ def test_what_stands_in_no_answer_counts_less(tmp_path):
     assert (batch["weight"], batch["units"]) == (float(batch["weights"].sum()), 12)
     assert packed.batch(np.array([], dtype=np.int64), epoch=0)["weight"] == 0
     assert "weights" not in PackedTokens(file, ctx_len=12).batch(np.array([0]), epoch=0)
+
+
+@pytest.mark.parametrize("chunk_bytes", [7, 64, 500, 1 << 20])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("bom", ["", "\ufeff"])
+def test_lines_end_as_on_any_system_and_begin_after_a_bom(tmp_path, tokenizer, monkeypatch, bom, end, chunk_bytes):
+    monkeypatch.setattr(corpus, "_CHUNK_BYTES", chunk_bytes)
+    lines = [f"the cät {i} sat" * (1 + i % 3) for i in range(50)]
+    path, run = tmp_path / "text.txt", FakeRun()
+    path.write_bytes((bom + end.join(lines[:20]) + end * 3 + end.join(lines[20:])).encode())
+    said = []
+    run.log = said.append
+    cache = prepare_corpus(run, str(path), tokenizer, val_split=0.3)
+    train, val = decoded(cache.train, tokenizer), decoded(cache.val, tokenizer)
+    assert sorted(train + val) == sorted(lines) and list(sample_lines(FakeRun(), path)) == lines
+    counts = f"52 lines = {len(train)} to train on + {len(val)} held out + 2 blank"
+    assert said[-1] == f"{path}: {counts}"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf16_is_refused_by_its_name(tmp_path, tokenizer, encoding):
+    path = tmp_path / "text.txt"
+    path.write_bytes("the cat sat\non the mat\n".encode(encoding))
+    with pytest.raises(UserError, match=r"text\.txt: expected UTF-8 text, found .*UTF-16"):
+        prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)

@@ -293,7 +293,7 @@ def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
     for name, message in {
         "Clips/1.WAV": 'there is "1.wav"',
         "clips/1.wav": 'there is "Clips"',
-        "C:\\data\\1.wav": "C:\\data\\1.wav",
+        "C:\\data\\1.wav": 'found none at "C:\\data\\1.wav"',
         "Clips": "found none",
         "loop": "symbolic links",
         "the transcript stands here " * 20: "File name too long",
