@@ -108,6 +108,11 @@ def line_of(path: Path, byte: int) -> int:
     return lines + len(previous)
 
 
+def _refuse_nul(path: Path, chunk: bytes, first: int) -> None:
+    if (nul := chunk.find(b"\0")) >= 0:
+        raise UserError(f"{path}: line {line_of(path, first + nul)}: found a NUL byte, expected UTF-8 text")
+
+
 def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterator[Record]:
     """The rows of a CSV (``quotes``) or the lines of a JSONL, blank ones and the line ends included: every byte of the
     file but its byte-order mark is in one record.
@@ -120,8 +125,7 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
     previous, in_quotes, quote_seen, opened = b"\n", False, False, 0
     for chunk in chunks:
         first = record.at  # byte of the file that chunk begins with
-        if (nul := chunk.find(b"\0")) >= 0:
-            raise UserError(f"{path}: line {line_of(path, first + nul)}: found a NUL byte, expected UTF-8 text")
+        _refuse_nul(path, chunk, first)
         text = previous + chunk  # one byte of what came before: is a quotation mark at the beginning of a field?
         pending = previous == b"\r" and not in_quotes  # a line end, unless the LF of a CRLF follows
         quoted_spans = []
@@ -190,8 +194,7 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
     record = _Gatherer(start)
     depth, in_string, escaped, closed = 0, False, False, False
     for chunk in chunks:
-        if (nul := chunk.find(b"\0")) >= 0:
-            raise UserError(f"{path}: line {line_of(path, record.at + nul)}: found a NUL byte, expected UTF-8 text")
+        _refuse_nul(path, chunk, record.at)
         at = done = 0
         if not depth and not closed:
             at = len(chunk) - len(chunk.lstrip(_JSON_BLANKS))
