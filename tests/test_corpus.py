@@ -335,6 +335,7 @@ def test_what_stands_in_no_answer_counts_less(tmp_path):
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_lines_end_as_on_any_system_and_begin_after_a_bom(tmp_path, tokenizer, monkeypatch, bom, end, chunk_bytes):
     monkeypatch.setattr(corpus, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(corpus, "_PIECE_BYTES", 100)  # longer than a line
     lines = [f"the cät {i} sat" * (1 + i % 3) for i in range(50)]
     path, run = tmp_path / "text.txt", FakeRun()
     path.write_bytes((bom + end.join(lines[:20]) + end * 3 + end.join(lines[20:])).encode())

@@ -1,6 +1,7 @@
 """No row vanishes: a manifest has the rows that a plain reader finds, and each is used, or named and counted."""
 
 import csv
+import importlib
 import io
 import json
 import multiprocessing
@@ -173,13 +174,24 @@ def test_the_elements_of_any_json_array(tmp_path, chunk_bytes):
         assert all(content[record.start : record.end] == record.data for record in records)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ['[{"wav": "5" x"}, {"wav": "6"}]', '[{"a": 1}] [{"a": 2}]', '[{"a": 1}}', '[{"a": 1} {"a": 2}]', "[", "", " "],
-)
+GOOD_ELEMENT = '{"wav": "x", "text": "good"}'
+NO_ARRAYS = {
+    "two stray quotation marks": '[GOOD, {"wav": "5" x", "text": "a"}, GOOD, {"wav": "6" x", "text": "b"}, GOOD]',
+    "two arrays": "[GOOD] [GOOD]",
+    "text after it": "[GOOD] GOOD",
+    "closed by another bracket": "[GOOD}",
+    "no comma": "[GOOD, GOOD GOOD]",
+    "never closed": "[GOOD, GOOD",
+    "an opening alone": "[",
+    "nothing": "",
+    "a blank": " ",
+}
+
+
+@pytest.mark.parametrize("text", NO_ARRAYS.values(), ids=NO_ARRAYS.keys())
 def test_what_is_no_json_array_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(UserError, match=r"a\.json") as error:
-        load(write(tmp_path, text, "a.json"))
+        load(write(tmp_path, text.replace("GOOD", GOOD_ELEMENT), "a.json"))
     assert "\n" not in str(error.value)
 
 
@@ -414,3 +426,13 @@ def test_thirty_processes_open_a_touched_manifest_at_once(tmp_path):
 def test_parse_refuses_what_is_longer_than_a_row_may_be():
     with pytest.raises(BadRow, match=f"longer than {MAX_ROW_BYTES >> 20} MiB"):
         parse(None, ["a"])
+
+
+def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong():
+    """Subclasses of ``Rows``, of all stages, say how one row is read; none of them says when."""
+    for path in (Path(omni.manifest.__file__).parent).glob("*.py"):
+        importlib.import_module(f"omni.{path.stem}")
+    kinds = [Rows]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    assert len(kinds) > 12 and all("_sample" not in vars(kind) for kind in kinds[1:])
