@@ -30,10 +30,11 @@ from omni.config import AudioEncoderConfig
 from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
-from omni.manifest import prepare_manifest, split_rows
+from omni.manifest import account_for_rows, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 
+USES = {"train": "to_train_on", "val": "held_out", "unseen_voices": "of_unseen_voices"}
 STAGE = Stage(name="audio_enc", prefix="audio_enc", final="audio_enc.pt", unit="tokens", best_metric="wer")
 
 
@@ -66,17 +67,22 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if path:
                 other = prepare_manifest(run, path, COLUMNS, key="text")
                 held_out[name] = other, np.arange(len(other))
+        used = {"train": (manifest, rows)}
         validation = None
         if "val" in held_out:
             sources = {}
             for name, (source, source_rows) in held_out.items():
                 report_unknown_characters(run, source, source_rows, tokenizer)
                 source_rows, _ = usable_rows(run, source, source_rows, config, tokenizer, training=False)
+                used[name] = source, source_rows
                 sources[name] = Utterances(source, source_rows, config, tokenizer, training=False)
             split = held_out_set(run, HeldOut(sources))
             validation = Validation(split, partial(score_sums, tokenizer=tokenizer), score_metrics)
         else:
             run.log("no held-out recordings (val_split is 0, or there are very few): nothing will be validated")
+
+        for source in {id(source): source for source, _ in used.values()}.values():
+            account_for_rows(run, source, **{USES[name]: used[name][1] for name in used if used[name][0] is source})
 
         # --- Train -----------------------------------------------------------------------------------------------
         return train(

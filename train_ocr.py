@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from omni.caches import set_aside
 from omni.config import OcrConfig
 from omni.data import held_out_set, training_set
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.files import read_sealed_json, write_sealed_json
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, measure_rows, prepare_manifest, split_rows
+from omni.manifest import Manifest, account_for_split, measure_rows, prepare_manifest, split_rows
 from omni.ocr import Ocr, OcrRows, clean_text, ocr_loss, ocr_metrics, ocr_sums, text_length
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train_rows, val_rows = split_rows(manifest, config.val_split)
         train_rows, lengths = leave_out_long_texts(run, manifest, train_rows)
         val_rows, _ = leave_out_long_texts(run, val_manifest, val_rows)
+        account_for_split(run, manifest, train_rows, val_manifest, val_rows)
         # the characters belong to the model: they are part of the checkpoint's config
         characters = prepare_characters(run, (manifest, train_rows), (val_manifest, val_rows))
         config = run.config = config.model_copy(update={"characters": characters})
@@ -75,14 +76,8 @@ def leave_out_long_texts(run: Run, manifest: Manifest, rows: np.ndarray) -> tupl
     limit = run.config.max_text_length
     lengths = measure_rows(run, manifest, "text_length", text_length, np.int32)[rows]
     long = lengths > limit
-    if long.any():
-        first = zip(rows[long][:5], lengths[long][:5], strict=True)
-        named = [f"{manifest.where(row)} ({length} characters)" for row, length in first]
-        run.log(
-            f"{long.sum()} of {len(rows)} rows left out, texts longer than max_text_length {limit}: "
-            + "; ".join(named + ["..."] * int(long.sum() > 5))
-        )
-    return rows[~long], lengths[~long]
+    reason = f"texts longer than max_text_length {limit}"
+    return manifest.leave_out(rows, long, reason, run.log), lengths[~long]
 
 
 def prepare_characters(run: Run, train: tuple[Manifest, np.ndarray], held_out: tuple[Manifest, np.ndarray]) -> str:
@@ -116,7 +111,7 @@ def count_characters(run: Run, manifest: Manifest, rows: np.ndarray) -> Counter:
     counts = Counter()
     for row in rows:
         run.check_stop()
-        with contextlib.suppress(BadRow):
+        with contextlib.suppress(BadRow), reading_row():
             counts.update(clean_text(manifest[row]["text"]))
     return counts
 

@@ -36,7 +36,7 @@ from omni.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
 from omni.data import held_out_set, training_set
 from omni.errors import UserError
 from omni.loop import Phase, Validation, train
-from omni.manifest import prepare_manifest, read_some, split_rows
+from omni.manifest import account_for_split, prepare_manifest, read_some, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_rows = leave_out_long(run, manifest, train_rows, lengths, config.max_mel_length)
         val_lengths = count_codes(run, val_manifest, config)
         val_rows = leave_out_long(run, val_manifest, val_rows, val_lengths, config.max_mel_length)
+        account_for_split(run, manifest, train_rows, val_manifest, val_rows)
         if not len(train_rows):
             raise UserError(f"{manifest.path}: not one of its {len(manifest)} rows is left to train on")
         if not lengths[train_rows].any():  # says why

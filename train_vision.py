@@ -19,7 +19,7 @@ from omni.data import held_out_set, training_set
 from omni.errors import BadRow, UserError
 from omni.images import normalise
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, prepare_manifest, split_rows
+from omni.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.thinker import load_thinker
@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train_rows, held_out_rows = np.arange(len(manifest)), np.arange(len(held_out))
         else:  # by the picture's name: all captions of a picture stand on one side
             train_rows, held_out_rows = split_rows(manifest, config.val_split)
+        account_for_split(run, manifest, train_rows, held_out, held_out_rows)
 
         # --- Who reads the captions ------------------------------------------------------------------------------
         requested_vocab_size, thinker = config.vocab_size, None

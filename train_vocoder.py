@@ -20,7 +20,7 @@ from omni.codec import fingerprint, mel_statistics_of
 from omni.config import VocoderConfig
 from omni.data import held_out_set, training_set
 from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, prepare_manifest, split_rows
+from omni.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
 from omni.samples import save_samples
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
         else:
             train_rows, val_rows = split_rows(manifest, config.val_split)
+        account_for_split(run, manifest, train_rows, val_manifest, val_rows)
         codec = load_codec_of(config)
         clips = Clips(manifest, train_rows, config, seed=config.seed, training=True, codec=codec)
         train_set = training_set(run, clips)

@@ -24,7 +24,6 @@ from omni.runtime import Run
 
 COLUMNS = ("wav", "text")
 _STATIC_LENGTHS = 4  # shapes that torch.compile has to know
-_NAMED = 5  # rows of each kind that are left out and named; all are counted
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -69,7 +68,9 @@ def usable_rows(
         Row numbers in the manifest, and the mel frames of each.
     """
     frames = mel_frames(measure_seconds(run, manifest)[rows], config)
-    left_out = {f"more than max_mel_length {config.max_mel_length} mel frames": frames > config.max_mel_length}
+    limit = f"more than max_mel_length {config.max_mel_length} mel frames"
+    too_long = frames > config.max_mel_length
+    rows, frames = manifest.leave_out(rows, too_long, limit, run.log), frames[~too_long]
     if training:
 
         def needed(manifest: Manifest, row: int) -> int:
@@ -77,14 +78,9 @@ def usable_rows(
 
         needs = measure_rows(run, manifest, f"ctc-{tokenizer.fingerprint[:12]}", needed, np.uint32)[rows]
         too_short = (frames > 0) & (needs > output_frames(frames, config.downsample_time))
-        left_out[f"too short for their text ({config.downsample_time} mel frames an output frame)"] = too_short
-    for reason, mask in left_out.items():
-        if mask.any():
-            first = ", ".join(str(row + 1) for row in rows[mask][:_NAMED])
-            more = ", ..." if mask.sum() > _NAMED else ""
-            run.log(f"{manifest.path}: {mask.sum()} of {len(rows)} rows left out, {reason}: rows {first}{more}")
-    kept = ~np.logical_or.reduce(list(left_out.values()))
-    return rows[kept], frames[kept]
+        reason = f"too short for their text ({config.downsample_time} mel frames an output frame)"
+        rows, frames = manifest.leave_out(rows, too_short, reason, run.log), frames[~too_short]
+    return rows, frames
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -409,12 +409,8 @@ def leave_out_long(
     run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_mel_length: int
 ) -> np.ndarray:
     """``rows`` without recordings of more than ``max_mel_length`` codes. Unreadable ones stay: reading says why."""
-    long = rows[lengths[rows] > max_mel_length]
-    if len(long):
-        first = ", ".join(str(row + 1) for row in long[:5])
-        limit = f"max_mel_length {max_mel_length}"
-        run.log(f"{manifest.path}: {len(long)} of {len(rows)} rows left out, longer than {limit}: {first}")
-    return np.setdiff1d(rows, long)
+    long = lengths[rows] > max_mel_length
+    return manifest.leave_out(rows, long, f"longer than max_mel_length {max_mel_length}", run.log)
 
 
 def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:

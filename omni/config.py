@@ -11,14 +11,18 @@ import math
 import os
 from collections.abc import Container
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Annotated, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from omni.errors import UserError
+from omni.media import quoted
+from omni.records import other_encoding
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
 ModelType = TypeVar("ModelType", bound=BaseModel)
+
+ListedSize = Annotated[int, Field(le=65_536)]
 
 _TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
 _ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
@@ -62,8 +66,8 @@ class StageConfig(BaseModel):
     warmup_steps: int = free(100, ge=0)
     max_steps: int | None = free(None, ge=1, description="optimizer updates; wins over max_epochs")
     max_epochs: int | None = free(None, ge=1, description="used when max_steps is absent")
-    batch_size: int = Field(8, ge=1, description="samples per forward pass and process")
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    batch_size: int = Field(8, ge=1, le=1_048_576, description="samples per forward pass and process")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1_048_576)
     max_grad_norm: float = free(1.0, gt=0)
     max_nonfinite_steps: int = free(10, ge=1, description="NaN or Inf losses in a row that stop the run")
     max_bad_rows: int = free(100, ge=0, description="unreadable rows of the data, each replaced, that stop the run")
@@ -73,7 +77,7 @@ class StageConfig(BaseModel):
     use_compile: bool = free(False, description="torch.compile, in place")
     use_flash: bool = free(True, description="fused attention; false: the plain maths")
     deterministic: bool = free(True, description="same bits in every run on a GPU, for about a tenth of its speed")
-    num_workers: int = free(2, ge=0, description="data loader processes")
+    num_workers: int = free(2, ge=0, le=1_024, description="data loader processes")
     drop_last: bool = Field(True, description="leave out the last, incomplete step of an epoch")
 
     # Reporting
@@ -111,22 +115,22 @@ class ThinkerArchitecture(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
-    vocab_size: int = Field(8192, ge=272, description="upper bound; a small corpus may fill less")
-    ctx_len: int = Field(512, ge=8, description="tokens per training sequence, and the longest context")
+    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a small corpus may fill less")
+    ctx_len: int = Field(512, ge=8, le=1_048_576, description="tokens per training sequence, and the longest context")
     n_layers: int = Field(8, ge=1, le=1000)
     d_model: int = Field(512, ge=8, le=1_000_000)
-    n_heads: int = Field(8, ge=1)
-    head_dim: int | None = Field(None, ge=2, description="default: d_model / n_heads")
+    n_heads: int = Field(8, ge=1, le=1_024)
+    head_dim: int | None = Field(None, ge=2, le=16_384, description="default: d_model / n_heads")
     d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches, in training only")
     rope_theta: float = Field(10000.0, gt=0)
     tie_embeddings: bool = Field(True, description="the output head is the input embedding")
     use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
-    kv_groups: int = Field(2, ge=1, description="key/value heads under use_gqa")
+    kv_groups: int = Field(2, ge=1, le=1_024, description="key/value heads under use_gqa")
     use_moe: bool = False
-    num_experts: int = Field(8, ge=2)
-    num_experts_per_tok: int = Field(2, ge=1)
-    moe_d_ff: int | None = Field(None, ge=8, description="inner width of one expert; default: d_ff")
+    num_experts: int = Field(8, ge=2, le=4_096)
+    num_experts_per_tok: int = Field(2, ge=1, le=4_096)
+    moe_d_ff: int | None = Field(None, ge=8, le=1_000_000, description="inner width of one expert; default: d_ff")
     router_aux_loss_coef: float = Field(0.01, ge=0, description="weight of the load-balancing loss")
 
     @property
@@ -180,20 +184,22 @@ class AudioEncoderArchitecture(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
-    mel_bins: int = Field(80, ge=8, description="mel channels")
-    frame_hop: int = Field(160, ge=16, description="samples from one mel frame to the next")
-    frame_win: int = Field(640, ge=16, description="samples of a mel frame's window")
+    mel_bins: int = Field(80, ge=8, le=1_024, description="mel channels")
+    frame_hop: int = Field(160, ge=16, le=65_536, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
     downsample_time: int = Field(8, description="mel frames per output frame: 8 or 4")
     subsampling_channels: int = Field(
         128, ge=1, le=1_000_000, description="channels of the convolutions that shorten the time"
     )
     n_layers: int = Field(8, ge=1, le=1000)
     d_model: int = Field(256, ge=8, le=1_000_000)
-    n_heads: int = Field(4, ge=1)
+    n_heads: int = Field(4, ge=1, le=1_024)
     d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the feed-forward modules")
-    conv_kernel_size: int = Field(9, ge=1, description="width of the depthwise convolution, in output frames")
+    conv_kernel_size: int = Field(9, ge=1, le=1_024, description="width of the depthwise convolution, in output frames")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
-    ctc_vocab_size: int = Field(512, ge=2, description="upper bound of the BPE vocabulary; few texts may fill less")
+    ctc_vocab_size: int = Field(
+        512, ge=2, le=1_048_576, description="upper bound of the BPE vocabulary; few texts may fill less"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -230,7 +236,10 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         None, hint=_ASR_HINT, description="a second held-out manifest, of voices that are not in training"
     )
     max_mel_length: int = Field(
-        2048, ge=8, description="mel frames (2048: 20 s); longer rows are left out, use_compile pads up to it"
+        2048,
+        ge=8,
+        le=16_777_216,
+        description="mel frames (2048: 20 s); longer rows are left out, use_compile pads up to it",
     )
     spec_time_masks: int = Field(2, ge=0, description="SpecAugment: bands of time blanked out in each utterance")
     spec_time_width: int = Field(40, ge=0, description="their greatest width, in mel frames")
@@ -251,11 +260,11 @@ class SpeechFrames(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
-    n_fft: int = Field(1024, ge=16, description="samples of a mel frame's transform")
-    frame_hop: int = Field(160, ge=16, description="samples from one mel frame to the next")
-    frame_win: int = Field(640, ge=16, description="samples of a mel frame's window")
-    n_mels: int = Field(80, ge=8, description="mel channels")
-    frame_ms: int = Field(80, ge=10, description="milliseconds of speech in one code of each codebook")
+    n_fft: int = Field(1024, ge=16, le=65_536, description="samples of a mel frame's transform")
+    frame_hop: int = Field(160, ge=16, le=65_536, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
+    n_mels: int = Field(80, ge=8, le=1_024, description="mel channels")
+    frame_ms: int = Field(80, ge=10, le=1_000, description="milliseconds of speech in one code of each codebook")
 
     @property
     def frames_per_code(self) -> int:
@@ -282,12 +291,12 @@ class SpeechFrames(BaseModel):
 class CodecArchitecture(SpeechFrames):
     """The sizes of the speech codec."""
 
-    codebooks: int = Field(8, ge=1, description="codes per frame, each finer than the one before")
-    codebook_size: int = Field(256, ge=2)
+    codebooks: int = Field(8, ge=1, le=64, description="codes per frame, each finer than the one before")
+    codebook_size: int = Field(256, ge=2, le=65_536)
     codec_d_model: int = Field(512, ge=8, le=1_000_000)
     codec_d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the codec's blocks")
     codec_layers: int = Field(6, ge=1, le=1000, description="blocks of the encoder, and of the decoder")
-    codec_kernel_size: int = Field(5, ge=1, description="width of their convolutions, in frames of frame_ms")
+    codec_kernel_size: int = Field(5, ge=1, le=1_024, description="width of their convolutions, in frames of frame_ms")
     codec_smoother_layers: int = Field(2, ge=0, le=1000, description="blocks after the decoder, at the mels' own rate")
     codec_latent: int = Field(64, ge=1, le=1_000_000, description="width of what is quantised")
     quantizer_dropout: float = Field(0.25, ge=0, le=1, description="share of clips coded with fewer codebooks")
@@ -308,7 +317,10 @@ class SpeechManifest(BaseModel):
         None, hint=_TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"
     )
     max_mel_length: int = Field(
-        2048, ge=1, description="longest recording in frames of frame_ms (2048: 164 s); longer rows are left out"
+        2048,
+        ge=1,
+        le=16_777_216,
+        description="longest recording in frames of frame_ms (2048: 164 s); longer rows are left out",
     )
 
 
@@ -338,19 +350,21 @@ class TalkerArchitecture(BaseModel):
 
     d_model: int = Field(512, ge=8, le=1_000_000)
     n_layers: int = Field(8, ge=1, le=1000)
-    n_heads: int = Field(8, ge=1)
+    n_heads: int = Field(8, ge=1, le=1_024)
     d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
     rope_theta: float = Field(10000.0, gt=0)
     use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
-    kv_groups: int = Field(2, ge=1, description="key/value heads under use_gqa")
+    kv_groups: int = Field(2, ge=1, le=1_024, description="key/value heads under use_gqa")
     text_layers: int = Field(3, ge=0, le=1000, description="convolutions over the bytes of the text")
     depth_d_model: int = Field(
         256, ge=8, le=1_000_000, description="width of what chooses a frame's codes one after the other"
     )
     depth_layers: int = Field(2, ge=1, le=1000)
     depth_d_ff: int = Field(768, ge=8, le=1_000_000)
-    thinker_d_model: int | None = Field(None, ge=8, description="width of the Thinker whose states may be heard")
+    thinker_d_model: int | None = Field(
+        None, ge=8, le=1_000_000, description="width of the Thinker whose states may be heard"
+    )
 
     @property
     def blocks(self) -> ThinkerArchitecture:
@@ -390,12 +404,12 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     codec_steps: int = free(5000, ge=1, description="optimizer updates of the codec, before those of the talker")
     codec_lr: float = free(1e-3, gt=0, description="the codec's peak learning rate")
     codec_warmup_steps: int = free(100, ge=0)
-    codec_batch_size: int = Field(16, ge=1)
+    codec_batch_size: int = Field(16, ge=1, le=1_048_576)
     commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
     aligner_steps: int = free(2000, ge=1, description="optimizer updates of the aligner")
     aligner_lr: float = free(2e-3, gt=0, description="its peak learning rate")
     aligner_warmup_steps: int = free(50, ge=0)
-    aligner_batch_size: int = Field(16, ge=1)
+    aligner_batch_size: int = Field(16, ge=1, le=1_048_576)
     frame_dropout: float = Field(0.25, ge=0, lt=1, description="share of the frames hidden from the talker in training")
     duration_weight: float = Field(0.3, ge=0, description="of the loss of the durations, beside that of the codes")
     audio_ckpt: str | None = free(None, description="folder of stage B, whose model listens to what is said")
@@ -441,11 +455,11 @@ class VisionConfig(StageConfig):
     image_root: str | None = free(None, description="folder of the images; default: that of the manifest")
 
     # The ViT
-    img_size: int = Field(224, ge=8, description="pixels; pictures are stretched to a square of this side")
-    patch: int = Field(16, ge=1, description="side of a patch in pixels")
+    img_size: int = Field(224, ge=8, le=16_384, description="pixels; pictures are stretched to a square of this side")
+    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels")
     d_model: int = Field(384, ge=8, le=1_000_000)
     n_layers: int = Field(8, ge=1, le=1000)
-    n_heads: int = Field(6, ge=1)
+    n_heads: int = Field(6, ge=1, le=1_024)
     d_ff: int = Field(1536, ge=8, le=1_000_000)
     dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches of both towers, in training only")
 
@@ -454,15 +468,17 @@ class VisionConfig(StageConfig):
         256, ge=2, le=1_000_000, description="width of the space in which pictures and captions meet"
     )
     temperature: float = Field(0.07, ge=0.01, le=1, description="of the contrastive loss, to begin with; it is learned")
-    ctx_len: int = Field(64, ge=8, description="tokens of a caption, its end included; longer ones are cut")
+    ctx_len: int = Field(
+        64, ge=8, le=1_048_576, description="tokens of a caption, its end included; longer ones are cut"
+    )
     use_thinker_for_text: bool = Field(False, description="the trained Thinker reads the captions, and stays as it is")
     thinker_ckpt: str | None = free(None, description="folder of stage A, for use_thinker_for_text")
-    vocab_size: int = Field(8192, ge=272, description="upper bound for the captions' own tokenizer")
+    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound for the captions' own tokenizer")
     text_d_model: int = Field(
         256, ge=8, le=1_000_000, description="width of the text tower; no effect under use_thinker_for_text"
     )
     text_layers: int = Field(4, ge=1, le=1000)
-    text_heads: int = Field(4, ge=1)
+    text_heads: int = Field(4, ge=1, le=1_024)
     text_d_ff: int = Field(768, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
 
     word_loss: float = Field(1.0, ge=0, description="weight of naming the caption's words, beside the contrast")
@@ -514,23 +530,27 @@ class OcrArchitecture(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
-    img_size: int = Field(224, ge=8, description="side of the picture in pixels, where height or width is not given")
-    img_height: int | None = Field(None, ge=8, description="default: img_size")
-    img_width: int | None = Field(None, ge=8, description="default: img_size")
-    patch: int = Field(16, ge=1, description="side of a patch in pixels, where height or width is not given")
-    patch_height: int | None = Field(None, ge=1, description="default: patch")
-    patch_width: int | None = Field(None, ge=1, description="default: patch")
+    img_size: int = Field(
+        224, ge=8, le=16_384, description="side of the picture in pixels, where height or width is not given"
+    )
+    img_height: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
+    img_width: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
+    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels, where height or width is not given")
+    patch_height: int | None = Field(None, ge=1, le=4_096, description="default: patch")
+    patch_width: int | None = Field(None, ge=1, le=4_096, description="default: patch")
     vision_d_model: int = Field(256, ge=8, le=1_000_000)
     vision_layers: int = Field(6, ge=1, le=1000)
-    vision_heads: int = Field(4, ge=1)
+    vision_heads: int = Field(4, ge=1, le=1_024)
     vision_d_ff: int = Field(1024, ge=8, le=1_000_000)
     conv_stem: bool = Field(False, description="three small convolutions make the patches' tokens, not a linear map")
     decoder_d_model: int = Field(256, ge=8, le=1_000_000)
     decoder_layers: int = Field(4, ge=1, le=1000)
-    decoder_heads: int = Field(4, ge=1)
+    decoder_heads: int = Field(4, ge=1, le=1_024)
     decoder_d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
     dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
-    max_text_length: int = Field(256, ge=1, description="characters; a row with a longer text is left out and named")
+    max_text_length: int = Field(
+        256, ge=1, le=65_536, description="characters; a row with a longer text is left out and named"
+    )
     ctc_weight: float = Field(0.0, ge=0, description="of an auxiliary CTC loss on the columns of patches; 0: none")
     characters: str | None = Field(
         None, min_length=1, description="what the model can write; default: the characters of the training texts"
@@ -609,25 +629,33 @@ class VocoderConfig(StageConfig):
 
     # Log-mels: those of the codec
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
-    n_mels: int = Field(80, ge=8, description="mel channels")
-    n_fft: int = Field(1024, ge=16)
-    win_length: int = Field(640, ge=16, description="samples of a mel frame's window")
-    hop_length: int = Field(160, ge=4, description="samples from one mel frame to the next")
+    n_mels: int = Field(80, ge=8, le=1_024, description="mel channels")
+    n_fft: int = Field(1024, ge=16, le=65_536)
+    win_length: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
+    hop_length: int = Field(160, ge=4, le=65_536, description="samples from one mel frame to the next")
 
     # Generator
-    upsample_rates: list[int] = Field([5, 4, 4, 2], description="their product is hop_length")
-    upsample_kernel_sizes: list[int] | None = Field(None, description="default: twice the rates, made even with them")
-    upsample_initial_channel: int = Field(512, ge=2, description="halved by every upsampling")
-    resblock_kernel_sizes: list[int] = [3, 7, 11]
-    resblock_dilation_sizes: list[list[int]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
+    upsample_rates: list[ListedSize] = Field([5, 4, 4, 2], description="their product is hop_length")
+    upsample_kernel_sizes: list[ListedSize] | None = Field(
+        None, description="default: twice the rates, made even with them"
+    )
+    upsample_initial_channel: int = Field(512, ge=2, le=65_536, description="halved by every upsampling")
+    resblock_kernel_sizes: list[ListedSize] = [3, 7, 11]
+    resblock_dilation_sizes: list[list[ListedSize]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
 
     # Discriminators
-    mpd_periods: list[int] = Field([2, 3, 5, 7, 11], description="samples; one discriminator for each")
-    msd_num_scales: int = Field(3, ge=0, description="discriminators of the waveform at full, half, quarter ... rate")
-    disc_channels: int = Field(32, description="of the first layer of a period's discriminator; the others follow it")
+    mpd_periods: list[ListedSize] = Field([2, 3, 5, 7, 11], description="samples; one discriminator for each")
+    msd_num_scales: int = Field(
+        3, ge=0, le=16, description="discriminators of the waveform at full, half, quarter ... rate"
+    )
+    disc_channels: int = Field(
+        32, le=65_536, description="of the first layer of a period's discriminator; the others follow it"
+    )
 
     # Optimisation
-    segment_samples: int = Field(8000, description="length of the random segments trained on, a multiple of hop_length")
+    segment_samples: int = Field(
+        8000, le=16_777_216, description="length of the random segments trained on, a multiple of hop_length"
+    )
     lr_g: float = free(2e-4, gt=0, description="peak learning rate of the generator")
     lr_d: float = free(2e-4, gt=0, description="peak learning rate of the discriminators")
     wd: float = free(0.01, ge=0, description="weight decay")
@@ -752,10 +780,12 @@ class SftConfig(StageConfig):
     questions_per_picture: int = Field(3, ge=1, description="asked one after the other in one sample, at most")
 
     # Sizes
-    ctx_len: int | None = Field(None, ge=8, description="positions of a sample; default: the Thinker's ctx_len")
+    ctx_len: int | None = Field(
+        None, ge=8, le=1_048_576, description="positions of a sample; default: the Thinker's ctx_len"
+    )
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
     drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head hears nothing new")
-    image_stack: int = Field(1, ge=1, description="side of the square of neighbouring patches in one position")
+    image_stack: int = Field(1, ge=1, le=64, description="side of the square of neighbouring patches in one position")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the Thinker's residual branches, in training only")
     freeze_encoders: bool = Field(True, description="leave audio and vision encoder as they are")
     keep_features: bool = Field(
@@ -869,6 +899,30 @@ def refuse_others(
         raise UserError(f"{one}: {what} not fit to {other}: {', '.join(found)}")
 
 
+def read_keys(path: str) -> dict:
+    """The keys of a config file as they stand there.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8").lstrip("\ufeff"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        found = other_encoding(error.object) or f"byte {error.object[error.start]:#x}"
+        raise UserError(f"{path}: expected UTF-8 text, found {found}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error.msg}, line {error.lineno} column {error.colno}") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise UserError(f"{path}: {str(error).partition(';')[0]}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: nested too deeply") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object of keys, found {type(raw).__name__}")
+    return raw
+
+
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:
     """Read ``path`` as ``cls``.
 
@@ -882,16 +936,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
     Raises:
         UserError: one line with file, key, expected and found.
     """
-    try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error.msg}, line {error.lineno} column {error.colno}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object of keys, found {type(raw).__name__}")
+    raw = read_keys(path)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -899,7 +944,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         field = cls.model_fields.get(key)
         try:  # a text key takes the words as they are: save_dir=5 is a folder
             raw[key] = value if field and field.annotation is str else json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raw[key] = value
     notices = [f'{path}: key "{key}" has no effect: {cls.OBSOLETE[key]}' for key in raw if key in cls.OBSOLETE]
     try:
@@ -918,15 +963,18 @@ def _describe(cls: type[StageConfig], detail: dict) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*cls.model_fields, *cls.OBSOLETE], n=1, cutoff=0.5)
-        return f'unknown key "{key}".' + (f' Did you mean "{near[0]}"?' if near else "")
+        return f'unknown key "{quoted(key)}".' + (f' Did you mean "{near[0]}"?' if near else "")
     if detail["type"] == "missing":
         return f'key "{key}" is missing: {cls.model_fields[key].description or "required"}'
     if detail["type"] == "value_error":  # our own checks: the message is complete
         return str(detail["ctx"]["error"])
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     expected = expected.replace("String should have", "text of")
-    found = json.dumps(detail["input"], ensure_ascii=False, default=str)
-    return f'key "{key.split(".")[0]}": expected {expected}, found {found}'
+    try:
+        found = json.dumps(detail["input"], ensure_ascii=False, default=str)
+    except RecursionError:
+        found = "a value nested too deeply"
+    return f'key "{quoted(key.split(".")[0])}": expected {expected}, found {quoted(found)}'
 
 
 def drift(cls: type[StageConfig], saved: dict, current: dict) -> tuple[list[str], list[str]]:

@@ -1,10 +1,13 @@
 """A text file of any size, as packed token sequences in a memory-mapped cache.
 
-The corpus is UTF-8, one sample a line. It is read once, in chunks: each line's tokens are appended to ``train.bin``
-or ``val.bin``, each sample closed by the end-of-text token. A kill in the middle costs one chunk. Memory stays
+The corpus is UTF-8, one sample a line, which ends with LF, CRLF or CR; a byte-order mark is no part of it. It is read
+once, in chunks: each line's tokens are appended to ``train.bin`` or ``val.bin``, each sample closed by the end-of-text
+token. A kill in the middle costs one chunk. Memory stays
 bounded whatever the size, and a training sequence is a slice of the file: nothing is padded.
 """
 
+import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -19,12 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni.errors import UserError
-from omni.files import file_sha256, file_stat, write_json
-from omni.runtime import FolderLock, Run
+from omni.files import file_sha256, file_stat, open_sealed_json, write_json, write_sealed_json
+from omni.index import hold_cache
+from omni.records import other_encoding
+from omni.runtime import Run
 from omni.tokenizer import Tokenizer
 
 IGNORE = -100  # target value that the loss leaves out
-_VERSION = 1
+_VERSION = 2
 _CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 64 << 10
 _ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes 100 bytes and more until it is written
@@ -36,7 +41,7 @@ _TOKENIZER_SAMPLE_BYTES = 24 << 20  # training needs half a kilobyte of memory f
 
 
 def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
-    """Consecutive chunks of about 16 MiB from byte ``start`` on, cut after a newline where one is near.
+    """Consecutive chunks of about 16 MiB from byte ``start`` on, cut after a line's end where one is near.
 
     Where the cuts fall depends on the content alone, so an interrupted pass can be taken up at any of them.
     """
@@ -44,11 +49,39 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
         file.seek(start)
         while chunk := file.read(_CHUNK_BYTES):
             chunk += file.readline(_PIECE_BYTES)
-            cut = _incomplete_character(chunk)
-            if 0 < cut < len(chunk):  # a giant line, cut inside a character: leave its first bytes to the next chunk
+            cut = 0
+            if not chunk.endswith(b"\n"):
+                # the last CR that something follows; else, in a giant line, where a character ends
+                end = chunk.rfind(b"\r", max(0, len(chunk) - 2 * _PIECE_BYTES), -1) + 1
+                end += chunk[end : end + 1] == b"\n"
+                cut = len(chunk) - end if end and file.peek(1) else _incomplete_character(chunk)
+            if 0 < cut < len(chunk):  # the rest is left to the next chunk
                 file.seek(-cut, os.SEEK_CUR)
                 chunk = chunk[:-cut]
             yield chunk
+
+
+def line_spans(chunk: bytes, path: Path, first_row: int) -> Iterator[tuple[int, int]]:
+    """(first byte, byte after the last) of each line of a chunk, without what ends it, and without the byte-order mark
+    of a file whose line 1 is the first.
+
+    Raises:
+        UserError: the file is plainly no UTF-8.
+    """
+    if first_row == 1 and (encoding := other_encoding(chunk)):
+        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
+    at = 0
+    for line in chunk.splitlines(keepends=True):  # of bytes: at LF, CRLF and CR, nothing else
+        start, end = at, at + len(line.rstrip(b"\r\n"))
+        if first_row == 1 and at == 0 and line.startswith(codecs.BOM_UTF8):
+            start = len(codecs.BOM_UTF8)
+        yield start, max(start, end)
+        at += len(line)
+
+
+def count_lines(chunk: bytes) -> int:
+    """How many lines end in a chunk."""
+    return chunk.count(b"\n") + chunk.count(b"\r") - chunk.count(b"\r\n")
 
 
 def _incomplete_character(chunk: bytes) -> int:
@@ -68,8 +101,8 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
     Raises:
         UserError: a line is not UTF-8; the message names file and row.
     """
-    for number, line in enumerate(chunk.split(b"\n"), start=first_row):
-        line = line.rstrip(b"\r")
+    for number, (start, end) in enumerate(line_spans(chunk, path, first_row), start=first_row):
+        line = chunk[start:end]
         while len(line) > _PIECE_BYTES:
             cut = line.rfind(b" ", 1, _PIECE_BYTES)
             if cut <= 0:
@@ -102,7 +135,7 @@ def sample_lines(run: Run, path: Path) -> Iterator[str]:
                 break
             left -= len(sample)
             yield sample.decode("utf-8")
-        row += chunk.count(b"\n")
+        row += count_lines(chunk)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -147,21 +180,35 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
     folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
     with run.main_process_first():
-        if run.is_main and _why_stale(corpus, folder) is not None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = FolderLock.wait_for(folder, run.log, run.check_stop)
-            except OSError as error:
-                raise UserError(
-                    f"{folder}: cannot write the token cache: {error.strerror}. Set cache_dir to a folder with space"
-                ) from error
-            with lock:
-                # asked again: another process may have finished the cache before this one got the lock
-                if (reason := _why_stale(corpus, folder)) is not None:
-                    if reason:
-                        run.log(reason)
-                    _tokenise(run, corpus, folder, tokenizer, val_split)
+        if run.is_main:
+            _prepare(run, corpus, folder, tokenizer, val_split)
         meta = json.loads((folder / "meta.json").read_text())
+        cache = _read_cache(folder, meta)
+    if run.is_main:
+        run.log(_account(corpus, cache, meta))
+    return cache
+
+
+def _prepare(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+    """Make the cache if need be. Only who holds the folder's lock writes in it."""
+    reason, copied = _why_stale(corpus, folder)
+    if reason is not None:
+        with hold_cache(folder, run.log, run.check_stop):
+            # asked again: another process may have finished the cache before this one got the lock
+            reason, _ = _why_stale(corpus, folder)
+            if reason is not None:
+                if reason:
+                    run.log(reason)
+                _tokenise(run, corpus, folder, tokenizer, val_split)
+    elif copied:
+        # where that cannot be noted, the files are hashed every time
+        with contextlib.suppress(UserError), hold_cache(folder, run.log, run.check_stop):
+            reason, copied = _why_stale(corpus, folder)
+            if reason is None and copied:
+                write_sealed_json(folder / "meta.json", copied)
+
+
+def _read_cache(folder: Path, meta: dict) -> TokenCache:
     counts = ("dtype", "tokens", "samples", "text_bytes")
     splits = {
         name: TokenFile(path=folder / f"{name}.bin", **{key: meta[name][key] for key in counts})
@@ -170,39 +217,52 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
 
 
+def _account(corpus: Path, cache: TokenCache, meta: dict) -> str:
+    """Where the lines of the corpus went, in one line."""
+    train, val, lines, blank = cache.train.samples, cache.val.samples, meta["lines"], meta["blank"]
+    assert train + val >= lines, f"{corpus}: {lines} lines with text, but {train} + {val} samples"
+    text = f"{corpus}: {lines + blank:,} lines = {train:,} to train on + {val:,} held out + {blank:,} blank"
+    more = train + val - lines
+    return text + (f"; of them {more:,} are parts of lines over {_PIECE_BYTES >> 10} KiB" if more else "")
+
+
 def _chain(digest: str, chunk: bytes) -> str:
     """Next link of the corpus digest. Chained per chunk, because an interrupted SHA-256 cannot be stored."""
     return hashlib.sha256(digest.encode() + chunk).hexdigest()
 
 
-def _why_stale(corpus: Path, folder: Path) -> str | None:
-    """Why the cache must be made ("" where there is none yet), or None if it is whole and of this corpus.
+def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
+    """Why the cache must be made ("" where there is none yet), or None if it is whole and of this corpus; and for a
+    copy, the same bytes at another time, what ``meta.json`` should say.
 
     What has kept size and time is trusted, the rest is hashed.
     """
     path = folder / "meta.json"
-    if not path.exists():
-        return ""
     try:
-        meta = json.loads(path.read_text())
+        meta = open_sealed_json(path)
+        _read_cache(folder, meta), meta["lines"], meta["blank"]
         touched = {name: file_stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
-    except (OSError, ValueError, KeyError) as error:
-        return f"{folder}: the token cache is damaged ({error}); making it again"
+        size = meta["corpus"]["size"]
+    except FileNotFoundError as error:
+        return (
+            "" if error.filename == str(path) else f"{error.filename}: is missing; making the token cache again"
+        ), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder}: the token cache is damaged ({error}); making it again", None
     for name in (name for name in touched if touched[name]):
         file = folder / f"{name}.bin"
         if file_sha256(file) != meta[name]["sha256"]:
-            return f"{file}: not what was written; making the token cache again"
+            return f"{file}: not what was written; making the token cache again", None
         meta[name]["stat"] = file_stat(file)
-    if meta["corpus"] != file_stat(corpus):
+    copied = meta["corpus"] != file_stat(corpus)
+    if copied:
         digest = ""
-        if meta["corpus"]["size"] == corpus.stat().st_size:
+        if size == corpus.stat().st_size:
             for chunk in read_chunks(corpus):
                 digest = _chain(digest, chunk)
         if digest != meta["sha256"]:
-            return f"{corpus}: has changed since it was tokenised"
-    if any(touched.values()) or meta["corpus"] != file_stat(corpus):  # copied: the same bytes at another time
-        write_json(path, meta | {"corpus": file_stat(corpus)})
-    return None
+            return f"{corpus}: has changed since it was tokenised", None
+    return None, meta | {"corpus": file_stat(corpus)} if copied or any(touched.values()) else None
 
 
 def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
@@ -210,10 +270,14 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     stat = file_stat(corpus)
     # "done" counts are in units of the corpus (bytes, rows) and of each split (tokens, samples, text bytes)
-    fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "dialogues": 0}
+    fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "lines": 0, "blank": 0, "dialogues": 0}
     fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
     progress_path = folder / "progress.json"
-    done = json.loads(progress_path.read_text()) if progress_path.exists() else fresh
+    try:
+        done = json.loads(progress_path.read_text())
+        done = done if done.keys() == fresh.keys() else fresh
+    except (FileNotFoundError, ValueError):
+        done = fresh
     width = np.dtype(dtype).itemsize
     sizes = {path.stem: path.stat().st_size for path in folder.glob("*.bin")}
     kept = all(sizes.get(name, -1) >= done[name]["tokens"] * width for name in ("train", "val"))
@@ -253,7 +317,10 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
                 os.fsync(file.fileno())
             done["sha256"] = _chain(done["sha256"], chunk)
             done["bytes"] += len(chunk)
-            done["rows"] += chunk.count(b"\n")
+            done["rows"] += count_lines(chunk)
+            filled = sum(map(bool, map(bytes.strip, chunk.removeprefix(codecs.BOM_UTF8).splitlines())))
+            done["lines"] += filled
+            done["blank"] += len(chunk.splitlines()) - filled
             write_json(progress_path, done)
             bar.update(len(chunk))
     if file_stat(corpus) != stat:
@@ -263,7 +330,7 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
         done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}
-    write_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
+    write_sealed_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
     progress_path.unlink()
 
 

@@ -6,6 +6,7 @@ A message is one line: what is wrong, where, what was expected, what to do next.
 EXIT_FAILED = 1  # the run could not go on: disk full, loss not finite, every checkpoint damaged
 EXIT_BAD_INPUT = 2  # config, data or arguments are wrong; nothing was written
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same line again
+_SHOWN_CHARACTERS = 300
 
 
 class UserError(Exception):
@@ -28,3 +29,25 @@ class Interrupted(Exception):
 
 class BadRow(Exception):
     """This row of the data cannot be used. The message says why, without file and row number."""
+
+
+class reading_row:
+    """Whatever goes wrong in this context is a row's: damaged files make decoders raise anything, even MemoryError for
+    a size that a header claims, and what Rust code raises is no ``Exception``. Only a wish to stop is passed on.
+
+    Raises:
+        BadRow: with the exception's kind and the first line of its message.
+    """
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if error is None or isinstance(error, (BadRow, Interrupted, KeyboardInterrupt, SystemExit, GeneratorExit)):
+            return
+        message = str(error).strip().partition("\n")[0]
+        text = f"{kind.__name__}: {message}" if message else kind.__name__
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+        raise BadRow(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...") from error

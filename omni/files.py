@@ -195,22 +195,17 @@ def write_sealed_json(path: Path, value: dict) -> None:
 def read_sealed_json(path: Path) -> dict | None:
     """What ``write_sealed_json`` wrote; None if there is no such file, or it differs: the caller makes it anew."""
     with contextlib.suppress(OSError, ValueError):
-        with open_regular(path) as file:
-            value = parse_json(file.read().decode("utf-8"))
-        if isinstance(value, dict) and value.pop(SEAL, None) == json_sha256(value):
-            return value
+        return open_sealed_json(path)
     return None
 
 
-def index_is_current(path: Path, folder: Path) -> bool:
-    """Whether the index in ``folder`` (its ``meta.json`` has ``stat`` and ``sha256``) is of ``path`` as it is."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    if meta["stat"] == file_stat(path):
-        return True
-    if meta["stat"]["size"] == path.stat().st_size and meta["sha256"] == file_sha256(path):
-        write_json(folder / "meta.json", meta | {"stat": file_stat(path)})  # copied: the same bytes at another time
-        return True
-    return False
+def open_sealed_json(path: Path) -> dict:
+    """
+    Raises:
+        OSError, ValueError: there is no such file, or it is not what ``write_sealed_json`` wrote.
+    """
+    with open_regular(path) as file:
+        value = parse_json(file.read().decode("utf-8"))
+    if not isinstance(value, dict) or value.pop(SEAL, None) != json_sha256(value):
+        raise ValueError(f"{path.name} is not what was written")
+    return value

@@ -6,32 +6,39 @@ later runs map into memory. Row ``i`` is then one short read, so a run that resu
 
 import codecs
 import csv
+import functools
 import hashlib
 import itertools
 import json
 import os
+import stat
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from omni.caches import ABSENT, arrays_problem, facts_of_row, open_arrays, write_arrays
-from omni.errors import BadRow, UserError
-from omni.files import file_stat, index_is_current, replace_file, write_json
-from omni.runtime import FolderLock, Run
+from omni.errors import BadRow, UserError, reading_row
+from omni.files import file_stat, write_sealed_json
+from omni.index import hold_cache, prepare_index, save_array
+from omni.media import Inline, is_data_uri, parse_data_uri, quoted
+from omni.records import MAX_ROW_BYTES, Record, json_records, line_of, line_records, other_encoding, parse
+from omni.runtime import Run
 
 T = TypeVar("T")
-_VERSION = 1
+_VERSION = 2
 _CHUNK_BYTES = 4 << 20
-_MAX_ROW_BYTES = 1 << 20
 _SUBSTITUTES_TRIED = 100
 _ROWS_A_THREAD = 512  # less would be work for the threads themselves
 _THREADS = 8  # headers are read from many small files: waiting, not computing
+_NAMED = 5  # rows left out that are named, for each reason; all are counted
+_LISTED = 50_000  # names of a folder among which one is looked for that is spelt otherwise
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -53,6 +60,9 @@ class Manifest:
         self.header: list[str] | None = meta["header"]  # None: JSON
         self.columns: list[str] = meta["columns"]
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
+        self.strip: bool = meta["strip"]  # blanks around cells are not part of them
+        self.cr_ends: bool = meta["cr_ends"]  # a single CR ends a line
+        self.left_out: dict[str, np.ndarray] = {}  # reason -> rows, see ``leave_out``
         self._open()
 
     def _open(self) -> None:
@@ -79,61 +89,102 @@ class Manifest:
         Raises:
             BadRow: not text, not as many columns as the header, or a required column that is absent or empty.
         """
-        start, end = (int(byte) for byte in self.spans[row])
-        return _parse(os.pread(self._file, end - start, start), self.header, self.columns)
+        start, end = (int(byte) for byte in self.spans[row])  # of no such row an IndexError, as of a list
+        with reading_row():
+            data = self._bytes(start, end)
+            fields = parse(data, self.header, self.columns, strip=self.strip)
+            if self._is_cut(row, data):
+                raise BadRow("a single carriage return stands inside it")
+        return fields
+
+    def _bytes(self, start: int, end: int) -> bytes | None:
+        return os.pread(self._file, end - start, start) if end - start <= MAX_ROW_BYTES else None
+
+    def _is_cut(self, row: int, data: bytes) -> bool:
+        """Whether a single CR ends the row, in a file whose header ends otherwise, and no whole row follows."""
+        if self.cr_ends or not data.endswith(b"\r") or row + 1 == len(self):
+            return False
+        if self.spans[row + 1][0] != self.spans[row][1]:  # a blank line follows
+            return False
+        try:
+            parse(self._bytes(*map(int, self.spans[row + 1])), self.header)
+        except BadRow:
+            return True
+        return False
 
     def where(self, row: int) -> str:
         """``data/audio/asr.csv: row 17``; row 1 is the first one after the header."""
         return f"{self.path}: row {row + 1}"
 
-    def file(self, name: str, root: str | None = None) -> Path:
-        """The file that a row names: inside ``root``; without one, beside the manifest or in the working directory.
+    def file(self, name: str, root: str | None = None) -> Path | Inline:
+        """The file that a row names: inside ``root``; without one, beside the manifest or in the working directory. Or
+        the bytes of a data URI.
+
+        A name that is not found as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in
+        the other Unicode forms.
 
         Raises:
             BadRow: there is no such file, or it lies outside ``root``.
         """
         if not isinstance(name, str) or "\0" in name:
-            raise BadRow(f"expected a file name, found {name!r}")
-        if root is None:
-            folders = [self.path.parent, Path()]
-        else:
-            folders = [Path(root)]
-            if not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
-                raise BadRow(f"{name} leaves the folder {root}")
-        for folder in folders:
-            if (folder / name).is_file():
-                return folder / name
-        raise BadRow(f"expected a file, found none at {folders[0] / name}")
+            raise BadRow(f"expected a file name, found {quoted(repr(name))}")
+        if is_data_uri(name):
+            return parse_data_uri(name)
+        with reading_row():
+            folders = [self.path.parent, Path()] if root is None else [Path(root)]
+            problem = ""
+            for folder, spelling in itertools.product(folders, _spellings(name)):
+                path = folder / spelling
+                try:
+                    found = stat.S_ISREG(os.stat(path).st_mode)
+                except OSError as error:  # no such file; or a name too long, a loop of links, a locked folder
+                    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                        problem = problem or f'"{quoted(name)}": {error.strerror}'
+                    continue
+                if root is not None and not path.resolve().is_relative_to(folder.resolve()):
+                    raise BadRow(f"{quoted(name)} leaves the folder {root}")
+                if found:
+                    return path
+            if root is not None and not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
+                raise BadRow(f"{quoted(name)} leaves the folder {root}")
+            raise BadRow(problem or _none_found(folders[0], name))
+
+    def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
+        """``rows`` without those where the mask ``unusable`` is true; says how many they are, and which the first."""
+        out = rows[unusable]
+        if len(out):
+            self.left_out[reason] = np.union1d(self.left_out.get(reason, out[:0]), out)
+            first = ", ".join(str(row + 1) for row in out[:_NAMED]) + ", ..." * (len(out) > _NAMED)
+            log(f"{self.path}: {len(out)} of {len(rows)} rows left out, {reason}: rows {first}")
+        return rows[~unusable]
 
 
-def _parse(record: bytes, header: list[str] | None, required: list[str]) -> dict:
-    try:
-        text = record.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(f"expected UTF-8 text, found byte {record[error.start]:#x}") from error
-    if header is None:
-        try:
-            row = json.loads(text)
-            if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, and no text
-                json.dumps(row, ensure_ascii=False).encode()
-        except ValueError as error:
-            raise BadRow(f"not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadRow(f"expected a JSON object, found {text[:40]}")
-    else:
-        lines = list(csv.reader([text]) if "\n" not in text.rstrip("\r\n") else csv.reader(text.splitlines(True)))
-        if len(lines) != 1:
-            raise BadRow("a quotation mark stands inside an unquoted field, so that rows run together")
-        if len(lines[0]) != len(header):
-            raise BadRow(f"expected {len(header)} columns ({', '.join(header)}), found {len(lines[0])}")
-        row = dict(zip(header, lines[0], strict=True))
-    for column in required:
-        value = row.get(column)
-        if not isinstance(value, str):
-            raise BadRow(f'expected text in "{column}", found {json.dumps(value)}')
-        if not value.strip():
-            raise BadRow(f'"{column}" is empty')
-    return row
+def _spellings(name: str) -> list[str]:
+    """A name as it is written, and as other systems write it."""
+    plain = name.strip().replace("\\", "/")
+    forms = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
+    return list(dict.fromkeys([name, plain, *forms]))
+
+
+def _none_found(folder: Path, name: str) -> str:
+    """That a file is not there, and what is there under a name that differs in little."""
+    # a name with a drive stands for itself, as one that begins with / does
+    shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
+    path = folder / _spellings(name)[-1]
+    while path != path.parent and not path.parent.is_dir():
+        path = path.parent
+    near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None
+    return f'expected a file, found none at "{shown}"' + (f'; there is "{quoted(near)}"' if near else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _names_in(folder: Path) -> dict[str, str]:
+    with os.scandir(folder) as entries:
+        return {_folded(entry.name): entry.name for entry in itertools.islice(entries, _LISTED)}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).strip().casefold()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,33 +215,24 @@ def load_manifest(
         cache_dir: folder for the index; default: the manifest's own.
 
     Raises:
-        UserError: no such file, a column is missing, not UTF-8, a NUL byte, a row over 1 MiB, no rows.
+        UserError: no such file, a column is missing, not UTF-8, a NUL byte, an open quotation mark, no rows.
     """
     path = Path(path)
     digest = hashlib.sha256(json.dumps([_VERSION, columns, key, str(path.resolve())]).encode()).hexdigest()[:12]
     folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
     if not path.is_file():
         raise UserError(f"{path}: expected a file, found none")
-    try:
-        fresh = index_is_current(path, folder)
-        if not fresh:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written") from error
-    if not fresh:
-        with FolderLock.wait_for(folder, log, check_stop):
-            if not index_is_current(path, folder):  # another process may have made it before this one got the lock
-                _make_index(path, folder, columns, key, check_stop)
-                log(f"indexed {path}: {len(np.load(folder / 'keys.npy', mmap_mode='r')):,} rows")
+    make = functools.partial(_make_index, path, folder, columns, key, log, check_stop)
+    prepare_index(path, folder, ("spans", "keys"), make, log, check_stop)
     return Manifest(path, folder)
 
 
-def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, check_stop) -> None:
+def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, log, check_stop) -> None:
     for old in folder.glob("*.np[yz]"):  # row measurements of another content
         old.unlink()
     (folder / "meta.json").unlink(missing_ok=True)
-    stat, digest = file_stat(path), hashlib.sha256()
-    bar = tqdm(total=stat["size"], unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
+    before, digest = file_stat(path), hashlib.sha256()
+    bar = tqdm(total=before["size"], unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
 
     def chunks() -> Iterator[bytes]:
         with open(path, "rb") as file:
@@ -200,153 +242,128 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, ch
                 bar.update(len(chunk))
                 yield chunk
 
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if encoding := other_encoding(head):
+        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
+    kind = _kind(path, head)
+    if kind == "jsonl" and path.suffix == ".json":
+        log(f"{path}: begins with an object, not with an array of them: read as JSONL, an object a line")
+    header, strip, cr_ends, rows = None, False, True, _Found()
     spans, keys = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.uint32)]
     with bar:
-        if path.suffix == ".json":
-            header, records = None, _json_records(path, chunks())
+        if kind == "json":
+            records = json_records(path, chunks())
         else:
-            records = _line_records(path, chunks(), quotes=path.suffix != ".jsonl")
-            header = None if path.suffix == ".jsonl" else _read_header(path, records, columns)
+            records = line_records(path, chunks(), quotes=kind == "csv")
+            records = rows.all_bytes(records, before["size"])
+        records = rows.without_blanks(records)
+        if kind == "csv":
+            record = next(records, None)
+            header, strip = _read_header(path, record, columns)
+            cr_ends = record.data.endswith(b"\r")
         while batch := list(itertools.islice(records, 10_000)):
             if len(keys) == 1:
-                _check_first_rows(path, [record for _, record in batch[:100]], header, columns)
-            spans.append(np.array([(start, start + len(record)) for start, record in batch], np.uint64))
-            keys.append(np.array([_key(record, header, key) for _, record in batch], np.uint32))
-    if file_stat(path) != stat:
+                _check_first_rows(path, batch[:100], header, columns)
+            spans.append(np.array([(record.start, record.end) for record in batch], np.uint64))
+            keys.append(np.array([_key(path, record, header, key, kind) for record in batch], np.uint32))
+    if file_stat(path) != before:
         raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
     if len(keys) == 1:
         raise UserError(f"{path}: expected rows with {' and '.join(columns)}, found none")
     for name, parts in (("spans", spans), ("keys", keys)):
         save_array(folder / f"{name}.npy", np.concatenate(parts))
-    meta = {"stat": stat, "sha256": digest.hexdigest(), "header": header, "columns": columns}
-    write_json(folder / "meta.json", meta)
+    meta = {"stat": before, "sha256": digest.hexdigest(), "header": header, "columns": columns}
+    write_sealed_json(folder / "meta.json", meta | {"strip": strip, "cr_ends": cr_ends})
+    count = sum(map(len, keys))
+    log(f"indexed {path}: {count:,} rows{rows.others(header is not None)}")
 
 
-def _check_first_rows(path: Path, records: list[bytes], header: list[str] | None, columns: tuple[str, ...]) -> None:
+def _kind(path: Path, head: bytes) -> str:
+    """``csv``, ``jsonl`` or ``json``, an array. What is called ``.json`` is JSONL if an object stands first."""
+    if path.suffix != ".json":
+        return "jsonl" if path.suffix == ".jsonl" else "csv"
+    return "jsonl" if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" else "json"
+
+
+class _Found:
+    """Counts what is no row, and what is an odd one."""
+
+    def __init__(self) -> None:
+        self.records = self.blank = self.of_lines = self.longest = self.longest_lines = 0
+
+    def all_bytes(self, records: Iterator[Record], size: int) -> Iterator[Record]:
+        """``records``; not a byte of the file may be between two of them."""
+        end = None
+        for record in records:
+            assert record.start == end or end is None and record.start in (0, 3), "bytes between two rows"
+            end = record.end
+            yield record
+        assert end in (size, None), "bytes after the last row"
+
+    def without_blanks(self, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            if record.is_blank:
+                self.blank += 1
+                continue
+            self.records += 1
+            if record.data is not None and b'"' in record.data:
+                lines = 1 + record.data.rstrip(b"\r\n").count(b"\n")
+                self.of_lines += lines > 1
+                if lines > self.longest_lines:
+                    self.longest, self.longest_lines = self.records, lines
+            yield record
+
+    def others(self, has_header: bool) -> str:
+        text = f", {self.blank:,} blank lines" if self.blank else ""
+        if self.of_lines and has_header:  # a JSON element may take as many as it likes
+            text += f"; {self.of_lines:,} rows take several lines, row {self.longest - 1} "
+            text += f"the most, {self.longest_lines:,}"
+        return text
+
+
+def _check_first_rows(path: Path, records: list[Record], header: list[str] | None, columns: tuple[str, ...]) -> None:
     reasons = []
     for record in records:
         try:
-            _parse(record, header, columns)
+            with reading_row():
+                parse(record.data, header, columns)
             return
         except BadRow as error:
             reasons.append(error)
     raise UserError(f"{path}: row 1: {reasons[0]}. Nor can one of the first {len(records)} rows be used")
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    replace_file(path, lambda file: np.save(file, array))
-
-
-def _key(record: bytes, header: list[str] | None, key: str) -> int:
+def _key(path: Path, record: Record, header: list[str] | None, key: str, kind: str) -> int:
     try:
-        value = _parse(record, header, []).get(key)
-        return zlib.crc32(str(value).encode() if value else record)  # a row without a key stands for itself
-    except BadRow:
-        return 0  # whoever reads the row will hear why
+        with reading_row():
+            value = parse(record.data, header).get(key)
+            if value:
+                return zlib.crc32(str(value).encode())
+    except BadRow as error:  # whoever reads the row will say why; but what is not JSON is no array of rows
+        if kind == "json" and isinstance(error.__cause__, json.JSONDecodeError):
+            line = line_of(path, record.start)
+            raise UserError(f"{path}: the element of the array at line {line}: {error}") from error
+    return zlib.crc32(record.data or str(record.start).encode())  # a row without a key stands for itself
 
 
-def _read_header(path: Path, records: Iterator[tuple[int, bytes]], columns: tuple[str, ...]) -> list[str]:
-    expected = ",".join(columns)
+def _read_header(path: Path, record: Record | None, columns: tuple[str, ...]) -> tuple[list[str], bool]:
+    """The names of the columns, and whether blanks stand around them, as in ``wav, text``."""
+    data = record.data if record else b""
     try:
-        header = next(csv.reader([next(records, (0, b""))[1].decode("utf-8-sig")]), [])
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected a UTF-8 CSV file, found byte {error.object[error.start]:#x}") from error
-    header = [name.strip() for name in header]
+        if data is None:
+            raise UserError(f"{path}: expected a header, found a first line of more than {MAX_ROW_BYTES >> 20} MiB")
+        with reading_row():
+            cells = next(csv.reader([data.decode("utf-8")]), [])
+    except BadRow as error:
+        raise UserError(f"{path}: expected a UTF-8 CSV file with a header, found in its first line: {error}") from error
+    header = [name.strip() for name in cells]
     if missing := [name for name in columns if name not in header]:
-        found = ",".join(header)[:80]
         raise UserError(
-            f'{path}: expected a header with the columns {expected}, found "{found}" ({missing[0]} is missing)'
+            f"{path}: expected a header with the columns {','.join(columns)}, "
+            f'found "{quoted(",".join(header))}" ({missing[0]} is missing)'
         )
-    return header
-
-
-def _line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line) of each non-empty line; under ``quotes``, a line break between quotation marks belongs to
-    its row (RFC 4180)."""
-    rest, rest_start, row = b"", 0, 1
-    for chunk in chunks:
-        text = rest + chunk
-        if (nul := chunk.find(b"\0")) >= 0:
-            row += chunk.count(b"\n", 0, nul)
-            raise UserError(f"{path}: line {row}: found a NUL byte, expected text")
-        array = np.frombuffer(text, np.uint8)
-        ends = np.flatnonzero(array == ord("\n"))
-        if quotes:  # a line break ends the row if an even number of quotation marks stands before it
-            before = np.searchsorted(np.flatnonzero(array == ord('"')), ends)
-            ends = ends[before % 2 == 0]
-        start = 0
-        for end in (ends + 1).tolist():
-            yield from _checked(path, rest_start + start, text[start:end], row)
-            start, row = end, row + 1
-        rest, rest_start = text[start:], rest_start + start
-        _check_size(path, rest, row)
-    yield from _checked(path, rest_start, rest, row)
-
-
-def _checked(path: Path, start: int, record: bytes, row: int) -> Iterator[tuple[int, bytes]]:
-    _check_size(path, record, row)
-    if record.strip():
-        yield start, record
-
-
-def _check_size(path: Path, record: bytes, row: int) -> None:
-    if len(record) > _MAX_ROW_BYTES:
-        raise UserError(f"{path}: line {row}: longer than {_MAX_ROW_BYTES >> 20} MiB. Is a quotation mark not closed?")
-
-
-def _json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(first byte, text) of each element of a JSON array, with one element in memory at a time."""
-    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    chunks = itertools.chain(chunks, [b""])
-    text, at, byte, row, opened = "", 0, 0, 0, False
-
-    def more() -> bool:
-        """Append the next chunk to what is left of ``text``; False at the end of the file."""
-        nonlocal text, at
-        chunk = next(chunks, None)
-        try:
-            text, at = text[at:] + utf8.decode(chunk or b"", final=not chunk), 0
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: expected UTF-8 text, found byte {error.object[error.start]:#x}") from error
-        return bool(chunk)
-
-    def skip(characters: str) -> str:
-        """Move over ``characters``; returns what stands there then, "" at the end."""
-        nonlocal at, byte
-        while True:
-            while at < len(text) and text[at] in characters:
-                at, byte = at + 1, byte + 1  # these are ASCII
-            if at < len(text):
-                return text[at]
-            if not more():
-                return text[at : at + 1]
-
-    with open(path, "rb") as file:
-        byte = 3 if file.read(3) == codecs.BOM_UTF8 else 0
-    while True:
-        found = skip(" \t\r\n" if not opened else " \t\r\n,")
-        if not opened:
-            if found != "[":
-                raise UserError(f"{path}: expected a JSON array of objects, found {found!r} at the beginning")
-            opened, at, byte = True, at + 1, byte + 1
-            continue
-        if found == "]":
-            return
-        while True:
-            try:
-                _, end = decoder.raw_decode(text, at)
-            except json.JSONDecodeError as error:
-                if len(text) - at > _MAX_ROW_BYTES or not more():
-                    raise UserError(f"{path}: not valid JSON after row {row}: {error.msg}") from error
-                continue
-            except RecursionError as error:
-                raise UserError(f"{path}: row {row + 1}: nested too deeply") from error
-            break
-        record = text[at:end].encode()
-        if len(record) > _MAX_ROW_BYTES:
-            raise UserError(f"{path}: row {row + 1}: longer than {_MAX_ROW_BYTES >> 20} MiB")
-        yield byte, record
-        at, byte, row = end, byte + len(record), row + 1
+    return header, header != cells
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -376,13 +393,8 @@ def measure_rows(
         if run.is_main:
             facts = {} if column is None else {"files": file_facts(run, manifest, column)}
             if _measure_problem(path, belongs_to, facts):
-                try:
-                    with FolderLock.wait_for(manifest.folder, run.log, run.check_stop):
-                        _measure_again(run, manifest, path, belongs_to, facts, function, dtype)
-                except OSError as error:
-                    raise UserError(
-                        f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
-                    ) from error
+                with hold_cache(manifest.folder, run.log, run.check_stop):
+                    _measure_again(run, manifest, path, belongs_to, facts, function, dtype)
         return open_arrays(path)[0]["values"]
 
 
@@ -441,7 +453,8 @@ def measure(manifest: Manifest, function, dtype, *, desc: str, check_stop=lambda
 
     def one(row: int):
         try:
-            return function(manifest, row)
+            with reading_row():
+                return function(manifest, row)
         except BadRow:
             return 0
 
@@ -470,6 +483,33 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
+def account_for_rows(run: Run, manifest: Manifest, **uses: np.ndarray) -> None:
+    """Log in one line where every row of a manifest went: a use of it, or left out, for which reasons.
+
+    Args:
+        uses: what for, with ``_`` for blanks -> the rows.
+    """
+    left_out = {reason: len(rows) for reason, rows in manifest.left_out.items()}
+    parts = [f"{len(rows):,} {name.replace('_', ' ')}" for name, rows in uses.items()]
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+    line = f"{manifest.path}: {len(manifest):,} rows = {' + '.join(parts)} + {sum(left_out.values()):,} left out"
+    line += f" ({reasons})" if reasons else ""
+    found = np.concatenate([*manifest.left_out.values(), *uses.values()])
+    assert np.array_equal(np.sort(found), np.arange(len(manifest))), f"a row that is in no count, or in two: {line}"
+    run.log(line)
+
+
+def account_for_split(
+    run: Run, manifest: Manifest, train_rows: np.ndarray, held_out: Manifest, held_out_rows: np.ndarray
+) -> None:
+    """``account_for_rows`` of a manifest for training and of that of the held-out rows, which may be the same."""
+    if manifest is held_out:
+        account_for_rows(run, manifest, to_train_on=train_rows, held_out=held_out_rows)
+    else:
+        account_for_rows(run, manifest, to_train_on=train_rows)
+        account_for_rows(run, held_out, held_out=held_out_rows)
+
+
 def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[dict], T], check_stop) -> list[T]:
     """``read(row)`` for up to ``count`` rows, evenly spread; those that cannot be used are named by whoever trains on
     them.
@@ -481,7 +521,8 @@ def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[
     for row in spread(rows, count):
         check_stop()
         try:
-            found.append(read(manifest[int(row)]))
+            with reading_row():
+                found.append(read(manifest[int(row)]))
         except BadRow as error:
             problem = f"{manifest.where(int(row))}: {error}"
     if not found:
@@ -549,7 +590,8 @@ class Rows:
             number = int(self.row_numbers[candidate])
             rng = np.random.default_rng((self.seed, epoch, number)) if self.training else None
             try:
-                return self.read(self.manifest[number], rng)
+                with reading_row():
+                    return self.read(self.manifest[number], rng)
             except BadRow as error:
                 bad[self.manifest.where(number)] = str(error)
         return None

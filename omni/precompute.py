@@ -28,6 +28,7 @@ from omni.caches import (
 from omni.data import ResumableDataset, build_loader
 from omni.files import json_sha256
 from omni.manifest import Manifest, Rows, file_facts
+from omni.media import Inline
 from omni.runtime import Run
 
 _AT_A_TIME = 32  # rows
@@ -289,7 +290,7 @@ class RowsWith:
     def where(self, row: int) -> str:
         return self.manifest.where(row)
 
-    def file(self, name: str, root: str | None = None) -> Path:
+    def file(self, name: str, root: str | None = None) -> Path | Inline:
         return self.manifest.file(name, root)
 
     def __getitem__(self, row: int) -> dict:

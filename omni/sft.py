@@ -6,12 +6,12 @@ same for all of them.
 
 import hashlib
 import json
-import os
 import random
 import re
 import zlib
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,18 @@ from omni.aligner import load_aligner, prepare_speech
 from omni.asr import measure_seconds
 from omni.codec import leave_out_long, load_codec
 from omni.config import SftConfig
-from omni.corpus import read_chunks
+from omni.corpus import line_spans, read_chunks
 from omni.ctc import normalise_text
 from omni.data import permute
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.features import features_of_pictures, features_of_sounds, kept
-from omni.files import file_stat, index_is_current, write_json
-from omni.manifest import Manifest, Rows, measure_rows, prepare_manifest, save_array, split_rows
+from omni.files import file_stat, write_sealed_json
+from omni.index import prepare_index, save_array
+from omni.manifest import Manifest, Rows, account_for_rows, measure_rows, prepare_manifest, split_rows
 from omni.omni_model import Encoded, Inputs, OmniModel
 from omni.precompute import RowsWith
-from omni.runtime import FolderLock, Run
+from omni.records import decode
+from omni.runtime import Run
 from omni.talker import CodedSpeech, talker_metrics, talker_sums
 from omni.thinker import IGNORED
 
@@ -41,7 +43,6 @@ TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording sa
 SPEAKING_PROMPTS = ("Say: {}", "Read aloud: {}", "Repeat after me: {}")
 SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
 CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
-MAX_LINE_BYTES = 1 << 20
 # What can be asked without a picture or a story, and its one answer
 KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
     question: answer for pairs in world.FACTS.values() for question, answer in pairs
@@ -355,13 +356,8 @@ class TextLines(Manifest):
 
     def __getitem__(self, row: int) -> dict:
         start, end = (int(byte) for byte in self.spans[row])
-        if end - start > MAX_LINE_BYTES:
-            raise BadRow(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-        line = os.pread(self._file, end - start, start)
-        try:
-            return {"text": line.decode("utf-8").strip()}
-        except UnicodeDecodeError as error:
-            raise BadRow(f"expected UTF-8 text, found byte {line[error.start]:#x}") from error
+        with reading_row():
+            return {"text": decode(self._bytes(start, end)).strip()}
 
     def where(self, row: int) -> str:
         return f"{self.path}: row {self.lines[row]}"
@@ -386,36 +382,30 @@ def load_text(
         UserError: no text in it, or its folder cannot be written.
     """
     path = Path(path)
-    digest = hashlib.sha256(f"lines {path.resolve()}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"lines 2 {path.resolve()}".encode()).hexdigest()[:12]
     folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
-    if not index_is_current(path, folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock.wait_for(folder, log, check_stop)
-        except OSError as error:
-            raise UserError(
-                f"{error.filename}: {error.strerror}. Set cache_dir to a folder that can be written"
-            ) from error
-        with lock:
-            if not index_is_current(path, folder):  # another process may have made it before this one got the lock
-                _index_lines(path, folder, log, check_stop)
+    make = partial(_index_lines, path, folder, log, check_stop)
+    prepare_index(path, folder, ("spans", "lines", "keys"), make, log, check_stop)
     return TextLines(path, folder)
 
 
 def _index_lines(path: Path, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
     (folder / "meta.json").unlink(missing_ok=True)
-    stat, digest, at, number = file_stat(path), hashlib.sha256(), 0, 0
+    stat, digest, at, number, blank, others = file_stat(path), hashlib.sha256(), 0, 0, 0, 0
     found: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}  # dialogues, and other lines
     for chunk in read_chunks(path):
         check_stop()
         digest.update(chunk)
-        for line in chunk.split(b"\n")[: -1 if chunk.endswith(b"\n") else None]:
-            number += 1
-            if line.strip():
-                dialogue = world.ASSISTANT.encode() in line
-                if dialogue or not found[True]:
-                    found[dialogue].append((at, at + len(line), number, zlib.crc32(line.rstrip(b"\r"))))
-            at += len(line) + 1
+        for start, end in line_spans(chunk, path, number + 1):
+            number, line = number + 1, chunk[start:end]
+            if not line.strip():
+                blank += 1
+                continue
+            dialogue = world.ASSISTANT.encode() in line
+            others += not dialogue
+            if dialogue or not found[True]:
+                found[dialogue].append((at + start, at + end, number, zlib.crc32(line)))
+        at += len(chunk)
     if file_stat(path) != stat:
         raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
     rows = found[True] or found[False]
@@ -424,10 +414,12 @@ def _index_lines(path: Path, folder: Path, log: Callable[[str], None], check_sto
     table = np.array(rows, np.uint64)
     for name, values in (("spans", table[:, :2]), ("lines", table[:, 2]), ("keys", table[:, 3].astype(np.uint32))):
         save_array(folder / f"{name}.npy", values)
-    meta = {"stat": stat, "sha256": digest.hexdigest(), "header": ["text"], "columns": ["text"]}
-    write_json(folder / "meta.json", meta | {"dialogues": bool(found[True])})
+    meta = {"stat": stat, "sha256": digest.hexdigest(), "header": ["text"], "columns": ["text"], "strip": True}
+    write_sealed_json(folder / "meta.json", meta | {"cr_ends": True, "dialogues": bool(found[True])})
     kind = "dialogues" if found[True] else "lines (no dialogues: they are learnt as text)"
-    log(f"indexed {path}: {len(rows):,} {kind}")
+    assert number == len(rows) + blank + (others if found[True] else 0), f"{path}: lines that are in no count"
+    rest = f" + {others:,} left out, no dialogues" if found[True] and others else ""
+    log(f"indexed {path}: {number:,} lines = {len(rows):,} {kind}{rest} + {blank:,} blank")
 
 
 class Recordings:
@@ -533,9 +525,28 @@ def prepare_tasks(
     for name, weight in config.task_weights.items():
         if weight > 0 and name not in sides[0]:
             run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
+    account_for_tasks(run, sides)
     # one digest each: what the loop compares is two strings, however many files there are
     joined = {side: hashlib.sha256(" ".join(found).encode()).hexdigest() for side, found in digests.items()}
     return *sides, joined
+
+
+def account_for_tasks(run: Run, sides: tuple[dict[str, TaskRows], dict[str, TaskRows]]) -> None:
+    """Log where the rows of each file went, one of which may serve several tasks."""
+    used: dict[Path, tuple[Manifest, tuple[list[np.ndarray], list[np.ndarray]]]] = {}
+    for side, tasks in enumerate(sides):
+        for task in tasks.values():
+            manifest = task.manifest.manifest if isinstance(task.manifest, RowsWith) else task.manifest
+            used.setdefault(manifest.path, (manifest, ([], [])))[1][side].append(task.row_numbers)
+    for manifest, found in used.values():
+        train, held_out = (np.unique(np.concatenate([np.zeros(0, np.int64), *rows])) for rows in found)
+        held_out = np.setdiff1d(held_out, train)
+        for reason, rows in manifest.left_out.items():  # by one task
+            manifest.left_out[reason] = np.setdiff1d(rows, np.concatenate([train, held_out]))
+        counted = np.concatenate([train, held_out, *manifest.left_out.values()])
+        if len(others := np.setdiff1d(np.arange(len(manifest)), counted)):
+            manifest.left_out["of no use to a task"] = others
+        account_for_rows(run, manifest, to_train_on=train, held_out=held_out)
 
 
 def keep_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs, tasks: list[TaskRows]) -> None:
@@ -575,12 +586,8 @@ def prepare_answers(
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
     """``rows`` without recordings that last longer than those that the audio encoder was trained on; says how many.
     Those that cannot be read stay: reading them says why."""
-    kept = rows[measure_seconds(run, manifest)[rows] <= inputs.max_s]
-    if len(kept) < len(rows):
-        run.log(
-            f"{manifest.path}: {len(rows) - len(kept)} of {len(rows)} rows left out, longer than {inputs.max_s:g} s"
-        )
-    return kept
+    too_long = measure_seconds(run, manifest)[rows] > inputs.max_s
+    return manifest.leave_out(rows, too_long, f"longer than {inputs.max_s:g} s", run.log)
 
 
 def count_questions(manifest: Manifest, row: int) -> int:

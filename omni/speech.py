@@ -19,7 +19,7 @@ from omni.audio_encoder import load_audio_encoder, transcribe
 from omni.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.ctc import normalise_text
-from omni.errors import BadRow
+from omni.errors import BadRow, reading_row
 from omni.manifest import Manifest, files_digest
 from omni.runtime import Run
 from omni.talker import Talker, load_talker, talker_metrics, talker_sums
@@ -192,9 +192,10 @@ def read_recordings(
     read = []
     for row in rows:
         try:
-            fields = manifest[row]
-            waveform = load_audio(manifest.file(fields["wav"]), speaker.spec.sample_rate, MAX_SECONDS)
-            read.append((fields["text"], torch.from_numpy(waveform)))
+            with reading_row():
+                fields = manifest[row]
+                waveform = load_audio(manifest.file(fields["wav"]), speaker.spec.sample_rate, MAX_SECONDS)
+                read.append((fields["text"], torch.from_numpy(waveform)))
         except BadRow as error:
             left_out[manifest.where(row)] = str(error)
     return read

@@ -346,10 +346,10 @@ def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
 
 def split_column(path: str) -> str:
     """The column that splits a manifest of clips: the text if there is one, so that no sentence is on both sides."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8", errors="replace") as file:  # whose lines end with LF, CRLF or CR
         head = file.read(1 << 16)
     if Path(path).suffix not in (".json", ".jsonl"):
-        head = head.partition("\n")[0]
+        head = head.lstrip().partition("\n")[0]
     return "text" if re.search(r"\btext\b", head) else "wav"
 
 

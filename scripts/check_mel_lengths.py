@@ -13,7 +13,6 @@ talker (frame_ms 80). Without --config, it is that of the audio encoder with its
 """
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omni.asr import COLUMNS, read_text, row_seconds
 from omni.audio_encoder import output_frames
-from omni.config import AudioEncoderConfig, TalkerConfig, load_config
+from omni.config import AudioEncoderConfig, TalkerConfig, load_config, read_keys
 from omni.ctc import CtcTokenizer, frames_needed
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.manifest import Manifest, load_manifest, measure
 from omni.runtime import OneLineErrors, launch
 
@@ -67,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
 
     def seconds_of(manifest: Manifest, row: int) -> float:
         try:
-            return row_seconds(manifest, row)
+            with reading_row():
+                return row_seconds(manifest, row)
         except BadRow as error:
             bad[row] = str(error)
             raise
@@ -123,14 +123,6 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
         downsample_time=config.downsample_time,
         tokenizer=Path(config.save_dir) / "tokenizer.json" if config_path else None,
     )
-
-
-def read_keys(path: str) -> dict:
-    try:
-        keys = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # load_config says what is wrong with it
-    return keys if isinstance(keys, dict) else {}
 
 
 def report_lengths(lengths: np.ndarray, frames: Frames, limit: int) -> None:

@@ -43,14 +43,14 @@ from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.checkpoint import load_stage, saved_config
 from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.config import CodecConfig, StageConfig
-from omni.corpus import IGNORE, read_chunks, split_samples
+from omni.corpus import IGNORE, count_lines, read_chunks, split_samples
 from omni.data import ResumableDataset, build_loader
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.files import replace_file
 from omni.images import normalise
 from omni.loop import to_device
 from omni.manifest import Rows, load_manifest
-from omni.media import visible
+from omni.media import quoted, visible
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device
@@ -123,7 +123,7 @@ def text_lines(path: Path) -> Iterator[bytes]:
     row = 1
     for chunk in read_chunks(path):
         yield from split_samples(chunk, path, row)
-        row += chunk.count(b"\n")
+        row += count_lines(chunk)
 
 
 def judge_audio_enc(args: argparse.Namespace, device: torch.device) -> Judgement:
@@ -186,11 +186,12 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], judgement.left_out)
         utterances, recordings = [], []
         for text, recording in read:
-            symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
             try:
-                durations = aligner.align_one(symbols, log_mels)
+                with reading_row():
+                    symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
+                    durations = aligner.align_one(symbols, log_mels)
             except BadRow as error:
-                judgement.left_out[f"{args.data}: {text!r}"] = str(error)
+                judgement.left_out[f'{args.data}: "{quoted(text)}"'] = str(error)
                 continue
             utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
             recordings.append(recording)

@@ -26,7 +26,7 @@ from omni import world
 from omni.asr import COLUMNS, error_counts, read_text
 from omni.audio import load_audio
 from omni.ctc import normalise_text
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, UserError, reading_row
 from omni.manifest import load_manifest
 from omni.runtime import OneLineErrors, launch
 
@@ -100,8 +100,9 @@ def main(argv: list[str] | None = None) -> None:
         texts, heard, left_out = [], [], {}
         for row in tqdm(range(min(len(manifest), args.limit or len(manifest))), disable=None):
             try:
-                fields = manifest[row]
-                text, waveform = read_text(fields), load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)
+                with reading_row():
+                    fields = manifest[row]
+                    text, waveform = read_text(fields), load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)
             except BadRow as error:
                 left_out[manifest.where(row)] = str(error)
                 continue

@@ -251,18 +251,17 @@ MUTATIONS = [
     ),
     Mutation(
         "hostile input", "a path may leave image_root", "omni/manifest.py",
-        "if not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):", "if False:",
+        "if root is not None and not path.resolve().is_relative_to(folder.resolve()):", "if False:",
         "tests/test_manifest.py::test_files_inside_and_outside_of_the_root",
     ),
     Mutation(
-        "hostile input", "a NUL byte in a CSV is passed over", "omni/manifest.py",
+        "hostile input", "a NUL byte in a CSV is passed over", "omni/records.py",
         'if (nul := chunk.find(b"\\0")) >= 0:', "if (nul := -1) >= 0:",
         "tests/test_manifest.py::test_a_bad_csv_is_refused_in_one_line",
     ),
     Mutation(
-        "hostile input", "a line of any length is read", "omni/manifest.py",
-        "    if len(record) > _MAX_ROW_BYTES:\n        raise UserError(f\"{path}: line {row}: longer",
-        "    if False:\n        raise UserError(f\"{path}: line {row}: longer",
+        "hostile input", "a line of any length is read", "omni/records.py",
+        "if len(self.held) > MAX_ROW_BYTES:", "if False:",
         "tests/test_manifest.py::test_a_line_of_100_mb_is_refused_in_bounded_memory",
     ),
     Mutation(
@@ -277,6 +276,92 @@ MUTATIONS = [
         "tests/test_images.py::test_an_image_bomb_is_refused_from_its_header",
     ),
     # manifests and texts
+    Mutation(
+        "no row vanishes", "a quotation mark opens a field wherever it stands", "omni/records.py",
+        """_OPENING = re.compile(rb'(?<![^,\\r\\n])"')""", """_OPENING = re.compile(b'"')""",
+        "tests/test_rows.py::test_a_stray_quotation_mark_at_any_place_loses_no_row",
+    ),
+    Mutation(
+        "no row vanishes", "a quotation mark that is never closed takes the rest of the file", "omni/records.py",
+        "if in_quotes and not quote_seen:", "if False:",
+        "tests/test_rows.py::test_a_stray_quotation_mark_at_any_place_loses_no_row",
+    ),
+    Mutation(
+        "no row vanishes", "a CR at the end of a chunk is forgotten", "omni/records.py",
+        'pending = previous == b"\\r" and not in_quotes', "pending = False",
+        "tests/test_rows.py::test_the_rows_of_any_text_are_those_of_the_csv_module",
+    ),
+    Mutation(
+        "no row vanishes", "a row that a CR cuts in two is used", "omni/manifest.py",
+        "if self._is_cut(row, data):", "if False:",
+        "tests/test_rows.py::test_a_carriage_return_inside_a_row_makes_it_bad_and_one_between_rows_does_not",
+    ),
+    Mutation(
+        "no row vanishes", "two stray marks may make one row of many", "omni/records.py",
+        "csv.reader([text], strict=over_lines)", "csv.reader([text])",
+        "tests/test_rows.py::test_two_stray_marks_make_a_row_that_is_named",
+    ),
+    Mutation(
+        "no row vanishes", "the counts of a manifest's rows need not add up", "omni/manifest.py",
+        "assert np.array_equal(np.sort(found), np.arange(len(manifest))), ", "assert True, ",
+        "tests/test_rows.py::test_every_row_is_in_one_count",
+    ),
+    Mutation(
+        "no row vanishes", "text after a JSON array is not looked at", "omni/records.py",
+        "if closed and chunk[done:].strip(_JSON_BLANKS):", "if False:",
+        "tests/test_rows.py::test_what_is_no_json_array_is_refused_in_one_line",
+    ),
+    Mutation(
+        "no row vanishes", "an element that is no JSON is a bad row of the array", "omni/manifest.py",
+        'if kind == "json" and isinstance(error.__cause__, json.JSONDecodeError):', "if False:",
+        "tests/test_rows.py::test_what_is_no_json_array_is_refused_in_one_line",
+    ),
+    Mutation(
+        "no row vanishes", "a text file's byte-order mark is text", "omni/corpus.py",
+        "start = len(codecs.BOM_UTF8)", "start = 0",
+        "tests/test_corpus.py::test_lines_end_as_on_any_system_and_begin_after_a_bom",
+    ),
+    Mutation(
+        "no row vanishes", "a text with CR only is cut inside a line", "omni/corpus.py",
+        "len(chunk) - end if end and file.peek(1) else _incomplete_character(chunk)", "_incomplete_character(chunk)",
+        "tests/test_corpus.py::test_lines_end_as_on_any_system_and_begin_after_a_bom",
+    ),
+    Mutation(
+        "any exception is the row's", "only exceptions that were thought of are", "omni/errors.py",
+        "if error is None or isinstance(error, (BadRow,",
+        "if not isinstance(error, OSError) or isinstance(error, (BadRow,",
+        "tests/test_rows.py::test_any_exception_of_a_reader_is_the_rows",
+    ),
+    Mutation(
+        "names of files", "only the name as it is written is looked for", "omni/manifest.py",
+        "return list(dict.fromkeys([name, plain, *forms]))", "return [name]",
+        "tests/test_rows.py::test_names_are_found_as_other_systems_write_them",
+    ),
+    Mutation(
+        "names of files", "a name in another spelling may leave the root", "omni/manifest.py",
+        "if root is not None and not path.resolve().is_relative_to(folder.resolve()):", "if False:",
+        "tests/test_rows.py::test_no_spelling_of_a_name_leaves_the_root",
+    ),
+    Mutation(
+        "index", "an index is rewritten without its lock", "omni/index.py",
+        "with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):", "with contextlib.nullcontext():",
+        "tests/test_rows.py::test_thirty_processes_open_a_touched_manifest_at_once",
+    ),
+    Mutation(
+        "index", "a damaged array is used", "omni/index.py",
+        "if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:].tobytes():", "if False:",
+        "tests/test_rows.py::test_a_damaged_index_is_made_again_with_a_line",
+    ),
+    Mutation(
+        "bad config", "a config's byte-order mark is not left away", "omni/config.py",
+        '.lstrip("\\ufeff")', "", "tests/test_config.py::test_a_byte_order_mark_is_no_part_of_a_config",
+    ),
+    Mutation(
+        "bad config", "a vocabulary may have any size", "omni/config.py",
+        'vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a', 
+        'vocab_size: int = Field(8192, ge=272, description="upper bound; a',
+        "tests/test_config.py::test_no_size_is_without_an_upper_bound",
+    ),
     # conversations and captions
     # recordings and speech
     # pictures, films and chat

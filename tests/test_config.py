@@ -1,9 +1,11 @@
 """Bad configs are refused in one line before anything is written; a changed config never mixes two trainings."""
 
 import json
+from typing import Annotated
 
 import pytest
 from harness import ROOT, kill_at
+from pydantic import TypeAdapter, ValidationError
 from stages import OMNI, STAGES, TALKER
 
 from omni.config import (
@@ -176,3 +178,45 @@ def test_another_stage_s_checkpoint_is_refused(stage, tmp_path):
     rename = "import omni.runtime, dataclasses; _Stage = omni.runtime.Stage\n"
     rename += "omni.runtime.Stage = lambda name, **keys: _Stage(name='other', **keys)\n"
     only_error(training.run(prelude=rename), "expected a checkpoint of stage other, found")
+
+
+COUNTS = ("steps", "step", "freq", "epochs", "checkpoints", "rows", "masks", "width", "items", "clips", "sentences")
+COUNTS += ("samples", "tokens", "picture")  # of these there may be any number: nothing is allocated for them
+
+
+@pytest.mark.parametrize("cls", CONFIGS.values(), ids=CONFIGS.keys())
+def test_no_size_is_without_an_upper_bound(cls):
+    for name, field in cls.model_fields.items():
+        if field.annotation in (int, int | None) and name.split("_")[-1] not in COUNTS and name != "downsample_time":
+            with pytest.raises(ValidationError, match="less than"):
+                TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(10**12)
+
+
+ODD_FILES = {
+    "nested 100,000 deep": (b'{"about": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    "5,000 digits": (b'{"lr": ' + b"9" * 5000 + b"}", "4300 digits"),
+    "4,000 digits": (b'{"vocab_size": ' + b"9" * 4000 + b"}", "vocab_size"),
+    "10^12 tokens": (b'{"vocab_size": 1000000000000}', '"vocab_size": expected less than or equal to 1048576'),
+    "UTF-16": ('{"lr": 1}'.encode("utf-16"), "found UTF-16"),
+    "a key of 30,000 letters": (b'{"' + b"k" * 30_000 + b'": 1}', "unknown key"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_an_odd_config_file_is_refused_in_one_short_line(tmp_path, name):
+    content, message = ODD_FILES[name]
+    path = tmp_path / "odd.json"
+    required = b'{"save_dir": "x", "train_text": "%s", "max_steps": 1, ' % str(path).encode()
+    path.write_bytes(content.replace(b"{", required, 1))
+    with pytest.raises(UserError) as error:
+        load_config(TextConfig, str(path))
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("bom", ["\ufeff", "\ufeff\ufeff"])
+def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path, bom):
+    path = tmp_path / "bom.json"
+    path.write_text(
+        f'{bom}{{"save_dir": "x", "train_text": {json.dumps(str(path))}, "max_steps": 1}}', encoding="utf-8"
+    )
+    assert load_config(TextConfig, str(path))[0].max_steps == 1

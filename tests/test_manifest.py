@@ -164,7 +164,6 @@ BAD_ROWS = {
     "too many columns": ("a.wav,b,c\n", "found 3"),
     "empty text": ("a.wav,\n", '"text" is empty'),
     "only spaces": ("a.wav,  \n", '"text" is empty'),
-    "stray quotation mark": ('a 5" disk.wav,x\nb 3" disk.wav,y\n', "quotation mark"),
 }
 
 
