@@ -3,6 +3,11 @@
 A message is one line: what is wrong, where, what was expected, what to do next.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 EXIT_FAILED = 1  # the run could not go on: disk full, loss not finite, every checkpoint damaged
 EXIT_BAD_INPUT = 2  # config, data or arguments are wrong; nothing was written
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same line again
@@ -28,3 +33,29 @@ class Interrupted(Exception):
 
 class BadRow(Exception):
     """This row of the data cannot be used. The message says why, without file and row number."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What was mended while a row was read: it is used, and the log tells what was done
+
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+def note(text: str) -> None:
+    """Tell that something was odd and what was done about it: in the run's log, or where no run reads, on stderr."""
+    notes = _notes.get()
+    if notes is None:
+        print(text, file=sys.stderr)
+    else:
+        notes.append(text)
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """The notes that are made inside the block."""
+    notes: list[str] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni import world
 from omni.aligner import load_aligner, prepare_speech
-from omni.asr import measure_seconds
+from omni.asr import measure_samples
 from omni.codec import leave_out_long, load_codec
 from omni.config import SftConfig
 from omni.corpus import read_chunks
@@ -575,11 +575,11 @@ def prepare_answers(
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
     """``rows`` without recordings that last longer than those that the audio encoder was trained on; says how many.
     Those that cannot be read stay: reading them says why."""
-    kept = rows[measure_seconds(run, manifest)[rows] <= inputs.max_s]
+    frames = inputs.mel.frames(measure_samples(run, manifest, inputs.mel.sample_rate))
+    kept = rows[frames[rows] <= inputs.max_frames]
     if len(kept) < len(rows):
-        run.log(
-            f"{manifest.path}: {len(rows) - len(kept)} of {len(rows)} rows left out, longer than {inputs.max_s:g} s"
-        )
+        out, limit = len(rows) - len(kept), f"{inputs.max_frames} mel frames"
+        run.log(f"{manifest.path}: {out} of {len(rows)} rows left out, longer than {limit}")
     return kept
 
 
