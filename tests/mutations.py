@@ -267,7 +267,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hostile input", "a recording of any length is read", "omni/audio.py",
-        "if max_s is not None and seconds > max_s:", "if False:",
+        "if most is not None and resampled_length(samples, rate, to_rate) > most:", "if False:",
         "tests/test_audio.py::test_what_cannot_be_used_is_refused_with_its_reason"
         " tests/test_audio.py::test_ten_hours_and_a_thousand_channels_cost_no_memory",
     ),

@@ -13,7 +13,7 @@ from harness import ROOT
 
 from omni.audio import (
     MelSpec,
-    audio_duration,
+    audio_length,
     griffin_lim,
     load_audio,
     log_mel,
@@ -54,9 +54,9 @@ def test_every_format_rate_and_channel_count_is_the_same_waveform(tmp_path, suff
     parts = np.stack([tone(440, rate=rate) * 2 * (i + 1) / (channels + 1) for i in range(channels)], axis=1)
     soundfile.write(path, parts * 0.5, rate)
     waveform = load_audio(path, 16_000)
-    assert waveform.dtype == np.float32 and abs(len(waveform) - 8000) <= (800 if suffix == "mp3" else 1)
+    assert waveform.dtype == np.float32 and abs(len(waveform) - 8000) <= 1
     assert amplitude(waveform, 440) == pytest.approx(0.25, rel=0.1 if suffix == "mp3" else 0.02)
-    assert audio_duration(path) == pytest.approx(0.5, abs=0.05)
+    assert audio_length(path) == (pytest.approx(rate / 2, abs=1), rate)
 
 
 def test_resampling_is_band_limited(tmp_path):
@@ -87,21 +87,12 @@ def damaged(folder, kind: str):
     [
         ("wav junk", "not an audio file"), ("wav cut", "truncated"), ("flac cut", "truncated"),
         ("mp3 cut", "truncated"), ("wav empty", "empty"), ("wav nan", "not finite"), ("wav rate", "Hz, found 3"),
-        ("wav long", "lasts 2.1 s"), ("wav absent", "not an audio file"),
+        ("wav long", "lasts 2.1 s"), ("wav absent", "No such file"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, kind, reason):
     with pytest.raises(BadRow, match=reason):
         load_audio(damaged(tmp_path, kind), 16_000, max_s=2.0)
-
-
-def test_a_streamed_wav_that_does_not_know_its_length_is_read(tmp_path):
-    path = tmp_path / "a.wav"
-    soundfile.write(path, noise(1600).numpy(), 16_000)
-    content = bytearray(path.read_bytes())
-    content[40:44] = b"\xff\xff\xff\xff"
-    path.write_bytes(content)
-    assert len(load_audio(path, 16_000)) == 1600
 
 
 def test_ten_hours_and_a_thousand_channels_cost_no_memory(tmp_path):
@@ -118,14 +109,14 @@ def test_ten_hours_and_a_thousand_channels_cost_no_memory(tmp_path):
             file.write(np.zeros((1600, 1000), np.int16))
     code = f"""
 import resource
-from omni.audio import audio_duration, load_audio
+from omni.audio import audio_length, load_audio
 from omni.errors import BadRow
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_audio({str(long)!r}, 16_000, max_s=20)
 except BadRow as error:
     print(error)
-assert audio_duration({str(long)!r}) == 36_000
+assert audio_length({str(long)!r}) == (576_000_000, 16_000)
 assert len(load_audio({str(wide)!r}, 16_000, max_s=20)) == 64_000
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)
 """
