@@ -347,7 +347,7 @@ def spoken(
     thoughts: Thoughts | None = None,
     **sampling,
 ) -> Iterator[np.ndarray]:
-    """The sound of one text after the other, with ``PAUSE_S`` of silence between them, (S,) float32 pieces as they come.
+    """The sound of one text after the other, with ``PAUSE_S`` of silence between, (S,) float32 pieces as they come.
 
     Args:
         what: whose texts they are, for messages.

@@ -131,8 +131,11 @@ def resample(waveform: np.ndarray, from_rate: float, to_rate: float) -> np.ndarr
 
 
 def resampled_length(samples, from_rate, to_rate: int):
-    """How many samples ``resample`` makes of so many, integers or arrays of them: soxr rounds half up."""
-    return (2 * samples * to_rate + from_rate) // (2 * from_rate)
+    """(...) int64: how many samples ``resample`` makes of so many, an integer or an array of them.
+
+    By soxr's own arithmetic: what would be half a sample may become one or none, as the ratio's last bit falls.
+    """
+    return np.where(from_rate == to_rate, samples, samples / (from_rate / to_rate) + 0.5).astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ _LARGEST_SIZE = 0x7FFF0000
 # FFmpeg open whatever they name, on this machine or elsewhere.
 _BEGINNINGS = (
     (rb"RIFF....AVI ", "avi"), (rb"RIFF|RF64", "wav"), (rb"fLaC", "flac"), (rb"OggS", "ogg"), (rb"FORM....AIF", "aiff"),
-    (rb"\.snd", "au"), (rb"caff", "caf"), (rb"riff\x2e\x91\xcf\x11", "w64"), (rb"wvpk", "wv"), (rb"#!AMR", "amr"),
+    (rb"caff", "caf"), (rb"wvpk", "wv"), (rb"#!AMR", "amr"),
     (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"), (rb"\x1a\x45\xdf\xa3", "matroska"), (rb"\x47.{187}\x47", "mpegts"),
     (rb"....(ftyp|moov|mdat|wide|free|skip)", "mov"), (rb"\xff[\xf0\xf1\xf8\xf9]", "aac"), (rb"\xff[\xe0-\xff]", "mp3"),
 )  # fmt: skip
@@ -41,7 +41,7 @@ _HEADERLESS = {
     ".sln16": ("s16le", {"sample_rate": "16000"}),
 }  # fmt: skip
 _WITHOUT_CONTAINER = ("mp3", "aac")  # tags of any kind stand before and behind the frames
-_LIBSNDFILE = ("wav", "flac", "ogg", "aiff", "au", "caf", "w64", None)  # None: formats that only libsndfile knows
+_LIBSNDFILE = ("wav", "flac", "ogg", "aiff", "caf", None)  # None: formats that only libsndfile knows
 _TAGS_BYTES = 1 << 24  # ID3v2 tags hold pictures; behind more than this, nothing is looked for
 _DURATION_ERROR_S = 1.0  # a Matroska file's duration is that of its longest track, in milliseconds
 
@@ -93,8 +93,8 @@ def open_sound(source: Media) -> Iterator[Sound]:
                 if not _is_unfinished(opened, size):
                     yield _by_libsndfile(opened, name)
                     return
-            if handle is not file:
-                os.lseek(handle, 0, os.SEEK_SET)  # libsndfile has read on behind the back of the file object
+            # back to the start; libsndfile has moved on behind the back of the file object
+            file.seek(0) if handle is file else os.lseek(handle, 0, os.SEEK_SET)
         declared = _declared_frames(peek(begins, 256)) if demuxer == "mp3" else 0
         yield stack.enter_context(_by_ffmpeg(file, name, demuxer, options, declared))
 
@@ -102,10 +102,14 @@ def open_sound(source: Media) -> Iterator[Sound]:
 def _content(peek: Callable[[int, int], bytes]) -> int:
     """Where the content begins, behind ID3v2 tags and zeros."""
     begins = 0
-    while begins < _TAGS_BYTES and (tag := peek(begins, 10))[:3] == b"ID3" and len(tag) == 10:
-        begins += 10 + sum((byte & 127) << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=True))
-    zeros = peek(begins, 4096)
-    return begins if _demuxer(zeros) else begins + len(zeros) - len(zeros.lstrip(b"\0"))
+    while begins < _TAGS_BYTES and len(head := peek(begins, 4096)) > 10 and _demuxer(head) is None:
+        if head[:3] == b"ID3":
+            begins += 10 + sum((byte & 127) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        elif head[0] == 0:
+            begins += len(head) - len(head.lstrip(b"\0"))
+        else:
+            break
+    return begins
 
 
 def _demuxer(head: bytes) -> str | None:
