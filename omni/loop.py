@@ -405,7 +405,7 @@ class _Training:
                 if text not in self.notes:
                     self.notes.add(text)
                     if len(self.notes) <= _NOTES_SHOWN or len(self.notes) % 1000 == 0:
-                        run.log(f"{text} ({len(self.notes)} notes so far)")
+                        run.log(f"{text} (note {len(self.notes)})")
         self.new_bad_rows, self.new_notes = {}, []
         if len(known) > limit:
             raise UserError(
