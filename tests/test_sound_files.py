@@ -128,7 +128,14 @@ def test_tags_and_zeros_around_the_frames_are_passed_over(tmp_path, kind):
     expected = read(tmp_path, content)
     tag = b"ID3\x03\0\0" + bytes([0, 0, 9000 >> 7, 9000 & 127]) + bytes(range(250)) * 36
     ape = b"APETAGEX\xd0\x07\0\0" + bytes(20) + b"picture " * 99
-    for before, after in ((tag, b""), (tag + tag, b""), (bytes(2000), b""), (b"", b"TAG" + bytes(125)), (b"", ape)):
+    for before, after in (
+        (tag, b""),
+        (tag + tag, b""),
+        (bytes(2000), b""),
+        (b"", b"TAG" + bytes(125)),
+        (b"", ape),
+        (b"", b"\xff\xfb" + b"x" * 300),
+    ):
         found = read(tmp_path, before + content + after)
         assert abs(len(found) - len(expected)) <= 2 * 1152 and likeness(found, expected) > 0.99, (before[:3], after[:3])
 
