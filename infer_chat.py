@@ -28,9 +28,9 @@ from typing import BinaryIO
 
 import soundfile
 
-from omni.aligner import MAX_TEXT_BYTES
 from omni.assistant import (
     CHARACTERS_PER_TOKEN,
+    MAX_SPOKEN_BYTES,
     Assistant,
     Thoughts,
     check_text_length,
@@ -108,8 +108,8 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other answered")
         if args.audio_out is None:
             raise UserError("--say: expected --audio_out FILE.wav beside it")
-        if not args.say.strip() or len(args.say.encode(errors="replace")) >= MAX_TEXT_BYTES:
-            raise UserError(f"--say: expected a text of 1 to {MAX_TEXT_BYTES - 1} bytes")
+        if not args.say.strip() or len(args.say.encode(errors="replace")) > MAX_SPOKEN_BYTES:
+            raise UserError(f"--say: expected a text of 1 to {MAX_SPOKEN_BYTES:,} bytes")
         without_effect(args, "--say", "image", "audio_in", "video", "system", "complete", "top_p", "ocr_ckpt")
     elif args.ocr:
         if not args.image:
@@ -401,11 +401,11 @@ def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling)
 
 
 def say(args: argparse.Namespace) -> None:
-    """Speak ``--say`` as it stands."""
+    """Speak ``--say`` as it stands, sentence by sentence."""
     sampling = {"temperature": args.temperature, "top_k": args.top_k}
     if args.seed is not None:
         sampling["seed"] = args.seed
-    speak(find_speaker(args), [clean(args.say)], args.audio_out, "--say", **sampling)
+    speak(find_speaker(args), sentences(clean(args.say)), args.audio_out, "--say", **sampling)
 
 
 def read(args: argparse.Namespace) -> None:

@@ -13,7 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.audio import audio_duration, load_audio, log_mel, normalise_features, perturb_speed, spec_augment
+from omni.audio import (
+    audio_length,
+    load_speech,
+    log_mel,
+    normalise_features,
+    perturb_speed,
+    resampled_length,
+    spec_augment,
+)
 from omni.audio_encoder import greedy_texts, mel_spec, output_frames
 from omni.config import AudioEncoderConfig
 from omni.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
@@ -23,6 +31,7 @@ from omni.ops import rounded_up
 from omni.runtime import Run
 
 COLUMNS = ("wav", "text")
+LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
 _STATIC_LENGTHS = 4  # shapes that torch.compile has to know
 
 
@@ -42,18 +51,19 @@ def read_text(row: dict) -> str:
     return text
 
 
-def measure_seconds(run: Run, manifest: Manifest) -> np.ndarray:
-    """(rows,) float64 duration of each recording by its header, 0 for one that cannot be read. Cached."""
-    return measure_rows(run, manifest, "seconds", row_seconds, np.float64, column="wav")
+def measure_samples(run: Run, manifest: Manifest, sample_rate: int) -> np.ndarray:
+    """(rows,) int64 samples of each recording at ``sample_rate``, as many as ``load_audio`` gives; 0 for one that
+    cannot be read. The lengths of the files are kept beside the index."""
+    return samples_at(measure_rows(run, manifest, "lengths", row_length, LENGTH, column="wav"), sample_rate)
 
 
-def row_seconds(manifest: Manifest, row: int) -> float:
-    return audio_duration(manifest.file(manifest[row]["wav"]))
+def row_length(manifest: Manifest, row: int) -> tuple[int, int]:
+    return audio_length(manifest.file(manifest[row]["wav"]))
 
 
-def mel_frames(seconds: np.ndarray, config: AudioEncoderConfig) -> np.ndarray:
-    """Mel frames of so many seconds, as int64."""
-    return np.ceil(seconds * config.sample_rate / config.frame_hop).astype(np.int64)
+def samples_at(lengths: np.ndarray, sample_rate: int) -> np.ndarray:
+    """(rows,) ``LENGTH`` -> int64 samples at ``sample_rate``."""
+    return resampled_length(lengths["samples"], np.maximum(lengths["rate"], 1).astype(np.int64), sample_rate)
 
 
 def usable_rows(
@@ -67,7 +77,7 @@ def usable_rows(
     Returns:
         Row numbers in the manifest, and the mel frames of each.
     """
-    frames = mel_frames(measure_seconds(run, manifest)[rows], config)
+    frames = mel_spec(config).frames(measure_samples(run, manifest, config.sample_rate)[rows])
     limit = f"more than max_mel_length {config.max_mel_length} mel frames"
     too_long = frames > config.max_mel_length
     rows, frames = manifest.leave_out(rows, too_long, limit, run.log), frames[~too_long]
@@ -112,10 +122,7 @@ class Utterances(Rows):
         config = self.config
         text = read_text(row)
         tokens = self.tokenizer.encode(text)
-        max_s = config.max_mel_length * self.mel.hop_length / self.mel.sample_rate
-        waveform = load_audio(self.manifest.file(row["wav"]), self.mel.sample_rate, max_s)
-        # the header can be a sample off what resampling makes of it
-        waveform = waveform[: config.max_mel_length * self.mel.hop_length]
+        waveform = load_speech(self.manifest.file(row["wav"]), self.mel, config.max_mel_length)
         if rng is None:
             return Utterance(self._features(waveform), tokens, text)
         if unknown := self.tokenizer.unknown(text):

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from omni.aligner import MAX_TEXT_BYTES
 from omni.checkpoint import load_stage, step_files
 from omni.codec import fingerprint
 from omni.config import SftConfig
@@ -27,6 +26,10 @@ from omni.tokenizer import StreamDecoder, Tokenizer
 from omni.video import load_frames
 from omni.vocoder import load_vocoder_for
 
+MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
+UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
+PAUSE_S = 0.2  # between utterances
+_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
 # long runs of one character have more.
@@ -318,8 +321,22 @@ def load_speaker(
 
 
 def sentences(text: str) -> list[str]:
-    """A text as the talker has learnt to speak: one sentence at a time."""
-    return [sentence for sentence in re.split(r"(?<=[.!?…])\s+|\n+", text.strip()) if sentence.strip()]
+    """A text as the talker has learnt to speak: one sentence at a time, one of more than ``UTTERANCE_BYTES`` in pieces.
+
+    They stand in the text as they are, one after the other; what lies between them is not spoken.
+    """
+    return [piece for sentence in _ENDS.split(text) for piece in _pieces(sentence.strip()) if piece]
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    """A sentence cut behind commas and the like, where there is none at blanks, else anywhere."""
+    while len(sentence.encode()) > UTTERANCE_BYTES:
+        head = sentence.encode()[:UTTERANCE_BYTES].decode(errors="ignore")
+        comma = re.match(r".*([,;:–—](?=\s)|[，、；：])", head, re.DOTALL)
+        cut = comma.end() if comma else head.rfind(" ") if " " in head else len(head)
+        yield head[:cut].strip()
+        sentence = sentence[cut:].strip()
+    yield sentence
 
 
 def spoken(
@@ -330,7 +347,7 @@ def spoken(
     thoughts: Thoughts | None = None,
     **sampling,
 ) -> Iterator[np.ndarray]:
-    """The sound of one text after the other, (S,) float32 pieces as they come.
+    """The sound of one text after the other, with ``PAUSE_S`` of silence between, (S,) float32 pieces as they come.
 
     Args:
         what: whose texts they are, for messages.
@@ -339,17 +356,20 @@ def spoken(
         sampling: as in ``Speaker.stream``.
 
     Raises:
-        UserError: a text is too long to be spoken, or there is nothing to say.
+        UserError: more than ``MAX_SPOKEN_BYTES`` in all, or there is nothing to say.
     """
+    if (size := sum(len(text.encode()) for text in texts)) > MAX_SPOKEN_BYTES:
+        raise UserError(f"{what}: {size:,} bytes are too long to be spoken, expected at most {MAX_SPOKEN_BYTES:,}")
+    pause = np.zeros(round(PAUSE_S * speaker.spec.sample_rate), np.float32)
     longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
     silent, heard = True, None
     if thoughts is not None and speaker.hears:
         heard = thoughts.of(texts)
     for number, text in enumerate(texts):
-        if len(text.encode()) >= MAX_TEXT_BYTES:
-            raise UserError(f"{what}: has a sentence of {len(text.encode())} bytes, too long to be spoken")
         said = 0
         for piece in speaker.stream(text, thinker_states=heard and [heard[number]], **sampling):
+            if not said and not silent:
+                yield pause
             said, silent = said + len(piece), False
             yield piece
         if said >= longest:

@@ -1,121 +1,141 @@
 """Audio files to waveforms, waveforms to log-mels and back: one definition for every stage, augmentation drawn by key.
 
-What a file claims about itself is checked before its samples are read, so a hostile or broken file costs a header.
+How files are opened and decoded stands in omni/sound_files.py.
 """
 
 # S samples, T frames, M mel channels
 
 import math
-import os
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
 
-from omni.errors import BadRow
+from omni.errors import BadRow, note
+from omni.media import Media, quoted
 from omni.ops import true_float32
+from omni.sound_files import open_sound
 
 # A waveform's amplitude is 1 at full scale. 1e-5 lies below the steps of 16 bit (3e-5), so the logarithm of digital
 # silence is finite and quieter than anything recorded.
 _SMALLEST_AMPLITUDE = 1e-5
 _MEL_UPDATES = 8  # from mel to linear amplitudes; 30 are 0.005 closer in mel L1 and take longer than Griffin-Lim
-_BLOCK_VALUES = 1 << 18  # samples x channels read at a time: a thousand channels need no more memory than one
-_RATES_HZ = range(1_000, 768_001)  # a rate outside is a damaged header, and resampling from it would cost any memory
-_UNKNOWN_LENGTH = 1 << 62  # libsndfile: the header does not say
-_STREAMED = 0xFFFFFFFF  # a WAV header written before its length was known: libsndfile goes by the file's size
+_MOST_AMPLITUDE = 8.0
+_INT16, _INT16_SHARE = 32768, 0.05
+_CANCELLED = 0.1
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def load_audio(path: str | Path, sample_rate: int, max_s: float | None = None) -> np.ndarray:
-    """A recording as mono at ``sample_rate``: WAV, FLAC, MP3, OGG and whatever else libsndfile reads.
+def load_audio(source: Media, sample_rate: int, max_s: float | None = None, min_samples: int = 1) -> np.ndarray:
+    """A recording as mono at ``sample_rate``: WAV, FLAC, MP3, OGG, M4A, WebM, the sound of a film, and more.
 
-    Channels are averaged. Other rates are resampled by soxr: band-limited like ``torchaudio``'s resampling, and from
-    22050 to 16000 Hz ten times as fast.
+    Channels are averaged. If they cancel out, so that their mean has less than a tenth of the energy that unrelated
+    channels would leave, the loudest alone is used, and a note tells so.
+
+    Full scale is 1. Up to ``_MOST_AMPLITUDE`` is taken as it is: mixes in floating point, and decoders, go beyond 1.
+    Floating-point samples in the range of 16-bit integers (at most 32768, and a twentieth of them beyond 1) are divided
+    by 32768, and a note tells so. Anything larger is damaged.
+
+    Other rates are resampled by soxr: band-limited like ``torchaudio``'s resampling, and from 22050 to 16000 Hz ten
+    times as fast.
 
     Args:
-        max_s: longest duration in seconds; a longer file is refused by its header.
+        max_s: longest duration in seconds; of a longer file no more than its header, or that much, is read.
+        min_samples: fewest samples at ``sample_rate``, such as a window of the analysis.
 
     Returns:
-        (S,) float32, at least one sample.
+        (S,) float32, finite, at least one sample.
 
     Raises:
-        BadRow: not audio, shorter than its header says, empty, longer than ``max_s``, or with samples that are not
-            finite.
+        BadRow: not audio, shorter than its header says, empty, longer than ``max_s``, shorter than ``min_samples``, or
+            with samples that are not finite or too large.
     """
-    with _open(path) as file:
-        seconds = file.frames / file.samplerate
-        if max_s is not None and seconds > max_s:
-            raise BadRow(f"{path}: lasts {seconds:.1f} s, expected at most {max_s:g} s")
-        rate, frames, parts, read = file.samplerate, file.frames, [], 0
-        block = max(1, _BLOCK_VALUES // file.channels)
-        try:
-            while len(part := file.read(min(block, frames - read), dtype="float32", always_2d=True)):
-                parts.append(part[:, 0] if part.shape[1] == 1 else part.mean(axis=1))
-                read += len(part)
-        except soundfile.LibsndfileError as error:
-            raise BadRow(f"{path}: truncated or damaged after {read / rate:.2f} of {seconds:.2f} s") from error
-    if read < frames:
-        raise BadRow(f"{path}: truncated: {read / rate:.2f} of {seconds:.2f} s are there")
-    waveform = np.concatenate(parts)
-    if not np.isfinite(waveform).all():
-        raise BadRow(f"{path}: has samples that are not finite")
-    return resample(waveform, rate, sample_rate)
+    most = None if max_s is None else round(max_s * sample_rate)
+    waveform, rate, cancelled = _read_mono(source, sample_rate, most)
+    if cancelled is not None:
+        note(f"{quoted(source)}: its channels cancel out: channel {cancelled + 1} alone is used")
+        waveform, *_ = _read_mono(source, sample_rate, most, channel=cancelled)
+    if resampled_length(len(waveform), rate, sample_rate) < max(1, min_samples):
+        least = f"{1000 * min_samples / sample_rate:g} ms, one analysis window" if min_samples > 1 else "one sample"
+        raise BadRow(f"{quoted(source)}: lasts {1000 * len(waveform) / rate:.3g} ms, expected at least {least}")
+    return resample(_in_scale(waveform, source), rate, sample_rate)
 
 
-def audio_duration(path: str | Path) -> float:
-    """Seconds of audio in a file, by its header alone.
+def _read_mono(
+    source: Media, sample_rate: int, most: int | None, channel: int | None = None
+) -> tuple[np.ndarray, int, int | None]:
+    """The mean of a file's channels, or one of them, (S,) float32; its rate; and the loudest channel, if they cancel
+    out."""
+    parts, read, mean_energy, energies = [], 0, 0.0, 0.0
+    with open_sound(source) as sound:
+        _refuse_long(source, sound.frames or 0, sound.rate, sample_rate, most, "lasts")
+        for block in sound.blocks:
+            read += len(block)
+            _refuse_long(source, read, sound.rate, sample_rate, most, "lasts more than")
+            if block.shape[1] == 1 or channel is not None:
+                parts.append(block[:, channel or 0])
+                continue
+            parts.append(block.mean(axis=1))
+            mean_energy += np.square(parts[-1], dtype=np.float64).sum()
+            energies += np.square(block, dtype=np.float64).sum(axis=0)  # (C,)
+        cancel_out = mean_energy < _CANCELLED * np.mean(energies) / np.size(energies)
+        return np.concatenate(parts), sound.rate, int(np.argmax(energies)) if cancel_out else None
+
+
+def _refuse_long(source: Media, samples: int, rate: int, to_rate: int, most: int | None, lasts: str) -> None:
+    if most is not None and resampled_length(samples, rate, to_rate) > most:
+        raise BadRow(f"{quoted(source)}: {lasts} {samples / rate:.1f} s, expected at most {most / to_rate:g} s")
+
+
+def _in_scale(waveform: np.ndarray, source: Media) -> np.ndarray:
+    peak = np.abs(waveform).max()
+    if not np.isfinite(peak):
+        raise BadRow(f"{quoted(source)}: has samples that are not finite")
+    if peak <= _MOST_AMPLITUDE:
+        return waveform
+    if peak <= _INT16 and np.mean(np.abs(waveform) > 1) >= _INT16_SHARE:
+        note(f"{quoted(source)}: samples up to {peak:.0f}, in the range of 16-bit integers: divided by {_INT16}")
+        return waveform / np.float32(_INT16)
+    raise BadRow(f"{quoted(source)}: samples up to {peak:.2g}, expected at most 1")
+
+
+def load_speech(source: Media, spec: "MelSpec", max_frames: int) -> np.ndarray:
+    """As ``load_audio``: (S,) at ``spec.sample_rate``, of one window of the analysis to ``max_frames`` frames."""
+    return load_audio(source, spec.sample_rate, max_frames * spec.hop_length / spec.sample_rate, spec.win_length)
+
+
+def audio_length(source: Media) -> tuple[int, int]:
+    """Samples of each channel, and their rate: from the header where that is checked when the file is read, else by
+    decoding and counting.
 
     Raises:
-        BadRow: not audio, empty, or a WAV file shorter than its header says.
+        BadRow: not audio, empty, damaged, or a WAV file shorter than its header says.
     """
-    with _open(path) as file:
-        return file.frames / file.samplerate
-
-
-def _open(path: str | Path) -> soundfile.SoundFile:
-    try:
-        file = soundfile.SoundFile(str(path))
-    except soundfile.LibsndfileError as error:
-        if not os.path.exists(path):  # libsndfile says "System error." only
-            raise BadRow(f"{path}: not an audio file: No such file or directory") from error
-        raise BadRow(f"{path}: not an audio file that can be read: {error.error_string}") from error
-    problem = _header_problem(file)
-    if problem:
-        file.close()
-        raise BadRow(f"{path}: {problem}")
-    return file
-
-
-def _header_problem(file: soundfile.SoundFile) -> str | None:
-    # libsndfile quietly reads a truncated WAV as a shorter one; only its report tells both lengths
-    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-    if cut and int(cut[1]) > int(cut[2]) and int(cut[1]) != _STREAMED:
-        return f"truncated: {int(cut[2])} of {int(cut[1])} bytes of audio are there"
-    if file.samplerate not in _RATES_HZ:
-        return f"expected a rate of {_RATES_HZ[0]} to {_RATES_HZ[-1]} Hz, found {file.samplerate}"
-    if file.frames >= _UNKNOWN_LENGTH:
-        return "its header does not say how long it is"
-    if file.frames == 0:
-        return "empty, or truncated before its first sample"
-    return None
+    with open_sound(source) as sound:
+        return sound.frames or sum(len(block) for block in sound.blocks), sound.rate
 
 
 def resample(waveform: np.ndarray, from_rate: float, to_rate: float) -> np.ndarray:
-    """(S,) float32 at ``from_rate`` to (about S * to_rate / from_rate,) float32 at ``to_rate``, band-limited."""
+    """(S,) float32 at ``from_rate`` to float32 at ``to_rate``, band-limited; ``resampled_length`` of integer rates."""
     if from_rate == to_rate:
         return waveform
     return soxr.resample(waveform, from_rate, to_rate)
+
+
+def resampled_length(samples, from_rate, to_rate: int):
+    """(...) int64: how many samples ``resample`` makes of so many, an integer or an array of them.
+
+    By soxr's own arithmetic: what would be half a sample may become one or none, as the ratio's last bit falls.
+    """
+    return np.where(from_rate == to_rate, samples, samples / (from_rate / to_rate) + 0.5).astype(np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -137,8 +157,8 @@ class MelSpec:
     f_min: float = 0.0
     f_max: float = 8000.0
 
-    def frames(self, samples: int) -> int:
-        """Frames of so many samples: one for every hop that has begun."""
+    def frames(self, samples):
+        """Frames of so many samples, an integer or an array of them: one for every hop that has begun."""
         return -(-samples // self.hop_length)
 
 

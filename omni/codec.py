@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.asr import measure_seconds, static_lengths
-from omni.audio import MelSpec, load_audio, log_mel, mel_statistics
+from omni.asr import measure_samples, static_lengths
+from omni.audio import MelSpec, load_speech, log_mel, mel_statistics
 from omni.caches import require_finite
 from omni.checkpoint import build, load_stage, saved_config
 from omni.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
@@ -377,10 +377,8 @@ class SpeechClips(Rows):
         self.max_frames = config.max_mel_length * self.per_code
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Tensor:
-        max_s = self.max_frames * self.mel.hop_length / self.mel.sample_rate
-        waveform = load_audio(self.manifest.file(row["wav"]), self.mel.sample_rate, max_s)
-        # the header can be a sample off what resampling makes of it
-        return log_mel(torch.from_numpy(waveform[: self.max_frames * self.mel.hop_length]), self.mel)
+        waveform = load_speech(self.manifest.file(row["wav"]), self.mel, self.max_frames)
+        return log_mel(torch.from_numpy(waveform), self.mel)
 
     def collate(self, samples: list[Tensor]) -> dict:
         """``log_mels`` (B, T, M), zero beyond ``lengths`` (B,); T is a multiple of ``frames_per_code``."""
@@ -400,9 +398,9 @@ def padded_codes(longest: int, config: CodecConfig | AlignerConfig | TalkerConfi
 
 
 def count_codes(run: Run, manifest: Manifest, config: SpeechFrames) -> np.ndarray:
-    """Codes in time of every recording, by its header; 0 for one that cannot be read."""
-    codes = measure_seconds(run, manifest) * 1000 / config.frame_ms
-    return np.ceil(codes - 1e-6).astype(np.int64)  # a whole number may come out a little above itself
+    """Codes in time of every recording; 0 for one that cannot be read."""
+    frames = mel_spec(config).frames(measure_samples(run, manifest, config.sample_rate))
+    return -(-frames // config.frames_per_code)
 
 
 def leave_out_long(

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.config import StageConfig
-from omni.errors import UserError
+from omni.errors import UserError, collected_notes
 from omni.runtime import Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -171,7 +171,9 @@ class ResumableDataset(IterableDataset):
         # the loader asks its workers in turn, so dealing the micro-batches out in turn keeps their order
         for micro_batch in range(start + index, stop, count):
             rows = self.rows(epoch, micro_batch)
-            yield self.source.batch(rows, epoch) | {"rows": rows.tolist()}
+            with collected_notes() as notes:
+                batch = self.source.batch(rows, epoch)
+            yield batch | {"rows": rows.tolist(), "notes": notes}
 
 
 def training_set(run: Run, source: Source) -> ResumableDataset:

@@ -3,6 +3,11 @@
 A message is one line: what is wrong, where, what was expected, what to do next.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 EXIT_FAILED = 1  # the run could not go on: disk full, loss not finite, every checkpoint damaged
 EXIT_BAD_INPUT = 2  # config, data or arguments are wrong; nothing was written
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: state is saved, run the same line again
@@ -51,3 +56,29 @@ class reading_row:
         text = f"{kind.__name__}: {message}" if message else kind.__name__
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         raise BadRow(text if len(text) <= _SHOWN_CHARACTERS else text[:_SHOWN_CHARACTERS] + "...") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What was mended while a row was read: it is used, and the log tells what was done
+
+_notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
+
+
+def note(text: str) -> None:
+    """Tell that something was odd and what was done about it: in the run's log, or where no run reads, on stderr."""
+    notes = _notes.get()
+    if notes is None:
+        print(text, file=sys.stderr)
+    else:
+        notes.append(text)
+
+
+@contextmanager
+def collected_notes() -> Iterator[list[str]]:
+    """The notes that are made inside the block."""
+    notes: list[str] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.asr import measure_seconds
+from omni.asr import measure_samples
 from omni.errors import BadRow
 from omni.manifest import Manifest, Rows
 from omni.omni_model import Inputs, OmniModel
@@ -64,7 +64,8 @@ def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Man
         found = frames.half().cpu().numpy()
         return [one[:length] for one, length in zip(found, lengths.tolist(), strict=True)]
 
-    rows = rows[np.argsort(measure_seconds(run, manifest)[rows], kind="stable")]  # the shortest first
+    samples = measure_samples(run, manifest, inputs.mel.sample_rate)
+    rows = rows[np.argsort(samples[rows], kind="stable")]  # the shortest first
     files = SoundFiles(manifest, rows, inputs)
     return _keep(run, "audio_encoder", files, make, "wav", None, note="listening to recordings")
 

@@ -27,6 +27,8 @@ from omni.errors import Interrupted, RunError, UserError
 from omni.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.runtime import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
+_NOTES_SHOWN = 20  # on rows that are used but odd; all are counted
+
 # (model, batch on the device) -> mean loss over the batch's targets, and scalars to log
 LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
 
@@ -132,6 +134,8 @@ class _Training:
         self.final_path = run.save_dir / run.stage.final
         self.saved_step = -1
         self.new_bad_rows: dict[str, str] = {}  # of this process, not yet told to the others
+        self.new_notes: list[str] = []  # on rows that are used, likewise
+        self.notes: set[str] = set()  # of all processes
 
     # The story ---------------------------------------------------------------------------------------------------
 
@@ -381,22 +385,28 @@ class _Training:
 
     def _note_bad_rows(self, batch: dict) -> None:
         self.new_bad_rows |= batch.get("bad_rows", {})
-        if self.new_bad_rows and self.run.world == 1:
+        self.new_notes += batch["notes"]
+        if (self.new_bad_rows or self.new_notes) and self.run.world == 1:
             self._share_bad_rows()
 
     def _share_bad_rows(self) -> None:
-        """Name each bad row once, whichever process met it.
+        """Name each bad row once, whichever process met it, and tell each note once.
 
         Raises:
             UserError: more of them than ``max_bad_rows``.
         """
         run, known, limit = self.run, self.progress.bad_rows, self.config.max_bad_rows
-        for found in run.gather(self.new_bad_rows):
-            for where, why in found.items():
+        for bad_rows, notes in run.gather((self.new_bad_rows, self.new_notes)):
+            for where, why in bad_rows.items():
                 if where not in known:
                     known[where] = why
                     run.log(f"{where}: {why}. Not used ({len(known)} so far)")
-        self.new_bad_rows = {}
+            for text in notes:
+                if text not in self.notes:
+                    self.notes.add(text)
+                    if len(self.notes) <= _NOTES_SHOWN or len(self.notes) % 1000 == 0:
+                        run.log(f"{text} (note {len(self.notes)})")
+        self.new_bad_rows, self.new_notes = {}, []
         if len(known) > limit:
             raise UserError(
                 f"{len(known)} rows of the data cannot be used, more than max_bad_rows {limit}; the first is "

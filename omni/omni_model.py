@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.audio import load_audio, log_mel, normalise_features
+from omni.audio import load_speech, log_mel, normalise_features
 from omni.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
 from omni.checkpoint import build, load_stage, load_weights, saved_config, understood
 from omni.codec import fingerprint, load_codec
@@ -83,7 +83,7 @@ class Inputs:
         self.audio = self.mel = self.img_size = None
         if audio:
             self.audio, self.mel = audio, mel_spec(_audio_architecture(audio))
-            self.max_s = audio["max_mel_length"] * self.mel.hop_length / self.mel.sample_rate
+            self.max_frames = audio["max_mel_length"]
         if vision:
             self.img_size = vision["img_size"]
             self.image_positions = (vision["img_size"] // vision["patch"] // config.image_stack) ** 2
@@ -127,9 +127,7 @@ class Inputs:
         """
         if self.audio is None:
             raise BadRow(f"{quoted(path)}: this model has no audio encoder (no audio_ckpt)")
-        waveform = load_audio(path, self.mel.sample_rate, self.max_s)
-        # the header can be a sample off what resampling makes of it
-        waveform = waveform[: self.audio["max_mel_length"] * self.mel.hop_length]
+        waveform = load_speech(path, self.mel, self.max_frames)
         return normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
 
     def sound_positions(self, sound: Tensor) -> int:

@@ -151,6 +151,8 @@ def _make(run: Run, path: Path, rows: Rows, files: Files, belongs_to: dict, make
         total = dataset.steps_per_epoch
         for batch in tqdm(batches, initial=done, total=total, desc=note, unit="batch", disable=None, delay=0.5):
             run.check_stop()
+            for text in batch["notes"]:
+                run.log(text)
             positions = np.array(batch["rows"])
             numbers = [int(number) for number in rows.row_numbers[positions]]
             numbers = [number for number in numbers if rows.manifest.where(number) not in batch["bad_rows"]]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni import world
 from omni.aligner import load_aligner, prepare_speech
-from omni.asr import measure_seconds
+from omni.asr import measure_samples
 from omni.codec import leave_out_long, load_codec
 from omni.config import SftConfig
 from omni.corpus import line_spans, read_chunks
@@ -586,8 +586,9 @@ def prepare_answers(
 def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> np.ndarray:
     """``rows`` without recordings that last longer than those that the audio encoder was trained on; says how many.
     Those that cannot be read stay: reading them says why."""
-    too_long = measure_seconds(run, manifest)[rows] > inputs.max_s
-    return manifest.leave_out(rows, too_long, f"longer than {inputs.max_s:g} s", run.log)
+    frames = inputs.mel.frames(measure_samples(run, manifest, inputs.mel.sample_rate))
+    too_long = frames[rows] > inputs.max_frames
+    return manifest.leave_out(rows, too_long, f"longer than {inputs.max_frames} mel frames", run.log)
 
 
 def count_questions(manifest: Manifest, row: int) -> int:

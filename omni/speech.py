@@ -193,8 +193,8 @@ def read_recordings(
     for row in rows:
         try:
             with reading_row():
-                fields = manifest[row]
-                waveform = load_audio(manifest.file(fields["wav"]), speaker.spec.sample_rate, MAX_SECONDS)
+                fields, spec = manifest[row], speaker.spec
+                waveform = load_audio(manifest.file(fields["wav"]), spec.sample_rate, MAX_SECONDS, spec.win_length)
                 read.append((fields["text"], torch.from_numpy(waveform)))
         except BadRow as error:
             left_out[manifest.where(row)] = str(error)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
-from omni.audio import audio_duration
+from omni.audio import load_speech
 from omni.checkpoint import build, load_stage, saved_config
-from omni.codec import ConvNeXtBlock, padded_codes
+from omni.codec import ConvNeXtBlock, mel_spec, padded_codes
 from omni.config import TalkerArchitecture, TalkerConfig
 from omni.errors import BadRow
 from omni.layers import KVCache, RMSNorm, SwiGLU, rope_tables
@@ -426,7 +426,8 @@ class CodedSpeech(Rows):
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
         symbols = read_symbols(row)
         if not len(row["codes"]):
-            audio_duration(self.manifest.file(row["wav"]))  # says what is wrong with it
+            max_frames = self.config.max_mel_length * self.config.frames_per_code
+            load_speech(self.manifest.file(row["wav"]), mel_spec(self.config), max_frames)  # says what is wrong with it
             raise BadRow(
                 f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
             )

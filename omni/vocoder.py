@@ -360,7 +360,7 @@ def read_clip(manifest: Manifest, row: dict, config: VocoderConfig) -> Tensor:
         BadRow: it cannot be used.
     """
     path = manifest.file(row["wav"])
-    waveform = torch.from_numpy(load_audio(path, config.sample_rate, max_s=config.max_clip_s))
+    waveform = torch.from_numpy(load_audio(path, config.sample_rate, config.max_clip_s, mel_spec(config).win_length))
     hop = config.hop_length
     samples = max(hop, len(waveform) // hop * hop)
     return F.pad(waveform, (0, samples - len(waveform)))  # a negative number cuts off

@@ -5,8 +5,8 @@
     python scripts/check_mel_lengths.py --csv data/audio/production_tts.csv --config configs/talker_tiny.json
 
 Prints percentiles, the rows that max_mel_length leaves out, the value to set instead, the rows whose text is too long
-for its recording (CTC writes at most one token an output frame), and the rows that cannot be read. Only the headers of
-the recordings are read, so 100,000 files take seconds.
+for its recording (CTC writes at most one token an output frame), and the rows that cannot be read. Of WAV, FLAC and OGG
+only the headers are read, so 100,000 files take seconds; MP3, M4A and the like are decoded to be counted.
 
 The frame rate is that of the config's stage: 100 a second for the audio encoder (sample_rate / frame_hop), 12.5 for the
 talker (frame_ms 80). Without --config, it is that of the audio encoder with its default sizes.
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.asr import COLUMNS, read_text, row_seconds
+from omni.asr import COLUMNS, LENGTH, read_text, row_length, samples_at
 from omni.audio_encoder import output_frames
 from omni.config import AudioEncoderConfig, TalkerConfig, load_config, read_keys
 from omni.ctc import CtcTokenizer, frames_needed
@@ -39,12 +39,17 @@ class Frames:
 
     csv: str
     columns: tuple[str, ...]
-    per_second: float
+    sample_rate: int
+    samples: int  # of a frame
     why: str
     max_mel_length: int
     cache_dir: str | None
     downsample_time: int | None  # mel frames an output frame; None: no CTC, any text fits
     tokenizer: Path | None  # where stage B leaves its tokenizer
+
+    @property
+    def per_second(self) -> float:
+        return self.sample_rate / self.samples
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,18 +69,18 @@ def main(argv: list[str] | None = None) -> None:
     manifest = load_manifest(frames.csv, frames.columns, "text", cache_dir=frames.cache_dir)
     bad: dict[int, str] = {}
 
-    def seconds_of(manifest: Manifest, row: int) -> float:
+    def length_of(manifest: Manifest, row: int) -> tuple[int, int]:
         try:
             with reading_row():
-                return row_seconds(manifest, row)
+                return row_length(manifest, row)
         except BadRow as error:
             bad[row] = str(error)
             raise
 
-    seconds = measure(manifest, seconds_of, np.float64, desc="headers")
-    lengths = np.ceil(seconds * frames.per_second).astype(np.int64)
+    samples = samples_at(measure(manifest, length_of, LENGTH, desc="lengths"), frames.sample_rate)
+    lengths = -(-samples // frames.samples)
     good = lengths[lengths > 0]
-    print(f"{frames.csv}: {len(manifest):,} rows, {seconds.sum() / 3600:.2f} h of audio")
+    print(f"{frames.csv}: {len(manifest):,} rows, {samples.sum() / frames.sample_rate / 3600:.2f} h of audio")
     print(f"{frames.per_second:g} mel frames a second ({frames.why})")
     if len(good):
         report_lengths(good, frames, limit)
@@ -102,7 +107,8 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
         return Frames(
             csv=talker.tts_csv,
             columns=("text", "wav"),
-            per_second=1000 / talker.frame_ms,
+            sample_rate=talker.sample_rate,
+            samples=talker.frame_hop * talker.frames_per_code,
             why=f"the talker's, frame_ms {talker.frame_ms}",
             max_mel_length=talker.max_mel_length,
             cache_dir=talker.cache_dir,
@@ -116,7 +122,8 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
     return Frames(
         csv=config.train_csv,
         columns=COLUMNS,
-        per_second=config.sample_rate / config.frame_hop,
+        sample_rate=config.sample_rate,
+        samples=config.frame_hop,
         why=f"the audio encoder's, frame_hop {config.frame_hop} at {config.sample_rate} Hz",
         max_mel_length=config.max_mel_length,
         cache_dir=config.cache_dir,

@@ -20,6 +20,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -45,7 +46,7 @@ from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.config import CodecConfig, StageConfig
 from omni.corpus import IGNORE, count_lines, read_chunks, split_samples
 from omni.data import ResumableDataset, build_loader
-from omni.errors import BadRow, UserError, reading_row
+from omni.errors import BadRow, RunError, UserError, reading_row
 from omni.files import replace_file
 from omni.images import normalise
 from omni.loop import to_device
@@ -330,6 +331,8 @@ def judge_rows(
     dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
     for batch in tqdm(build_loader(dataset, config, device), total=dataset.steps_per_epoch, disable=None):
         judgement.left_out |= batch["bad_rows"]
+        for text in batch["notes"]:
+            to_stderr(text)
         judgement.rows += len(batch["rows"]) - len(batch["bad_rows"])
         if batch["weight"]:
             add(totals, sums(to_device(batch, device)))
@@ -396,6 +399,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # the index of somebody else's file does not stay beside it
         judgement = judge(args, device)
+    for name, value in judgement.metrics.items():
+        if not math.isfinite(value):
+            raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")
     step = load_stage(args.ckpt_dir, args.stage, prefix, final)["step"]
     for where, why in list(judgement.left_out.items())[:10]:
         to_stderr(visible(f"{where}: {why}. Left out"))

@@ -266,7 +266,7 @@ MUTATIONS = [
     ),
     Mutation(
         "hostile input", "a recording of any length is read", "omni/audio.py",
-        "if max_s is not None and seconds > max_s:", "if False:",
+        "if most is not None and resampled_length(samples, rate, to_rate) > most:", "if False:",
         "tests/test_audio.py::test_what_cannot_be_used_is_refused_with_its_reason"
         " tests/test_audio.py::test_ten_hours_and_a_thousand_channels_cost_no_memory",
     ),
@@ -364,6 +364,72 @@ MUTATIONS = [
     ),
     # conversations and captions
     # recordings and speech
+    Mutation(
+        "bad rows", "a WAV that was cut off is read as a shorter one", "omni/sound_files.py",
+        "data[1] < data[0] < _LARGEST_SIZE:", "False:",
+        "tests/test_sound_files.py::test_every_truncation_of_a_wav_is_refused",
+    ),
+    Mutation(
+        "sound of any kind", "a WAV from a pipe is taken for one that was cut off", "omni/sound_files.py",
+        "data[1] < data[0] < _LARGEST_SIZE:", "data[1] < data[0]:",
+        "tests/test_sound_files.py -k does_not_know_its_length",
+    ),
+    Mutation(
+        "sound of any kind", "a WAV whose size was never written is empty", "omni/sound_files.py",
+        "zero = riff and data", "zero = False and data", "tests/test_sound_files.py -k does_not_know_its_length",
+    ),
+    Mutation(
+        "bad rows", "what MP3 and M4A say of their length is not looked at", "omni/sound_files.py",
+        "if packets < declared:", "if False:", "tests/test_sound_files.py -k cut_off",
+    ),
+    Mutation(
+        "sound of any kind", "what cannot be decoded behind the last frame is damage", "omni/sound_files.py",
+        "if format_name not in _WITHOUT_CONTAINER:", "if True:", "tests/test_sound_files.py -k tags_and_zeros",
+    ),
+    Mutation(
+        "hostile input", "hours of MP3 are decoded before they are refused", "omni/audio.py",
+        '_refuse_long(source, read, sound.rate, sample_rate, most, "lasts more than")', "pass",
+        "tests/test_sound_files.py::test_nothing_is_decoded_beyond_the_bound",
+    ),
+    Mutation(
+        "one count of frames", "resampled lengths are rounded down", "omni/audio.py",
+        "samples / (from_rate / to_rate) + 0.5)", "samples / (from_rate / to_rate))",
+        
+        "tests/test_sound_files.py tests/test_stage_recordings.py -k 'counted_exactly or as_many_frames'",
+    ),
+    Mutation(
+        "finite figures", "samples of any size are used", "omni/audio.py",
+        "if peak <= _MOST_AMPLITUDE:", "if True:",
+        "tests/test_audio.py tests/test_stage_recordings.py -k 'flipped_bit or beyond_all_bounds'",
+    ),
+    Mutation(
+        "finite figures", "one large sample sets the scale", "omni/audio.py",
+        "np.mean(np.abs(waveform) > 1) >= _INT16_SHARE", "True", "tests/test_audio.py -k 16_bit_integers",
+    ),
+    Mutation(
+        "finite figures", "evaluate.py prints figures that are none", "scripts/evaluate.py",
+        "if not math.isfinite(value):", "if False:", "tests/test_stage_recordings.py -k not_finite_is_one_line",
+    ),
+    Mutation(
+        "sound of any kind", "channels that cancel out are averaged", "omni/audio.py",
+        "int(np.argmax(energies)) if cancel_out else None", "None", "tests/test_audio.py -k cancel_out",
+    ),
+    Mutation(
+        "bad rows", "clips of less than a window are used", "omni/audio.py",
+        "< max(1, min_samples):", "< 1:", "tests/test_stage_recordings.py -k as_many_frames",
+    ),
+    Mutation(
+        "notes", "what was mended is not told", "omni/loop.py",
+        'self.new_notes += batch["notes"]', "pass", "tests/test_stage_recordings.py -k reaches_the_log",
+    ),
+    Mutation(
+        "speech", "--say speaks a paragraph at once", "infer_chat.py",
+        "sentences(clean(args.say))", "[clean(args.say)]", "tests/test_speaking.py -k forty",
+    ),
+    Mutation(
+        "speech", "a long sentence is one utterance", "omni/assistant.py",
+        "while len(sentence.encode()) > UTTERANCE_BYTES:", "while False:", "tests/test_speaking.py",
+    ),
     # pictures, films and chat
     Mutation(
         "bad rows", "a decoder's unforeseen exception at a picture or film ends the run", "omni/images.py",

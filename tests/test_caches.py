@@ -384,7 +384,7 @@ def test_all_caches_of_a_stage_damaged_and_it_ends_alike(stage, tmp_path):
         keys |= {"keep_features": True}
     whole, killed = killed_after_caching(stage, tmp_path, **keys)
     caches = [path for folder in (killed.save_dir, killed.save_dir / "codes") for path in folder.glob("*.js*n")]
-    caches += [*(killed.save_dir / "codes").glob("*.npy"), *tmp_path.rglob("seconds*.np*")]
+    caches += [*(killed.save_dir / "codes").glob("*.npy"), *tmp_path.rglob("lengths*.np*")]
     caches = [path for path in caches if path.name != "tokenizer.json"]
     assert caches
     rng = random.Random(4)

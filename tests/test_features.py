@@ -61,7 +61,7 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     for name in ("see", "hear"):  # never again
         monkeypatch.setattr(model, name, None)
     monkeypatch.setattr("omni.omni_model.load_image", None)
-    monkeypatch.setattr("omni.omni_model.load_audio", None)
+    monkeypatch.setattr("omni.omni_model.load_speech", None)
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)
