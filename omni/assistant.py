@@ -374,6 +374,7 @@ def spoken(
             yield piece
         if said >= longest:
             on_cut(text)
+        yield np.zeros(0, np.float32)  # nothing more, and whoever takes turns may take one after each text
     if silent:
         raise UserError(f"{what}: the talker had nothing to say to it")
 

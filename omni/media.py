@@ -8,7 +8,7 @@ import stat
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from omni.errors import BadRow
 
@@ -71,6 +71,60 @@ def open_media(source: Media) -> BinaryIO:
         os.close(number)
         raise BadRow(f"{quoted(source)}: expected a file, found a folder, pipe or device")
     return open(number, "rb")
+
+
+Kind = Literal["picture", "film", "sound", "unknown"]
+_SNIFFED_BYTES = 377  # enough to see three packets of a TS begin
+_PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
+_SOUNDS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"RIFX", b"FORM", b"caff", b".snd", b"riff")
+_RIFF = {b"WEBP": "picture", b"WAVE": "sound"}
+_EBML = b"\x1a\x45\xdf\xa3"  # Matroska and WebM
+_STILL = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in MP4's kind of file
+
+
+def kind_of(source: Media) -> Kind:
+    """What a file holds, by its content: names lie, and uploads have lost theirs. An animated picture is a picture,
+    and a film that has no more than sound is sound.
+
+    Raises:
+        BadRow: it cannot be opened.
+    """
+    with open_media(source) as file:
+        head = file.read(_SNIFFED_BYTES)
+        if head.startswith(b"RIFF"):
+            form = head[8:12]
+            return _of_container(file) if form == b"AVI " else _RIFF.get(form, "unknown")
+        if head.startswith(_PICTURES) or (head[4:8] == b"ftyp" and head[8:12] in _STILL):
+            return "picture"
+        if head.startswith(_SOUNDS) or _is_mpeg_audio(head):
+            return "sound"
+        is_transport_stream = len(head) == _SNIFFED_BYTES and head[0] == head[188] == head[376] == 0x47
+        if head.startswith(_EBML) or head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free") or is_transport_stream:
+            return _of_container(file)
+    return "unknown"
+
+
+def _of_container(file: BinaryIO) -> Kind:
+    """Film or sound; a cover is no film."""
+    import av  # here: it takes long to load, and rows have no need of it
+    from av.stream import Disposition
+
+    file.seek(0)
+    try:
+        with av.open(file, options={"format_whitelist": "mov,matroska,avi,mpegts"}) as container:
+            films = [track for track in container.streams.video if Disposition.attached_pic not in track.disposition]
+            return "film" if films or not container.streams.audio else "sound"
+    except (av.FFmpegError, ValueError, OSError):  # damaged: whoever reads it says how
+        return "film"
+
+
+def _is_mpeg_audio(head: bytes) -> bool:
+    """MP3 or AAC (ADTS) without a tag: it begins with a frame."""
+    if len(head) < 3 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    if head[1] & 0xF6 == 0xF0:  # ADTS
+        return head[2] >> 2 & 0xF < 13
+    return head[1] >> 3 & 3 != 1 and head[1] >> 1 & 3 != 0 and head[2] >> 4 != 15 and head[2] >> 2 & 3 != 3
 
 
 def quoted(name: object) -> str:

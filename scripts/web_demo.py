@@ -3,7 +3,8 @@
 A page for conversations with text, pictures and recordings, whose answers can be heard while they are spoken; for
 texts to say; and for pictures of text to read. What the model cannot do is switched off there, with the reason. It
 needs Gradio (``make web``). Nothing leaves the machine: no telemetry, no share link, and the page may load nothing
-from elsewhere. What is uploaded is deleted after an hour, and when the program ends (Ctrl-C).
+from elsewhere. What is uploaded is deleted after an hour, when the program ends (Ctrl-C), and at the latest when it is
+started again. Visitors take turns at the model; what each may send, and all together may leave on disk, is bounded.
 
     python scripts/web_demo.py --ckpt_dir checkpoints/thinker_demo --talker_ckpt checkpoints/talker_demo --port 8000
 """
@@ -15,7 +16,8 @@ import os
 import signal
 import socket
 import sys
-import tempfile
+import threading
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,22 +26,22 @@ os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": 
 
 from omni.assistant import Assistant, has_part, load_reader, load_speaker
 from omni.errors import UserError
+from omni.media import quoted
 from omni.runtime import OneLineErrors, launch, pick_device
 from omni.synthetic import pictures, signs, speech
+from omni.web_limits import Folder, Guard, names_of, own_folder
+
+CONNECTIONS = 512  # a visitor has about three
 
 INSTALL = "pip install --no-deps -r requirements-web.txt"
 try:
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    from omni.web import Page, build
+    from omni.web import CLEANED_S, KEPT_S, MAX_FILES, Page, build
 except ImportError as error:  # told by main, as one line
     gr, missing = None, error
-
-# The browser itself refuses what the page might want from other machines, whatever Gradio puts into it.
-POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 
 
 def draw_examples(assistant: Assistant, folder: Path) -> tuple[list[dict], Path]:
@@ -71,21 +73,6 @@ def optional(load: Callable, folder: Path, given: bool, part: str) -> tuple:
 STYLE = '[aria-label="Share"] { display: none !important; }'
 
 
-class Guard:
-    """ASGI: adds POLICY to every answer of ``app``."""
-
-    def __init__(self, app) -> None:
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def guarded(event):
-            if event["type"] == "http.response.start":
-                event["headers"] = [*event["headers"], (b"content-security-policy", POLICY)]
-            await send(event)
-
-        await self.app(scope, receive, guarded)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
@@ -95,12 +82,24 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default: this machine only")
     parser.add_argument("--port", type=int, default=7860, help="7860; 0: any that is free")
     parser.add_argument("--max_upload_mb", type=float, default=10, help="largest file that can be uploaded, in MB (10)")
+    parser.add_argument("--max_disk_mb", type=float, default=1000, help="of all files that are kept, in MB (1000)")
+    parser.add_argument("--max_requests", type=int, default=100, help="answered at a time; more are refused (100)")
+    parser.add_argument(
+        "--allow_origin", action="append", default=[], metavar="http://NAME",
+        help="address by which the page may be called, or from whose pages it may be used; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port: expected 0 to 65535, found {args.port}")
-    if not args.max_upload_mb > 0:
-        raise UserError(f"--max_upload_mb: expected more than 0, found {args.max_upload_mb:g}")
+    for name in ("max_upload_mb", "max_disk_mb", "max_requests"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name}: expected more than 0, found {getattr(args, name):g}")
+    args.allow_origin = {origin.lower().rstrip("/") for origin in args.allow_origin}
+    for origin in args.allow_origin:
+        found = urllib.parse.urlsplit(origin)
+        if found.scheme not in ("http", "https") or not found.hostname or found.path or found.query:
+            raise UserError(f"--allow_origin: expected http://NAME or https://NAME, found {quoted(origin)}")
     return args
 
 
@@ -125,6 +124,12 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     return listening, f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
+def clean_up(kept: Folder, ended: threading.Event) -> None:
+    """Gradio deletes the files that it knows of; this, what is left of others."""
+    while not ended.wait(CLEANED_S):
+        kept.clean()
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if gr is None:
@@ -134,14 +139,14 @@ def main(argv: list[str] | None = None) -> None:
     given = (folder, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
     speaker = optional(lambda: load_speaker(*given)[0], folder, bool(args.talker_ckpt or args.vocoder_ckpt), "talker")
     reader = optional(lambda: load_reader(folder, args.ocr_ckpt, device), folder, bool(args.ocr_ckpt), "ocr")
-    with tempfile.TemporaryDirectory(prefix="omni_web_") as temporary:
-        os.environ["GRADIO_TEMP_DIR"] = temporary
-        examples = draw_examples(assistant, Path(temporary))
-        blocks = build(Page(assistant, speaker, reader), folder.resolve().name, *examples)
+    with own_folder() as temporary:
+        os.environ["GRADIO_TEMP_DIR"] = str(temporary)
+        examples = draw_examples(assistant, temporary)
+        kept = Folder(temporary, int(args.max_disk_mb * 1e6), KEPT_S + 2 * CLEANED_S)
+        page = Page(assistant, speaker, reader, args.max_requests, kept.take)
+        blocks = build(page, folder.resolve().name, *examples)
         listening, url = listen(args.host, args.port)
         app = FastAPI(openapi_url=None)
-        if ipaddress.ip_address(listening.getsockname()[0]).is_loopback:  # no other site's name may lead here
-            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
         fonts = {"font": ("system-ui", "sans-serif"), "font_mono": "monospace"}  # the visitor's own
         theme = gr.themes.Default(primary_hue="indigo", **fonts)
         gr.mount_gradio_app(
@@ -151,11 +156,18 @@ def main(argv: list[str] | None = None) -> None:
         # Mounting leaves them False; Gradio then reads any file of this machine that a visitor names, and serves SVGs
         # that were uploaded as pages.
         blocks.has_launched = blocks.is_running = True
+        kept.keep_what_is_there()
+        names = names_of(args.host, listening.getsockname()[0], args.allow_origin)
+        guard = Guard(app, names, args.allow_origin, kept, int(MAX_FILES * args.max_upload_mb * 1e6) + (1 << 16))
+        settings = {"log_level": "warning", "timeout_graceful_shutdown": 1, "limit_concurrency": CONNECTIONS}
+        server = uvicorn.Server(uvicorn.Config(guard, **settings))
+        ended = threading.Event()
+        threading.Thread(target=clean_up, args=(kept, ended), daemon=True).start()
         print(url, flush=True)
-        server = uvicorn.Server(uvicorn.Config(Guard(app), log_level="warning", timeout_graceful_shutdown=1))
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has ended
             server.run(sockets=[listening])
+        ended.set()
 
 
 if __name__ == "__main__":

@@ -497,6 +497,144 @@ MUTATIONS = [
         "tests/test_infer_omni.py::test_a_name_is_understood_as_programs_write_it",
     ),
     # the page
+    Mutation(
+        "the page stays up", "a job computes until it has ended", "omni/web_limits.py",
+        "        if time.monotonic() >= end:\n            break\n", "",
+        "tests/test_web_limits.py -k short_request",
+    ),
+    Mutation(
+        "the page stays up", "speech is made in one piece before others have their turn", "omni/web.py",
+        "self.turns.slices(spoken(self.speaker, texts, what, cut, **sampling))",
+        "self.turns.slices(iter(list(spoken(self.speaker, texts, what, cut, **sampling))))",
+        "tests/test_web_demo.py -k long_speech",
+    ),
+    Mutation(
+        "the page stays up", "a visitor's requests all compute at once", "omni/web.py",
+        "            async with session.turn:\n                if session.run != run:",
+        "            async with contextlib.nullcontext():\n                if session.run != run:",
+        "tests/test_web_demo.py -k one_after_the_other",
+    ),
+    Mutation(
+        "the page stays up", "any number of requests is taken", "omni/web_limits.py",
+        "if self.jobs >= self.most:", "if False:", "tests/test_web_limits.py -k however",
+    ),
+    Mutation(
+        "the page stays up", "a job that was cancelled keeps its place", "omni/web_limits.py",
+        "        try:\n            yield\n        finally:\n            self.jobs -= 1",
+        "        yield\n        self.jobs -= 1",
+        "tests/test_web_limits.py -k however",
+    ),
+    Mutation(
+        "the page stays up", "a text is not measured", "omni/web.py",
+        'check_text_length(text or "")', "pass", "tests/test_web_demo.py -k asked_said_and_kept",
+    ),
+    Mutation(
+        "the page stays up", "speech is of any length", "omni/web.py",
+        "piece[:left]", "piece", "tests/test_web_demo.py -k asked_said_and_kept",
+    ),
+    Mutation(
+        "the page stays up", "what is not fetched is sent on", "omni/web.py",
+        "while self.unread(request.session_hash) >= MAX_UNREAD:", "while False:",
+        "tests/test_web_demo.py -k asked_said_and_kept",
+    ),
+    Mutation(
+        "the page stays up", "any number of conversations is kept", "omni/web.py",
+        "blocks.state_session_capacity = SESSIONS", "pass", "tests/test_web_demo.py -k number_of_visitors",
+    ),
+    Mutation(
+        "the page stays up", "a file may be any address", "omni/web.py",
+        "gradio.processing_utils.async_ssrf_protected_download = _load_nothing", "pass",
+        "tests/test_web_demo.py -k was_not_uploaded",
+    ),
+    Mutation(
+        "the page stays up", "fields of an upload are collected in memory", "omni/web.py",
+        "if self._current_part.file is None:", "if False:", "tests/test_web_demo.py -k broken_ones_leave_nothing",
+    ),
+    Mutation(
+        "the page stays up", "an upload that was broken off stays", "omni/web.py",
+        "Path(file.name).unlink(missing_ok=True)", "pass",
+        "tests/test_web_demo.py -k broken_ones_leave_nothing --timeout 60",
+    ),
+    Mutation(
+        "the page stays up", "half of a surrogate pair reaches the tokenizer", "omni/assistant.py",
+        "[\\ud800-\\udc7f\\udd00-\\udfff]", "[]x]",
+        "tests/test_web_demo.py -k surrogate_pair",
+    ),
+    Mutation(
+        "the page stays up", "a fault outside of the buttons' functions is not shown", "omni/web.py",
+        "blocks.process_api = process_api", "pass", "tests/test_web_demo.py -k no_unicode",
+    ),
+    Mutation(
+        "the page stays up", "messages are HTML", "omni/web.py",
+        'raise gr.Error(html.escape(" ".join(text.split())), print_exception=False)',
+        "raise gr.Error(text, print_exception=False)", "tests/test_web_demo.py -k one_line_and_escaped",
+    ),
+    Mutation(
+        "the page stays up", "a body without a length is of any size", "omni/web_limits.py",
+        "if len(body) > most:", "if False:", "tests/test_web_limits.py -k before_more_than",
+    ),
+    Mutation(
+        "the page stays up", "an upload without a length is of any size", "omni/web_limits.py",
+        "if arrived > self.max_upload:", "if False:", "tests/test_web_limits.py -k before_more_than",
+    ),
+    Mutation(
+        "the page stays up", "a body is read although it is announced too large", "omni/web_limits.py",
+        "raise _too_large(limit)", "pass", "tests/test_web_limits.py -k before_more_than",
+    ),
+    Mutation(
+        "the page stays up", "uploads together are of any size", "omni/web_limits.py",
+        "if not self.folder.take(size):", "if False:", "tests/test_web_limits.py -k all_uploads",
+    ),
+    Mutation(
+        "the page stays up", "an empty file takes no room", "omni/web_limits.py",
+        "max(_BLOCK, found.st_size)", "found.st_size", "tests/test_web_limits.py -k small_files",
+    ),
+    Mutation(
+        "the page stays up", "a request may stop in its middle", "omni/web_limits.py",
+        "await asyncio.wait_for(self._receive(), IDLE_S)", "await asyncio.wait_for(self._receive(), 120)",
+        "tests/test_web_limits.py -k stops_in_its_middle --timeout 20",
+    ),
+    Mutation(
+        "the page is its own", "pages of other origins are let in", "omni/web_limits.py",
+        "and origin not in self.origins", "and False", "tests/test_web_limits.py -k other_origins",
+    ),
+    Mutation(
+        "the page is its own", "a site's name may lead here", "omni/web_limits.py",
+        "if not self._is_ours(host):", "if False:", "tests/test_web_limits.py -k other_origins",
+    ),
+    Mutation(
+        "the page is its own", "all of Gradio's routes are open", "omni/web_limits.py",
+        "not path.startswith(SENDS)", "False", "tests/test_web_limits.py -k let_through",
+    ),
+    Mutation(
+        "the page is its own", "a folder whose page was killed stays", "omni/web_limits.py",
+        "        _delete_if_dead(path)\n", "        pass\n", "tests/test_web_limits.py -k killed_page",
+    ),
+    Mutation(
+        "the page is its own", "a living page's folder is removed", "omni/web_limits.py",
+        "fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", "tests/test_web_limits.py -k killed_page",
+    ),
+    Mutation(
+        "the page is its own", "a folder without the page's mark is removed", "omni/web_limits.py",
+        "and os.read(owner, len(_MARK)) == _MARK", "", "tests/test_web_limits.py -k killed_page",
+    ),
+    Mutation(
+        "the page is its own", "a link is taken for the mark", "omni/web_limits.py",
+        "os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK", "os.O_RDONLY | os.O_NONBLOCK",
+        "tests/test_web_limits.py -k killed_page",
+    ),
+    Mutation(
+        "the page is its own", "old files stay", "omni/web_limits.py",
+        "if found.st_mtime < oldest:", "if False:", "tests/test_web_limits.py -k too_old",
+    ),
+    Mutation(
+        "files are what they hold", "uploads are sorted by their names", "omni/web.py",
+        "kind = kind_of(path)", 'kind = "unknown"', "tests/test_web_demo.py -k what_they_contain",
+    ),
+    Mutation(
+        "files are what they hold", "a cover makes a film", "omni/media.py",
+        " if Disposition.attached_pic not in track.disposition", "", "tests/test_media_kinds.py -k cover",
+    ),
     # files, exports and tokenizers
     Mutation(
         "only ours is replaced", "what else lies in an export is not looked for", "omni/merged.py",

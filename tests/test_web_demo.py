@@ -1,16 +1,20 @@
 """scripts/web_demo.py: what the page answers, says and reads is what infer_chat.py does, for each visitor alone; what
 is too large, broken or missing is one message; and a browser sees all that, and loads nothing from elsewhere."""
 
+import asyncio
 import base64
 import html
 import importlib.util
+import json
 import re
+import secrets
 import shutil
 import signal
 import socket
 import time
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +24,11 @@ from harness import ROOT, Process
 from packaging.requirements import Requirement
 from test_config import only_error
 from test_export import altered, options, picture, run, train_all
+from test_media_kinds import MADE
 
 import export
 import infer_chat
+from omni.assistant import clean
 from omni.errors import UserError
 
 NEEDED = (("gradio", "pip install --no-deps -r requirements-web.txt"), ("playwright", "pip install playwright"))
@@ -90,6 +96,26 @@ class Visitor:
 def shown(outputs: tuple) -> list[str]:
     contents = [content for message in outputs[0] for content in message["content"]]
     return [content["text"] if content["type"] == "text" else Path(content["file"]).name for content in contents]
+
+
+def called(client, name: str, data: list) -> dict:
+    """What an event ends with: JSON is sent as it is, so that it may be wrong."""
+    import httpx
+
+    api = f"{client.src}gradio_api" if client.src.endswith("/") else f"{client.src}/gradio_api"
+    (fn_index,) = [fn["id"] for fn in client.config["dependencies"] if fn["api_name"] == name]
+    session = secrets.token_hex(8)
+    body = {"data": data, "fn_index": fn_index, "session_hash": session}
+    inputs = [fn["inputs"] for fn in client.config["dependencies"] if fn["id"] == fn_index][0]
+    body["data"] = [None] * (len(inputs) - len(data)) + data  # the visitor's state comes first
+    httpx.post(
+        f"{api}/queue/join", content=json.dumps(body), headers={"content-type": "application/json"}, trust_env=False
+    ).raise_for_status()
+    with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", trust_env=False, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data:") and (event := json.loads(line[5:]))["msg"] == "process_completed":
+                return event["output"]
+    raise AssertionError("the answer ended early")
 
 
 def start(cwd: Path, folder: Path, *more: str, prelude: str = "") -> Process:
@@ -201,7 +227,7 @@ def test_what_it_says_is_what_infer_chat_says_and_comes_in_pieces(site, merged, 
     assert np.abs(samples.astype(int) - expected).max() <= 1
     growing = [outputs[0] for outputs in job.outputs() if isinstance(outputs[0], str)]
     _, rate_hz, *pieces = growing[-1].split(" ")
-    assert int(rate_hz) == rate and len(pieces) > 1 and len(growing[0].split(" ")) == 3
+    assert int(rate_hz) == rate and len(pieces) > 1 and growing[-1].startswith(growing[0])
     assert np.array_equal(np.concatenate([np.frombuffer(base64.b64decode(piece), "<i2") for piece in pieces]), samples)
 
 
@@ -246,6 +272,241 @@ def test_a_stopped_answer_ends_and_stays_and_a_new_chat_forgets(site):
     assert visitor.ask("dog")[:1] == ["dog"]
 
 
+class Stub:
+    """An assistant that answers at once, and a speaker that says a second of noise for each sentence."""
+
+    folder, ctx_len, metrics, hears = Path("stub"), 1000, {}, False
+    max_frames, code_s, spec = 100, 1.0, SimpleNamespace(sample_rate=1000)
+
+    def __init__(self) -> None:
+        self.events = []
+
+    def lacks(self, encoder: str) -> None:
+        return None
+
+    def prompt(self, messages: list, max_new_tokens: int) -> list:
+        return messages
+
+    def answer(self, prompt: list, thoughts, **sampling):
+        self.events.append("answered")
+        yield "yes"
+
+    def stream(self, text: str, thinker_states=None, **sampling):
+        self.events.append(text)
+        yield np.full(1000, 0.5, np.float32)
+
+    def image(self, path: str) -> dict:
+        return {"type": "image", "image": path}
+
+    def sound(self, path: str) -> dict:
+        return {"type": "audio", "audio": path}
+
+    def video(self, path: str) -> tuple[list[dict], int]:
+        return [{"type": "image", "image": path}] * 3, 3
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A page of a Stub whose pieces are slices of their own, and a visitor's request."""
+    from omni import web, web_limits
+
+    monkeypatch.setattr(web_limits, "SLICE_S", 0)
+    assistant = Stub()
+    return web.Page(assistant, (assistant, ""), (None, "no reader"), 3), SimpleNamespace(session_hash="a")
+
+
+def ask_stub(page, request, session, text: str, *files: str):
+    return page.chat(session, {"text": text, "files": list(files)}, False, 0, 1, 8, -1, request)
+
+
+async def to_the_end(outputs) -> list:
+    return [output async for output in outputs]
+
+
+@needs_gradio
+@pytest.mark.parametrize("count", [3, 90])
+def test_long_speech_lets_others_have_their_turn(stub, count):
+    from omni.web import Session
+
+    page, request = stub
+
+    async def main() -> list:
+        saying = page.say(Session(), "One. " * count, 0, 0, request)
+        await anext(saying)
+        assert page.assistant.events == ["One."]
+        said = asyncio.create_task(to_the_end(saying))
+        await asyncio.sleep(0)
+        page.assistant.events.append("asked")
+        await to_the_end(ask_stub(page, request, Session(), "red cat"))
+        return await said
+
+    *_, (_, (rate, samples)) = asyncio.run(main())
+    events = page.assistant.events
+    assert events.index("answered") - events.index("asked") <= 3 and events.count("One.") == count
+    assert len(samples) == count * rate and page.turns.jobs == 0
+
+
+@needs_gradio
+def test_one_visitors_requests_come_one_after_the_other_and_stop_ends_them_all(stub):
+    from omni.web import Session
+
+    page, request = stub
+    session = Session()
+
+    async def main() -> list:
+        saying = page.say(session, "One. Two. Three.", 0, 0, request)
+        await anext(saying)
+        waiting = asyncio.create_task(to_the_end(ask_stub(page, request, session, "red cat")))
+        await asyncio.sleep(0.05)
+        assert "answered" not in page.assistant.events
+        session.stop()
+        return [await to_the_end(saying), await waiting]
+
+    assert asyncio.run(main()) == [[], []] and page.turns.jobs == 0
+    assert "Three." not in page.assistant.events and "answered" not in page.assistant.events
+
+
+@needs_gradio
+def test_what_is_asked_said_and_kept_is_bounded(stub, monkeypatch):
+    import gradio as gr
+
+    from omni import web
+
+    page, request = stub
+    told = []
+    monkeypatch.setattr(web.gr, "Warning", told.append)
+
+    def say(text: str) -> list:
+        return asyncio.run(to_the_end(page.say(web.Session(), text, 0, 0, request)))
+
+    monkeypatch.setattr(web, "MAX_SPEECH_S", 2.5)
+    *_, (stream, (rate, samples)) = say("One. " * 600)
+    assert len(samples) == web.MAX_SPEECH_S * rate and "as long as this page speaks" in told[-1]
+    heard = [np.frombuffer(base64.b64decode(piece), "<i2") for piece in stream.split(" ")[2:]]
+    assert np.array_equal(np.concatenate(heard), samples)
+    page.take = lambda size: size < 2000
+    assert len(say("One. Two.")[-1][0].split(" ")) == 4 and "cannot be played again" in told[-1]
+    monkeypatch.setattr(web, "PATIENCE_S", 0)
+    page.unread = lambda session_hash: 99
+    with pytest.raises(gr.Error, match="too little was fetched"):
+        say("One. Two.")
+    page.unread = lambda session_hash: 0
+    for text in ("a" * 200_000, "a " * 10**6):
+        for refused in (lambda text=text: say(text), lambda text=text: asyncio.run(
+            to_the_end(ask_stub(page, request, web.Session(), text)))):  # fmt: skip
+            with pytest.raises(gr.Error, match="too long: expected at most"):
+                refused()
+    with pytest.raises(gr.Error, match="at most 8 files, found 9"):
+        asyncio.run(to_the_end(ask_stub(page, request, web.Session(), "red", *["a.png"] * 9)))
+    session = web.Session()
+    for _ in range(70):
+        asyncio.run(to_the_end(ask_stub(page, request, session, "red")))
+    assert len(session.talk.shown) <= web.MAX_SHOWN + 1
+
+
+@needs_gradio
+def test_who_comes_when_all_turns_are_taken_is_told_at_once(stub):
+    import gradio as gr
+
+    from omni.web import Session
+
+    page, request = stub
+
+    async def main() -> None:
+        jobs = [page.say(Session(), "One. Two.", 0, 0, request) for _ in range(3)]
+        for job in jobs:
+            await anext(job)
+        for refused in (ask_stub(page, request, Session(), "red"), page.say(Session(), "One.", 0, 0, request)):
+            with pytest.raises(gr.Error, match="3 requests are being answered"):
+                await anext(refused)
+        with pytest.raises(gr.Error, match="3 requests are being answered"):
+            await page.read("a.png")
+        await jobs[0].aclose()
+        assert len(await to_the_end(ask_stub(page, request, Session(), "red"))) == 2
+
+    asyncio.run(main())
+
+
+@needs_gradio
+@pytest.mark.parametrize("name", ["a.webp", "a.jfif", "a", "a.wav", "a.png", "a.mp4", "a.txt"])
+def test_files_are_sorted_by_what_they_contain(stub, tmp_path, name):
+    page, _ = stub
+    path = str(tmp_path / name)
+    for what, types in (("PNG picture", ["image"]), ("WAV sound", ["audio"]), ("mp4 sound alone", ["audio"]),
+                        ("webm film with sound", ["image"] * 3)):  # fmt: skip
+        (tmp_path / name).write_bytes(MADE[what][1]())
+        assert [part["type"] for part in page.parts(path)] == types, what
+    (tmp_path / name).write_bytes(b"rubbish")
+    assert [part["type"] for part in page.parts(path)] == [
+        "image" if name in ("a.webp", "a.jfif", "a.png") else "audio"
+    ]
+    with pytest.raises(UserError, match="absent"):
+        page.parts(f"{path}.absent")
+
+
+@needs_gradio
+@pytest.mark.parametrize("fault", [RuntimeError("<b>a</b>\nsecond"), KeyError("x"), MemoryError(), RecursionError()])
+def test_any_fault_of_the_program_is_one_line_for_that_visitor(stub, capsys, fault):
+    import gradio as gr
+
+    from omni.web import Session
+
+    page, request = stub
+
+    def fail(*arguments, **settings):
+        raise fault
+
+    for part in ("answer", "stream", "image"):
+        setattr(page.assistant, part, fail)
+    for ended in (
+        lambda: asyncio.run(to_the_end(ask_stub(page, request, Session(), "red"))),
+        lambda: asyncio.run(to_the_end(page.say(Session(), "One.", 0, 0, request))),
+    ):
+        with pytest.raises(gr.Error) as error:
+            ended()
+        assert re.fullmatch(rf"the page&#x27;s program failed \({type(fault).__name__}\); .*", error.value.message)
+        assert "Traceback" in capsys.readouterr().err and page.turns.jobs == 0
+
+
+@pytest.mark.parametrize("text", ["red \ud800 cat", "\udcff", "\udfff\ud800", "\U0001f600 \ud83d"])
+def test_half_of_a_surrogate_pair_is_replaced(text):
+    cleaned = clean(text)
+    assert len(cleaned) == len(text) and cleaned.encode().decode() == cleaned
+    assert all(one == other or one == "\ufffd" for one, other in zip(cleaned, text, strict=True))
+    assert clean(cleaned) == cleaned
+
+
+@needs_gradio
+def test_messages_are_one_line_and_escaped(stub):
+    import gradio as gr
+
+    from omni.web import in_the_page
+
+    with pytest.raises(gr.Error) as error, in_the_page("/tmp/secret/<i>.png"):
+        raise UserError("/tmp/secret/<i>.png: <b>\nbroken")
+    assert error.value.message == "&lt;i&gt;.png: &lt;b&gt; broken"
+
+
+@needs_gradio
+def test_gradio_keeps_a_bounded_number_of_visitors(stub):
+    import gradio as gr
+    from gradio.routes import App
+
+    from omni import web
+
+    page, _ = stub
+    with gr.Blocks() as blocks:
+        state = gr.State(web.Session)
+        web.bound_gradio(blocks, page)
+    holder = App.create_app(blocks).state_holder
+    for number in range(web.SESSIONS + 20):
+        assert isinstance(holder[str(number)][state._id], web.Session)
+        blocks._queue.pending_messages_per_session[str(number)] = None
+    assert len(holder.session_data) <= web.SESSIONS + 1 and str(number) in holder
+    assert len(blocks._queue.pending_messages_per_session) <= web.SESSIONS
+    assert blocks._queue.max_size == 3 and not blocks.api_open
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # What is refused
 
@@ -280,14 +541,60 @@ def test_a_file_that_was_not_uploaded_is_not_read(site, media):
     api = f"{site.url}/gradio_api"
     with open(media["sign"], "rb") as file:
         (uploaded,) = httpx.post(f"{api}/upload", files={"files": file}, trust_env=False).json()
-    for path, event in ((uploaded, "complete"), (media["sign"], "error")):
+    visitor = site.visitor().client
+    for path, is_read in ((uploaded, True), (media["sign"], False), (f"{site.url}/theme.css", False)):
         given = {"path": path, "meta": {"_type": "gradio.FileData"}}
         for name, data in (("read", [given]), ("chat", [{"text": "red", "files": [given]}, False, 0, 1, 8, -1])):
-            call = httpx.post(f"{api}/call/{name}", json={"data": data}, trust_env=False).json()["event_id"]
-            found = httpx.get(f"{api}/call/{name}/{call}", trust_env=False, timeout=60).text
-            assert re.findall(r"^event: (complete|error)", found, re.MULTILINE) == [event], found
+            output = called(visitor, name, data)
+            assert ("error" not in output) is is_read
+            assert "found an address" in output["error"] if path.startswith("http") else True
         status = httpx.get(f"{api}/file={path}", trust_env=False).status_code
-        assert status == (200 if event == "complete" else 403)
+        assert status == 200 if is_read else status in (403, 404)
+
+
+@needs_gradio
+def test_texts_that_are_no_unicode_are_answered(site):
+    visitor = site.visitor()
+    for text in ("red \ud800 cat", "\udcff", "\udfff\ud800"):
+        output = called(visitor.client, "chat", [{"text": text, "files": []}, False, 0, 1, 8, -1])
+        (asked, answer) = output["data"][0]
+        assert re.sub("[\ud800-\udfff]", "\ufffd", text) == asked["content"][0]["text"]
+    for asked, temperature, shows in (
+        ({"text": "a", "files": []}, 9, "greater than"), ({"text": "a", "files": []}, [[]], "program failed"),
+        (["a"], 0, "program failed"), ({"text": 7, "files": []}, 0, "program failed"),
+        ({"text": "a", "files": [{"path": "\ud800", "meta": {"_type": "gradio.FileData"}}]}, 0, ""),
+    ):  # fmt: skip
+        found = called(visitor.client, "chat", [asked, False, temperature, 1, 8, -1])["error"]
+        assert shows in found and "\n" not in found and str(ROOT) not in found
+    assert visitor.ask("red cat")[0] == "red cat"
+
+
+@needs_gradio
+def test_uploads_of_other_origins_are_refused_and_broken_ones_leave_nothing(site):
+    import httpx
+
+    def upload(**headers: str) -> httpx.Response:
+        url = f"{site.url}/gradio_api/upload"
+        return httpx.post(url, files={"files": ("a.png", b"x")}, headers=headers, trust_env=False)
+
+    assert upload(origin="http://evil.example").status_code == upload(host="evil.example").status_code == 403
+    folder = Path(upload(origin=site.url).json()[0]).parent.parent
+    assert folder.name.startswith("omni_web_") and (folder / ".owner").exists()
+    form = '--x\r\nContent-Disposition: form-data; name="files"%s\r\n\r\n'
+    for kind, rest in (('; filename="a.png"', None), ("", b"z" * 90_000 + b"\r\n--x--\r\n")):
+        body = (form % kind).encode() + (rest or b"z" * 5000)
+        with socket.create_connection(("127.0.0.1", int(site.url.rsplit(":", 1)[1])), timeout=30) as connection:
+            head = (
+                "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x"
+            )
+            connection.sendall(f"{head}\r\nContent-Length: {len(body) + (rest is None)}\r\n\r\n".encode() + body)
+            if rest is None:  # the visitor leaves in the middle
+                while not any(path.name.startswith("tmp") for path in folder.iterdir()):
+                    time.sleep(0.01)
+            else:
+                assert b" 400 " in connection.recv(1000)
+    while any(path.name.startswith("tmp") for path in folder.iterdir()):
+        time.sleep(0.01)
 
 
 @needs_gradio
@@ -301,7 +608,7 @@ def test_only_this_machine_reaches_it_and_no_site_of_another_name(site):
     assert bound == [f"0100007F:{port:04X}"]
     page = httpx.get(site.url, trust_env=False)
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
-    assert httpx.get(site.url, headers={"Host": "evil.example"}, trust_env=False).status_code == 400
+    assert httpx.get(site.url, headers={"Host": "evil.example"}, trust_env=False).status_code == 403
 
 
 @needs_gradio
@@ -337,6 +644,9 @@ def test_what_cannot_be_served_ends_with_code_2(folders, tmp_path):
             (["--port", port], f"--port {port}: cannot listen there: Address already in use"),
             (["--host", "192.0.2.1"], "--host 192.0.2.1 .*: cannot listen there"),
             (["--max_upload_mb", "0"], "--max_upload_mb: expected more than 0"),
+            (["--max_disk_mb", "-1"], "--max_disk_mb: expected more than 0"),
+            (["--max_requests", "0"], "--max_requests: expected more than 0"),
+            (["--allow_origin", "demo.example"], "--allow_origin: expected http://NAME"),
         ):
             with pytest.raises(UserError, match=expected):
                 web_demo.main(["--ckpt_dir", str(folders["thinker"]), "--device", "cpu", *arguments])
