@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -142,7 +143,8 @@ def test_a_giant_file_is_refused_in_bounded_memory(stage, tmp_path):
     write_10_hours(giant) if giant.suffix == ".wav" else write_image_bomb(giant)
     os.utime(path)
     training.finish()
-    assert f"{path}: row 7: " in (training.save_dir / "training.log").read_text()
+    log = (training.save_dir / "training.log").read_text()
+    assert f"{path}: row 7: " in log or re.search(f"{re.escape(str(path))}: 1 of .* left out, .*: rows? 7\n", log)
 
     def peak_gb(of: Training) -> float:
         lines = (of.save_dir / "metrics.jsonl").read_text().splitlines()
