@@ -103,6 +103,13 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
     """
     for number, (start, end) in enumerate(line_spans(chunk, path, first_row), start=first_row):
         line = chunk[start:end]
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: row {number}: expected UTF-8 text, found byte {line[error.start]:#x}. "
+                "If it is text in another encoding, convert it with iconv"
+            ) from error
         while len(line) > _PIECE_BYTES:
             cut = line.rfind(b" ", 1, _PIECE_BYTES)
             if cut <= 0:
@@ -111,16 +118,8 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
                     cut -= 1
             yield line[:cut]
             line = line[cut:]
-        if not line.strip():
-            continue
-        try:
-            line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: row {number}: expected UTF-8 text, found byte {line[error.start]:#x}. "
-                "If it is text in another encoding, convert it with iconv"
-            ) from error
-        yield line
+        if line.strip():
+            yield line
 
 
 def sample_lines(run: Run, path: Path) -> Iterator[str]:
