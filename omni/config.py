@@ -772,7 +772,8 @@ class SftConfig(StageConfig):
     )
     val_speech_csv: str | None = input_file(None, hint=_TTS_HINT)
     jsonl_path: str | None = input_file(
-        None, description='task conversation: {"messages": [...]} with parts of type text, image and audio'
+        None,
+        description="task conversation: JSON or JSONL rows of messages or conversations, see omni/conversations.py",
     )
     val_jsonl_path: str | None = input_file(None)
     task_weights: dict[str, float] = Field(
