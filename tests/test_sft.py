@@ -839,7 +839,7 @@ def test_recordings_longer_than_the_encoder_knows_are_left_out(tmp_path, capsys)
     soundfile.write(tmp_path / "0.wav", np.zeros(21 * 16_000), 16_000)
     tasks, _, _, _ = prepared(small_config(tmp_path, val_split=0.0))
     assert len(tasks["transcription"]) == 3
-    assert "asr.csv: 1 of 4 rows left out, longer than 20.48 s" in capsys.readouterr().out
+    assert "asr.csv: 1 of 4 rows left out, longer than 2048 mel frames" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------
