@@ -21,9 +21,10 @@ from omni.errors import BadRow, UserError, reading_row
 from omni.files import read_sealed_json, write_sealed_json
 from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, account_for_split, measure_rows, prepare_manifest, split_rows
-from omni.ocr import Ocr, OcrRows, clean_text, ocr_loss, ocr_metrics, ocr_sums, text_length
+from omni.ocr import Ocr, OcrRows, ocr_loss, ocr_metrics, ocr_sums, text_length
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.text import clean_text
 
 STAGE = Stage(name="ocr", prefix="ocr", final="ocr.pt", unit="characters", best_metric="cer")
 

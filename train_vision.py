@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
 from omni.config import VisionConfig
 from omni.data import held_out_set, training_set
 from omni.errors import BadRow, UserError
@@ -22,6 +22,7 @@ from omni.loop import Phase, Validation, train
 from omni.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.optim import build_optimizer
 from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.text import visible
 from omni.thinker import load_thinker
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import PictureTextModel
@@ -65,17 +66,26 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             contrast, words, scale = model(images, batch["tokens"], batch["ends"], same=batch["same"])
             return contrast + config.word_loss * words, {"contrast": contrast, "words": words, "scale": scale}
 
+        for captions, rows in ((manifest, train_rows), (held_out, held_out_rows)):
+            report_cut_captions(run, captions, rows, tokenizer, config.ctx_len)
+        if len(train_rows) < 2:
+            raise UserError(f"{manifest.path}: expected at least 2 pictures to train on, found {len(train_rows)}")
         train_set = training_set(run, CaptionRows(manifest, train_rows, tokenizer, config, training=True))
+        if len(train_rows) % config.batch_size == 1 and not config.drop_last:
+            run.log(
+                "the last batch of an epoch has 1 picture, which no other caption is contrasted with: it teaches words "
+                "only. Set drop_last, or another batch_size"
+            )
 
         # --- Validation: does a picture find its caption among 64? -----------------------------------------------
         validation = None
-        if len(held_out_rows):
+        if len(held_out_rows) > 1:
             groups = in_distinct_groups(held_out, held_out_rows)
             split = held_out_set(run, CaptionRows(held_out, groups, tokenizer, config, training=False), GROUP)
             ranking = CaptionRanking(tokenizer, config.ctx_len)
             validation = Validation(split, ranking.sums, ranking.metrics)
         else:
-            run.log("no held-out pictures (val_split is 0, or there are few): nothing will be validated")
+            run.log("fewer than 2 held-out pictures (val_split is 0, or there are few): nothing will be validated")
 
         # --- Train -----------------------------------------------------------------------------------------------
         fingerprint = {
@@ -117,7 +127,7 @@ def train_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray) -> Tokenizer
     def captions():
         for row in rows[:: -(-len(rows) // TOKENIZER_CAPTIONS)].tolist():
             try:
-                yield manifest[row]["caption"]
+                yield visible(manifest[row]["caption"])
             except BadRow:
                 continue
 

@@ -22,6 +22,7 @@ from omni.manifest import Manifest
 from omni.ops import rounded_up
 from omni.precompute import Ragged, RowsWith, precompute
 from omni.runtime import Run
+from omni.text import audible
 
 TEXT_END = 256  # the symbol after the last byte of a text
 TEXT_SYMBOLS = 257
@@ -33,8 +34,8 @@ _NEVER = -1e4  # score of a byte beyond the text's end
 
 
 def text_symbols(text: str) -> list[int]:
-    """What is read of a text: its bytes, blanks between words made single, and an end."""
-    return [*" ".join(text.split()).encode(), TEXT_END]
+    """What is read of a text: the bytes of what is ``audible``, blanks between words made single, and an end."""
+    return [*" ".join(audible(text).split()).encode(), TEXT_END]
 
 
 def read_symbols(row: dict) -> list[int]:

@@ -3,6 +3,7 @@
 # B pictures and as many captions, T tokens of a caption, E width of the common space
 
 import itertools
+import math
 import random
 import zlib
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from omni.config import VisionConfig
 from omni.errors import BadRow
 from omni.images import load_image, normalise
-from omni.manifest import Manifest, Rows
+from omni.manifest import Manifest, Rows, measure_rows
+from omni.runtime import Run
+from omni.text import visible
 from omni.tokenizer import Tokenizer
 from omni.vision_encoder import PictureTextModel, contrastive_loss, similarities
 from omni.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
@@ -51,7 +54,7 @@ class CaptionRows(Rows):
         return {
             "image": image,
             "ids": encode_caption(self.tokenizer, row["caption"], self.config.ctx_len),
-            "same": (zlib.crc32(row["image"].encode()), zlib.crc32(row["caption"].encode())),
+            "same": (zlib.crc32(row["image"].encode()), zlib.crc32(visible(row["caption"]).encode())),
             "labels": attribute_labels(row.get("groups")),
         }
 
@@ -74,7 +77,27 @@ class CaptionRows(Rows):
 
 def encode_caption(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
     """Token ids of a caption, cut to ``max_tokens`` with the end-of-text token that stands last."""
-    return tokenizer.encode(text, allow_special=False)[: max_tokens - 1] + [tokenizer.eos_id]
+    return tokenizer.encode(visible(text), allow_special=False)[: max_tokens - 1] + [tokenizer.eos_id]
+
+
+def report_cut_captions(run: Run, manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer, ctx_len: int) -> None:
+    """Log how many captions ``encode_caption`` cuts, and how long the longest is. Measured once, kept beside the
+    index."""
+
+    def tokens_if_cut(manifest: Manifest, row: int) -> int:
+        text = visible(manifest[row]["caption"])
+        if len(text.encode()) < ctx_len:  # a token has at least a byte
+            return 0
+        tokens = len(tokenizer.encode(text, allow_special=False)) + 1
+        return tokens if tokens > ctx_len else 0
+
+    name = f"cut-{tokenizer.fingerprint[:12]}-{ctx_len}"
+    tokens = measure_rows(run, manifest, name, tokens_if_cut, np.uint32)[rows]
+    if cut := np.count_nonzero(tokens):
+        run.log(
+            f"{manifest.path}: {cut} of {len(rows)} captions are cut to ctx_len {ctx_len} tokens, the longest has "
+            f"{tokens.max()}"
+        )
 
 
 def pad_captions(captions: list[list[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -169,9 +192,10 @@ class CaptionRanking:
         nearest = similarities(pictures, captions)  # (B, B)
         own = torch.arange(B, device=same.device)
         ranked = (same.sum() == B) * (B == GROUP)
+        compared = B * (B > 1)  # one picture alone has no other caption: its loss is 0 and says nothing
         sums = {
-            "loss": loss * B,
-            "rows": torch.tensor(B),
+            "loss": loss * compared,
+            "rows": torch.tensor(compared),
             "ranked": ranked * B,
             "caption_found": ranked * (nearest.argmax(dim=1) == own).sum(),
             "picture_found": ranked * (nearest.argmax(dim=0) == own).sum(),
@@ -186,7 +210,7 @@ class CaptionRanking:
         return sums
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        metrics = {"loss": totals["loss"] / totals["rows"]}
+        metrics = {"loss": totals["loss"] / totals["rows"] if totals["rows"] else math.nan}
         if totals["ranked"]:
             metrics["top1_of_64"] = totals["caption_found"] / totals["ranked"]
             metrics["top1_of_64_pictures"] = totals["picture_found"] / totals["ranked"]

@@ -503,6 +503,8 @@ class VisionConfig(StageConfig):
 
     def check_files(self) -> None:
         super().check_files()
+        if self.batch_size < 2:  # only now: a model that was trained so can be loaded
+            raise UserError('key "batch_size": expected at least 2 captions to contrast a picture with, found 1')
         if self.image_root is not None and not os.path.isdir(self.image_root):
             raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
         if self.use_thinker_for_text and not os.path.isfile(os.path.join(self.thinker_ckpt, "thinker.pt")):
@@ -770,7 +772,8 @@ class SftConfig(StageConfig):
     )
     val_speech_csv: str | None = input_file(None, hint=_TTS_HINT)
     jsonl_path: str | None = input_file(
-        None, description='task conversation: {"messages": [...]} with parts of type text, image and audio'
+        None,
+        description="task conversation: JSON or JSONL rows of messages or conversations, see omni/conversations.py",
     )
     val_jsonl_path: str | None = input_file(None)
     task_weights: dict[str, float] = Field(

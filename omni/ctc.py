@@ -24,6 +24,7 @@ from torch import Tensor
 
 from omni.errors import UserError
 from omni.files import read_text, replace_file
+from omni.text import audible
 from omni.tokenizer import check_ids, difference
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -33,10 +34,11 @@ from omni.tokenizer import check_ids, difference
 def normalise_text(text: str) -> str:
     """What of a text can be heard, and how transcripts are compared.
 
-    NFKC, lower case; letters, digits and apostrophes inside words stay, everything else parts words. Numbers stay in
-    digits: how they are read is for whoever writes the manifest. "“It’s  5pm,” he said" becomes "it's 5pm he said".
+    NFKC, lower case; letters, digits and apostrophes inside words stay, invisible characters go (``audible``),
+    everything else parts words. Numbers stay in digits: how they are read is for whoever writes the manifest.
+    "“It’s  5pm,” he said" becomes "it's 5pm he said".
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    text = unicodedata.normalize("NFKC", audible(text)).lower().replace("’", "'")
     parts = text.translate(_HEARD).split()
     return " ".join(word for part in parts if (word := part.strip("'")))
 

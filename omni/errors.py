@@ -36,6 +36,10 @@ class BadRow(Exception):
     """This row of the data cannot be used. The message says why, without file and row number."""
 
 
+class TooLong(BadRow):
+    """This row takes more positions than the model has."""
+
+
 class reading_row:
     """Whatever goes wrong in this context is a row's: damaged files make decoders raise anything, even MemoryError for
     a size that a header claims, and what Rust code raises is no ``Exception``. Only a wish to stop is passed on.

@@ -154,7 +154,9 @@ class Manifest:
         out = rows[unusable]
         if len(out):
             self.left_out[reason] = np.union1d(self.left_out.get(reason, out[:0]), out)
-            first = ", ".join(str(row + 1) for row in out[:_NAMED]) + ", ..." * (len(out) > _NAMED)
+            first = ", ".join(self.where(int(row)).rpartition(" ")[2] for row in out[:_NAMED]) + ", ..." * (
+                len(out) > _NAMED
+            )
             log(f"{self.path}: {len(out)} of {len(rows)} rows left out, {reason}: rows {first}")
         return rows[~unusable]
 
@@ -569,16 +571,18 @@ class Rows:
         return len(self.row_numbers)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """The samples of ``rows``, and under ``bad_rows`` what was wrong with those that cannot be used.
+        """The samples of ``rows``, and under ``bad_rows`` what was wrong with those that cannot be used; under
+        ``sample_rows``, the row in whose slot each sample stands.
 
         For no rows, a batch of one row with ``weight`` 0. Without a single sample there is nothing to collate: the
         batch then has ``weight`` 0 and no tensors.
         """
         bad: dict[str, str] = {}
-        samples = [self._sample(int(row), epoch, bad) for row in rows]
-        samples = [sample for sample in samples if sample is not None]
-        if samples:
-            return self.collate(samples) | {"bad_rows": bad}
+        found = [(int(row), self._sample(int(row), epoch, bad)) for row in rows]
+        found = [(row, sample) for row, sample in found if sample is not None]
+        if found:
+            sample_rows, samples = map(list, zip(*found, strict=True))
+            return self.collate(samples) | {"bad_rows": bad, "sample_rows": sample_rows}
         if self.training and not bad and (filler := self._sample(0, epoch, bad)) is not None:
             return self.collate([filler]) | {"weight": 0, "bad_rows": bad}
         return {"weight": 0, "bad_rows": bad}

@@ -6,7 +6,6 @@ The character set comes from the training texts and stands in the config, so a c
 # B pictures, T symbols, P image tokens (class token and patches), U columns of patches
 # D model width (the decoder's, where nothing else is said), H heads, K head width, C characters
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from omni.images import load_image, normalise
 from omni.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.manifest import Manifest, Rows
 from omni.ops import attention, linear
+from omni.text import clean_text
 from omni.vision_encoder import ViT
 
 IGNORED = -100  # a target that has no loss
@@ -326,11 +326,6 @@ def load_ocr(folder: str | Path, device: torch.device | str) -> Ocr:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows
-
-
-def clean_text(text: str) -> str:
-    """What a picture can tell: composed characters (NFC), white space as single blanks, none at the ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def text_length(manifest: Manifest, row: int) -> int:

@@ -11,7 +11,7 @@ stage A; no text of a user can spell them (``Tokenizer.encode``).
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -35,12 +35,13 @@ from omni.config import (
 )
 from omni.ctc import ctc_nll, frames_needed
 from omni.decoding import one_token_reader
-from omni.errors import BadRow, UserError
+from omni.errors import BadRow, TooLong, UserError
 from omni.images import load_image, normalise
 from omni.layers import KVCache
 from omni.media import Media, quoted
 from omni.ops import rounded_up, true_float32
 from omni.talker import Talker, Utterance, collate_utterances, talker_loss
+from omni.text import audible
 from omni.thinker import IGNORED, Thinker, load_thinker
 from omni.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
 from omni.vision_encoder import ViT, named_nowhere
@@ -147,7 +148,7 @@ class Inputs:
                 config's ``prompt`` becomes a system message, unless there is one.
 
         Raises:
-            BadRow: longer than ``ctx_len``.
+            TooLong: longer than ``ctx_len``.
         """
         tokenizer, end_id = self.tokenizer, self.tokenizer.end_id
         if self.prompt and messages[0]["role"] != "system":
@@ -157,12 +158,12 @@ class Inputs:
         for message in messages + [{"role": "assistant", "content": []}] * asks:
             if message["role"] not in ROLES:
                 raise ValueError(f"expected a role of {ROLES}, found {message['role']!r}")
-            is_answer, content = message["role"] == "assistant", message["content"]
+            is_answer = message["role"] == "assistant"
             ids.append(tokenizer.token_id(f"<|{message['role']}|>"))
             if is_answer:
                 encoded.prompt = len(ids)
             first = len(ids)
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            for part in _parts(message):
                 if part["type"] == "text":
                     ids += tokenizer.encode(part["text"], allow_special=False)
                 elif part["type"] == "image":
@@ -184,7 +185,7 @@ class Inputs:
         the bytes belongs that the talker reads.
 
         Raises:
-            BadRow: longer than ``ctx_len``.
+            TooLong: longer than ``ctx_len``.
         """
         encoded, answer = self.encode(messages), messages[-1]["content"]
         counts = self.tokenizer.byte_counts(self.tokenizer.encode(answer, allow_special=False))
@@ -197,11 +198,52 @@ class Inputs:
         """A text that is no conversation, all of it to be learnt, as in stage A.
 
         Raises:
-            BadRow: longer than ``ctx_len``.
+            TooLong: longer than ``ctx_len``.
         """
         eos_id = self.tokenizer.eos_id
         ids = [eos_id, *self.tokenizer.encode(text, allow_special=False), eos_id]
         return self._finished(Encoded([], []), ids, set(range(1, len(ids))), asks=False)
+
+    # Lengths, before anything is read
+
+    def fits(self, messages: list[dict], mel_frames: Callable[[dict], int]) -> bool:
+        """Whether ``encode`` would find room for a conversation whose pictures and recordings are not read yet.
+
+        Args:
+            mel_frames: how many a part of type audio has.
+        """
+        parts = [part for message in messages for part in _parts(message)]
+        kinds = {part["type"] for part in parts}
+        if ("image" in kinds and self.img_size is None) or ("audio" in kinds and self.audio is None):
+            return True  # reading it says that there is no encoder
+        if self._most_positions(messages, parts) <= self.ctx_len:
+            return True
+
+        def stand_in(part: dict) -> dict:
+            if part["type"] == "text":
+                return part
+            if part["type"] == "image":
+                return {"type": "image", "image": None}  # all take the same room
+            frames = mel_frames(part)
+            positions = output_frames(frames, self.audio["downsample_time"]) if self.kept else frames
+            return {"type": "audio", "audio": range(positions), "text": ""}
+
+        try:
+            self.encode([message | {"content": list(map(stand_in, _parts(message)))} for message in messages])
+        except TooLong:
+            return False
+        return True
+
+    def _most_positions(self, messages: list[dict], parts: list[dict]) -> int:
+        """No conversation of these parts takes more, as a token has at least a byte: found without a tokenizer, and
+        without the recordings' lengths."""
+        sizes = {"text": lambda part: len(part["text"].encode())}
+        if self.img_size is not None:
+            sizes["image"] = lambda part: self.image_positions + 2
+        if self.audio is not None:
+            longest = output_frames(self.audio["max_mel_length"], self.audio["downsample_time"])
+            sizes["audio"] = lambda part: longest + 2
+        return sum(sizes[part["type"]](part) for part in parts) + 2 * len(messages) + 1 + len(self.prompt.encode())
 
     def _placeholders(self, kind: str, count: int) -> list[int]:
         start, placeholder, end = (self.tokenizer.token_id(f"<|{kind}{part}|>") for part in ("_start", "", "_end"))
@@ -211,7 +253,7 @@ class Inputs:
         encoded.targets = [ids[i] if i in learnt else IGNORED for i in range(1, len(ids))] + [IGNORED] * asks
         encoded.ids = ids if asks else ids[:-1]  # nothing follows the last token of a training row
         if len(encoded.ids) > self.ctx_len:
-            raise BadRow(f"takes {len(encoded.ids)} positions, expected at most ctx_len {self.ctx_len}")
+            raise TooLong(f"takes {len(encoded.ids)} positions, expected at most ctx_len {self.ctx_len}")
         return encoded
 
     # Batches
@@ -292,16 +334,25 @@ class Inputs:
         return nn.utils.rnn.pad_sequence(ids, batch_first=True), torch.tensor([len(text) for text in texts])
 
 
+def _parts(message: dict) -> list[dict]:
+    """A message's content as parts; a text is one."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 def spoken_bytes(text: str) -> list[int]:
     """Which bytes of a text the talker reads (``omni.aligner.text_symbols``, its end left out): of blanks between
     words only the last one."""
-    starts = [0]
+    characters, end = [], 0  # each that is heard, with its bytes in the text
     for character in text:
-        starts.append(starts[-1] + len(character.encode()))
+        start, end = end, end + len(character.encode())
+        if audible(character):
+            characters.append((character, range(start, end)))
     found: list[int] = []
-    for word in re.finditer(r"\S+", text):
-        first = starts[word.start()] - (1 if found else 0)
-        found += range(first, starts[word.end()])
+    for word in re.finditer(r"\S+", "".join(character for character, _ in characters)):
+        if found:
+            found.append(characters[word.start() - 1][1][-1])
+        found += (byte for _, own in characters[word.start() : word.end()] for byte in own)
     return found
 
 

@@ -21,12 +21,14 @@ from torch import Tensor
 from omni import world
 from omni.aligner import load_aligner, prepare_speech
 from omni.asr import measure_samples
+from omni.audio import audio_length, resampled_length
 from omni.codec import leave_out_long, load_codec
 from omni.config import SftConfig
+from omni.conversations import read_conversation
 from omni.corpus import line_spans, read_chunks
 from omni.ctc import normalise_text
 from omni.data import permute
-from omni.errors import BadRow, UserError, reading_row
+from omni.errors import BadRow, TooLong, UserError, reading_row
 from omni.features import features_of_pictures, features_of_sounds, kept
 from omni.files import file_stat, write_sealed_json
 from omni.index import prepare_index, save_array
@@ -36,6 +38,7 @@ from omni.precompute import RowsWith
 from omni.records import decode
 from omni.runtime import Run
 from omni.talker import CodedSpeech, talker_metrics, talker_sums
+from omni.text import audible, clean_text, visible
 from omni.thinker import IGNORED
 
 CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
@@ -43,6 +46,7 @@ TRANSCRIPTION_PROMPTS = ("Write down what is said.", "What does the recording sa
 SPEAKING_PROMPTS = ("Say: {}", "Read aloud: {}", "Repeat after me: {}")
 SIGN_PROMPTS = ("Read the text in the picture.", "What is written in the picture?")
 CAPTIONS_TRIED = 64  # draws of a scene's caption: it has a dozen wordings at most
+ALL, FIRST_TURNS, NOTHING = range(3)  # of a row, that has room in the context
 # What can be asked without a picture or a story, and its one answer
 KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said in sayings.split("|")} | {
     question: answer for pairs in world.FACTS.values() for question, answer in pairs
@@ -51,6 +55,11 @@ KNOWN_ANSWERS = {said: answer for sayings, answer in world.SMALL_TALK for said i
 QUESTIONS_TO: dict[str, list[str]] = {}  # the other way round
 for _question, _answer in KNOWN_ANSWERS.items():
     QUESTIONS_TO.setdefault(_answer, []).append(_question)
+
+# What answers and lengths of rows depend on beside the data
+_WORDINGS = zlib.crc32(
+    json.dumps([CAPTION_PROMPTS, TRANSCRIPTION_PROMPTS, SPEAKING_PROMPTS, SIGN_PROMPTS, KNOWN_ANSWERS]).encode()
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Tasks: rows as conversations
@@ -69,7 +78,8 @@ class TaskRows(Rows):
         self.inputs, self.config = inputs, config
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        """The row as a conversation that ends with an answer, see ``Inputs.encode``."""
+        """The row as a conversation that ends with an answer, see ``Inputs.encode``; its pictures and recordings are
+        not read yet, see ``picture`` and ``sound``."""
         raise NotImplementedError
 
     def right_answers(self, row: dict, messages: list[dict]) -> set[str]:
@@ -77,16 +87,39 @@ class TaskRows(Rows):
         return {messages[-1]["content"]}
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
-        messages = self.messages(row, rng)
+        try:
+            return self._read(row, self.messages(row, rng))
+        except TooLong:
+            if rng is None:
+                raise
+            return self._read(row, self.messages(row, None))  # one that fits, if the row was measured
+
+    def _read(self, row: dict, messages: list[dict]) -> tuple[Encoded, set[str]]:
+        messages = [message | {"content": self._content(message["content"])} for message in messages]
         while True:
             try:
                 encoded = self.encode(row, messages)
                 return encoded, {normalise_answer(answer) for answer in self.right_answers(row, messages)}
-            except BadRow:
-                answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-                if len(answers) < 2:
+            except TooLong:
+                ends = answer_ends(messages)
+                if len(ends) < 2:
                     raise
-                messages = messages[: answers[-2] + 1]  # without the last question and its answer
+                messages = messages[: ends[-2]]  # without the last question and its answer
+
+    def room(self, row: dict) -> int:
+        """How much of a row has room in ``ctx_len``: ``ALL``, ``FIRST_TURNS`` or ``NOTHING`` of it.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        messages = self.messages(row, None)
+        if self.fits(messages):
+            return ALL
+        ends = answer_ends(messages)
+        return FIRST_TURNS if len(ends) > 1 and self.fits(messages[: ends[0]]) else NOTHING
+
+    def fits(self, messages: list[dict]) -> bool:
+        return self.inputs.fits(messages, self._mel_frames)
 
     def encode(self, row: dict, messages: list[dict]) -> Encoded:
         return self.inputs.encode(messages)
@@ -101,23 +134,51 @@ class TaskRows(Rows):
     image_root = property(lambda self: self.config.image_root)
 
     def picture(self, row: dict) -> dict:
-        """The row's picture as a part of a message."""
+        """The row's picture as a part of a message, to be read."""
+        return {"type": "image", "row": row}
+
+    def sound(self, row: dict, manifest: Manifest | RowsWith | None = None) -> dict:
+        """The row's recording, or that of a row of another manifest, as a part of a message, to be read."""
+        return {"type": "audio", "row": row, "manifest": manifest or self.manifest}
+
+    def _content(self, content: str | list[dict]) -> str | list[dict]:
+        """Reads the pictures and recordings of a message's content."""
+        if isinstance(content, str):
+            return content
+        read = {"text": lambda part: part, "image": self._read_picture, "audio": self._read_sound}
+        return [read[part["type"]](part) for part in content]
+
+    def _read_picture(self, part: dict) -> dict:
+        row = part["row"]
         path = self.manifest.file(row["image"], self.image_root)
         if "patches" in row:
             return {"type": "image", "image": kept(row["patches"], path, self.inputs.pixels)}
         return self.inputs.image(path)
 
-    def sound(self, row: dict, manifest: Manifest | RowsWith | None = None) -> dict:
-        """The row's recording, or that of a row of another manifest, as a part of a message."""
-        path, text = (manifest or self.manifest).file(row["wav"]), row.get("text", "").strip()
+    def _read_sound(self, part: dict) -> dict:
+        row = part["row"]
+        path, text = part["manifest"].file(row["wav"]), visible(row.get("text", "")).strip()
         if "frames" in row:
             return {"type": "audio", "audio": kept(row["frames"], path, self.inputs.mels), "text": text}
         return self.inputs.sound(path, text)
 
+    def _mel_frames(self, part: dict) -> int:
+        """Of a recording, by its header; as many as the model can hear, if it is not known which one it will be."""
+        most = self.inputs.audio["max_mel_length"]
+        if part["row"] is None:
+            return most
+        length = audio_length(part["manifest"].file(part["row"]["wav"]))
+        return min(most, int(self.inputs.mel.frames(resampled_length(*length, self.inputs.mel.sample_rate))))
+
 
 def normalise_answer(text: str) -> str:
     """How answers are compared: words only; an answer without any, as it stands."""
-    return normalise_text(text) or text.strip()
+    return normalise_text(text) or visible(text).strip()
+
+
+def answer_ends(messages: list[dict]) -> list[int]:
+    """After how many messages an answer has been given."""
+    return [count for count, message in enumerate(messages, start=1) if message["role"] == "assistant"]
 
 
 def turn(answer: str, *content: dict | str) -> list[dict]:
@@ -141,6 +202,15 @@ class Dialogues(TaskRows):
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         return parse_dialogue(row["text"])
+
+    def room(self, row: dict) -> int:
+        if self.manifest.dialogues:
+            return super().room(row)
+        try:
+            self.inputs.encode_text(row["text"])
+        except TooLong:
+            return NOTHING
+        return ALL
 
 
 def parse_dialogue(line: str) -> list[dict]:
@@ -168,6 +238,8 @@ class PictureQuestions(TaskRows):
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         pairs = question_pairs(row)
+        # those that leave no room for the picture are not asked
+        pairs = [pair for pair in pairs if self.fits(turn(pair[1], self.picture(row), pair[0]))] or pairs[:1]
         if rng is None:
             question, answer = self.judged(row, pairs)
             return turn(answer, self.picture(row), question)
@@ -214,6 +286,7 @@ class SpokenPictureQuestions(PictureQuestions):
         recorded = [pair for pair in pairs if pair[0] in self.recordings]
         if not recorded:
             raise BadRow("none of its questions has been recorded")
+        recorded = [pair for pair in recorded if self.has_room(row, *pair)] or recorded[:1]
         question, answer = self.judged(row, recorded) if rng is None else one_of(recorded, rng)
         sound = self.sound(self.recordings.find(question, rng), self.recordings.manifest)
         messages, others = turn(answer, self.picture(row), sound), [pair for pair in pairs if pair[0] != question]
@@ -221,13 +294,20 @@ class SpokenPictureQuestions(PictureQuestions):
             messages += self.written(others, self.config.questions_per_picture - 1, rng)
         return messages
 
+    def has_room(self, row: dict, question: str, answer: str) -> bool:
+        """Whether the question fits beside picture and answer: in any recording, else in its first one."""
+        longest = {"type": "audio", "row": None}
+        return self.fits(turn(answer, self.picture(row), longest)) or self.fits(
+            turn(answer, self.picture(row), self.sound(self.recordings.find(question, None), self.recordings.manifest))
+        )
+
 
 class Captions(TaskRows):
     """Pictures to describe. If ``groups`` say what one shows, all of the world's captions of it are right; else there
     is no end of right wordings, and it is not judged."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        return turn(row["caption"].strip(), self.picture(row), one_of(CAPTION_PROMPTS, rng))
+        return turn(visible(row["caption"]).strip(), self.picture(row), one_of(CAPTION_PROMPTS, rng))
 
     def right_answers(self, row: dict, messages: list[dict]) -> set[str]:
         of_the_scene = set() if self.training else scene_captions(row.get("groups"))
@@ -247,14 +327,14 @@ class Transcripts(TaskRows):
     """Recordings to write down."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        return turn(row["text"].strip(), self.sound(row), one_of(TRANSCRIPTION_PROMPTS, rng))
+        return turn(visible(row["text"]).strip(), self.sound(row), one_of(TRANSCRIPTION_PROMPTS, rng))
 
 
 class SpokenQuestions(TaskRows):
     """Recordings of questions: answered by the column ``answer``, or by what is known of the world."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        answer = row.get("answer") if "answer" in row else KNOWN_ANSWERS.get(row["text"])
+        answer = row.get("answer") or KNOWN_ANSWERS.get(row["text"])
         if not isinstance(answer, str) or not answer.strip():
             raise BadRow(f'expected an answer to "{row["text"][:40]}", found none')
         return turn(answer.strip(), self.sound(row))
@@ -266,7 +346,7 @@ class Signs(TaskRows):
     image_root = None
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        return turn(" ".join(row["text"].split()), self.picture(row), one_of(SIGN_PROMPTS, rng))
+        return turn(clean_text(row["text"]), self.picture(row), one_of(SIGN_PROMPTS, rng))
 
 
 class SpokenAnswers(TaskRows):
@@ -281,7 +361,7 @@ class SpokenAnswers(TaskRows):
         self.speech = CodedSpeech(manifest, rows, inputs.talker, training=False)
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        text = row["text"].strip()
+        text = audible(row["text"]).strip()  # as the talker reads it
         questions = QUESTIONS_TO.get(text) or [prompt.format(text) for prompt in SPEAKING_PROMPTS]
         return turn(text, one_of(questions, rng))
 
@@ -290,36 +370,20 @@ class SpokenAnswers(TaskRows):
 
 
 class Conversations(TaskRows):
-    """JSONL rows of ``messages``, whose content is a text or a list of parts of type text, image and audio."""
+    """JSON or JSONL rows of conversations, as ``omni.conversations`` reads them."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise BadRow(f'expected a list of objects in "messages", found {json.dumps(messages)[:60]}')
-        found = [{"role": message.get("role"), "content": self._content(message)} for message in messages]
-        if any(message["role"] not in ("system", "user", "assistant") for message in found):
-            raise BadRow("expected the roles system, user and assistant")
-        if found[-1]["role"] != "assistant":
-            raise BadRow("expected an assistant's answer as the last message")
-        return found
+        return [message | {"content": self._parts(message["content"])} for message in read_conversation(row)]
 
-    def _content(self, message: dict) -> str | list[dict]:
-        content = message.get("content")
-        if isinstance(content, str) and (content.strip() or message.get("role") != "assistant"):
+    def _parts(self, content: str | list[dict]) -> str | list[dict]:
+        if isinstance(content, str):
             return content
-        if not isinstance(content, list) or not content or message.get("role") == "assistant":
-            raise BadRow(f'expected text, or of a user a list of parts in "content", found {json.dumps(content)[:60]}')
-        return [self._part(part) for part in content]
-
-    def _part(self, part) -> dict:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            return {"type": "text", "text": part["text"]}
-        if kind == "image":
-            return self.picture({"image": part.get("image")})
-        if kind == "audio":
-            return self.sound({"wav": part.get("audio"), "text": str(part.get("text", ""))})
-        raise BadRow(f"expected a part of type text, image or audio, found {json.dumps(part)[:60]}")
+        read = {
+            "text": lambda part: part,
+            "image": self.picture,
+            "audio": lambda part: self.sound({"wav": part["audio"], "text": part["text"]}),
+        }
+        return [read[part["type"]](part) for part in content]
 
 
 # How the rows of a task are read, the columns they need, and the one they are split by
@@ -471,11 +535,17 @@ def prepare_tasks(
     sides: tuple[dict[str, TaskRows], dict[str, TaskRows]] = {}, {}
     digests: dict[str, list[str]] = {"train": [], "validation": []}
     recordings: list[Recordings | None] = [None, None]
+    too_long: list[str] = []  # files without a row that fits
 
-    def add(side: int, name: str, manifest: Manifest, rows: np.ndarray, **others) -> None:
+    def add(side: int, name: str, manifest: Manifest | RowsWith, rows: np.ndarray, **others) -> None:
         if len(rows) and config.task_weights.get(name, 1.0) > 0:
             keys = {"seed": config.seed, "training": side == 0}
-            sides[side][name] = TASKS[name][0](manifest, rows, inputs, config, **keys, **others)
+            task = TASKS[name][0](manifest, rows, inputs, config, **keys, **others)
+            task.row_numbers = with_room(run, name, task)
+            if len(task):
+                sides[side][name] = task
+            elif side == 0:
+                too_long.append(f"{manifest.path} ({name})")
 
     def both(key: str, task: str) -> list[tuple[Manifest, np.ndarray]]:
         """The manifest and rows of both sides; [] if the config has no such file."""
@@ -502,10 +572,7 @@ def prepare_tasks(
     for side, (manifest, rows) in enumerate(both("question_csv", "spoken_question")):
         rows = short_enough(run, manifest, rows, inputs)
         recordings[side] = Recordings(manifest, rows)
-        if "answer" not in (manifest.header or []):
-            known = np.array([zlib.crc32(question.encode()) for question in KNOWN_ANSWERS], np.uint32)
-            rows = rows[np.isin(np.asarray(manifest.keys)[rows], known)]
-        add(side, "spoken_question", manifest, rows)
+        add(side, "spoken_question", manifest, with_answer(run, manifest, rows))
     for side, (manifest, rows) in enumerate(both("image_manifest", "caption")):
         add(side, "caption", manifest, rows)
         rows = rows[measure_rows(run, manifest, "questions", count_questions, np.uint16)[rows] > 0]
@@ -520,6 +587,8 @@ def prepare_tasks(
             add(side, "spoken_answer", *prepare_answers(run, config, inputs, manifest, rows))
     for side, (manifest, rows) in enumerate(both("jsonl_path", "conversation")):
         add(side, "conversation", manifest, rows)
+    if not sides[0] and too_long:
+        raise UserError(f"{', '.join(too_long)}: not one row fits ctx_len {inputs.ctx_len}. Raise it, or shorten them")
     if not sides[0]:
         raise UserError("the mix has no row to train on: expected files with rows, and a task_weights above 0")
     for name, weight in config.task_weights.items():
@@ -589,6 +658,54 @@ def short_enough(run: Run, manifest: Manifest, rows: np.ndarray, inputs: Inputs)
     frames = inputs.mel.frames(measure_samples(run, manifest, inputs.mel.sample_rate))
     too_long = frames[rows] > inputs.max_frames
     return manifest.leave_out(rows, too_long, f"longer than {inputs.max_frames} mel frames", run.log)
+
+
+def with_answer(run: Run, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """``rows`` without questions that have no ``answer`` and none that is known of the world: these are only asked
+    about pictures. Rows that cannot be read, or whose column ``answer`` is blank, stay: reading them says why."""
+
+    def has_answer(manifest: Manifest, row: int) -> bool:
+        try:
+            fields = manifest[row]
+        except BadRow:
+            return True
+        return fields.get("answer") is not None or fields["text"] in KNOWN_ANSWERS
+
+    kept = rows[measure_rows(run, manifest, f"answered-{_WORDINGS}", has_answer, np.bool_)[rows]]
+    if len(kept) < len(rows):
+        run.log(f"{manifest.path}: {len(rows) - len(kept)} of {len(rows)} rows have no answer: not asked by themselves")
+    return kept
+
+
+def with_room(run: Run, name: str, task: TaskRows) -> np.ndarray:
+    """The row numbers of a task without rows that are too long for ``ctx_len`` even without all turns after the first;
+    says how many these are, and how many lose turns. Kept beside the index. Rows that cannot be read stay: reading
+    them says why."""
+    manifest = task.manifest.manifest if isinstance(task.manifest, RowsWith) else task.manifest
+    inputs, rows = task.inputs, task.row_numbers
+    depends_on = [
+        name,
+        inputs.tokenizer.fingerprint,
+        inputs.ctx_len,
+        inputs.prompt,
+        inputs.kept,
+        _WORDINGS,
+    ]
+    depends_on += [inputs.audio, inputs.img_size and inputs.image_positions]
+    if isinstance(task, SpokenPictureQuestions):
+        depends_on.append(hashlib.sha256(task.recordings.keys.tobytes()).hexdigest())
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
+    column = "wav" if isinstance(task, (Transcripts, SpokenQuestions)) else None
+    room = measure_rows(
+        run, manifest, f"room-{digest}", lambda manifest, row: task.room(manifest[row]), np.uint8, column
+    )[rows]
+    if (room == FIRST_TURNS).any():
+        run.log(
+            f"task {name}: {manifest.path}: {(room == FIRST_TURNS).sum()} of {len(rows)} rows lose their last turns, "
+            f"longer than ctx_len {inputs.ctx_len}"
+        )
+    reason = f"longer than ctx_len {inputs.ctx_len}"  # the same for all tasks: a row is in one count
+    return manifest.leave_out(rows, room == NOTHING, reason, lambda line: run.log(f"task {name}: {line}"))
 
 
 def count_questions(manifest: Manifest, row: int) -> int:

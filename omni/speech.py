@@ -187,15 +187,15 @@ def word_errors(texts: Sequence[str], heard: Sequence[str]) -> tuple[int, int]:
 
 def read_recordings(
     speaker: Speaker, manifest: Manifest, rows: Sequence[int], left_out: dict[str, str]
-) -> list[tuple[str, Tensor]]:
-    """Text and recording (S,) of each row, at the codec's rate; a row that cannot be used goes to ``left_out``."""
+) -> list[tuple[int, str, Tensor]]:
+    """Each row with its text and recording (S,) at the codec's rate; a row that cannot be used goes to ``left_out``."""
     read = []
     for row in rows:
         try:
             with reading_row():
                 fields, spec = manifest[row], speaker.spec
                 waveform = load_audio(manifest.file(fields["wav"]), spec.sample_rate, MAX_SECONDS, spec.win_length)
-                read.append((fields["text"], torch.from_numpy(waveform)))
+                read.append((row, fields["text"], torch.from_numpy(waveform)))
         except BadRow as error:
             left_out[manifest.where(row)] = str(error)
     return read
@@ -209,11 +209,11 @@ def prepare_references(
     def make() -> dict[str, float]:
         run.log(f"listening to {len(rows)} held-out recordings, as they are, vocoded, and coded")
         read = read_recordings(speaker, manifest, rows, left_out={})
-        versions = [speaker.versions(recording) for _, recording in read]
+        versions = [speaker.versions(recording) for *_, recording in read]
         counts = {}
         for kind in ("recordings", "vocoded", "codec"):
             heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
-            counts[kind] = word_errors([text for text, _ in read], heard)
+            counts[kind] = word_errors([text for _, text, _ in read], heard)
         rates = word_error_rates(counts)
         run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
         return rates

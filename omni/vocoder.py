@@ -449,23 +449,26 @@ class VocoderScore:
         shown: int = 2,
     ) -> None:
         self.spec, self.show, self.shown = mel_spec(config), show, shown
-        self.griffin_lim: dict[tuple[int, ...], Tensor] = {}  # rows of a batch -> sum of its differences
+        self.griffin_lim: dict[tuple[int, ...], Tensor] = {}  # rows of a batch's clips -> sum of its differences
 
     def sums(self, model: Generator, batch: dict) -> dict[str, Tensor]:
         """Sums over the clips of a batch from ``Clips.collate``; float32 whatever autocast says."""
-        rows, hop = tuple(batch["rows"]), self.spec.hop_length
+        rows, hop = tuple(batch["sample_rows"]), self.spec.hop_length
         known = rows in self.griffin_lim
         totals = dict.fromkeys(("difference", "griffin_lim", "values"), torch.zeros(()))
-        for number, frames in enumerate(batch["frames"].tolist()):  # one at a time: padding would be heard at the end
-            mel, real = batch["log_mel"][number, :frames], batch["waveform"][number, : frames * hop]
+        # one at a time: padding would be heard at the end
+        for number, mel, real, frames in zip(
+            rows, batch["log_mel"], batch["waveform"], batch["frames"].tolist(), strict=True
+        ):
+            mel, real = mel[:frames], real[: frames * hop]
             with torch.autocast(mel.device.type, enabled=False):
                 # not model(mel): compiled, it would be compiled again for every length
                 clips = {"real": real, "hifigan": model.forward(mel[None])[0]}
-            shown = self.show is not None and rows[0] + number < self.shown
+            shown = self.show is not None and number < self.shown
             if shown or not known:
                 clips["griffin_lim"] = griffin_lim(mel, self.spec)
             if shown:
-                self.show(batch["step"], rows[0] + number, clips)
+                self.show(batch["step"], number, clips)
             target = log_mel(real, self.spec)
             totals["values"] = totals["values"] + target.numel()
             totals["difference"] = totals["difference"] + self._difference(clips["hifigan"], target)

@@ -51,7 +51,7 @@ from omni.files import replace_file
 from omni.images import normalise
 from omni.loop import to_device
 from omni.manifest import Rows, load_manifest
-from omni.media import quoted, visible
+from omni.media import visible
 from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.omni_model import Inputs, load_omni
 from omni.runtime import OneLineErrors, launch, pick_device
@@ -155,8 +155,8 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
     ranking = CaptionRanking(tokenizer, config.ctx_len)
     judgement, totals = judge_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
     judgement.metrics = ranking.metrics(totals)
-    if args.show:
-        batch = to_device(rows.batch(np.arange(min(GROUP, len(rows))), epoch=0), device)
+    batch = to_device(rows.batch(np.arange(min(GROUP, len(rows)) if args.show else 0), epoch=0), device)
+    if batch["weight"]:
         pictures, captions, _ = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
         texts = [tokenizer.decode(ids[:end].tolist()) for ids, end in zip(batch["tokens"], batch["ends"], strict=True)]
         nearest = (pictures @ captions.T).argmax(dim=1).tolist()
@@ -186,13 +186,13 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], judgement.left_out)
         utterances, recordings = [], []
-        for text, recording in read:
+        for row, text, recording in read:
             try:
                 with reading_row():
                     symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
                     durations = aligner.align_one(symbols, log_mels)
             except BadRow as error:
-                judgement.left_out[f'{args.data}: "{quoted(text)}"'] = str(error)
+                judgement.left_out[manifest.where(row)] = str(error)
                 continue
             utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
             recordings.append(recording)
@@ -255,8 +255,8 @@ def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
     judgement, totals = judge_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
     judgement.metrics = ocr_metrics(totals)
-    if args.show:
-        batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
+    batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
+    if batch["weight"]:
         judgement.shown = list(zip(batch["texts"], read_text(model, batch["images"]), strict=True))
     return judgement
 
@@ -270,7 +270,7 @@ def judge_vocoder(args: argparse.Namespace, device: torch.device) -> Judgement:
     judgement, totals = judge_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
     judgement.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
-        batch = rows.batch(np.array([row]), epoch=0) | {"rows": [row]}
+        batch = rows.batch(np.array([row]), epoch=0)
         if batch["weight"]:
             found = score.metrics(score.sums(model, to_device(batch, device)))
             said = f"mel L1 {found['mel_l1']:.3f}, Griffin-Lim {found['mel_l1_griffin_lim']:.3f}"

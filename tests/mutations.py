@@ -363,6 +363,51 @@ MUTATIONS = [
         "tests/test_config.py::test_no_size_is_without_an_upper_bound",
     ),
     # conversations and captions
+    Mutation(
+        "rows never vanish", "an answer is looked for only where no column holds one", "omni/sft.py",
+        'fields.get("answer") is not None or fields["text"] in KNOWN_ANSWERS', 'fields["text"] in KNOWN_ANSWERS',
+        "tests/test_sft.py::test_the_same_rows_are_the_same_samples_in_every_format",
+    ),
+    Mutation(
+        "nothing is learnt without its file", "a picture without a tag is left lying", "omni/conversations.py",
+        "beside.give_out_what_is_left(messages)", "pass",
+        "tests/test_conversations.py -k nothing_is_learnt",
+    ),
+    Mutation(
+        "nothing is learnt without its file", "line breaks around a tag stay", "omni/conversations.py",
+        r"""(image|audio|video))>\n?")""", '(image|audio|video))>")',
+        "tests/test_conversations.py -k same_conversation",
+    ),
+    Mutation(
+        "rows never vanish", "rows longer than the context stay, to be bad in training", "omni/sft.py",
+        "return manifest.leave_out(rows, room == NOTHING, reason,", "return (lambda *_: rows)(rows, room, reason,",
+        "tests/test_sft.py::test_rows_that_are_too_long_are_left_out_at_the_start_in_every_task",
+    ),
+    Mutation(
+        "rows never vanish", "a wording that is too long makes its row bad", "omni/sft.py",
+        "return self._read(row, self.messages(row, None))", "raise",
+        "tests/test_sft.py::test_a_wording_that_does_not_fit_gives_way_to_the_first",
+    ),
+    Mutation(
+        "labels", "invisible characters stay", "omni/text.py",
+        "None if control or hidden or character in _FILLERS else code", "code",
+        "tests/test_labels.py::test_every_invisible_character_leaves_no_trace",
+    ),
+    Mutation(
+        "labels", "joiners go everywhere", "omni/text.py",
+        'found[0][0] if beside_virama or inside else ""', '""',
+        "tests/test_labels.py -k joiners_stay",
+    ),
+    Mutation(
+        "labels", "captions are cut without a word", "train_vision.py",
+        "report_cut_captions(run, captions, rows, tokenizer, config.ctx_len)", "pass",
+        "tests/test_vision.py -k captions_that_are_cut",
+    ),
+    Mutation(
+        "rows never vanish", "clips are numbered as if no row were left out", "omni/vocoder.py",
+        'tuple(batch["sample_rows"])', 'tuple(range(len(batch["frames"])))',
+        "tests/test_vocoder.py -k clips_keep",
+    ),
     # recordings and speech
     Mutation(
         "bad rows", "a WAV that was cut off is read as a shorter one", "omni/sound_files.py",

@@ -601,6 +601,173 @@ def test_answers_of_a_column_win_over_what_is_known(tmp_path):
     assert found == [{"nobody"}] * 2 and list(bad) == [f"{tmp_path}/asked.csv: row 2"]
 
 
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    """As the name's ending says."""
+    if path.suffix == ".csv":
+        write_csv(path, rows)
+    else:
+        lines = [json.dumps(row) for row in rows]
+        path.write_text("[" + ",\n".join(lines) + "]" if path.suffix == ".json" else "\n".join(lines))
+    return path
+
+
+def test_the_same_rows_are_the_same_samples_in_every_format(tmp_path):
+    OMNI.make_data(tmp_path)
+    texts = [sorted(sft.KNOWN_ANSWERS)[0], "who knows", "who is it", "what now"]
+    recordings = [{"wav": f"{i}.wav", "text": words} for i, words in enumerate(texts)]
+    answered = [row | {"answer": f"It is {i}."} for i, row in enumerate(recordings)]
+    pictures = [{"image": f"{i}.png", "caption": f"a cat {i}"} for i in range(4)]
+    signs = [{"image": f"{i}.png", "text": f"stop {i}"} for i in range(4)]
+    said = [{"text": "red cat", "wav": "said/0.wav"}, {"text": "dog", "wav": "said/1.wav"}]
+    found = {}
+    for ending in ("csv", "json", "jsonl"):
+        files = {
+            "question_csv": answered, "asr_csv": recordings, "image_manifest": pictures, "ocr_csv": signs,
+            "speech_csv": said,
+        }  # fmt: skip
+        paths = {key: str(write_rows(tmp_path / f"{key}.{ending}", rows)) for key, rows in files.items()}
+        config = small_config(tmp_path, **paths, image_root=None, val_split=0.0, save_dir=str(tmp_path / ending))
+        tasks, _, _, _ = prepared(config)
+        found[ending] = {name: [task.sample(i, 0, {}) for i in range(len(task))] for name, task in tasks.items()}
+    assert [len(found["csv"][name]) for name in ("spoken_question", "transcription", "caption", "sign")] == [4] * 4
+    assert [right for _, right in found["csv"]["spoken_question"]] == [{f"it is {i}"} for i in range(4)]
+    for ending in ("json", "jsonl"):
+        assert found[ending].keys() == found["csv"].keys()
+        for name, samples in found["csv"].items():
+            for (one, right), (other, other_right) in zip(samples, found[ending][name], strict=True):
+                assert (one.ids, one.targets, right) == (other.ids, other.targets, other_right), name
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_an_answer_belongs_to_its_row_whatever_other_rows_have(tmp_path, ending, capsys):
+    OMNI.make_data(tmp_path)
+    known = sorted(sft.KNOWN_ANSWERS)[0]
+    rows = [
+        {"wav": "0.wav", "text": "who knows"},  # no answer, and none is known
+        {"wav": "1.wav", "text": "who is it", "answer": "A cat."},
+        {"wav": "2.wav", "text": known},
+        {"wav": "3.wav", "text": known, "answer": "My own."},
+        {"wav": "0.wav", "text": "what now", "answer": 7},
+    ]
+    path = write_rows(tmp_path / f"asked.{ending}", rows)
+    config = small_config(tmp_path, question_csv=str(path), val_split=0.0)
+    task = prepared(config)[0]["spoken_question"]
+    bad: dict[str, str] = {}
+    right = [task.sample(i, 0, bad)[1] for i in range(3)]
+    assert right == [{"a cat"}, {sft.normalise_answer(sft.KNOWN_ANSWERS[known])}, {"my own"}] and bad == {}
+    assert (
+        task.row_numbers.tolist() == [1, 2, 3, 4] and f"{path}: 1 of 5 rows have no answer" in capsys.readouterr().out
+    )
+    task.sample(3, 0, bad)
+    assert list(bad) == [f"{path}: row 5"]
+
+
+LONG = "cat " * 70
+
+
+@pytest.mark.parametrize("val_split", [0.0, 0.99])
+def test_rows_that_are_too_long_are_left_out_at_the_start_in_every_task(tmp_path, capsys, val_split):
+    """Of each file the first row fits and the second does not; held-out rows likewise."""
+    data = OMNI.make_data(tmp_path)
+    pictures = [
+        {"image": f"{i}.png", "caption": LONG * i + "cat", "questions": [["what", LONG * i + "a"]]} for i in (0, 1)
+    ]
+    files = {
+        "image_manifest": pictures,
+        "asr_csv": [{"wav": f"{i}.wav", "text": LONG * i + "cat"} for i in (0, 1)],
+        "question_csv": [{"wav": f"{i}.wav", "text": f"who {i}", "answer": LONG * i + "cat"} for i in (0, 1)],
+        "ocr_csv": [{"image": f"{i}.png", "text": LONG * i + "cat"} for i in (0, 1)],
+        "jsonl_path": [{"messages": [user(text(LONG * i + "cat")), says("dog")]} for i in (0, 1)],
+    }
+    keys = {key: str(write_rows(tmp_path / f"{key}.jsonl", rows)) for key, rows in files.items()}
+    chat = tmp_path / "mine.txt"
+    chat.write_text("".join(f"<|user|>{LONG * i}cat<|assistant|>dog {i}<|end|>\n" for i in (0, 1)))
+    keys |= {f"val_{key}": path for key, path in keys.items() if key != "question_csv"}
+    keys |= {"text_path": str(chat), "val_text_path": str(chat), "image_root": None, "speech_csv": None}
+    config = small_config(tmp_path, **data | keys, val_split=0.0)
+    tasks, val_tasks, _, _ = prepared(config)
+    for side in (tasks, val_tasks):
+        assert set(side) >= {"text", "caption", "image_question", "transcription", "sign", "conversation"}
+        for name, task in side.items():
+            assert task.row_numbers.tolist() == [0], name
+            task.sample(0, 0, bad := {})
+            assert bad == {}, name
+    printed = capsys.readouterr().out
+    for name, task in tasks.items():
+        assert (
+            f"task {name}: {task.manifest.path}: 1 of 2 rows left out, longer than ctx_len 64: rows 2\n" in printed
+        ), name
+    # measured once: a second run looks at no row
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.index-*/room-*.npy")}
+    prepared(config)
+    assert before and before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.index-*/room-*.npy")}
+
+
+def test_lines_that_are_no_dialogues_and_dialogues_that_lose_turns(tmp_path, capsys):
+    OMNI.make_data(tmp_path)
+    path = tmp_path / "mine.txt"
+    path.write_text(f"cat\n\n{LONG}\ndog\n")
+    alone = {
+        "text_path": str(path),
+        "val_split": 0.0,
+        "task_weights": dict.fromkeys(SftConfig.TASKS, 0.0) | {"text": 1.0},
+    }
+    tasks, _, _, _ = prepared(small_config(tmp_path, **alone))
+    assert tasks["text"].row_numbers.tolist() == [0, 2]
+    assert "1 of 3 rows left out, longer than ctx_len 64: rows 3\n" in capsys.readouterr().out
+    turns = "<|user|>cat<|assistant|>dog<|end|>"
+    path.write_text(f"{turns}\n{turns * 20}\n{turns[:8]}{LONG}{turns[8:]}{turns}\n")
+    tasks, _, _, _ = prepared(small_config(tmp_path, **alone))
+    printed = capsys.readouterr().out
+    assert tasks["text"].row_numbers.tolist() == [0, 1] and "rows 3\n" in printed
+    assert "1 of 3 rows lose their last turns" in printed
+    path.write_text(f"{LONG}\n{LONG}\n")
+    with pytest.raises(UserError, match=r"mine.txt \(text\): not one row fits ctx_len 64"):
+        prepared(small_config(tmp_path, **alone))
+
+
+def test_a_picture_is_asked_the_questions_that_fit(tmp_path):
+    OMNI.make_data(tmp_path)
+    pairs = [["what", LONG], *([f"who {i}", f"cat {i}"] for i in range(3)), [LONG, "dog"]]
+    path = write_rows(
+        tmp_path / "seen.json", [{"image": f"{i}.png", "caption": "cat", "questions": pairs} for i in range(4)]
+    )
+    recordings = [{"wav": f"{i}.wav", "text": question} for i, question in enumerate(("what", "who 1", "who 2"))]
+    asked = write_rows(tmp_path / "asked.jsonl", recordings)
+    config = small_config(
+        tmp_path,
+        image_manifest=str(path),
+        image_root=None,
+        question_csv=str(asked),
+        val_split=0.0,
+        questions_per_picture=1,
+    )
+    tasks, _, _, inputs = prepared(config)
+    for name, fitting in (
+        ("image_question", {"cat 0", "cat 1", "cat 2"}),
+        ("spoken_image_question", {"cat 1", "cat 2"}),
+    ):
+        bad: dict[str, str] = {}
+        found = [tasks[name].sample(row, epoch, bad)[1] for row in range(4) for epoch in range(6)]
+        assert set.union(*found) == fitting and bad == {}
+        assert tasks[name].read(tasks[name].manifest[0], None)[1] <= fitting
+
+
+def test_a_wording_that_does_not_fit_gives_way_to_the_first(tmp_path, monkeypatch):
+    OMNI.make_data(tmp_path)
+    tasks, _, _, inputs = prepared(small_config(tmp_path, val_split=0.0))
+    task, room = tasks["caption"], []
+    monkeypatch.setattr(sft, "CAPTION_PROMPTS", ("What?", "What do you see here?", "Describe what you see."))
+    for prompt in sft.CAPTION_PROMPTS:
+        messages = [user({"type": "image"}, text(prompt)), says("")]
+        room.append(next(n for n in range(1, 64) if not inputs.fits([messages[0], says("a" * n)], None)) - 1)
+    assert room[0] > max(room[1:])
+    row = {"image": "0.png", "caption": "a" * room[0]}
+    for seed in range(9):
+        encoded, _ = task.read(row, np.random.default_rng(seed))
+        assert len(encoded.ids) == inputs.ctx_len
+
+
 def test_signs_and_conversations(tmp_path):
     OMNI.make_data(tmp_path)
     write_csv(tmp_path / "ocr.csv", [{"image": "3.png", "text": "  STOP  here"}])
@@ -672,7 +839,7 @@ def test_recordings_longer_than_the_encoder_knows_are_left_out(tmp_path, capsys)
     soundfile.write(tmp_path / "0.wav", np.zeros(21 * 16_000), 16_000)
     tasks, _, _, _ = prepared(small_config(tmp_path, val_split=0.0))
     assert len(tasks["transcription"]) == 3
-    assert "asr.csv: 1 of 4 rows left out, longer than 20.48 s" in capsys.readouterr().out
+    assert "asr.csv: 1 of 4 rows left out, longer than 2048 mel frames" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------

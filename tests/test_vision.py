@@ -456,11 +456,34 @@ def test_an_absent_thinker_is_one_line(tmp_path):
         ({"text_heads": 3}, '"text_d_model"'),
         ({"text_d_model": 12, "text_heads": 4}, "rotary"),
         ({"temperature": 0}, '"temperature"'),
+        ({"batch_size": 1}, '"batch_size": expected at least 2 captions to contrast'),
         ({"image_root": "absent"}, '"image_root": expected a folder, found none at absent'),
     ],
 )
 def test_impossible_keys_are_one_line(tmp_path, keys, fragment):
     only_error(VISION.training(tmp_path, **keys).run(), fragment)
+
+
+def test_captions_that_are_cut_and_a_picture_without_company_are_told(tmp_path):
+    training = VISION.training(tmp_path, max_steps=1, val_split=0.0, batch_size=23, drop_last=False)
+    path = tmp_path / "annotations.json"
+    rows = json.loads(path.read_text())
+    for row in rows[:5]:
+        row["caption"] = "one two " * 40
+    path.write_text(json.dumps(rows))
+    log = training.finish().stdout
+    tokenizer = Tokenizer.load(training.save_dir / "tokenizer.json")
+    longest = 1 + max(len(tokenizer.encode(row["caption"])) for row in rows)
+    assert f"{path}: 5 of 24 captions are cut to ctx_len 16 tokens, the longest has {longest}\n" in log
+    assert "the last batch of an epoch has 1 picture" in log
+    log = training.changed(save_dir="other", batch_size=24, ctx_len=longest).finish().stdout
+    assert "are cut to" not in log and "the last batch" not in log
+    path.write_text(json.dumps(rows[:1]))
+    only_error(training.changed(save_dir="alone").run(), f"{path}: expected at least 2 pictures to train on, found 1")
+
+
+def test_a_picture_alone_has_no_part_in_the_loss_of_validation():
+    assert math.isnan(judged(Oracle(torch.full((1, 3), -1), torch.arange(1)), 1)["loss"])
 
 
 def test_a_picture_outside_image_root_is_not_read(tmp_path):

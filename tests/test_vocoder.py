@@ -267,8 +267,8 @@ def test_padding_and_company_change_no_figure(tmp_path):
     together, alone = VocoderScore(model.config), VocoderScore(model.config)
     numbers = np.arange(4)
     with torch.no_grad():
-        whole = together.sums(model, rows.batch(numbers, 0) | {"rows": numbers.tolist()})
-        parts = [alone.sums(model, rows.batch(numbers[i : i + 1], 0) | {"rows": [i]}) for i in range(4)]
+        whole = together.sums(model, rows.batch(numbers, 0))
+        parts = [alone.sums(model, rows.batch(numbers[i : i + 1], 0)) for i in range(4)]
     for name, value in whole.items():
         torch.testing.assert_close(value, sum(part[name] for part in parts))
     found = VocoderScore.metrics({name: value.item() for name, value in whole.items()})
@@ -285,10 +285,23 @@ def test_griffin_lim_is_judged_once(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("omni.vocoder.griffin_lim", lambda mel, spec: calls.append(1) or griffin_lim(mel, spec))
     score = VocoderScore(model.config)
-    batch = rows.batch(np.arange(3), 0) | {"rows": [0, 1, 2]}
+    batch = rows.batch(np.arange(3), 0)
     with torch.no_grad():
         first, second = score.sums(model, batch), score.sums(model, batch)
     assert len(calls) == 3 and torch.equal(first["griffin_lim"], second["griffin_lim"])
+
+
+@pytest.mark.parametrize("left_out", [{0}, {1}, {0, 2}, {3}])
+def test_clips_keep_their_numbers_when_rows_are_left_out(tmp_path, left_out):
+    model, rows = build(), clips(tmp_path, training=False)
+    expected = {row: rows.read(rows.manifest[row], None)[1] for row in range(4) if row not in left_out}
+    for row in left_out:
+        (tmp_path / rows.manifest[row]["wav"]).unlink()
+    shown = {}
+    score = VocoderScore(model.config, lambda step, number, found: shown.update({number: found["real"]}), shown=4)
+    with torch.no_grad():
+        score.sums(model, rows.batch(np.arange(4), 0) | {"step": 0})
+    assert shown.keys() == expected.keys() and all(torch.equal(shown[row], expected[row]) for row in shown)
 
 
 # --- The stage -------------------------------------------------------------------------------------------------------
