@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -471,11 +471,13 @@ class Run:
             raise failures[0]
         return results[0]
 
-    def stop_agreed(self) -> bool:
-        """Whether any process was asked to stop; all get the same answer. A host-side exchange, no device wait."""
+    def stop_agreed(self, cannot_go_on: bool = False) -> bool:
+        """Whether any process was asked to stop, or cannot go on; all get the same answer. A host-side exchange, no
+        device wait."""
+        stop = self.stop_requested or cannot_go_on
         if self.world == 1:
-            return self.stop_requested
-        flag = torch.tensor(int(self.stop_requested))
+            return stop
+        flag = torch.tensor(int(stop))
         return bool(self._all_reduce(flag, dist.ReduceOp.MAX))
 
     # Processes ---------------------------------------------------------------------------------------------------
@@ -491,6 +493,10 @@ class Run:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """``make()`` of the first process, told to all: what one of them decides, none decides otherwise."""
+        return self.gather(make() if self.is_main else None)[0]
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._all_reduce(tensor) if self.world > 1 else tensor
@@ -569,9 +575,9 @@ class Run:
 
     # Logs --------------------------------------------------------------------------------------------------------
 
-    def open_logs(self, step: int) -> None:
+    def open_logs(self, step: int, validated: bool) -> None:
         """Open training.log, metrics.jsonl and TensorBoard; this training's rows after ``step`` are of a lost future
-        and go."""
+        and go. So does that of a validation at ``step`` if it is not ``validated``: it will be made again."""
         if not self.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and a finished run does not need it
@@ -580,7 +586,7 @@ class Run:
         path = self.save_dir / "metrics.jsonl"
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _is_row_until(line, self.stage.name, step)]
+            kept = [line for line in lines if _is_row_until(line, self.stage.name, step, validated)]
             replace_file(path, lambda file: file.writelines(kept))
         self._metrics_file = open(path, "a", encoding="utf-8", buffering=1)
         folder = self.save_dir / "tensorboard"
@@ -631,9 +637,9 @@ class Run:
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
-def _is_row_until(line: bytes, stage: str, step: int) -> bool:
+def _is_row_until(line: bytes, stage: str, step: int, validated: bool) -> bool:
     try:
         row = json.loads(line)
-        return row["stage"] != stage or row["step"] <= step
+        return row["stage"] != stage or row["step"] < step + (validated or row["kind"] != "val")
     except (ValueError, KeyError, TypeError):  # the row that a kill cut short, or no row of ours
         return False
