@@ -8,7 +8,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -19,11 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.config import StageConfig
 from omni.errors import UserError
-from omni.runtime import Run
+from omni.runtime import STOP_SIGNALS, Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
+_LOOK_UP_S = 1  # how often somebody who waits for a batch looks whether to wait on
 _POOL_STEPS = 64  # among whose samples those of similar length are put together
 
 
@@ -181,7 +183,7 @@ def training_set(run: Run, source: Source) -> ResumableDataset:
         source,
         seed=config.seed,
         batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=run.accumulation_steps,
         rank=run.rank,
         world=run.world,
         drop_last=config.drop_last,
@@ -206,10 +208,37 @@ def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.d
     )
 
 
+def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[dict | None]:
+    """The loader's batches; None in the place of one that is not waited for any longer, and of all after it.
+
+    Args:
+        give_up: asked about once a second with the seconds waited so far. Without workers it is not asked: batches are
+            read in this process.
+    """
+    if getattr(loader, "num_workers", 0):
+        loader.timeout = _LOOK_UP_S
+    batches, began = iter(loader), time.monotonic()
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            if not give_up(time.monotonic() - began):
+                continue
+            batch = None
+        yield batch
+        while batch is None:  # the loader is not asked again, and not taken apart either: that would wait as well
+            yield None
+        began = time.monotonic()
+
+
 def _begin_worker(trainer: int, _worker: int) -> None:
     # a Ctrl-C reaches the whole process group; the main process decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # torch's workers look for their parent too, but who was forked just before its death never misses it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, drift
-from omni.data import ResumableDataset, build_loader, from_the_start
+from omni.data import ResumableDataset, arriving, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
 from omni.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.progress import Progress, read_validated, write_validated
@@ -119,6 +119,7 @@ class _Training:
         self.final_path = run.save_dir / run.stage.final
         self.saved_step = -1
         self.new_bad_rows: dict[str, str] = {}  # of this process, not yet told to the others
+        self.overdue = False  # a batch did not come in time
 
     # The story ---------------------------------------------------------------------------------------------------
 
@@ -137,6 +138,9 @@ class _Training:
         self._tick()
         self._validate_and_save()  # a run that was stopped in its validation takes it up again
         for micro_batches in self._steps():
+            # asked here, where no process has begun the step: if one has no batch for it, all of them can stop
+            if run.stop_agreed(None in micro_batches):
+                self._stop()
             self._train_step(micro_batches)
             progress.step += 1
             if run.bar is not None:
@@ -146,21 +150,24 @@ class _Training:
             elif run.device.type == "cpu":
                 self._check_finite()  # costs nothing where there is no device to wait for
             self._validate_and_save()
-            if progress.step < self.total_steps and run.stop_agreed():
-                self._stop()
         return self._finish()
 
-    def _steps(self) -> Iterator[list[dict]]:
-        """The micro-batches of each step from the present one on, with a new loader for every epoch."""
+    def _steps(self) -> Iterator[list[dict | None]]:
+        """The micro-batches of each step from the present one on, with a new loader for every epoch; None for one that
+        does not come."""
         dataset, progress, accumulation = self.dataset, self.progress, self.dataset.accumulation
         while progress.step < self.total_steps:
             dataset.skip_samples = progress.step * dataset.samples_per_step
-            batches = iter(build_loader(dataset, self.config, self.run.device))
+            batches = arriving(build_loader(dataset, self.config, self.run.device), self._give_up)
             start_batch_idx = progress.step % dataset.steps_per_epoch
             for _ in range(start_batch_idx, dataset.steps_per_epoch):
                 yield [next(batches) for _ in range(accumulation)]
                 if progress.step >= self.total_steps:
                     return
+
+    def _give_up(self, waited_s: float) -> bool:
+        self.overdue = waited_s >= self.config.loader_timeout_s
+        return self.overdue or self.run.stop_requested
 
     # One step ----------------------------------------------------------------------------------------------------
 
@@ -288,8 +295,9 @@ class _Training:
             # its shapes would be compiled as well, in modes of their own, and no signal is looked at meanwhile
             torch.compiler.set_stance("force_eager"),
         ):
-            for batch in build_loader(dataset, self.config, run.device):
-                if stopping := run.stop_agreed():
+            batches = arriving(build_loader(dataset, self.config, run.device), self._give_up)
+            for batch in batches:
+                if stopping := run.stop_agreed(batch is None):
                     break
                 self._note_bad_rows(batch)
                 if not batch["weight"]:
@@ -553,14 +561,14 @@ class _Training:
             if self.files.get(name) != digest:
                 raise UserError(f"{run.save_dir / name}: {checkpoint.not_sealed(path)}")
         refused, harmless = drift(type(self.config), payload["config"], self.config.model_dump())
-        per_step = payload.get("samples_per_step", self.dataset.samples_per_step)
-        if payload.get("world", run.world) != run.world and per_step == self.dataset.samples_per_step:
-            # other processes, the same samples per step: the same training, dealt out otherwise
+        per_step, batch_size = payload.get("samples_per_step"), payload["config"]["batch_size"]
+        if per_step not in (None, self.dataset.samples_per_step):  # None: a final file
+            refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")
+        elif per_step and (payload["world"] != run.world or batch_size == self.config.batch_size):
+            # the same samples per step, dealt out to other processes, or said with another key
             dealt = ("batch_size:", "gradient_accumulation_steps:")
             harmless += [line for line in refused if line.startswith(dealt)]
             refused = [line for line in refused if not line.startswith(dealt)]
-        elif per_step != self.dataset.samples_per_step:
-            refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")
         for key, value in payload.get("data", self.fingerprint).items():
             if self.fingerprint.get(key) != value:
                 refused.append(f"data ({key}): {value[:12]} -> {self.fingerprint.get(key, 'absent')[:12]}")
@@ -577,6 +585,11 @@ class _Training:
         if step > 0 and self.saved_step != step:
             self._save()
         saved = f"saved in {self.run.save_dir}" if step > 0 else "before the first step was made"
+        if self.overdue:
+            raise RunError(
+                f"no batch came in {self.config.loader_timeout_s} s (loader_timeout_s): a data worker, or the disk "
+                f"that it reads from, hangs. Stopped at step {step}, {saved}. Run the same command to go on"
+            )
         raise Interrupted(f"stopped at step {step}, {saved}. Run the same command to go on")
 
     def _metrics_of_final(self) -> dict[str, float] | None:
