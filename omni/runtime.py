@@ -432,24 +432,24 @@ class Run:
         Raises:
             UserError: a process does not see what the first one writes: they are on machines with folders of their own.
         """
-        for folder in filter(None, (self.config.save_dir, self.config.cache_dir)):
-            token = Path(folder) / f"shared.{secrets.token_hex(8)}{files.TEMPORARY_SUFFIX}"
+        for folder in map(Path, filter(None, (self.config.save_dir, self.config.cache_dir))):
 
-            def write(token: Path = token) -> Path:
-                token.parent.mkdir(parents=True, exist_ok=True)
-                token.open("x").close()
-                return token
+            def write(folder: Path = folder) -> str:
+                folder.mkdir(parents=True, exist_ok=True)
+                name = f"shared.{secrets.token_hex(8)}{files.TEMPORARY_SUFFIX}"
+                (folder / name).open("x").close()
+                return name
 
-            token = self.from_main(write)
-            blind = [name for name in self.gather("" if token.exists() else socket.gethostname()) if name]
+            token = folder / self.from_main(write)
+            blind = [host for host in self.gather("" if token.exists() else socket.gethostname()) if host]
             if self.is_main:
                 token.unlink()
             if blind:
                 if self.lock is not None:
                     self.lock.release()
                 raise UserError(
-                    f"{folder}: {blind[0]} does not see what the first process, on another machine, wrote there. "
-                    "Give a folder that all machines share"
+                    f"{folder}: a process on {blind[0]} does not see what the first one wrote there. "
+                    "Several machines need a folder that all of them see"
                 )
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_) -> None:
@@ -513,8 +513,8 @@ class Run:
     # Signals -----------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _frame) -> None:
-        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing. Nor does
-        # SIGHUP, which a terminal and its shell both send.
+        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing. Nor
+        # does SIGHUP, which a terminal and its shell both send.
         if self._asked_to_stop and self.world == 1 and number != signal.SIGHUP:
             if files.temporary_in_progress is not None:
                 files.temporary_in_progress.unlink(missing_ok=True)

@@ -242,7 +242,9 @@ class Training:
         newest, final = self.newest(), self.final_file()
         for payload in (newest, final):
             payload["config"] = {k: v for k, v in payload["config"].items() if k not in ("save_dir", "num_workers")}
-        return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
+        validated = json.loads((self.save_dir / f"{self.prefix}_validated.json").read_text())
+        rows = {"metrics": self.metrics(), "validations": self.metrics("val")}
+        return {"newest": newest, "final": final, "validated": validated} | rows
 
 
 def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
