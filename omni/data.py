@@ -212,27 +212,43 @@ def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[d
     """The loader's batches; None in the place of one that is not waited for any longer, and of all after it.
 
     Args:
-        give_up: asked about once a second with the seconds waited so far. Without workers it is not asked: batches are
-            read in this process.
+        give_up: asked about once a second, with the seconds waited so far.
     """
-    if getattr(loader, "num_workers", 0):
-        loader.timeout = _LOOK_UP_S
-    batches, began = iter(loader), time.monotonic()
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):
-                raise
-            if not give_up(time.monotonic() - began):
-                continue
-            batch = None
-        yield batch
-        while batch is None:  # the loader is not asked again, and not taken apart either: that would wait as well
-            yield None
-        began = time.monotonic()
+    batches, given_up = iter(loader), False
+
+    def look(*_) -> None:
+        if not given_up and give_up(time.monotonic() - began):
+            raise _GivenUp
+
+    try:
+        while True:
+            began = time.monotonic()
+            with _every_second(look):
+                batch = next(batches)
+            yield batch
+    except StopIteration:
+        return
+    except _GivenUp:
+        given_up = True
+    while True:  # the loader is not asked again, and not taken apart either: that would wait as well
+        yield None
+
+
+class _GivenUp(BaseException):
+    """Not an ``Exception``, which would be taken for the fault of the row that is just being read."""
+
+
+@contextmanager
+def _every_second(look: Callable) -> Iterator[None]:
+    """``look`` is called while the block waits, whatever it waits for: a worker that was stopped in the middle of a
+    message keeps torch's own time-out from being looked at."""
+    handler = signal.signal(signal.SIGALRM, look)
+    timer = signal.setitimer(signal.ITIMER_REAL, _LOOK_UP_S, _LOOK_UP_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def _begin_worker(trainer: int, _worker: int) -> None:
