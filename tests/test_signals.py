@@ -164,6 +164,13 @@ def test_no_worker_outlives_a_killed_run(stage, tmp_path, when):
     assert workers and set(states) <= {"Z"}, "Z: ended, and not yet asked for its exit code"
 
 
+# To take a loader apart, torch waits five seconds for each worker.
+TAKEN_APART = """
+from torch.utils.data import dataloader
+dataloader._MultiProcessingDataLoaderIter._shutdown_workers = lambda self: print("waits for workers", flush=True)
+"""
+
+
 @pytest.mark.loop(phases=1)
 @pytest.mark.parametrize("shuffle", [True, False], ids=["in training", "in validation"])
 @pytest.mark.parametrize("how", ["signal", "time-out"])
@@ -171,7 +178,8 @@ def test_a_worker_that_hangs_is_noticed_and_the_step_is_saved(stage, tmp_path, s
     reference = stage.training(tmp_path, save_dir="reference", num_workers=2, val_freq=4)
     reference.finish()
     hung = reference.changed(save_dir="hung")
-    process = hung.start(prelude=hung_worker(shuffle=shuffle, speed=300 if how == "time-out" else 1))
+    hangs = hung_worker(shuffle=shuffle, speed=300 if how == "time-out" else 1)
+    process = hung.start(prelude=hangs + TAKEN_APART)
     if how == "signal":
         process.wait_for("1 process(es)")
         while not any(state == "T" for state in states_of_children(process.pid)):
@@ -181,6 +189,7 @@ def test_a_worker_that_hangs_is_noticed_and_the_step_is_saved(stage, tmp_path, s
     assert "Traceback" not in process.stderr and "Run the same command to go on" in process.stderr
     assert how == "signal" or process.stderr.startswith("error: no batch came in 600 s (loader_timeout_s)")
     assert f"stopped at step {hung.steps()[-1]}" in process.stderr.lower()
+    assert "waits for workers" not in process.stdout
     hung.finish()
     assert differences(hung.state(), reference.state()) == []
 
@@ -223,7 +232,7 @@ STREAMS = {
 @pytest.mark.parametrize("prelude", STREAMS.values(), ids=STREAMS.keys())
 def test_a_run_needs_no_streams(stage, tmp_path, prelude):
     training = stage.training(tmp_path, max_steps=8, num_workers=1)
-    stops = kill_at("omni.loop:_Training._train_step", 5).replace("SIGKILL", "SIGTERM")
+    stops = kill_at("omni.loop:_Training._train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
     assert training.run(prelude=prelude + stops).returncode == 75
     log = (training.save_dir / "training.log").read_text()
     assert "stopped at step 5, saved in" in log
