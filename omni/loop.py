@@ -318,10 +318,13 @@ class _Training:
         for key, shape in sorted(shapes.items()):
             total = run.sum_over_ranks(totals.get(key, torch.zeros(shape, dtype=torch.float64)))
             totals[key] = total if shape else total.item()
-        metrics = progress.metrics = self.validation.metrics(totals)
-        progress.validated_step = progress.step
+        try:
+            metrics = self.validation.metrics(totals)
+        except ZeroDivisionError:  # a mean over nothing
+            metrics = {}
         if name not in metrics:
             raise UserError(f"validation: not one of the held-out rows that {name} is measured on can be used")
+        progress.metrics, progress.validated_step = metrics, progress.step
         best = progress.best_metrics.get(name, math.inf)
         improved = math.isfinite(metrics[name]) and not metrics[name] >= best  # an older version's best may be nan
         if improved:

@@ -224,8 +224,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a finished run", "it is trained and written again", "omni/loop.py",
-        "if progress.step >= self.total_steps and (final := self._existing_final()):",
-        "if progress.step >= self.total_steps and (final := None):",
+        "if progress.step >= self.total_steps and (metrics := run.from_main(self._metrics_of_final)):",
+        "if progress.step >= self.total_steps and (metrics := None):",
         "tests/test_environment.py::test_a_finished_run_rerun_changes_no_file -k text",
     ),
     Mutation(
@@ -565,7 +565,7 @@ MUTATIONS = [
     ),
     Mutation(
         "signals", "a hangup ends the run unsaved", "omni/runtime.py",
-        "STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)", "STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)",
+        "(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)", "(signal.SIGINT, signal.SIGTERM)",
         "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
     ),
     Mutation(

@@ -138,9 +138,10 @@ def test_what_is_not_finite_is_said_and_never_best(stage, tmp_path, value):
 
 
 @pytest.mark.loop(phases=1)
-def test_rows_that_the_best_metric_needs_and_that_cannot_be_used_are_one_line(stage, tmp_path):
+@pytest.mark.parametrize("change", ["{'other': 1.0}", "{name: 1.0 / 0}"], ids=["no such rows", "a mean over nothing"])
+def test_rows_that_the_best_metric_needs_and_that_cannot_be_used_are_one_line(stage, tmp_path, change):
     training = stage.training(tmp_path, max_steps=6, val_freq=3)
-    process = training.run(prelude=METRICS.format(change="{'other': 1.0}", always=True))
+    process = training.run(prelude=METRICS.format(change=change, always=True))
     assert process.returncode == 2 and process.stderr.count("\n") == 1
     assert "not one of the held-out rows that loss is measured on can be used" in process.stderr
     assert training.steps() == [3]
