@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         spec = mel_spec(config)
         # under torchrun the wrapped generator has to run in its own phase, and of several micro-batches only one
         # graph should be held at a time
-        generate_once = run.world == 1 and config.gradient_accumulation_steps == 1
+        generate_once = run.world == 1 and train_set.accumulation == 1
 
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(generate_once):

@@ -214,8 +214,9 @@ class CaptionRanking:
         if totals["ranked"]:
             metrics["top1_of_64"] = totals["caption_found"] / totals["ranked"]
             metrics["top1_of_64_pictures"] = totals["picture_found"] / totals["ranked"]
-        if totals.get("colour_asked"):
-            each = {f"zero_shot_{n}": totals[f"{n}_found"] / totals[f"{n}_asked"] for n in ATTRIBUTES}
+        asked = [name for name in ATTRIBUTES if totals.get(f"{name}_asked")]
+        if asked:
+            each = {f"zero_shot_{name}": totals[f"{name}_found"] / totals[f"{name}_asked"] for name in asked}
             metrics |= {"zero_shot": sum(each.values()) / len(each)} | each
         return metrics
 

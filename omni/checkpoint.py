@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from omni.errors import RunError, UserError
 from omni.files import file_sha256, replace_file
 from omni.media import quoted
+from omni.progress import read_validated
 
 FORMAT_VERSION = 1
 DAMAGED_SUFFIX = ".damaged"
@@ -133,6 +134,13 @@ def verify(path: Path) -> None:
         raise DamagedCheckpoint("the checksum does not match")
 
 
+def stated_digest(path: Path) -> bytes:
+    """The digest that the file carries; ``verify`` tells whether it is true."""
+    with open(path, "rb") as file:
+        file.seek(-_COMMENT_BYTES, os.SEEK_END)
+        return file.read()
+
+
 def load(path: Path) -> dict:
     """Read a verified checkpoint to CPU; plain data only, so no code in the file can run.
 
@@ -225,6 +233,7 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     with understood(path):
         if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
             payload["model"] = list(payload["phases"].values())[-1]["module"]
+            payload |= read_validated(folder, prefix, payload["step"])
         saved = _Saved.model_validate(payload)
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in saved.model.values()):
             raise ValueError("weights that the file does not hold in full")

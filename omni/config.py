@@ -68,6 +68,12 @@ class StageConfig(BaseModel):
     max_epochs: int | None = free(None, ge=1, description="used when max_steps is absent")
     batch_size: int = Field(8, ge=1, le=1_048_576, description="samples per forward pass and process")
     gradient_accumulation_steps: int = Field(1, ge=1, le=1_048_576)
+    samples_per_step: int | None = free(
+        None,
+        ge=1,
+        le=1 << 40,
+        description="of all processes together; wins over gradient_accumulation_steps, which follows from it",
+    )
     max_grad_norm: float = free(1.0, gt=0)
     max_nonfinite_steps: int = free(10, ge=1, description="NaN or Inf losses in a row that stop the run")
     max_bad_rows: int = free(100, ge=0, description="unreadable rows of the data, each replaced, that stop the run")
@@ -78,6 +84,9 @@ class StageConfig(BaseModel):
     use_flash: bool = free(True, description="fused attention; false: the plain maths")
     deterministic: bool = free(True, description="same bits in every run on a GPU, for about a tenth of its speed")
     num_workers: int = free(2, ge=0, le=1_024, description="data loader processes")
+    loader_timeout_s: int = free(
+        600, ge=1, le=1_000_000, description="seconds without a batch from them that stop the run"
+    )
     drop_last: bool = Field(True, description="leave out the last, incomplete step of an epoch")
 
     # Reporting

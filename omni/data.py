@@ -8,7 +8,8 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -19,11 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.config import StageConfig
 from omni.errors import UserError, collected_notes
-from omni.runtime import Run
+from omni.runtime import STOP_SIGNALS, Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
+_LOOK_UP_S = 1  # how often somebody who waits for a batch looks whether to wait on
 _POOL_STEPS = 64  # among whose samples those of similar length are put together
 
 
@@ -183,7 +185,7 @@ def training_set(run: Run, source: Source) -> ResumableDataset:
         source,
         seed=config.seed,
         batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
+        accumulation=run.accumulation_steps,
         rank=run.rank,
         world=run.world,
         drop_last=config.drop_last,
@@ -208,10 +210,53 @@ def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.d
     )
 
 
+def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[dict | None]:
+    """The loader's batches; None in the place of one that is not waited for any longer, and of all after it.
+
+    Args:
+        give_up: asked about once a second, with the seconds waited so far.
+    """
+    batches, given_up = iter(loader), False
+
+    def look(*_) -> None:
+        if not given_up and give_up(time.monotonic() - began):
+            raise _GivenUp
+
+    try:
+        while True:
+            began = time.monotonic()
+            with _every_second(look):
+                batch = next(batches)
+            yield batch
+    except StopIteration:
+        return
+    except _GivenUp:
+        given_up = True
+    while True:  # the loader is not asked again, and not taken apart either: that would wait as well
+        yield None
+
+
+class _GivenUp(BaseException):
+    """Not an ``Exception``, which would be taken for the fault of the row that is just being read."""
+
+
+@contextmanager
+def _every_second(look: Callable) -> Iterator[None]:
+    """``look`` is called while the block waits, whatever it waits for: a worker that was stopped in the middle of a
+    message keeps torch's own time-out from being looked at."""
+    handler = signal.signal(signal.SIGALRM, look)
+    timer = signal.setitimer(signal.ITIMER_REAL, _LOOK_UP_S, _LOOK_UP_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
 def _begin_worker(trainer: int, _worker: int) -> None:
     # a Ctrl-C reaches the whole process group; the main process decides when its workers end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     # torch's workers look for their parent too, but who was forked just before its death never misses it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, drift
-from omni.data import ResumableDataset, build_loader, from_the_start
+from omni.data import ResumableDataset, arriving, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
 from omni.optim import Muon, load_optimizer, set_lr, warmup_cosine
+from omni.progress import Progress, read_validated, write_validated
 from omni.runtime import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 
 _NOTES_SHOWN = 20  # on rows that are used but odd; all are counted
@@ -63,20 +64,6 @@ class Validation:
     dataset: ResumableDataset
     sums: Callable[[nn.Module, dict], dict[str, Tensor]]
     metrics: Callable[[dict[str, float | Tensor]], dict[str, float]]
-
-
-@dataclass
-class Progress:
-    """Where a run stands, beyond its modules: all of it is in the checkpoint."""
-
-    step: int = 0
-    validated_step: int = -1
-    metrics: dict[str, float] = field(default_factory=dict)  # of the last validation
-    best_step: int | None = None
-    best_metrics: dict[str, float] = field(default_factory=dict)
-    skipped_updates: int = 0  # losses that were not finite, over the whole run
-    skipped_in_a_row: int = 0
-    bad_rows: dict[str, str] = field(default_factory=dict)  # rows that cannot be used: where -> why
 
 
 def train(
@@ -136,6 +123,7 @@ class _Training:
         self.new_bad_rows: dict[str, str] = {}  # of this process, not yet told to the others
         self.new_notes: list[str] = []  # on rows that are used, likewise
         self.notes: set[str] = set()  # of all processes
+        self.overdue = False  # a batch did not come in time
 
     # The story ---------------------------------------------------------------------------------------------------
 
@@ -144,16 +132,20 @@ class _Training:
         if run.rank > 0:
             seed_everything(config.seed + run.rank)  # the same weights everywhere, but other dropout
         harmless = self._resume()
-        if progress.step >= self.total_steps and (final := self._existing_final()):
+        if progress.step >= self.total_steps and (metrics := run.from_main(self._metrics_of_final)):
             run.log(f"already finished at step {progress.step}: {self.final_path}")
-            return final["metrics"]
+            return metrics
         self._refuse_to_extend()
-        run.open_logs(progress.step)
+        run.open_logs(progress.step, validated=progress.validated_step == progress.step)
         self._announce(harmless)
         run.start_bar(self.total_steps, progress.step)
         self._tick()
         self._validate_and_save()  # a run that was stopped in its validation takes it up again
-        for micro_batches in self._steps():
+        steps = self._steps()  # a name keeps the loader while an error is on its way: to take it apart may take long
+        for micro_batches in steps:
+            # asked here, where no process has begun the step: if one has no batch for it, all of them can stop
+            if run.stop_agreed(None in micro_batches):
+                self._stop()
             self._train_step(micro_batches)
             progress.step += 1
             if run.bar is not None:
@@ -163,21 +155,24 @@ class _Training:
             elif run.device.type == "cpu":
                 self._check_finite()  # costs nothing where there is no device to wait for
             self._validate_and_save()
-            if progress.step < self.total_steps and run.stop_agreed():
-                self._stop()
         return self._finish()
 
-    def _steps(self) -> Iterator[list[dict]]:
-        """The micro-batches of each step from the present one on, with a new loader for every epoch."""
+    def _steps(self) -> Iterator[list[dict | None]]:
+        """The micro-batches of each step from the present one on, with a new loader for every epoch; None for one that
+        does not come."""
         dataset, progress, accumulation = self.dataset, self.progress, self.dataset.accumulation
         while progress.step < self.total_steps:
             dataset.skip_samples = progress.step * dataset.samples_per_step
-            batches = iter(build_loader(dataset, self.config, self.run.device))
+            batches = arriving(build_loader(dataset, self.config, self.run.device), self._give_up)
             start_batch_idx = progress.step % dataset.steps_per_epoch
             for _ in range(start_batch_idx, dataset.steps_per_epoch):
                 yield [next(batches) for _ in range(accumulation)]
                 if progress.step >= self.total_steps:
                     return
+
+    def _give_up(self, waited_s: float) -> bool:
+        self.overdue = waited_s >= self.config.loader_timeout_s
+        return self.overdue or self.run.stop_requested
 
     # One step ----------------------------------------------------------------------------------------------------
 
@@ -274,19 +269,23 @@ class _Training:
     # What is due after a step ------------------------------------------------------------------------------------
 
     def _validate_and_save(self) -> None:
-        """Validation and checkpoint, if due at this step and not yet done: safe to call twice."""
+        """Checkpoint and validation, if due at this step and not yet done: safe to call twice.
+
+        The step is saved first: a validation that fails, or is killed, costs no step.
+        """
         config, progress, step = self.config, self.progress, self.progress.step
         if step == 0:
             return
         at_end = step == self.total_steps
-        improved = False
-        if self.validation and (step % config.val_freq == 0 or at_end) and progress.validated_step != step:
-            improved = self._validate()
+        judged = self.validation is not None and (step % config.val_freq == 0 or at_end)
+        judged = judged and progress.validated_step != step
         epoch_ends = step % self.dataset.steps_per_epoch == 0
-        due = epoch_ends or at_end or step % config.checkpoint_freq == 0
-        if improved or (due and self.saved_step != step):
+        due = judged or epoch_ends or at_end or step % config.checkpoint_freq == 0
+        if due and self.saved_step != step:
             self._save()
             self._tick()
+        if judged:
+            self._validate()
 
     def _validate(self) -> bool:
         """Judge the model on the whole validation set, leaving no trace in training. Returns whether it is best."""
@@ -301,8 +300,9 @@ class _Training:
             # its shapes would be compiled as well, in modes of their own, and no signal is looked at meanwhile
             torch.compiler.set_stance("force_eager"),
         ):
-            for batch in build_loader(dataset, self.config, run.device):
-                if stopping := run.stop_agreed():
+            batches = arriving(build_loader(dataset, self.config, run.device), self._give_up)
+            for batch in batches:
+                if stopping := run.stop_agreed(batch is None):
                     break
                 self._note_bad_rows(batch)
                 if not batch["weight"]:
@@ -323,16 +323,26 @@ class _Training:
         for key, shape in sorted(shapes.items()):
             total = run.sum_over_ranks(totals.get(key, torch.zeros(shape, dtype=torch.float64)))
             totals[key] = total if shape else total.item()
-        progress.metrics = self.validation.metrics(totals)
-        progress.validated_step = progress.step
-        best = progress.best_metrics.get(name)
-        improved = best is None or math.isnan(best) or progress.metrics[name] < best
+        try:
+            metrics = self.validation.metrics(totals)
+        except ZeroDivisionError:  # a mean over nothing
+            metrics = {}
+        if name not in metrics:
+            raise UserError(f"validation: not one of the held-out rows that {name} is measured on can be used")
+        progress.metrics, progress.validated_step = metrics, progress.step
+        best = progress.best_metrics.get(name, math.inf)
+        improved = math.isfinite(metrics[name]) and not metrics[name] >= best  # an older version's best may be nan
         if improved:
-            progress.best_step, progress.best_metrics = progress.step, progress.metrics
+            progress.best_step, progress.best_metrics = progress.step, metrics
         epoch = (progress.step - 1) // self.dataset.steps_per_epoch
-        run.record("val", progress.step, epoch, progress.metrics)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in progress.metrics.items())
+        run.record("val", progress.step, epoch, metrics)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         run.log(f"step {progress.step}  validation: {shown}" + ("  (best)" if improved else ""))
+        if wrong := [key for key, value in metrics.items() if not math.isfinite(value)]:
+            no_best = f"; without {name} it cannot be the best" if name in wrong else ""
+            run.log(f"step {progress.step}: validation: not finite: {', '.join(wrong)}{no_best}")
+        if run.is_main:
+            write_validated(run.save_dir, run.stage.prefix, progress)
         self._tick()
         return improved
 
@@ -466,10 +476,9 @@ class _Training:
     def _resume(self) -> list[str]:
         """Take up the newest checkpoint, if any. Returns the harmless config changes, to be logged."""
         run, progress = self.run, self.progress
-        with run.main_process_first():
-            payload = checkpoint.newest(run.save_dir, run.stage.prefix, run.log)
+        payload = self._newest()
         if payload is None:
-            if self.final_path.exists():
+            if run.from_main(self.final_path.exists):
                 return self._resume_from_final()
             return []
         path = checkpoint.step_path(run.save_dir, run.stage.prefix, payload["step"])
@@ -489,10 +498,45 @@ class _Training:
             self.meter.skipped += progress.skipped_updates
         return harmless
 
+    def _newest(self) -> dict | None:
+        """The newest step file, with what its validation found. The first process chooses it, and is the only one that
+        sets damaged ones aside; the others read that file or none.
+
+        Raises:
+            RunError: this process reads other bytes than the first one.
+        """
+        run, folder, prefix = self.run, self.run.save_dir, self.run.stage.prefix
+        payload = checkpoint.newest(folder, prefix, run.log) if run.is_main else None
+
+        def chosen() -> tuple[int, bytes, dict] | None:
+            if payload is None:
+                return None
+            step = payload["step"]
+            digest = checkpoint.stated_digest(checkpoint.step_path(folder, prefix, step))
+            return step, digest, read_validated(folder, prefix, step)
+
+        if (told := run.from_main(chosen)) is None:
+            return None
+        step, digest, validated = told
+        if not run.is_main:
+            path = checkpoint.step_path(folder, prefix, step)
+            try:
+                payload = checkpoint.load(path)
+                if checkpoint.stated_digest(path) != digest:
+                    raise checkpoint.DamagedCheckpoint("another file")
+            except (OSError, checkpoint.DamagedCheckpoint) as error:
+                raise RunError(f"{path}: process {run.rank} does not read what the first one reads: {error}") from error
+        return payload | validated
+
     def _resume_from_final(self) -> list[str]:
         """Only the final file is left: the run is finished, or can no longer be extended."""
         stage = self.run.stage
-        final = checkpoint.load_stage(self.run.save_dir, stage.name, stage.prefix, stage.final)
+
+        def read() -> dict:
+            final = checkpoint.load_stage(self.run.save_dir, stage.name, stage.prefix, stage.final)
+            return {key: value for key, value in final.items() if key != "model"}
+
+        final = self.run.from_main(read)
         done = int(final["metrics"]["trained_steps"])
         if done < self.total_steps:
             raise UserError(
@@ -508,10 +552,14 @@ class _Training:
             UserError: this training is finished, and what was made of its model would not fit to a longer one's.
         """
         run, key = self.run, f"{self.run.stage.name}_steps"
-        found = sorted(file for stage in self.made_of_it for file in run.save_dir.glob(f"{stage.prefix}*.pt"))
-        if found and self.progress.step < self.total_steps and self._existing_final():
+
+        def made() -> str:
+            files = sorted(file.name for stage in self.made_of_it for file in run.save_dir.glob(f"{stage.prefix}*.pt"))
+            return files[0] if files and self._metrics_of_final() else ""
+
+        if self.progress.step < self.total_steps and (found := run.from_main(made)):
             raise UserError(
-                f"{self.final_path}: finished at step {self.progress.step}, and {found[0].name} was made of it, so "
+                f"{self.final_path}: finished at step {self.progress.step}, and {found} was made of it, so "
                 f"{key} cannot be {self.total_steps}. Use a new save_dir, or put {key} back to {self.progress.step}"
             )
 
@@ -527,14 +575,14 @@ class _Training:
             if self.files.get(name) != digest:
                 raise UserError(f"{run.save_dir / name}: {checkpoint.not_sealed(path)}")
         refused, harmless = drift(type(self.config), payload["config"], self.config.model_dump())
-        per_step = payload.get("samples_per_step", self.dataset.samples_per_step)
-        if payload.get("world", run.world) != run.world and per_step == self.dataset.samples_per_step:
-            # other processes, the same samples per step: the same training, dealt out otherwise
+        per_step, batch_size = payload.get("samples_per_step"), payload["config"]["batch_size"]
+        if per_step not in (None, self.dataset.samples_per_step):  # None: a final file
+            refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")
+        elif per_step and (payload["world"] != run.world or batch_size == self.config.batch_size):
+            # the same samples per step, dealt out to other processes, or said with another key
             dealt = ("batch_size:", "gradient_accumulation_steps:")
             harmless += [line for line in refused if line.startswith(dealt)]
             refused = [line for line in refused if not line.startswith(dealt)]
-        elif per_step != self.dataset.samples_per_step:
-            refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")
         for key, value in payload.get("data", self.fingerprint).items():
             if self.fingerprint.get(key) != value:
                 refused.append(f"data ({key}): {value[:12]} -> {self.fingerprint.get(key, 'absent')[:12]}")
@@ -551,13 +599,18 @@ class _Training:
         if step > 0 and self.saved_step != step:
             self._save()
         saved = f"saved in {self.run.save_dir}" if step > 0 else "before the first step was made"
+        if self.overdue:
+            raise RunError(
+                f"no batch came in {self.config.loader_timeout_s} s (loader_timeout_s): a data worker, or the disk "
+                f"that it reads from, hangs. Stopped at step {step}, {saved}. Run the same command to go on"
+            )
         raise Interrupted(f"stopped at step {step}, {saved}. Run the same command to go on")
 
-    def _existing_final(self) -> dict | None:
-        """The final file of the present step, unless it is missing, damaged or older and must be written again."""
+    def _metrics_of_final(self) -> dict[str, float] | None:
+        """Of the final file of the present step, unless it is missing, damaged or older and must be written again."""
         try:
-            final = checkpoint.load(self.final_path)
-            return final if final["metrics"]["trained_steps"] == self.progress.step else None
+            metrics = checkpoint.load(self.final_path)["metrics"]
+            return metrics if metrics["trained_steps"] == self.progress.step else None
         except FileNotFoundError:
             return None
         except checkpoint.DamagedCheckpoint as error:
@@ -567,16 +620,7 @@ class _Training:
     def _finish(self) -> dict[str, float]:
         """Write the final file, with the weights of the best validated step."""
         run, progress, phase = self.run, self.progress, self.phases[-1]
-        step, metrics = progress.step, progress.metrics
-        if progress.best_step not in (None, progress.step):
-            path = checkpoint.step_path(run.save_dir, run.stage.prefix, progress.best_step)
-            try:
-                best = checkpoint.load(path)
-            except (FileNotFoundError, checkpoint.DamagedCheckpoint) as error:
-                run.log(f"{path}: the best checkpoint cannot be read ({error}); keeping the last step's weights")
-            else:
-                phase.module.load_state_dict(best["phases"][phase.name]["module"])
-                step, metrics = progress.best_step, progress.best_metrics
+        step, metrics = run.from_main(self._take_best)
         metrics = metrics | self.summary | {"trained_steps": progress.step}
         if run.is_main:
             payload = {
@@ -592,6 +636,20 @@ class _Training:
         run.barrier()
         run.log(f"finished: {self.final_path} holds the weights of step {step}")
         return metrics
+
+    def _take_best(self) -> tuple[int, dict[str, float]]:
+        """Load the weights of the best validated step, if that is another one. Returns the step and its metrics."""
+        run, progress, phase = self.run, self.progress, self.phases[-1]
+        if progress.best_step in (None, progress.step):
+            return progress.step, progress.metrics
+        path = checkpoint.step_path(run.save_dir, run.stage.prefix, progress.best_step)
+        try:
+            best = checkpoint.load(path)
+        except (FileNotFoundError, checkpoint.DamagedCheckpoint) as error:
+            run.log(f"{path}: the best checkpoint cannot be read ({error}); keeping the last step's weights")
+            return progress.step, progress.metrics
+        phase.module.load_state_dict(best["phases"][phase.name]["module"])
+        return progress.best_step, progress.best_metrics
 
 
 class _Meter:

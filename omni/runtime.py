@@ -15,7 +15,9 @@ import multiprocessing
 import os
 import random
 import resource
+import secrets
 import signal
+import socket
 import stat
 import sys
 import threading
@@ -25,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ from pydantic import BaseModel
 from torch import nn
 from tqdm import tqdm
 
-from omni import allocator, checkpoint, files
+from omni import allocator, checkpoint, files, streams
 from omni.caches import cached_json
 from omni.config import StageConfig, load_config
 from omni.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
@@ -53,21 +55,37 @@ class Stage:
     best_metric: str  # the validation metric that chooses the best checkpoint; smaller is better
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 # ---------------------------------------------------------------------------------------------------------------
 # Command line
 
 
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
+_OUT_OF_FILES = (os.strerror(errno.EMFILE), "items of ancdata")  # the second: what could not be passed to us
 _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
 
 
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
+    streams.secure()
     faulthandler.enable()  # a crash inside a library says where
     threading.excepthook = _thread_failed
+    # What the frames of an error hold, a data loader among it, is not taken apart: that would wait for its workers,
+    # and one of them may hang.
+    held: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            main()
+            sys.stdout.flush()
+        except BaseException as error:
+            held.append(error)
+            raise
+
     try:
-        code = _exit_code(main)
+        code = _exit_code(hold)
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
@@ -96,7 +114,8 @@ def _exit_code(main: Callable[[], None]) -> int:
         return 0
     except (UserError, RunError, Interrupted) as error:
         label = "" if isinstance(error, Interrupted) else "error: "
-        if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # the others say the same
+        # of what the user gave wrong, the others on the same machine say the same
+        if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{label}{visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
@@ -105,6 +124,15 @@ def _exit_code(main: Callable[[], None]) -> int:
             what = reason.split(" does not have")[0]
             print(f'error: key "deterministic": expected false, as {what} adds up in any order', file=sys.stderr)
             return EXIT_BAD_INPUT
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason):
+            what = "hangs" if "imed out" in reason else "has ended"
+            print(
+                f"error: process {dist.get_rank()}: another process of this run {what}. Run the same command to go on",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            return EXIT_FAILED
+        if any(text in reason for text in _OUT_OF_FILES):
+            return _out_of_files()
         passed_on = "in DataLoader worker process" in reason  # a fault of ours, with its traceback
         if not isinstance(error, RuntimeError) and multiprocessing.active_children():
             reason = f"a DataLoader worker died while it sent a batch: {reason}"
@@ -115,15 +143,24 @@ def _exit_code(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.silence(sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
+        if error.errno == errno.EMFILE or _OUT_OF_FILES[0] in str(error):  # also as a data worker passes it on
+            return _out_of_files()
         if error.errno not in (*_DISK_FULL, *_WRONG_PATH):
             raise
         full = error.errno in _DISK_FULL
         remedy = ". Make room, and run the same command again" if full else ""
         print(f"error: {error.filename or 'writing'}: {error.strerror}{remedy}", file=sys.stderr, flush=True)
         return EXIT_FAILED if full else EXIT_BAD_INPUT
+
+
+def _out_of_files() -> int:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    remedy = "Raise the limit (ulimit -n), or lower num_workers, and run the same command again"
+    print(f"error: more than {limit} open files, which is the limit of this process. {remedy}", file=sys.stderr)
+    return EXIT_FAILED
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -144,6 +181,8 @@ def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] |
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Interrupt it when you like (Ctrl-C, SIGTERM, even SIGKILL): the same line goes on where it stopped.\n"
         "Several GPUs: torchrun --nproc_per_node=N SCRIPT --config FILE.\n"
+        "Several machines: save_dir, cache_dir and the data in folders that all of them see, under the same names.\n"
+        "With samples_per_step, another number of processes goes on with the same samples in each step.\n"
         "Exit codes: 0 finished, 1 failed, 2 bad config or data, 75 interrupted and saved.\n\n"
         "Config keys (default):\n" + _describe_keys(cls),
     )
@@ -325,11 +364,15 @@ class FolderLock:
 # The run
 
 
+_EXCHANGE_S = 600  # after which a process that does not join the others is taken to hang
+
+
 class Run:
     """One process's part in one training: its folder, device, rank, logs and stop signal. A context manager.
 
     Entering creates ``save_dir`` and takes its lock (rank 0), starts ``torch.distributed`` under torchrun, and
-    catches SIGINT and SIGTERM. Log files are opened by ``open_logs`` only, so that a finished run changes no file.
+    catches SIGINT, SIGTERM and SIGHUP. Log files are opened by ``open_logs`` only, so that a finished run changes no
+    file.
 
     Raises:
         UserError: ``save_dir`` cannot be written, or another process works in it.
@@ -341,15 +384,17 @@ class Run:
         self.is_main = self.rank == 0
         self.device = pick_device(device)
         self.amp_dtype = pick_amp_dtype(config.use_amp, self.device)
-        self.stop_requested = False
+        self.stop_requested = self._asked_to_stop = False
         self.bar: tqdm | None = None
         self.lock: FolderLock | None = None
         self._exchange: tuple | None = None
+        self._patient: dist.ProcessGroup | None = None
         self._log_file = self._metrics_file = self._tensorboard = None
         self._is_part = False
         self._pending = list(notices)  # lines that wait for training.log to be opened
         if config.use_amp and self.amp_dtype is None:
             self._pending.append(f"use_amp: {self.device} has no fast half-precision arithmetic, using float32")
+        _ = self.accumulation_steps  # refused now, before anything is written
 
     def __enter__(self) -> "Run":
         if self.is_main:
@@ -359,13 +404,17 @@ class Run:
             except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
                 reason = getattr(error, "strerror", None) or error
                 raise UserError(f"{self.save_dir}: cannot write to save_dir: {reason}") from error
-        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        caught = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        self._old_handlers = {s: signal.signal(s, self._on_signal) for s in caught}
         if self.world > 1:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
-            # the first process may prepare data for hours while the others wait
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(days=2))
+            seconds = max(_EXCHANGE_S, self.config.loader_timeout_s + _EXCHANGE_S // 5)
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+            # the first process may prepare data for hours while the others wait
+            self._patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+            self._refuse_separate_folders()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
             if self.config.deterministic:
@@ -378,10 +427,37 @@ class Run:
             self.log(line)
         return self
 
-    def __exit__(self, kind: type | None, *_) -> None:
+    def _refuse_separate_folders(self) -> None:
+        """
+        Raises:
+            UserError: a process does not see what the first one writes: they are on machines with folders of their own.
+        """
+        for folder in map(Path, filter(None, (self.config.save_dir, self.config.cache_dir))):
+
+            def write(folder: Path = folder) -> str:
+                folder.mkdir(parents=True, exist_ok=True)
+                name = f"shared.{secrets.token_hex(8)}{files.TEMPORARY_SUFFIX}"
+                (folder / name).open("x").close()
+                return name
+
+            token = folder / self.from_main(write)
+            blind = [host for host in self.gather("" if token.exists() else socket.gethostname()) if host]
+            if self.is_main:
+                token.unlink()
+            if blind:
+                if self.lock is not None:
+                    self.lock.release()
+                raise UserError(
+                    f"{folder}: a process on {blind[0]} does not see what the first one wrote there. "
+                    "Several machines need a folder that all of them see"
+                )
+
+    def __exit__(self, kind: type | None, error: BaseException | None, *_) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         try:
+            if isinstance(error, (UserError, RunError, Interrupted)) and self._log_file is not None:
+                self._write_log(str(error))  # stderr may lead nowhere
             self._close_logs()
         except OSError:
             if kind is None:  # else the error on its way says more
@@ -437,14 +513,16 @@ class Run:
     # Signals -----------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _frame) -> None:
-        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing
-        if self.stop_requested and self.world == 1:
+        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing. Nor
+        # does SIGHUP, which a terminal and its shell both send.
+        if self._asked_to_stop and self.world == 1 and number != signal.SIGHUP:
             if files.temporary_in_progress is not None:
                 files.temporary_in_progress.unlink(missing_ok=True)
-            os.write(2, b"stopped at once; the last saved checkpoint stands\n")
+            streams.write_at_once("stopped at once; the last saved checkpoint stands\n")
             os._exit(EXIT_INTERRUPTED)
+        self._asked_to_stop |= number != signal.SIGHUP
         self.stop_requested = True
-        os.write(2, f"\n{signal.Signals(number).name}: saving at the next safe point, then stopping\n".encode())
+        streams.write_at_once(f"\n{signal.Signals(number).name}: saving at the next safe point, then stopping\n")
 
     def check_stop(self) -> None:
         """For work outside the loop that can be taken up again: leave now if asked to."""
@@ -471,18 +549,43 @@ class Run:
             raise failures[0]
         return results[0]
 
-    def stop_agreed(self) -> bool:
-        """Whether any process was asked to stop; all get the same answer. A host-side exchange, no device wait."""
+    def stop_agreed(self, cannot_go_on: bool = False) -> bool:
+        """Whether any process was asked to stop, or cannot go on; all get the same answer. A host-side exchange, no
+        device wait."""
+        stop = self.stop_requested or cannot_go_on
         if self.world == 1:
-            return self.stop_requested
-        flag = torch.tensor(int(self.stop_requested))
+            return stop
+        flag = torch.tensor(int(stop))
         return bool(self._all_reduce(flag, dist.ReduceOp.MAX))
 
     # Processes ---------------------------------------------------------------------------------------------------
 
-    def barrier(self) -> None:
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per step and process.
+
+        Raises:
+            UserError: ``samples_per_step`` cannot be dealt out to so many processes.
+        """
+        samples, batch_size = self.config.samples_per_step, self.config.batch_size
+        if samples is None:
+            return self.config.gradient_accumulation_steps
+        steps, rest = divmod(samples, batch_size * self.world)
+        if rest or not steps:
+            shares = samples // batch_size if samples % batch_size == 0 else 0
+            fitting = [str(n) for n in range(1, min(shares, 4096) + 1) if shares % n == 0]
+            remedy = (
+                f"can be dealt out to {', '.join(fitting)} processes" if fitting else "is no multiple of batch_size"
+            )
+            raise UserError(
+                f'key "samples_per_step": expected a multiple of batch_size {batch_size} x {self.world} processes, '
+                f"found {samples}, which {remedy}"
+            )
+        return steps
+
+    def barrier(self, group: dist.ProcessGroup | None = None) -> None:
         if self.world > 1:
-            self._all_reduce(torch.zeros(1))  # on the host; dist.barrier would occupy the GPU
+            self._all_reduce(torch.zeros(1), group=group)  # on the host; dist.barrier would occupy the GPU
 
     def gather(self, value) -> list:
         """Every process's ``value``, in rank order."""
@@ -492,17 +595,21 @@ class Run:
         dist.all_gather_object(values, value)
         return values
 
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """``make()`` of the first process, told to all: what one of them decides, none decides otherwise."""
+        return self.gather(make() if self.is_main else None)[0]
+
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._all_reduce(tensor) if self.world > 1 else tensor
 
-    def _all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    def _all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
         """In place.
 
         The exchange is kept until the next one. Whoever lets go of it last frees it, and gloo's thread asks for the
         interpreter to do so: a loader's worker that is forked in that moment finds a lock taken, for ever (seen once
         in CPython 3.11, in ``_PyThreadState_DeleteExcept``).
         """
-        work = dist.all_reduce(tensor, op=op, async_op=True)
+        work = dist.all_reduce(tensor, op=op, group=group, async_op=True)
         work.wait()
         self._exchange = work, tensor
         return tensor
@@ -511,10 +618,10 @@ class Run:
     def main_process_first(self):
         """The block runs on rank 0 while the others wait, then on the others, which find its result on disk."""
         if not self.is_main:
-            self.barrier()
+            self.barrier(self._patient)
         yield
         if self.is_main:
-            self.barrier()
+            self.barrier(self._patient)
 
     def remember(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
         """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data
@@ -569,9 +676,9 @@ class Run:
 
     # Logs --------------------------------------------------------------------------------------------------------
 
-    def open_logs(self, step: int) -> None:
+    def open_logs(self, step: int, validated: bool) -> None:
         """Open training.log, metrics.jsonl and TensorBoard; this training's rows after ``step`` are of a lost future
-        and go."""
+        and go. So does that of a validation at ``step`` if it is not ``validated``: it will be made again."""
         if not self.is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and a finished run does not need it
@@ -580,7 +687,7 @@ class Run:
         path = self.save_dir / "metrics.jsonl"
         if path.exists():
             lines = path.read_bytes().splitlines(keepends=True)
-            kept = [line for line in lines if _is_row_until(line, self.stage.name, step)]
+            kept = [line for line in lines if _is_row_until(line, self.stage.name, step, validated)]
             replace_file(path, lambda file: file.writelines(kept))
         self._metrics_file = open(path, "a", encoding="utf-8", buffering=1)
         folder = self.save_dir / "tensorboard"
@@ -596,8 +703,10 @@ class Run:
         try:
             with tqdm.external_write_mode(file=sys.stdout):
                 print(message, flush=True)
-        except BrokenPipeError:  # the reader of a pipe has left: training.log still tells everything
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError as error:
+            if error.errno not in streams.GONE:
+                raise
+            streams.silence(sys.stdout.fileno())  # training.log still tells everything
         if self._log_file is None:
             self._pending.append(message)
         else:
@@ -631,9 +740,9 @@ class Run:
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
 
-def _is_row_until(line: bytes, stage: str, step: int) -> bool:
+def _is_row_until(line: bytes, stage: str, step: int, validated: bool) -> bool:
     try:
         row = json.loads(line)
-        return row["stage"] != stage or row["step"] <= step
+        return row["stage"] != stage or row["step"] < step + (validated or row["kind"] != "val")
     except (ValueError, KeyError, TypeError):  # the row that a kill cut short, or no row of ours
         return False

@@ -42,6 +42,23 @@ def slow(self, micro_batches):
 omni.loop._Training._train_step = slow
 """
 
+# A worker of the first epoch stops at its third batch, for ever, and the clock by which it is waited for goes faster.
+HUNG_WORKER = """
+import os, signal, time, types, omni.data
+_iter = omni.data.ResumableDataset.__iter__
+def hanging(self):
+    for index, batch in enumerate(_iter(self)):
+        if self.shuffle == {shuffle} and self.skip_samples == 0 and index == {index}:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        yield batch
+omni.data.ResumableDataset.__iter__ = hanging
+omni.data.time = types.SimpleNamespace(monotonic=lambda: {speed} * time.monotonic())
+"""
+
+
+def hung_worker(*, shuffle: bool = True, speed: int = 1) -> str:
+    return HUNG_WORKER.format(shuffle=shuffle, speed=speed, index=2 if shuffle else 0)
+
 
 def kill_at(call: str, count: int, *, after: bool = False) -> str:
     """Prelude: the process SIGKILLs itself at the ``count``-th call of ``module:qualified.name``."""
@@ -242,7 +259,9 @@ class Training:
         newest, final = self.newest(), self.final_file()
         for payload in (newest, final):
             payload["config"] = {k: v for k, v in payload["config"].items() if k not in ("save_dir", "num_workers")}
-        return {"newest": newest, "final": final, "metrics": self.metrics(), "validations": self.metrics("val")}
+        validated = json.loads((self.save_dir / f"{self.prefix}_validated.json").read_text())
+        rows = {"metrics": self.metrics(), "validations": self.metrics("val")}
+        return {"newest": newest, "final": final, "validated": validated} | rows
 
 
 def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:

@@ -153,7 +153,7 @@ MUTATIONS = [
     ),
     Mutation(
         "signals", "a request to stop is not looked at", "omni/loop.py",
-        "if progress.step < self.total_steps and run.stop_agreed():", "if False:",
+        "if run.stop_agreed(None in micro_batches):", "if False:",
         "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
     ),
     Mutation(
@@ -224,8 +224,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a finished run", "it is trained and written again", "omni/loop.py",
-        "if progress.step >= self.total_steps and (final := self._existing_final()):",
-        "if progress.step >= self.total_steps and (final := None):",
+        "if progress.step >= self.total_steps and (metrics := run.from_main(self._metrics_of_final)):",
+        "if progress.step >= self.total_steps and (metrics := None):",
         "tests/test_environment.py::test_a_finished_run_rerun_changes_no_file -k text",
     ),
     Mutation(
@@ -827,6 +827,90 @@ MUTATIONS = [
         "tests/test_caches.py::test_lengths_that_change_in_mid_training_are_another_training",
     ),
     # steps and processes
+    Mutation(
+        "a step that was made is kept", "it is judged before it is saved", "omni/loop.py",
+        "        if due and self.saved_step != step:\n            self._save()\n            self._tick()\n"
+        "        if judged:\n            self._validate()\n",
+        "        if judged:\n            self._validate()\n"
+        "        if due and self.saved_step != step:\n            self._save()\n            self._tick()\n",
+        "tests/test_validation.py::test_every_validation_fails_once_and_no_step_is_made_twice -k text",
+    ),
+    Mutation(
+        "a step that was made is kept", "what its validation found is forgotten", "omni/loop.py",
+        "return payload | validated", "return payload",
+        "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
+    ),
+    Mutation(
+        "a step that was made is kept", "what another step's validation found is taken for its own", "omni/progress.py",
+        'found is not None and found["step"] == step', "found is not None",
+        "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
+    ),
+    Mutation(
+        "a step that was made is kept", "the row of a validation that is made again stays", "omni/runtime.py",
+        'step + (validated or row["kind"] != "val")', "step + 1",
+        "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
+    ),
+    Mutation(
+        "loss not finite", "a validation that is not finite is the best", "omni/loop.py",
+        "math.isfinite(metrics[name]) and not", "not",
+        "tests/test_validation.py::test_what_is_not_finite_is_said_and_never_best -k text",
+    ),
+    Mutation(
+        "elastic", "each process chooses what it resumes", "omni/loop.py",
+        "payload = checkpoint.load(path)\n                if", "payload = checkpoint.newest(folder, prefix, run.log)\n"
+        "                if",
+        "tests/test_elastic.py::test_the_first_process_alone_decides_what_is_resumed -k text --timeout 60",
+    ),
+    Mutation(
+        "elastic", "a process that hangs is waited for", "omni/runtime.py",
+        "timeout=datetime.timedelta(seconds=seconds)", "timeout=datetime.timedelta(days=2)",
+        "tests/test_elastic.py::test_one_of_two_hangs_and_the_other_says_so -k text --timeout 60",
+    ),
+    Mutation(
+        "elastic", "that another process has ended is a traceback", "omni/runtime.py",
+        'isinstance(error, dist.DistError) or "gloo" in reason', "False",
+        "tests/test_elastic.py::test_one_of_two_is_killed_and_the_other_ends_by_itself -k 'text and 0' --timeout 60",
+    ),
+    Mutation(
+        "elastic", "samples_per_step is not looked at", "omni/runtime.py",
+        "        return steps\n", "        return self.config.gradient_accumulation_steps\n",
+        "tests/test_elastic.py::test_one_process_two_and_one_again_have_the_same_samples_in_each_step -k text",
+    ),
+    Mutation(
+        "elastic", "folders that are not shared are not noticed", "omni/runtime.py",
+        "            if blind:\n", "            if False:\n",
+        "tests/test_elastic.py::test_a_folder_that_not_all_processes_see_is_refused --timeout 60",
+    ),
+    Mutation(
+        "signals", "a batch is waited for, for ever", "omni/data.py",
+        "with _every_second(look):", "if look:",
+        "tests/test_signals.py::test_a_worker_that_hangs_is_noticed_and_the_step_is_saved"
+        " -k 'text and signal and training' --timeout 60",
+    ),
+    Mutation(
+        "signals", "before the end, workers are waited for", "omni/runtime.py",
+        "            held.append(error)\n", "            pass\n",
+        "tests/test_signals.py::test_a_worker_that_hangs_is_noticed_and_the_step_is_saved -k 'text and signal'",
+    ),
+    Mutation(
+        "signals", "one process without a batch does not tell the others", "omni/loop.py",
+        "if run.stop_agreed(None in micro_batches):", "if run.stop_agreed():",
+        "tests/test_elastic.py::test_one_of_two_has_no_batch_and_both_save_and_stop -k text --timeout 60",
+    ),
+    Mutation(
+        "signals", "a hangup ends the run unsaved", "omni/runtime.py",
+        "(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)", "(signal.SIGINT, signal.SIGTERM)",
+        "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
+    ),
+    Mutation(
+        "signals", "a hangup after a hangup ends the run unsaved", "omni/runtime.py",
+        "self._asked_to_stop |= number != signal.SIGHUP", "self._asked_to_stop = True",
+        "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
+    ),
+    Mutation(
+        "environment", "closed streams stay closed", "omni/runtime.py",
+        "    streams.secure()\n", "", "tests/test_signals.py::test_a_run_needs_no_streams -k text",
+    ),
     # downloads and fuzzing
     Mutation(
         "downloads", "a server may send without end", "omni/download.py",

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import SLOW, differences
+from harness import SLOW, differences, hung_worker, kill_at
 
 SLOW_VALIDATION = """
 import time, omni.loop
@@ -162,3 +162,93 @@ def test_no_worker_outlives_a_killed_run(stage, tmp_path, when):
     workers = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "workers").read_text().split()]
     states = [stat.read_text().rpartition(") ")[2][0] for stat in workers if stat.exists()]
     assert workers and set(states) <= {"Z"}, "Z: ended, and not yet asked for its exit code"
+
+
+# To take a loader apart, torch waits five seconds for each worker.
+TAKEN_APART = """
+from torch.utils.data import dataloader
+dataloader._MultiProcessingDataLoaderIter._shutdown_workers = lambda self: print("waits for workers", flush=True)
+"""
+
+
+@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("shuffle", [True, False], ids=["in training", "in validation"])
+@pytest.mark.parametrize("how", ["signal", "time-out"])
+def test_a_worker_that_hangs_is_noticed_and_the_step_is_saved(stage, tmp_path, shuffle, how):
+    reference = stage.training(tmp_path, save_dir="reference", num_workers=2, val_freq=4)
+    reference.finish()
+    hung = reference.changed(save_dir="hung")
+    hangs = hung_worker(shuffle=shuffle, speed=300 if how == "time-out" else 1)
+    process = hung.start(prelude=hangs + TAKEN_APART)
+    if how == "signal":
+        process.wait_for("1 process(es)")
+        while not any(state == "T" for state in states_of_children(process.pid)):
+            time.sleep(0.05)
+        process.send(signal.SIGTERM)
+    assert process.wait().returncode == (1 if how == "time-out" else 75)
+    assert "Traceback" not in process.stderr and "Run the same command to go on" in process.stderr
+    assert how == "signal" or process.stderr.startswith("error: no batch came in 600 s (loader_timeout_s)")
+    assert f"stopped at step {hung.steps()[-1]}" in process.stderr.lower()
+    assert "waits for workers" not in process.stdout
+    hung.finish()
+    assert differences(hung.state(), reference.state()) == []
+
+
+def states_of_children(pid: int) -> list[str]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] for child in children]
+
+
+@pytest.mark.loop(phases=1)
+def test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it(stage, tmp_path):
+    reference = stage.training(tmp_path, save_dir="reference", num_workers=1)
+    reference.finish()
+    stopped = reference.changed(save_dir="stopped")
+    process = stopped.start(prelude=SLOW.replace("0.02", "0.3"))
+    process.wait_for("step 3/")
+    group = os.getpgid(process.pid)
+    os.killpg(group, signal.SIGHUP)  # the kernel's, to the workers too, and the shell's
+    process.send(signal.SIGHUP)
+    assert process.wait().returncode == 75
+    assert f"stopped at step {stopped.steps()[-1]}" in process.stderr
+    process = stopped.start(prelude="import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLOW)
+    process.wait_for("resumed at step")
+    process.send(signal.SIGHUP)
+    assert process.wait().returncode == 0, process.stderr
+    assert differences(stopped.state(), reference.state()) == []
+
+
+STREAMS = {
+    "stdin closed": "import os, sys\nos.close(0)\nsys.stdin = None\n",
+    "stdout closed": "import os, sys\nos.close(1)\nsys.stdout = None\n",
+    "stderr closed": "import os, sys\nos.close(2)\nsys.stderr = None\n",
+    "all closed": "import os, sys\nos.closerange(0, 3)\nsys.stdin = sys.stdout = sys.stderr = None\n",
+    "stdout without a reader": "import os\nr, w = os.pipe()\nos.close(r)\nos.dup2(w, 1)\nos.close(w)\n",
+    "stderr without a reader": "import os\nr, w = os.pipe()\nos.close(r)\nos.dup2(w, 2)\nos.close(w)\n",
+}
+
+
+@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("prelude", STREAMS.values(), ids=STREAMS.keys())
+def test_a_run_needs_no_streams(stage, tmp_path, prelude):
+    training = stage.training(tmp_path, max_steps=8, num_workers=1)
+    stops = kill_at("omni.loop:_Training._train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
+    assert training.run(prelude=prelude + stops).returncode == 75
+    log = (training.save_dir / "training.log").read_text()
+    assert "stopped at step 5, saved in" in log
+    training.finish(prelude=prelude)
+    log = (training.save_dir / "training.log").read_text()
+    assert "resumed at step 5" in log and "finished:" in log
+    assert training.newest()["step"] == 8, "and no file of ours took the place of a stream"
+
+
+@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("limit", [8, 14, 20, 32, 64])
+def test_few_open_files_are_enough_or_one_line(stage, tmp_path, limit):
+    training = stage.training(tmp_path, max_steps=8, num_workers=2)
+    few = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
+    process = training.run(prelude=few)
+    assert process.returncode == 0 or ("open files" in process.stderr and process.returncode in (1, 2))
+    assert process.stderr.count("\n") <= 1
+    assert limit < 64 or process.returncode == 0
+    training.finish()
