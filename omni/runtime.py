@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from omni import allocator, checkpoint, files, streams
@@ -411,7 +412,7 @@ class Run:
                 torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             seconds = max(_EXCHANGE_S, self.config.loader_timeout_s + _EXCHANGE_S // 5)
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=seconds))
+            self._meet(backend, datetime.timedelta(seconds=seconds))
             # the first process may prepare data for hours while the others wait
             self._patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
             self._refuse_separate_folders()
@@ -426,6 +427,15 @@ class Run:
         for line in notices:
             self.log(line)
         return self
+
+    def _meet(self, backend: str, timeout: datetime.timedelta) -> None:
+        """Find the other processes through what torchrun has put into the environment."""
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+            # torchrun's own store outlives a restart, and with it the addresses of processes that are dead. Several
+            # machines count their restarts each for itself; they have a new store for each (--rdzv-backend=c10d).
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
     def _refuse_separate_folders(self) -> None:
         """

@@ -856,6 +856,11 @@ MUTATIONS = [
         "tests/test_validation.py::test_what_is_not_finite_is_said_and_never_best -k text",
     ),
     Mutation(
+        "elastic", "a restarted process calls those that are dead", "omni/runtime.py",
+        'if os.environ.get("LOCAL_WORLD_SIZE") == str(world):', "if False:",
+        "tests/test_elastic.py::test_torchrun_restarts_after_a_kill --timeout 60",
+    ),
+    Mutation(
         "elastic", "each process chooses what it resumes", "omni/loop.py",
         "payload = checkpoint.load(path)\n                if", "payload = checkpoint.newest(folder, prefix, run.log)\n"
         "                if",
