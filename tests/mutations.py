@@ -868,7 +868,7 @@ MUTATIONS = [
     ),
     Mutation(
         "elastic", "a process that hangs is waited for", "omni/runtime.py",
-        "timeout=datetime.timedelta(seconds=seconds)", "timeout=datetime.timedelta(days=2)",
+        "self._meet(backend, datetime.timedelta(seconds=seconds))", "self._meet(backend, datetime.timedelta(days=2))",
         "tests/test_elastic.py::test_one_of_two_hangs_and_the_other_says_so -k text --timeout 60",
     ),
     Mutation(
@@ -908,7 +908,7 @@ MUTATIONS = [
         "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
     ),
     Mutation(
-        "signals", "a hangup after a hangup ends the run unsaved", "omni/runtime.py",
+        "signals", "a signal after a hangup ends the run unsaved", "omni/runtime.py",
         "self._asked_to_stop |= number != signal.SIGHUP", "self._asked_to_stop = True",
         "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
     ),

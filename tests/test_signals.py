@@ -209,6 +209,8 @@ def test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it(stage, tmp_p
     group = os.getpgid(process.pid)
     os.killpg(group, signal.SIGHUP)  # the kernel's, to the workers too, and the shell's
     process.send(signal.SIGHUP)
+    time.sleep(0.05)
+    process.send(signal.SIGTERM)  # a logout's
     assert process.wait().returncode == 75
     assert f"stopped at step {stopped.steps()[-1]}" in process.stderr
     process = stopped.start(prelude="import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SLOW)
