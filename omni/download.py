@@ -33,7 +33,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from omni.errors import RunError, UserError
-from omni.files import SEAL, read_sealed_json, write_sealed_json
+from omni.files import SEAL, read_sealed_json, remove_temporary, write_sealed_json
 from omni.media import quoted
 
 _BLOCK_BYTES = 1 << 20
@@ -494,6 +494,7 @@ class Store:
             fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.folder}: another process is preparing data there. Wait for it") from None
+        remove_temporary(self.folder)
 
     def settle(self, archive: Archive, folder: Path, limit: int | None) -> list[str]:
         """Have an archive's items below ``folder``: nothing to do, or unpack, or download and unpack.

@@ -423,7 +423,8 @@ def _measure_again(run: Run, manifest: Manifest, path: Path, belongs_to: dict, f
     def value(manifest: Manifest, row: int) -> float:
         return function(manifest, row) if changed[row] else before[row]
 
-    values = measure(manifest, value, dtype, desc=f"measure {manifest.path.name}", check_stop=run.check_stop)
+    note = f"{path.name} of {manifest.path.name}"
+    values = measure(manifest, value, dtype, desc=note, check_stop=run.check_stop)
     write_arrays(path, belongs_to, values=values, **facts)
 
 

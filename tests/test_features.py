@@ -89,7 +89,7 @@ def test_a_broken_file_is_named_and_replaced(mix, tmp_path):
     assert right == set(), "a caption that is no scene's"
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(BadRow, match="now it can"):
-        tasks["caption"].picture(tasks["caption"].manifest[1])
+        tasks["caption"]._read_picture(tasks["caption"].picture(tasks["caption"].manifest[1]))
 
 
 def test_a_training_with_kept_features_ends_alike(mix, tmp_path, capsys):

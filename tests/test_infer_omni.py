@@ -490,7 +490,7 @@ def test_a_path_that_can_be_none_is_one_line(merged, media, chat, tmp_path):
         only_error(run(tmp_path, "infer_chat.py", "--ckpt_dir", str(merged), *mode, *out), long, "File name too long")
     (tmp_path / "thinker.pt").mkdir()
     process = run(tmp_path, "infer_chat.py", "--ckpt_dir", str(tmp_path), "--text", "red")
-    only_error(process, "thinker.pt: Is a directory")
+    only_error(process, "thinker.pt: expected a checkpoint, found a folder")
     for option, words in (("image", ["--text", "red"]), ("video", ["--text", "red"]), ("audio_in", [])):
         assert long[:80] in chat.refuses(merged, f"--{option}", long, *words)
     out, err = chat(merged, lines=[f"/video {long}", "red"])

@@ -1,5 +1,6 @@
 """The Thinker is Qwen3 to the last digit, its cache changes nothing, and its generation does as it is told."""
 
+import io
 import json
 import os
 import subprocess
@@ -455,15 +456,8 @@ def chat(monkeypatch, capsys, arguments: list[str], lines: list[str] = ()) -> tu
     """Run infer_chat's main; what it wrote to stdout and stderr."""
     import infer_chat
 
-    answers = iter(lines)
-
-    def next_line(prompt: str = "") -> str:
-        line = next(answers, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", next_line)
+    typed = "".join(f"{line}\n" for line in lines).encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
     infer_chat.main(["--device", "cpu", *arguments])
     return capsys.readouterr()
 

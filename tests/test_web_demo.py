@@ -343,7 +343,8 @@ def test_long_speech_lets_others_have_their_turn(stub, count):
     *_, (_, (rate, samples)) = asyncio.run(main())
     events = page.assistant.events
     assert events.index("answered") - events.index("asked") <= 3 and events.count("One.") == count
-    assert len(samples) == count * rate and page.turns.jobs == 0
+    assert len(samples) == count * rate + (count - 1) * rate // 5, "with a pause between two"
+    assert page.turns.jobs == 0
 
 
 @needs_gradio
@@ -385,7 +386,8 @@ def test_what_is_asked_said_and_kept_is_bounded(stub, monkeypatch):
     heard = [np.frombuffer(base64.b64decode(piece), "<i2") for piece in stream.split(" ")[2:]]
     assert np.array_equal(np.concatenate(heard), samples)
     page.take = lambda size: size < 2000
-    assert len(say("One. Two.")[-1][0].split(" ")) == 4 and "cannot be played again" in told[-1]
+    assert len(say("One. Two.")[-1][0].split(" ")) == 2 + 3, "two sentences, and a pause between them"
+    assert "cannot be played again" in told[-1]
     monkeypatch.setattr(web, "PATIENCE_S", 0)
     page.unread = lambda session_hash: 99
     with pytest.raises(gr.Error, match="too little was fetched"):
