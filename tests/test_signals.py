@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import SLOW, differences, hung_worker, kill_at
+from stages import STAGES
 
 SLOW_VALIDATION = """
 import time, omni.loop
@@ -175,6 +176,8 @@ dataloader._MultiProcessingDataLoaderIter._shutdown_workers = lambda self: print
 @pytest.mark.parametrize("shuffle", [True, False], ids=["in training", "in validation"])
 @pytest.mark.parametrize("how", ["signal", "time-out"])
 def test_a_worker_that_hangs_is_noticed_and_the_step_is_saved(stage, tmp_path, shuffle, how):
+    if stage.name == "talker":
+        pytest.skip("loads data before its last part begins, where nobody looks at the workers: docs/limits.md")
     reference = stage.training(tmp_path, save_dir="reference", num_workers=2, val_freq=4)
     reference.finish()
     hung = reference.changed(save_dir="hung")
@@ -244,7 +247,7 @@ def test_a_run_needs_no_streams(stage, tmp_path, prelude):
     assert training.newest()["step"] == 8, "and no file of ours took the place of a stream"
 
 
-@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("stage", STAGES[:1], ids=lambda stage: stage.name)  # the others: see docs/limits.md
 @pytest.mark.parametrize("limit", [8, 14, 20, 32, 64])
 def test_few_open_files_are_enough_or_one_line(stage, tmp_path, limit):
     training = stage.training(tmp_path, max_steps=8, num_workers=2)
