@@ -141,6 +141,14 @@ def stated_digest(path: Path) -> bytes:
         return file.read()
 
 
+# What torch's reader raises for a stream that somebody wrote otherwise. Not MemoryError, nor OSError: of these the file
+# may be innocent.
+_UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, LookupError, TypeError, ValueError,
+    AttributeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+
+
 def load(path: Path) -> dict:
     """Read a verified checkpoint to CPU; plain data only, so no code in the file can run.
 
@@ -153,8 +161,9 @@ def load(path: Path) -> dict:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise DamagedCheckpoint("compressed, as torch.save never does: it may grow without bound")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise DamagedCheckpoint(f"refused by torch.load: {str(error).splitlines()[0]}") from error
+    except _UNREADABLE as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DamagedCheckpoint(f"refused by torch.load: {quoted(reason)}") from error
     if not isinstance(payload, dict) or "format" not in payload:
         raise DamagedCheckpoint("not a checkpoint of this project")
     if type(payload["format"]) is not int or payload["format"] != FORMAT_VERSION:

@@ -379,8 +379,12 @@ class Merged:
 
     def weights(self, *parts: str) -> dict[str, Tensor]:
         """The weights of some parts, with their prefixes."""
-        with safe_open(self.file(WEIGHTS), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys() if name.split(".")[0] in parts}  # noqa: SIM118
+        path = self.file(WEIGHTS)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys() if name.split(".")[0] in parts}  # noqa: SIM118
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged weights: {quoted(error)}") from error
 
     def part(self, name: str, device: torch.device | str) -> nn.Module:
         """A part ready to run: float32, in evaluation mode.

@@ -311,5 +311,5 @@ def _parse_csv(text: str, header: list[str], strip: bool) -> dict:
             raise BadRow("a quotation mark stands inside an unquoted field, so that rows run together") from error
         raise BadRow(str(error)) from error
     if len(cells) != len(header):
-        raise BadRow(f"expected {len(header)} columns ({', '.join(header)}), found {len(cells)}")
+        raise BadRow(f"expected {len(header)} columns ({quoted(', '.join(header))}), found {len(cells)}")
     return dict(zip(header, (cell.strip() for cell in cells) if strip else cells, strict=True))
