@@ -242,7 +242,7 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     with understood(path):
         if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
             payload["model"] = list(payload["phases"].values())[-1]["module"]
-            payload |= read_validated(folder, prefix, payload["step"])
+            payload |= read_validated(folder, prefix, stated_digest(path))
         saved = _Saved.model_validate(payload)
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in saved.model.values()):
             raise ValueError("weights that the file does not hold in full")

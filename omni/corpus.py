@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni.errors import UserError
-from omni.files import file_sha256, file_stat, open_sealed_json, write_json, write_sealed_json
+from omni.files import file_sha256, file_stat, open_sealed_json, read_sealed_json, write_sealed_json
 from omni.index import hold_cache
 from omni.records import other_encoding
 from omni.runtime import Run
@@ -272,10 +272,8 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
     fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "lines": 0, "blank": 0, "dialogues": 0}
     fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
     progress_path = folder / "progress.json"
-    try:
-        done = json.loads(progress_path.read_text())
-        done = done if done.keys() == fresh.keys() else fresh
-    except (FileNotFoundError, ValueError):
+    done = read_sealed_json(progress_path)
+    if done is None or done.keys() != fresh.keys():
         done = fresh
     width = np.dtype(dtype).itemsize
     sizes = {path.stem: path.stat().st_size for path in folder.glob("*.bin")}
@@ -320,7 +318,7 @@ def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
             filled = sum(map(bool, map(bytes.strip, chunk.removeprefix(codecs.BOM_UTF8).splitlines())))
             done["lines"] += filled
             done["blank"] += len(chunk.splitlines()) - filled
-            write_json(progress_path, done)
+            write_sealed_json(progress_path, done)
             bar.update(len(chunk))
     if file_stat(corpus) != stat:
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")

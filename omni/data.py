@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.config import StageConfig
-from omni.errors import UserError, collected_notes
+from omni.errors import GivenUp, UserError, collected_notes
 from omni.runtime import STOP_SIGNALS, Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -220,7 +220,7 @@ def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[d
 
     def look(*_) -> None:
         if not given_up and give_up(time.monotonic() - began):
-            raise _GivenUp
+            raise GivenUp
 
     try:
         while True:
@@ -230,14 +230,10 @@ def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[d
             yield batch
     except StopIteration:
         return
-    except _GivenUp:
+    except GivenUp:
         given_up = True
     while True:  # the loader is not asked again, and not taken apart either: that would wait as well
         yield None
-
-
-class _GivenUp(BaseException):
-    """Not an ``Exception``, which would be taken for the fault of the row that is just being read."""
 
 
 @contextmanager

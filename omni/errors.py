@@ -40,6 +40,13 @@ class TooLong(BadRow):
     """This row takes more positions than the model has."""
 
 
+class GivenUp(BaseException):
+    """A batch is not waited for any longer; no fault of the row that is being read meanwhile."""
+
+
+_PASSED_ON = (BadRow, Interrupted, GivenUp, KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
 class reading_row:
     """Whatever goes wrong in this context is a row's: damaged files make decoders raise anything, even MemoryError for
     a size that a header claims, and what Rust code raises is no ``Exception``. Only a wish to stop is passed on.
@@ -54,7 +61,7 @@ class reading_row:
         pass
 
     def __exit__(self, kind, error, trace) -> None:
-        if error is None or isinstance(error, (BadRow, Interrupted, KeyboardInterrupt, SystemExit, GeneratorExit)):
+        if error is None or isinstance(error, _PASSED_ON):
             return
         message = str(error).strip().partition("\n")[0]
         text = f"{kind.__name__}: {message}" if message else kind.__name__

@@ -342,7 +342,8 @@ class _Training:
             no_best = f"; without {name} it cannot be the best" if name in wrong else ""
             run.log(f"step {progress.step}: validation: not finite: {', '.join(wrong)}{no_best}")
         if run.is_main:
-            write_validated(run.save_dir, run.stage.prefix, progress)
+            path = checkpoint.step_path(run.save_dir, run.stage.prefix, progress.step)
+            write_validated(run.save_dir, run.stage.prefix, progress, checkpoint.stated_digest(path))
         self._tick()
         return improved
 
@@ -513,7 +514,7 @@ class _Training:
                 return None
             step = payload["step"]
             digest = checkpoint.stated_digest(checkpoint.step_path(folder, prefix, step))
-            return step, digest, read_validated(folder, prefix, step)
+            return step, digest, read_validated(folder, prefix, digest)
 
         if (told := run.from_main(chosen)) is None:
             return None

@@ -258,7 +258,7 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, lo
             records = json_records(path, chunks())
         else:
             records = line_records(path, chunks(), quotes=kind == "csv")
-            records = rows.all_bytes(records, before["size"])
+            records = rows.all_bytes(records)
         records = rows.without_blanks(records)
         if kind == "csv":
             record = next(records, None)
@@ -271,6 +271,7 @@ def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, lo
             keys.append(np.array([_key(path, record, header, key, kind) for record in batch], np.uint32))
     if file_stat(path) != before:
         raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
+    assert rows.end in (before["size"], None), "bytes after the last row"
     if len(keys) == 1:
         raise UserError(f"{path}: expected rows with {' and '.join(columns)}, found none")
     for name, parts in (("spans", spans), ("keys", keys)):
@@ -292,16 +293,16 @@ class _Found:
     """Counts what is no row, and what is an odd one."""
 
     def __init__(self) -> None:
+        self.end: int | None = None  # of the last record
         self.records = self.blank = self.of_lines = self.longest = self.longest_lines = 0
 
-    def all_bytes(self, records: Iterator[Record], size: int) -> Iterator[Record]:
+    def all_bytes(self, records: Iterator[Record]) -> Iterator[Record]:
         """``records``; not a byte of the file may be between two of them."""
         end = None
         for record in records:
             assert record.start == end or end is None and record.start in (0, 3), "bytes between two rows"
-            end = record.end
+            self.end = end = record.end
             yield record
-        assert end in (size, None), "bytes after the last row"
 
     def without_blanks(self, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:

@@ -124,16 +124,21 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
             files.run.log(f"{problem}: the content of {len(before):,} files is compared")
     else:
         before = open_arrays(facts)[0]["values"]
-    suspects, changed = np.flatnonzero(before != files.facts), 0
+    suspects, changed, gone = np.flatnonzero(before != files.facts), 0, np.zeros(len(before), bool)
     contents = open_arrays(path)[0]["contents"]
     for start in range(0, len(suspects), _AT_A_TIME):
         files.run.check_stop()
         some = suspects[start : start + _AT_A_TIME]
-        changed += int((np.array(files.contents(some), np.uint64) != contents[some]).sum())
+        now = np.array(files.contents(some), np.uint64)
+        gone[some] = (now == 0) & (contents[some] != 0)
+        changed += int(((now != contents[some]) & ~gone[some]).sum())
+    values, count = array_file(path, "values"), f"of {len(files.numbers):,} files"
     if changed:
-        return f"{array_file(path, 'values')}: {changed:,} of {len(files.numbers):,} files changed"
+        return f"{values}: {changed + int(gone.sum()):,} {count} changed"
+    if gone.any():  # a disk that is not there, say: what took hours is not thrown away for that
+        files.run.log(f"{values}: {gone.sum():,} {count} it was made of cannot be read: it is used as it is")
     if problem or len(suspects):  # other times, the same content
-        write_arrays(facts, belongs_to, values=files.facts)
+        write_arrays(facts, belongs_to, values=np.where(gone, before, files.facts))
     return ""
 
 

@@ -1,13 +1,15 @@
 """Where a training stands, beyond its modules; and what a validation found after its step had been saved.
 
 A step is saved before it is judged, so that a validation that fails costs nothing. What it found is a few numbers, in
-a sealed file of its own: ``<prefix>_validated.json``, which belongs to the step file of the same step.
+a sealed file of its own: ``<prefix>_validated.json``, which belongs to the step file whose digest it has.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from omni.files import read_sealed_json, write_sealed_json
+
+_STEP_FILE = "step_file"
 
 
 @dataclass
@@ -28,12 +30,16 @@ def _path(folder: Path, prefix: str) -> Path:
     return folder / f"{prefix}_validated.json"
 
 
-def write_validated(folder: Path, prefix: str, progress: Progress) -> None:
-    """Keep what the validation of the present step found; its step file is on disk already."""
-    write_sealed_json(_path(folder, prefix), vars(progress))
+def write_validated(folder: Path, prefix: str, progress: Progress, step_file: bytes) -> None:
+    """Keep what the validation of the present step found.
+
+    Args:
+        step_file: digest of that step's file, which is on disk already: another one of the same step may follow it.
+    """
+    write_sealed_json(_path(folder, prefix), vars(progress) | {_STEP_FILE: step_file.decode()})
 
 
-def read_validated(folder: Path, prefix: str, step: int) -> dict:
-    """What a validation changed after the step file of ``step`` was written: fields of ``Progress``, or none."""
-    found = read_sealed_json(_path(folder, prefix))
-    return found if found is not None and found["step"] == step else {}
+def read_validated(folder: Path, prefix: str, step_file: bytes) -> dict:
+    """What a validation changed after the step file with this digest was written: fields of ``Progress``, or none."""
+    found = read_sealed_json(_path(folder, prefix)) or {}
+    return found if found.pop(_STEP_FILE, "").encode() == step_file else {}

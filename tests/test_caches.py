@@ -428,3 +428,19 @@ def test_lengths_that_change_in_mid_training_are_another_training(tmp_path):
     _, killed = killed_after_caching(AUDIO_ENC, tmp_path, max_epochs=None, max_steps=6, checkpoint_freq=2)
     soundfile.write(tmp_path / "5.wav", np.random.default_rng(0).normal(0, 0.1, 14_000), 16_000)
     assert "data (lengths)" in only_line(killed)
+
+
+def test_files_that_cannot_be_read_cost_nothing_that_was_made_of_them(made, capsys):
+    """A disk that is not there: the codes stay, and the same disk again changes nothing."""
+    first = made()
+    (made.folder / "away").mkdir()
+    for row in range(0, ROWS, 3):
+        made.file(row).rename(made.folder / "away" / made.file(row).name)
+    away = made.file(7).read_bytes() if made.file(7).exists() else None
+    assert away is not None, "which is looked at below"
+    assert made() == first and made.calls == 0
+    assert "cannot be read: it is used as it is" in capsys.readouterr().out
+    for file in (made.folder / "away").iterdir():
+        file.rename(made.folder / file.name)
+    assert made() == first and made.calls == 0
+    assert "cannot be read" not in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_a_killed_script_prepares_the_same(tmp_path):
     training = TEXT.training(tmp_path, max_steps=2)
     small_chunks = "import omni.corpus; omni.corpus._CHUNK_BYTES = 100\n"
     for count in (2, 3, 4):
-        kill = kill_at("omni.corpus:write_json", count, after=count == 3)
+        kill = kill_at("omni.corpus:write_sealed_json", count, after=count == 3)
         assert training.run(prelude=small_chunks + kill).returncode == -9
     training.finish(prelude=small_chunks)
     (cache,) = tmp_path.glob("*.tokens-*")
@@ -356,3 +356,14 @@ def test_utf16_is_refused_by_its_name(tmp_path, tokenizer, encoding):
     path.write_bytes("the cat sat\non the mat\n".encode(encoding))
     with pytest.raises(UserError, match=r"text\.txt: expected UTF-8 text, found .*UTF-16"):
         prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
+
+
+@pytest.mark.parametrize("text_of_progress", ["[]", "3", "{}", '{"bytes": 5}'])
+def test_a_progress_that_is_not_what_was_written_begins_anew(text, tokenizer, text_of_progress):
+    path, _ = text
+    whole = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    folder = whole.train.path.parent
+    expected = whole.train.path.read_bytes()
+    (folder / "meta.json").unlink()
+    (folder / "progress.json").write_text(text_of_progress)
+    assert prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3).train.path.read_bytes() == expected

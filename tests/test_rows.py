@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import omni.manifest
-from omni.errors import BadRow, Interrupted, UserError, reading_row
+from omni.errors import BadRow, GivenUp, Interrupted, UserError, reading_row
 from omni.index import open_array, save_array
 from omni.manifest import Manifest, Rows, account_for_rows, load_manifest, measure, measure_rows, read_some
 from omni.media import Inline
@@ -436,3 +436,21 @@ def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong(
     for kind in kinds:
         kinds += kind.__subclasses__()
     assert len(kinds) > 12 and all("_sample" not in vars(kind) for kind in kinds[1:])
+
+
+def test_a_wish_to_wait_no_longer_is_no_fault_of_the_row():
+    with pytest.raises(GivenUp), reading_row():
+        raise GivenUp
+
+
+def test_a_file_that_grows_while_it_is_indexed_is_one_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("wav,text\n" + "a.wav,red\n" * 50)
+
+    def grow() -> None:
+        if path.stat().st_size < 600:
+            with open(path, "a") as file:
+                file.write("b.wav,blue\n" * 20)
+
+    with pytest.raises(UserError, match="changed while it was read"):
+        load_manifest(path, ("wav", "text"), "text", log=lambda line: None, check_stop=grow)

@@ -8,6 +8,7 @@ import pytest
 from harness import TRACE, differences, kill_at
 
 from omni import checkpoint
+from omni.progress import Progress, read_validated, write_validated
 
 # In the ``FAILS``-th validation of the process, at its first batch.
 FAILING = """
@@ -152,3 +153,10 @@ def test_rows_that_the_best_metric_needs_and_that_cannot_be_used_are_one_line(st
     name = JUDGED_BY.get(stage.name, "loss")
     assert f"not one of the held-out rows that {name} is measured on can be used" in process.stderr
     assert training.steps() == [3]
+
+
+def test_what_was_found_of_another_file_of_the_same_step_does_not_count(tmp_path):
+    progress = Progress(step=200, validated_step=200, metrics={"loss": 1.0})
+    write_validated(tmp_path, "thinker", progress, b"sha256:a")
+    assert read_validated(tmp_path, "thinker", b"sha256:a") == vars(progress)
+    assert read_validated(tmp_path, "thinker", b"sha256:b") == {}
