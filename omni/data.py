@@ -210,6 +210,9 @@ def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.d
     )
 
 
+NO_BATCH = "no batch came in {} s (loader_timeout_s): a data worker, or the disk that it reads from, hangs"
+
+
 def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[dict | None]:
     """The loader's batches; None in the place of one that is not waited for any longer, and of all after it.
 

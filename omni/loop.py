@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from omni import checkpoint
 from omni.config import StageConfig, drift
-from omni.data import ResumableDataset, arriving, build_loader, from_the_start
+from omni.data import NO_BATCH, ResumableDataset, arriving, build_loader, from_the_start
 from omni.errors import Interrupted, RunError, UserError
 from omni.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.progress import Progress, read_validated, write_validated
@@ -602,8 +602,8 @@ class _Training:
         saved = f"saved in {self.run.save_dir}" if step > 0 else "before the first step was made"
         if self.overdue:
             raise RunError(
-                f"no batch came in {self.config.loader_timeout_s} s (loader_timeout_s): a data worker, or the disk "
-                f"that it reads from, hangs. Stopped at step {step}, {saved}. Run the same command to go on"
+                f"{NO_BATCH.format(self.config.loader_timeout_s)}. Stopped at step {step}, {saved}. Run the same "
+                "command to go on"
             )
         raise Interrupted(f"stopped at step {step}, {saved}. Run the same command to go on")
 

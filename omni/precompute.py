@@ -25,8 +25,9 @@ from omni.caches import (
     unseal,
     write_arrays,
 )
-from omni.data import ResumableDataset, build_loader
-from omni.files import json_sha256
+from omni.data import NO_BATCH, ResumableDataset, arriving, build_loader
+from omni.errors import RunError
+from omni.files import json_sha256, remove_temporary
 from omni.manifest import Manifest, Rows, file_facts
 from omni.media import Inline
 from omni.runtime import Run
@@ -84,6 +85,7 @@ def precompute(
             if not path.parent.is_dir():
                 set_aside(path.parent, even_a_file=True)
                 path.parent.mkdir()
+            remove_temporary(path.parent)  # this process holds the lock of save_dir
             files = Files(run, rows.manifest, column, root, numbers)
             problem = arrays_problem(path, belongs_to) or _changed(path, belongs_to, files)
             if problem:
@@ -152,10 +154,18 @@ def _make(run: Run, path: Path, rows: Rows, files: Files, belongs_to: dict, make
         run.log(f"{note}: {len(rows):,} rows of {rows.manifest.path}{from_there}")
         dataset = ResumableDataset(rows, seed=0, batch_size=_AT_A_TIME, shuffle=False)
         dataset.skip_samples = done * _AT_A_TIME
-        batches = build_loader(dataset, run.config, run.device) if done < dataset.steps_per_epoch else []
-        total = dataset.steps_per_epoch
-        for batch in tqdm(batches, initial=done, total=total, desc=note, unit="batch", disable=None, delay=0.5):
+        limit, total = run.config.loader_timeout_s, dataset.steps_per_epoch
+
+        def give_up(waited_s: float) -> bool:
+            return run.stop_requested or waited_s >= limit
+
+        batches = arriving(build_loader(dataset, run.config, run.device), give_up) if done < total else []
+        # a name keeps the loader while an error is on its way: to take it apart may take long
+        shown = iter(tqdm(batches, initial=done, total=total, desc=note, unit="batch", disable=None, delay=0.5))
+        for batch in shown:
             run.check_stop()
+            if batch is None:
+                raise RunError(NO_BATCH.format(limit) + ". Run the same command to go on")
             for text in batch["notes"]:
                 run.log(text)
             positions = np.array(batch["rows"])

@@ -65,7 +65,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 # What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
 _OUT_OF_FILES = (os.strerror(errno.EMFILE), "items of ancdata")  # the second: what could not be passed to us
-_WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES)
+_WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -447,12 +447,17 @@ class Run:
             def write(folder: Path = folder) -> str:
                 folder.mkdir(parents=True, exist_ok=True)
                 name = f"shared.{secrets.token_hex(8)}{files.TEMPORARY_SUFFIX}"
-                (folder / name).open("x").close()
+                try:
+                    (folder / name).open("x").close()
+                except OSError:
+                    if self.config.cache_dir is None or folder != Path(self.config.cache_dir):
+                        raise
+                    return "."  # a cache that is complete may be read-only: then the folder itself has to be there
                 return name
 
             token = folder / self.from_main(write)
             blind = [host for host in self.gather("" if token.exists() else socket.gethostname()) if host]
-            if self.is_main:
+            if self.is_main and token != folder:
                 token.unlink()
             if blind:
                 if self.lock is not None:

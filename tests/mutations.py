@@ -766,6 +766,16 @@ MUTATIONS = [
         "gone[some] = (now == 0) & (contents[some] != 0)", "pass", "tests/test_caches.py -k cannot_be_read",
     ),
     Mutation(
+        "caches", "a worker that hangs while codes are made is waited for", "omni/precompute.py",
+        "return run.stop_requested or waited_s >= limit", "return False",
+        "tests/test_signals.py -k 'before_training_begins and out' --timeout 60",
+    ),
+    Mutation(
+        "caches", "what killed writes left stays", "omni/precompute.py",
+        "            remove_temporary(path.parent)  # this process holds the lock of save_dir\n", "",
+        "tests/test_caches.py -k leftovers",
+    ),
+    Mutation(
         "caches", "a file that changed while it was read counts as read", "omni/caches.py",
         'int.from_bytes(digest.digest(), "little") if found == facts else 0',
         'int.from_bytes(digest.digest(), "little")',

@@ -444,3 +444,10 @@ def test_files_that_cannot_be_read_cost_nothing_that_was_made_of_them(made, caps
         file.rename(made.folder / file.name)
     assert made() == first and made.calls == 0
     assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_leftovers_of_killed_writes_go(made):
+    made()
+    left = made.folder / "run/codes/made.json.0123456789abcdef.omni-partial"
+    left.write_text("half of it")
+    assert made() and not left.exists()
