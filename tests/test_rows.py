@@ -431,7 +431,8 @@ def test_parse_refuses_what_is_longer_than_a_row_may_be():
 def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong():
     """Subclasses of ``Rows``, of all stages, say how one row is read; none of them says when."""
     for path in (Path(omni.manifest.__file__).parent).glob("*.py"):
-        importlib.import_module(f"omni.{path.stem}")
+        if path.stem != "web":  # needs Gradio, and reads no rows
+            importlib.import_module(f"omni.{path.stem}")
     kinds = [Rows]
     for kind in kinds:
         kinds += kind.__subclasses__()
