@@ -2,6 +2,7 @@
 # make test   the test suite
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
 # make fuzz   20,000 damaged files of every kind that is read; the counts go to docs/reliability.md
+# make golden  40 steps of each demo config, and what the models say: the same bits as before?
 # make mutations  switch off what keeps each promise and see a test fail; the list goes to docs/mutations.md
 # make smoke  every stage on a few steps, and one question: about three minutes
 # make lint   check the style; make format mends it
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture fuzz mutations lint format bench web clean
+.PHONY: demo smoke test torture fuzz golden mutations lint format bench web clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -46,6 +47,9 @@ torture: .venv/.installed-dev
 
 fuzz: .venv/.installed-dev
 	$(BIN)/python tests/fuzz.py --page docs/reliability.md
+
+golden: .venv/.installed
+	$(BIN)/python tests/golden.py $(ARGS)
 
 mutations: .venv/.installed-dev
 	$(BIN)/python tests/mutations.py --page docs/mutations.md

@@ -68,6 +68,9 @@ _OUT_OF_FILES = (os.strerror(errno.EMFILE), "items of ancdata")  # the second: w
 _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 
 
+_WORKERS_FILES = 256  # open files with which loader workers have enough
+
+
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
     streams.secure()
@@ -104,8 +107,9 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def _thread_failed(args) -> None:
-    # TensorBoard writes in a thread; on a full disk the main one gets the same error at its next row, and tells it
-    if not isinstance(args.exc_value, OSError) or args.exc_value.errno not in _DISK_FULL:
+    # TensorBoard writes in a thread; on a full disk the main one gets the same error at its next row, and tells it.
+    # Where no file can be opened, the main one meets that itself.
+    if not isinstance(args.exc_value, OSError) or args.exc_value.errno not in (*_DISK_FULL, errno.EMFILE):
         threading.__excepthook__(args)
 
 
@@ -162,6 +166,23 @@ def _out_of_files() -> int:
     remedy = "Raise the limit (ulimit -n), or lower num_workers, and run the same command again"
     print(f"error: more than {limit} open files, which is the limit of this process. {remedy}", file=sys.stderr)
     return EXIT_FAILED
+
+
+def _open_files_for_workers() -> None:
+    """Raise the limit of open files as far as this process may: each tensor that a loader's worker sends is one.
+
+    Raises:
+        UserError: that is not far enough. A worker that runs out of them prints a traceback of its own, or hangs.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _WORKERS_FILES and soft != resource.RLIM_INFINITY:
+        soft = _WORKERS_FILES if hard == resource.RLIM_INFINITY else min(hard, _WORKERS_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        if soft < _WORKERS_FILES:
+            raise UserError(
+                f'key "num_workers": expected 0 where a process may have {soft} open files, or a limit of at least '
+                f"{_WORKERS_FILES} (ulimit -n)"
+            )
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -396,6 +417,8 @@ class Run:
         if config.use_amp and self.amp_dtype is None:
             self._pending.append(f"use_amp: {self.device} has no fast half-precision arithmetic, using float32")
         _ = self.accumulation_steps  # refused now, before anything is written
+        if config.num_workers:
+            _open_files_for_workers()
 
     def __enter__(self) -> "Run":
         if self.is_main:

@@ -160,6 +160,11 @@ MUTATIONS = [
         "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
     ),
     Mutation(
+        "environment", "loader workers run out of open files", "omni/runtime.py",
+        "            _open_files_for_workers()\n", "            pass\n",
+        "tests/test_signals.py -k 'few_open_files_for_workers and text'",
+    ),
+    Mutation(
         "signals", "a second signal leaves what is being written", "omni/runtime.py",
         "files.temporary_in_progress.unlink(missing_ok=True)", "pass",
         "tests/test_signals.py::test_a_second_signal_leaves_no_partial_file -k text",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import SLOW, differences, hung_worker, kill_at
-from stages import STAGES, TALKER
+from stages import TALKER
 
 SLOW_VALIDATION = """
 import time, omni.loop
@@ -264,13 +264,25 @@ def test_a_run_needs_no_streams(stage, tmp_path, prelude):
     assert training.newest()["step"] == 8, "and no file of ours took the place of a stream"
 
 
-@pytest.mark.parametrize("stage", STAGES[:1], ids=lambda stage: stage.name)  # the others: see docs/limits.md
+FEW_FILES = "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))\n"
+
+
+@pytest.mark.loop(phases=1)
 @pytest.mark.parametrize("limit", [8, 14, 20, 32, 64])
 def test_few_open_files_are_enough_or_one_line(stage, tmp_path, limit):
-    training = stage.training(tmp_path, max_steps=8, num_workers=2)
-    few = f"import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n"
-    process = training.run(prelude=few)
+    training = stage.training(tmp_path, max_steps=8, num_workers=0)
+    process = training.run(prelude=FEW_FILES.format(soft=limit, hard=limit))
     assert process.returncode == 0 or ("open files" in process.stderr and process.returncode in (1, 2))
     assert process.stderr.count("\n") <= 1
     assert limit < 64 or process.returncode == 0
     training.finish()
+
+
+@pytest.mark.loop(phases=1)
+@pytest.mark.parametrize("hard", [20, 64, 255])
+def test_too_few_open_files_for_workers_are_one_line(stage, tmp_path, hard):
+    """What a worker sends is an open file each; one that has none left prints a traceback, or hangs."""
+    training = stage.training(tmp_path, max_steps=8, num_workers=2)
+    process = training.run(prelude=FEW_FILES.format(soft=hard, hard=hard))
+    assert process.returncode in (1, 2) and "open files" in process.stderr and process.stderr.count("\n") == 1
+    training.finish(prelude=FEW_FILES.format(soft=20, hard=256))
