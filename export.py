@@ -18,12 +18,10 @@ from pathlib import Path
 
 import torch
 
-from omni.config import SftConfig, sizes_of
-from omni.errors import UserError
-from omni.files import file_sha256
-from omni.foreign import image_processor, preprocessing, write_language, write_model, write_recogniser
-from omni.gathering import gather_answering, gather_hearing, gather_seeing, gather_speaking, load_part
-from omni.merged import (
+from omni.common.errors import UserError
+from omni.common.files import file_sha256
+from omni.data.tokenizer import chat_template
+from omni.export.bundle import (
     CONFIG,
     FORMAT,
     INFO,
@@ -37,12 +35,14 @@ from omni.merged import (
     write_json,
     write_weights,
 )
-from omni.model_card import describe, loss_of_quality, model_card
-from omni.runtime import OneLineErrors, launch
-from omni.thinker import qwen3_config, to_qwen3_state_dict
-from omni.tokenizer import chat_template
-from omni.vision_encoder import to_vit_state_dict, vit_config
-from omni.vocoder import speecht5_config, to_speecht5_state_dict
+from omni.export.hf import image_processor, preprocessing, write_language, write_model, write_recogniser
+from omni.export.model_card import describe, loss_of_quality, model_card
+from omni.export.parts import gather_answering, gather_hearing, gather_seeing, gather_speaking, load_part
+from omni.models.thinker import qwen3_config, to_qwen3_state_dict
+from omni.models.vision_encoder import to_vit_state_dict, vit_config
+from omni.models.vocoder import speecht5_config, to_speecht5_state_dict
+from omni.train.config import SftConfig, sizes_of
+from omni.train.run import OneLineErrors, launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

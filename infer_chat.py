@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import soundfile
 
-from omni.assistant import (
+from omni.chat.assistant import (
     CHARACTERS_PER_TOKEN,
     MAX_SPOKEN_BYTES,
     Assistant,
@@ -44,11 +44,11 @@ from omni.assistant import (
     spoken,
     without_controls,
 )
-from omni.errors import UserError
-from omni.files import replace_file
-from omni.media import Media, quoted, visible
-from omni.runtime import OneLineErrors, launch, pick_device
-from omni.speech import MAX_SECONDS, Speaker
+from omni.chat.speaker import MAX_SECONDS, Speaker
+from omni.common.errors import UserError
+from omni.common.files import replace_file
+from omni.common.media import Media, quoted, visible
+from omni.train.run import OneLineErrors, launch, pick_device
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

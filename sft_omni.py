@@ -14,16 +14,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from omni.config import SftConfig
-from omni.data import held_out_set, training_set
-from omni.errors import UserError
-from omni.loop import Phase, Validation, train
-from omni.omni_model import Inputs, assemble
-from omni.optim import build_optimizer
-from omni.precompute import computed_digests
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
-from omni.tokenizer import Tokenizer
+from omni.common.errors import UserError
+from omni.data.order import held_out_set, training_set
+from omni.data.tokenizer import Tokenizer
+from omni.models.omni_model import Inputs, assemble
+from omni.stages.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
+from omni.train.config import SftConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.precompute import computed_digests
+from omni.train.run import Run, Stage, launch, parse_stage_args
 
 BESIDE = ("misspelling", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
 STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")

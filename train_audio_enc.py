@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.asr import (
+from omni.common.errors import UserError
+from omni.data.manifest import account_for_rows, prepare_manifest, split_rows
+from omni.data.order import held_out_set, training_set
+from omni.models.audio_encoder import AudioEncoder
+from omni.stages.asr import (
     COLUMNS,
     HeldOut,
     Utterances,
@@ -25,14 +29,10 @@ from omni.asr import (
     static_lengths,
     usable_rows,
 )
-from omni.audio_encoder import AudioEncoder
-from omni.config import AudioEncoderConfig
-from omni.data import held_out_set, training_set
-from omni.errors import UserError
-from omni.loop import Phase, Validation, train
-from omni.manifest import account_for_rows, prepare_manifest, split_rows
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
+from omni.train.config import AudioEncoderConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
 
 USES = {"train": "to_train_on", "val": "held_out", "unseen_voices": "of_unseen_voices"}
 STAGE = Stage(name="audio_enc", prefix="audio_enc", final="audio_enc.pt", unit="tokens", best_metric="wer")

@@ -14,17 +14,17 @@ from collections import Counter
 import numpy as np
 from torch import Tensor, nn
 
-from omni.caches import set_aside
-from omni.config import OcrConfig
-from omni.data import held_out_set, training_set
-from omni.errors import BadRow, UserError, reading_row
-from omni.files import read_sealed_json, write_sealed_json
-from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, account_for_split, measure_rows, prepare_manifest, split_rows
-from omni.ocr import Ocr, OcrRows, ocr_loss, ocr_metrics, ocr_sums, text_length
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.text import clean_text
+from omni.common.caches import set_aside
+from omni.common.errors import BadRow, UserError, reading_row
+from omni.common.files import read_sealed_json, write_sealed_json
+from omni.common.text import clean_text
+from omni.data.manifest import Manifest, account_for_split, measure_rows, prepare_manifest, split_rows
+from omni.data.order import held_out_set, training_set
+from omni.models.ocr import Ocr, OcrRows, ocr_loss, ocr_metrics, ocr_sums, text_length
+from omni.train.config import OcrConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
 
 STAGE = Stage(name="ocr", prefix="ocr", final="ocr.pt", unit="characters", best_metric="cer")
 

@@ -16,10 +16,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.aligner import Aligner, SpokenTexts, aligner_metrics, aligner_nats, aligner_sums, load_aligner, prepare_speech
-from omni.asr import static_lengths
-from omni.audio import load_audio
-from omni.codec import (
+from omni.chat.speaker import Listener, Speaker, TalkerScore, prepare_references
+from omni.common.errors import UserError
+from omni.data.audio import load_audio
+from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
+from omni.data.order import held_out_set, training_set
+from omni.models.aligner import (
+    Aligner,
+    SpokenTexts,
+    aligner_metrics,
+    aligner_nats,
+    aligner_sums,
+    load_aligner,
+    prepare_speech,
+)
+from omni.models.codec import (
     Codec,
     SpeechClips,
     codec_loss,
@@ -32,17 +43,14 @@ from omni.codec import (
     mel_spec,
     prepare_mel_statistics,
 )
-from omni.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
-from omni.data import held_out_set, training_set
-from omni.errors import UserError
-from omni.loop import Phase, Validation, train
-from omni.manifest import account_for_split, prepare_manifest, read_some, split_rows
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.samples import save_samples
-from omni.speech import Listener, Speaker, TalkerScore, prepare_references
-from omni.talker import CodedSpeech, Talker, talker_loss
-from omni.vocoder import load_vocoder_for
+from omni.models.talker import CodedSpeech, Talker, talker_loss
+from omni.models.vocoder import load_vocoder_for
+from omni.stages.asr import static_lengths
+from omni.train.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.samples import save_samples
 
 CODEC = Stage("codec", prefix="rvq_codec", final="rvq_codec.pt", unit="frames", best_metric="reconstruction_mse")
 ALIGNER = Stage("aligner", prefix="aligner", final="aligner.pt", unit="bytes", best_metric="nats_per_byte")

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from omni.config import TextConfig
-from omni.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
-from omni.data import held_out_set, training_set
-from omni.errors import UserError
-from omni.loop import Phase, Validation, train
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.thinker import Thinker
-from omni.tokenizer import Tokenizer
+from omni.common.errors import UserError
+from omni.data.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
+from omni.data.order import held_out_set, training_set
+from omni.data.tokenizer import Tokenizer
+from omni.models.thinker import Thinker
+from omni.train.config import TextConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
 
 STAGE = Stage(name="text", prefix="thinker", final="thinker.pt", unit="tokens", best_metric="loss")
 

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
-from omni.config import VisionConfig
-from omni.data import held_out_set, training_set
-from omni.errors import BadRow, UserError
-from omni.images import normalise
-from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, account_for_split, prepare_manifest, split_rows
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.text import visible
-from omni.thinker import load_thinker
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import PictureTextModel
+from omni.common.errors import BadRow, UserError
+from omni.common.text import visible
+from omni.data.images import normalise
+from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
+from omni.data.order import held_out_set, training_set
+from omni.data.tokenizer import Tokenizer
+from omni.models.thinker import load_thinker
+from omni.models.vision_encoder import PictureTextModel
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
+from omni.train.config import VisionConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
 
 STAGE = Stage(name="vision", prefix="vision", final="vision.pt", unit="pictures", best_metric="loss")
 COLUMNS = ("image", "caption")

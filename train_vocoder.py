@@ -15,16 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.audio import log_mel
-from omni.codec import fingerprint, mel_statistics_of
-from omni.config import VocoderConfig
-from omni.data import held_out_set, training_set
-from omni.loop import Phase, Validation, train
-from omni.manifest import Manifest, account_for_split, prepare_manifest, split_rows
-from omni.optim import build_optimizer
-from omni.runtime import Run, Stage, launch, parse_stage_args
-from omni.samples import save_samples
-from omni.vocoder import (
+from omni.data.audio import log_mel
+from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
+from omni.data.order import held_out_set, training_set
+from omni.models.codec import fingerprint, mel_statistics_of
+from omni.models.vocoder import (
     Clips,
     Discriminators,
     Generator,
@@ -39,6 +34,11 @@ from omni.vocoder import (
     read_clip,
     split_column,
 )
+from omni.train.config import VocoderConfig
+from omni.train.loop import Phase, Validation, train
+from omni.train.optim import build_optimizer
+from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.samples import save_samples
 
 STAGE = Stage(name="vocoder", prefix="hifigan", final="hifigan.pt", unit="samples", best_metric="mel_l1")
 BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory

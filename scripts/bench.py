@@ -36,17 +36,18 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import omni.loop
-from omni import allocator, checkpoint
-from omni.codec import Codec, load_codec
-from omni.config import StageConfig
-from omni.errors import UserError
-from omni.files import write_json
-from omni.optim import build_adamw
-from omni.runtime import OneLineErrors, launch, pick_amp_dtype
-from omni.speech import Speaker
-from omni.talker import Talker, load_talker
-from omni.vocoder import Generator, fold_weight_norm, load_vocoder
+import omni.train.loop
+from omni.chat.speaker import Speaker
+from omni.common import allocator
+from omni.common.errors import UserError
+from omni.common.files import write_json
+from omni.models.codec import Codec, load_codec
+from omni.models.talker import Talker, load_talker
+from omni.models.vocoder import Generator, fold_weight_norm, load_vocoder
+from omni.train import checkpoint
+from omni.train.config import StageConfig
+from omni.train.optim import build_adamw
+from omni.train.run import OneLineErrors, launch, pick_amp_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ class Enough(Exception):
     """Ends a run whose steps have been timed."""
 
 
-STEPS = omni.loop._Training._steps  # as it is before anyone watches
+STEPS = omni.train.loop._Training._steps  # as it is before anyone watches
 
 
 @dataclass
@@ -191,7 +192,7 @@ class Watch:
     own_overheads: list[float] = field(default_factory=list)  # the same without workers
     waits: list[float] = field(default_factory=list)  # the share of the loop's time that it waits for batches
 
-    def loop(self, training: omni.loop._Training) -> Iterator[list[dict]]:
+    def loop(self, training: omni.train.loop._Training) -> Iterator[list[dict]]:
         """In the place of ``_Training._steps``."""
         self.stage, steps, kept = training.run.stage.name, STEPS(training), []
         for block in range(1 + self.sizes.blocks):
@@ -222,14 +223,14 @@ class Watch:
         raise Enough
 
 
-def bare_seconds(training: omni.loop._Training, steps: list[list[dict]]) -> float:
+def bare_seconds(training: omni.train.loop._Training, steps: list[list[dict]]) -> float:
     started = time.perf_counter()
     for micro_batches in steps:
         bare_step(training, micro_batches)
     return time.perf_counter() - started
 
 
-def bare_step(training: omni.loop._Training, micro_batches: list[dict]) -> None:
+def bare_step(training: omni.train.loop._Training, micro_batches: list[dict]) -> None:
     """Forward, backward and optimizer of each phase, and nothing else."""
     micro_batches = [batch | {"step": training.progress.step} for batch in micro_batches]
     for phase in training.begun_phases():
@@ -292,7 +293,7 @@ def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
     """Run the stage's script in this process, until its steps have been timed."""
     watch, said, script = Watch(sizes), io.StringIO(), importlib.import_module(STAGES[letter].script)
     with (
-        mock.patch.object(omni.loop._Training, "_steps", lambda training: watch.loop(training)),
+        mock.patch.object(omni.train.loop._Training, "_steps", lambda training: watch.loop(training)),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
         contextlib.suppress(Enough),

@@ -18,10 +18,17 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from omni.aligner import TEXT_SYMBOLS
-from omni.asr import ctc_loss
-from omni.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
-from omni.config import (
+from omni.data.images import normalise
+from omni.models.aligner import TEXT_SYMBOLS
+from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
+from omni.models.ocr import Ocr, encode_texts, ocr_loss
+from omni.models.omni_model import OmniModel
+from omni.models.talker import Talker, talker_loss
+from omni.models.thinker import IGNORED, Thinker, qwen3_config, to_qwen3_state_dict
+from omni.models.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
+from omni.models.vocoder import Generator, mel_loss, mel_spec, speecht5_config
+from omni.stages.asr import ctc_loss
+from omni.train.config import (
     AudioEncoderConfig,
     OcrConfig,
     SftConfig,
@@ -33,13 +40,6 @@ from omni.config import (
     VocoderConfig,
     sizes_of,
 )
-from omni.images import normalise
-from omni.ocr import Ocr, encode_texts, ocr_loss
-from omni.omni_model import OmniModel
-from omni.talker import Talker, talker_loss
-from omni.thinker import IGNORED, Thinker, qwen3_config, to_qwen3_state_dict
-from omni.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
-from omni.vocoder import Generator, mel_loss, mel_spec, speecht5_config
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
 ATTENTIONS = ("sdpa", "eager")
@@ -260,7 +260,7 @@ def mixed_pair(configs: Path) -> Pair:
     speed. Projections, encoders (whose features are kept) and talker are on neither side.
     """
     config, omni = STAGES["E"].read(configs), omni_of_text(configs)
-    B, T, vocab_size = config.batch_size, omni.thinker.arch.ctx_len, omni.thinker.arch.vocab_size
+    B, T, vocab_size = config.batch_size, omni.models.thinker.arch.ctx_len, omni.models.thinker.arch.vocab_size
     sizes = torch.linspace(T / 8, T, B).long().clamp(max=T)
     sizes[: 3 * B // 4] = torch.linspace(T / 8, T / 2, 3 * B // 4).long()
     tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)
@@ -273,7 +273,7 @@ def mixed_pair(configs: Path) -> Pair:
         inputs = {"inputs_embeds": model.get_input_embeddings()(tokens), "attention_mask": mask.long()}
         return model(**inputs, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(omni.thinker))
+    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(omni.models.thinker))
     return Pair("E", "thinker", config, omni, lambda model: model(batch).nats, theirs, their_loss, equal=True)
 
 

@@ -21,13 +21,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.asr import COLUMNS, LENGTH, read_text, row_length, samples_at
-from omni.audio_encoder import output_frames
-from omni.config import AudioEncoderConfig, TalkerConfig, load_config, read_keys
-from omni.ctc import CtcTokenizer, frames_needed
-from omni.errors import BadRow, UserError, reading_row
-from omni.manifest import Manifest, load_manifest, measure
-from omni.runtime import OneLineErrors, launch
+from omni.common.errors import BadRow, UserError, reading_row
+from omni.data.manifest import Manifest, load_manifest, measure
+from omni.models.audio_encoder import output_frames
+from omni.models.ctc import CtcTokenizer, frames_needed
+from omni.stages.asr import COLUMNS, LENGTH, read_text, row_length, samples_at
+from omni.train.config import AudioEncoderConfig, TalkerConfig, load_config, read_keys
+from omni.train.run import OneLineErrors, launch
 
 _NAMED = 5  # rows that are named; all are counted
 _PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 99.9, 100)

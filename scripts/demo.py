@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from omni import allocator
-from omni.checkpoint import load
-from omni.errors import EXIT_INTERRUPTED
-from omni.files import replace_file
+from omni.common import allocator
+from omni.common.errors import EXIT_INTERRUPTED
+from omni.common.files import replace_file
+from omni.train.checkpoint import load
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"

@@ -35,34 +35,34 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from omni.aligner import load_aligner, text_symbols
-from omni.asr import COLUMNS, Utterances, error_counts
-from omni.assistant import without_controls
-from omni.audio import log_mel
-from omni.audio_encoder import load_audio_encoder, transcribe
-from omni.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
-from omni.checkpoint import load_stage, saved_config
-from omni.codec import SpeechClips, codec_metrics, codec_sums, load_codec
-from omni.config import CodecConfig, StageConfig
-from omni.corpus import IGNORE, count_lines, read_chunks, split_samples
-from omni.data import ResumableDataset, build_loader
-from omni.errors import BadRow, RunError, UserError, reading_row
-from omni.files import replace_file
-from omni.images import normalise
-from omni.loop import to_device
-from omni.manifest import Rows, load_manifest
-from omni.media import visible
-from omni.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
-from omni.omni_model import Inputs, load_omni
-from omni.runtime import OneLineErrors, launch, pick_device
-from omni.samples import write_sound
-from omni.sft import TASKS, AnswerScore, HeldOutItems, load_text
-from omni.speech import Listener, Speaker, read_recordings, word_error_rates, word_errors
-from omni.talker import Utterance, collate_utterances, talker_metrics, talker_sums
-from omni.thinker import Thinker, load_thinker
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import load_vision_encoder
-from omni.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
+from omni.chat.assistant import without_controls
+from omni.chat.speaker import Listener, Speaker, read_recordings, word_error_rates, word_errors
+from omni.common.errors import BadRow, RunError, UserError, reading_row
+from omni.common.files import replace_file
+from omni.common.media import visible
+from omni.data.audio import log_mel
+from omni.data.corpus import IGNORE, count_lines, read_chunks, split_samples
+from omni.data.images import normalise
+from omni.data.manifest import Rows, load_manifest
+from omni.data.order import ResumableDataset, build_loader
+from omni.data.tokenizer import Tokenizer
+from omni.models.aligner import load_aligner, text_symbols
+from omni.models.audio_encoder import load_audio_encoder, transcribe
+from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
+from omni.models.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
+from omni.models.omni_model import Inputs, load_omni
+from omni.models.talker import Utterance, collate_utterances, talker_metrics, talker_sums
+from omni.models.thinker import Thinker, load_thinker
+from omni.models.vision_encoder import load_vision_encoder
+from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
+from omni.stages.asr import COLUMNS, Utterances, error_counts
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.stages.sft import TASKS, AnswerScore, HeldOutItems, load_text
+from omni.train.checkpoint import load_stage, saved_config
+from omni.train.config import CodecConfig, StageConfig
+from omni.train.loop import to_device
+from omni.train.run import OneLineErrors, launch, pick_device
+from omni.train.samples import write_sound
 from train_text import text_metrics, text_sums
 
 # those that need no second file, and no folder of another stage

@@ -10,7 +10,7 @@ images: data/images/annotations.json ([{"image", "caption", "questions", "groups
 ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
-combination that training never shows (omni/world.py lists them); asr.val_voices.csv has voices that asr.csv has not,
+combination that training never shows (omni/synthetic/world.py lists them); asr.val_voices.csv has voices that asr.csv has not,
 ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
@@ -41,9 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 from tqdm import tqdm
 
-from omni import world
-from omni.errors import Interrupted, RunError, UserError
-from omni.synthetic import pictures, signs, speech
+from omni.common.errors import Interrupted, RunError, UserError
+from omni.synthetic import pictures, signs, speech, world
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines

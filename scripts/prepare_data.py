@@ -23,10 +23,10 @@ from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.download import Archive, Store, gigabytes, log, read_checksums, read_record, replacing
-from omni.errors import Interrupted, RunError, UserError
-from omni.files import write_sealed_json
-from omni.media import quoted
+from omni.common.errors import Interrupted, RunError, UserError
+from omni.common.files import write_sealed_json
+from omni.common.media import quoted
+from omni.data.download import Archive, Store, gigabytes, log, read_checksums, read_record, replacing
 
 Items = dict[str, list[str]]  # name of an archive -> names of its unpacked items, relative to the dataset's folder
 Rows = Iterable[dict[str, str]]

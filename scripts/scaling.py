@@ -33,11 +33,11 @@ import numpy as np
 from scaling_data import CASES, SETTINGS, Case
 from scaling_page import Cost, Figures, Order, Start, page
 
-from omni.corpus import PackedTokens
-from omni.data import ResumableDataset, build_loader, permute
-from omni.errors import UserError
-from omni.manifest import Manifest
-from omni.runtime import OneLineErrors, Run, launch
+from omni.common.errors import UserError
+from omni.data.corpus import PackedTokens
+from omni.data.manifest import Manifest
+from omni.data.order import ResumableDataset, build_loader, permute
+from omni.train.run import OneLineErrors, Run, launch
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (0.0, 0.01, 0.5, 0.99)  # of an epoch, where a run is resumed

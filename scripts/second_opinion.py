@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from tqdm import tqdm
 
-from omni import world
-from omni.asr import COLUMNS, error_counts, read_text
-from omni.audio import load_audio
-from omni.ctc import normalise_text
-from omni.errors import BadRow, UserError, reading_row
-from omni.manifest import load_manifest
-from omni.runtime import OneLineErrors, launch
+from omni.common.errors import BadRow, UserError, reading_row
+from omni.data.audio import load_audio
+from omni.data.manifest import load_manifest
+from omni.models.ctc import normalise_text
+from omni.stages.asr import COLUMNS, error_counts, read_text
+from omni.synthetic import world
+from omni.train.run import OneLineErrors, launch
 
 SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
 DISCOUNT = 0.5  # taken from every bigram's count, for those that were never seen

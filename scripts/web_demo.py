@@ -24,12 +24,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
-from omni.assistant import Assistant, has_part, load_reader, load_speaker
-from omni.errors import UserError
-from omni.media import quoted
-from omni.runtime import OneLineErrors, launch, pick_device
+from omni.chat.assistant import Assistant, has_part, load_reader, load_speaker
+from omni.chat.server import Folder, Guard, names_of, own_folder
+from omni.common.errors import UserError
+from omni.common.media import quoted
 from omni.synthetic import pictures, signs, speech
-from omni.web_limits import Folder, Guard, names_of, own_folder
+from omni.train.run import OneLineErrors, launch, pick_device
 
 CONNECTIONS = 512  # a visitor has about three
 
@@ -39,7 +39,7 @@ try:
     import uvicorn
     from fastapi import FastAPI
 
-    from omni.web import CLEANED_S, KEPT_S, MAX_FILES, Page, build
+    from omni.chat.web import CLEANED_S, KEPT_S, MAX_FILES, Page, build
 except ImportError as error:  # told by main, as one line
     gr, missing = None, error
 

@@ -46,19 +46,19 @@ from reliability import ROOT, commit, machine, write_part
 from stages import make_mix, write_csv
 
 import export
-from omni import checkpoint
-from omni.audio import audio_length, load_audio
-from omni.config import AudioEncoderConfig, OcrConfig, TextConfig, VisionConfig, VocoderConfig, load_config
-from omni.corpus import read_chunks, split_samples
-from omni.ctc import CtcTokenizer
-from omni.download import Archive, unpack
-from omni.errors import BadRow, RunError, UserError
-from omni.images import load_image
-from omni.manifest import load_manifest
-from omni.merged import INFO, Merged, info_sha256
-from omni.thinker import load_thinker
-from omni.tokenizer import Tokenizer
-from omni.video import load_frames
+from omni.common.errors import BadRow, RunError, UserError
+from omni.data.audio import audio_length, load_audio
+from omni.data.corpus import read_chunks, split_samples
+from omni.data.download import Archive, unpack
+from omni.data.images import load_image
+from omni.data.manifest import load_manifest
+from omni.data.tokenizer import Tokenizer
+from omni.data.video import load_frames
+from omni.export.bundle import INFO, Merged, info_sha256
+from omni.models.ctc import CtcTokenizer
+from omni.models.thinker import load_thinker
+from omni.train import checkpoint
+from omni.train.config import AudioEncoderConfig, OcrConfig, TextConfig, VisionConfig, VocoderConfig, load_config
 
 SECONDS = 20  # for one case
 ADDRESS_SPACE = 4 << 30  # beyond what the process has at its beginning

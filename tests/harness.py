@@ -22,37 +22,37 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # One line per step and process: which rows it trained on. Rank and step make a line unique.
 TRACE = """
-import os, omni.loop
-_train_step = omni.loop._Training._train_step
+import os, omni.train.loop
+_train_step = omni.train.loop._Training._train_step
 def traced(self, micro_batches):
     rows = [batch["rows"] for batch in micro_batches]
     with open(os.environ["TRACE"], "a") as file:
         file.write(f"{self.progress.step} {self.run.rank} {rows}\\n")
     _train_step(self, micro_batches)
-omni.loop._Training._train_step = traced
+omni.train.loop._Training._train_step = traced
 """
 
 # Slow enough for kills at random instants to fall into training; a sleep changes no bit.
 SLOW = """
-import time, omni.loop
-_slow_step = omni.loop._Training._train_step
+import time, omni.train.loop
+_slow_step = omni.train.loop._Training._train_step
 def slow(self, micro_batches):
     time.sleep(0.02)
     _slow_step(self, micro_batches)
-omni.loop._Training._train_step = slow
+omni.train.loop._Training._train_step = slow
 """
 
 # A worker of the first epoch stops at its third batch, for ever, and the clock by which it is waited for goes faster.
 HUNG_WORKER = """
-import os, signal, time, types, omni.data
-_iter = omni.data.ResumableDataset.__iter__
+import os, signal, time, types, omni.data.order
+_iter = omni.data.order.ResumableDataset.__iter__
 def hanging(self):
     for index, batch in enumerate(_iter(self)):
         if self.shuffle == {shuffle} and self.skip_samples == 0 and index == {index}:
             os.kill(os.getpid(), signal.SIGSTOP)
         yield batch
-omni.data.ResumableDataset.__iter__ = hanging
-omni.data.time = types.SimpleNamespace(monotonic=lambda: {speed} * time.monotonic())
+omni.data.order.ResumableDataset.__iter__ = hanging
+omni.data.order.time = types.SimpleNamespace(monotonic=lambda: {speed} * time.monotonic())
 """
 
 

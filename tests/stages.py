@@ -14,11 +14,16 @@ from harness import Training
 from PIL import Image
 from torch import nn
 
-from omni import checkpoint
-from omni.aligner import Aligner
-from omni.audio_encoder import AudioEncoder
-from omni.codec import Codec
-from omni.config import (
+from omni.data.tokenizer import Tokenizer
+from omni.models.aligner import Aligner
+from omni.models.audio_encoder import AudioEncoder
+from omni.models.codec import Codec
+from omni.models.ctc import CtcTokenizer
+from omni.models.talker import Talker
+from omni.models.thinker import Thinker
+from omni.models.vision_encoder import PictureTextModel
+from omni.train import checkpoint
+from omni.train.config import (
     AlignerConfig,
     AudioEncoderConfig,
     CodecConfig,
@@ -27,11 +32,6 @@ from omni.config import (
     TextConfig,
     VisionConfig,
 )
-from omni.ctc import CtcTokenizer
-from omni.talker import Talker
-from omni.thinker import Thinker
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import PictureTextModel
 
 WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from omni.aligner import (
+from omni.common.errors import BadRow
+from omni.models.aligner import (
     TEXT_END,
     Aligner,
     aligner_metrics,
@@ -17,8 +18,7 @@ from omni.aligner import (
     likeliest_durations,
     text_symbols,
 )
-from omni.config import AlignerConfig
-from omni.errors import BadRow
+from omni.train.config import AlignerConfig
 
 KEYS = {"save_dir": "-", "tts_csv": "-", "max_steps": 1, "n_mels": 8, "aligner_d_model": 32}
 

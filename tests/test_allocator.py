@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from omni import allocator
+from omni.common import allocator
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLE = "GLIBC_TUNABLES"
 WITHOUT = {name: value for name, value in os.environ.items() if name != VARIABLE}
 PROGRAM = f"""
 import os, sys
-from omni import runtime
-from omni.config import TextConfig
+from omni.train import run as runtime
+from omni.train.config import TextConfig
 def main():
     runtime.load_config = lambda *_: (print(os.environ.get({VARIABLE!r}), sys.argv, flush=True), os._exit(0))
     runtime.parse_stage_args(TextConfig, "")

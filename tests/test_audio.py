@@ -11,7 +11,8 @@ import soundfile
 import torch
 from harness import ROOT
 
-from omni.audio import (
+from omni.common.errors import BadRow, collected_notes
+from omni.data.audio import (
     MelSpec,
     audio_length,
     griffin_lim,
@@ -25,7 +26,6 @@ from omni.audio import (
     resampled_length,
     spec_augment,
 )
-from omni.errors import BadRow, collected_notes
 
 MEL = MelSpec()
 
@@ -111,8 +111,8 @@ def test_ten_hours_and_a_thousand_channels_cost_no_memory(tmp_path):
             file.write(np.zeros((1600, 1000), np.int16))
     code = f"""
 import resource
-from omni.audio import audio_length, load_audio
-from omni.errors import BadRow
+from omni.data.audio import audio_length, load_audio
+from omni.common.errors import BadRow
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_audio({str(long)!r}, 16_000, max_s=20)

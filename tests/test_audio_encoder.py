@@ -16,14 +16,20 @@ from stages import AUDIO_ENC, write_csv
 from test_config import only_error
 from torch import Tensor
 
-from omni import audio_encoder, ctc
-from omni.asr import HeldOut, Utterances, ctc_loss, error_counts, score_metrics, score_sums, static_lengths
-from omni.audio_encoder import AudioEncoder, load_audio_encoder, parakeet_config, to_parakeet_state_dict, transcribe
-from omni.config import AudioEncoderArchitecture, AudioEncoderConfig
-from omni.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text, prefix_beam_search
-from omni.errors import BadRow, UserError
-from omni.manifest import load_manifest
-from omni.optim import build_adamw
+from omni.common.errors import BadRow, UserError
+from omni.data.manifest import load_manifest
+from omni.models import audio_encoder, ctc
+from omni.models.audio_encoder import (
+    AudioEncoder,
+    load_audio_encoder,
+    parakeet_config,
+    to_parakeet_state_dict,
+    transcribe,
+)
+from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text, prefix_beam_search
+from omni.stages.asr import HeldOut, Utterances, ctc_loss, error_counts, score_metrics, score_sums, static_lengths
+from omni.train.config import AudioEncoderArchitecture, AudioEncoderConfig
+from omni.train.optim import build_adamw
 
 V = 30  # tokens, without the blank
 

@@ -8,7 +8,7 @@ import torch
 from harness import ROOT
 from stages import AUDIO_ENC, OCR, OMNI, TALKER, TEXT, VISION, VOCODER
 
-from omni.errors import UserError
+from omni.common.errors import UserError
 
 pytest.importorskip("transformers")
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -15,13 +15,13 @@ import torch
 from harness import differences, kill_at
 from stages import AUDIO_ENC, OCR, OMNI, TALKER, VOCODER, StageCase
 
-from omni.audio import MelSpec
-from omni.codec import mel_statistics_of
-from omni.config import TextConfig
-from omni.errors import BadRow, UserError
-from omni.manifest import Rows, load_manifest, measure_rows
-from omni.precompute import precompute
-from omni.runtime import Run, Stage
+from omni.common.errors import BadRow, UserError
+from omni.data.audio import MelSpec
+from omni.data.manifest import Rows, load_manifest, measure_rows
+from omni.models.codec import mel_statistics_of
+from omni.train.config import TextConfig
+from omni.train.precompute import precompute
+from omni.train.run import Run, Stage
 
 ROWS, BATCHES = 100, 4  # of 32 rows
 NAME = "made"
@@ -247,7 +247,7 @@ def test_a_file_that_changes_while_the_others_are_made(made, monkeypatch):
 
 
 def test_memory_is_that_of_a_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("omni.precompute._AT_A_TIME", 4)
+    monkeypatch.setattr("omni.train.precompute._AT_A_TIME", 4)
     made = Made(tmp_path)
     made.make = lambda batch: [np.zeros((len(sample) * 5_000, 2), np.int16) for sample in batch["samples"]]
     run = Run(made.config.model_copy(update={"num_workers": 0}), Stage("text", "t", "t.pt", "", "loss"), [], "cpu")
@@ -312,7 +312,7 @@ def test_measuring_where_nothing_can_be_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(30, "Read-only file system", "index")
 
-    monkeypatch.setattr("omni.index.FolderLock.wait_for", refuse)
+    monkeypatch.setattr("omni.data.index.FolderLock.wait_for", refuse)
     with pytest.raises(UserError, match="Read-only file system. Set cache_dir"):
         measured()
 
@@ -367,7 +367,7 @@ def killed_after_caching(stage: StageCase, folder: Path, **keys):
     whole = stage.training(folder, save_dir="whole", **keys)
     whole.finish()
     killed = whole.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 4)).returncode == -9
+    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 4)).returncode == -9
     return whole, killed
 
 

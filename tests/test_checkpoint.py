@@ -13,8 +13,8 @@ import torch
 from harness import ROOT, TRACE, count_calls, differences, kill_at, small_disk
 from stages import TEXT
 
-from omni import checkpoint
-from omni.errors import RunError
+from omni.common.errors import RunError
+from omni.train import checkpoint
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_falls_back(stage, 
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
     damaged = reference.changed(save_dir="damaged")
-    assert damaged.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
+    assert damaged.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
     path = damaged.step_path(damaged.steps()[-1])
     path.write_bytes(path.read_bytes()[:-9])
     process = damaged.finish()
@@ -153,8 +153,8 @@ def test_every_damage_to_a_step_file_is_detected(stage, tmp_path):
 
 # The validation of step 7 is the best.
 BEST_AT_7 = """
-import omni.loop
-_validate = omni.loop._Training._validate
+import omni.train.loop
+_validate = omni.train.loop._Training._validate
 def validate(self):
     metrics = self.validation.metrics
     name, step = self.run.stage.best_metric, self.progress.step
@@ -163,7 +163,7 @@ def validate(self):
         return _validate(self)
     finally:
         self.validation.metrics = metrics
-omni.loop._Training._validate = validate
+omni.train.loop._Training._validate = validate
 """
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_final_file_is_written_again(stage, tmp_path):
 @pytest.mark.loop
 def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_final(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=BEST_AT_7 + kill_at("omni.loop:_Training._finish", 1)).returncode == -9
+    assert training.run(prelude=BEST_AT_7 + kill_at("omni.train.loop:_Training._finish", 1)).returncode == -9
     damage(training.step_path(7))
     process = training.finish(prelude=BEST_AT_7)
     assert f"{training.step_path(7)}: the best checkpoint cannot be read" in process.stdout
@@ -200,7 +200,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_final(stage
 @pytest.mark.loop
 def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
+    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
     for step in training.steps():
         damage(training.step_path(step))
     for _ in range(2):
@@ -225,14 +225,14 @@ def test_disk_full_during_a_save(stage, tmp_path):
     reference.finish()
     full = reference.changed(save_dir="full")
     prelude = """
-import resource, omni.checkpoint
-_save, _calls = omni.checkpoint.save, [0]
+import resource, omni.train.checkpoint
+_save, _calls = omni.train.checkpoint.save, [0]
 def save(path, payload):
     _calls[0] += 1
     if _calls[0] == 3:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     _save(path, payload)
-omni.checkpoint.save = save
+omni.train.checkpoint.save = save
 """
     process = full.run(prelude=prelude)
     assert process.returncode == 1
@@ -245,8 +245,8 @@ omni.checkpoint.save = save
 # Somebody else takes the last page of the disk when step 6 begins. What is left are the ends of the pages that files
 # have begun; with ``crowded`` its file of events has none, so that TensorBoard's thread is the first to fail.
 TAKEN_BY_OTHERS = """
-import omni.loop
-_full_step = omni.loop._Training._train_step
+import omni.train.loop
+_full_step = omni.train.loop._Training._train_step
 def train_step(self, micro_batches):
     if self.progress.step == 6:
         for path in self.run.save_dir.rglob("events.*") if crowded else ():
@@ -258,7 +258,7 @@ def train_step(self, micro_batches):
             except OSError:
                 pass
     _full_step(self, micro_batches)
-omni.loop._Training._train_step = train_step
+omni.train.loop._Training._train_step = train_step
 """
 FULL = {
     "by checkpoints": "",
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up(stage, tmp_path, prelude):
 
 # What happens to files, in its order: one line each. Of deletions, those of step files.
 EVENTS = """
-import os, stat, omni.checkpoint
+import os, stat, omni.train.checkpoint
 def note(line):
     with open(os.environ["EVENTS"], "a") as file:
         file.write(line + "\\n")
@@ -308,7 +308,7 @@ def noted(function, describe):
 os.fsync = noted(os.fsync, lambda fd: "fsync folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "fsync file")
 os.replace = noted(os.replace, lambda old, new: f"replace {os.path.basename(new)}")
 os.unlink = noted(os.unlink, lambda path: f"unlink {path}" if str(path).endswith(".pt") else "")
-omni.checkpoint.verify = noted(omni.checkpoint.verify, lambda path: f"verify {path.name}")
+omni.train.checkpoint.verify = noted(omni.train.checkpoint.verify, lambda path: f"verify {path.name}")
 """
 
 
@@ -334,13 +334,13 @@ def test_a_new_file_that_does_not_verify_costs_no_older_one(stage, tmp_path):
     reference.finish()
     stopped = reference.changed(save_dir="stopped")
     fourth = f"""
-import omni.checkpoint
-_verify = omni.checkpoint.verify
+import omni.train.checkpoint
+_verify = omni.train.checkpoint.verify
 def verify(path):
     if path.name == "{stopped.step_path(4).name}":
-        raise omni.checkpoint.DamagedCheckpoint("a bit fell over")
+        raise omni.train.checkpoint.DamagedCheckpoint("a bit fell over")
     _verify(path)
-omni.checkpoint.verify = verify
+omni.train.checkpoint.verify = verify
 """
     process = stopped.run(prelude=fourth)
     assert process.returncode == 1
@@ -351,7 +351,7 @@ omni.checkpoint.verify = verify
     assert differences(stopped.state(), reference.state()) == []
 
 
-WRITE = "omni.checkpoint:_SealingFile.write"
+WRITE = "omni.train.checkpoint:_SealingFile.write"
 
 
 @pytest.mark.loop(phases=1)

@@ -8,7 +8,8 @@ from harness import ROOT, kill_at
 from pydantic import TypeAdapter, ValidationError
 from stages import OMNI, STAGES, TALKER
 
-from omni.config import (
+from omni.common.errors import UserError
+from omni.train.config import (
     AudioEncoderConfig,
     OcrConfig,
     SftConfig,
@@ -18,7 +19,6 @@ from omni.config import (
     VocoderConfig,
     load_config,
 )
-from omni.errors import UserError
 
 CONFIGS = {
     "thinker": TextConfig,
@@ -125,7 +125,7 @@ def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
 @pytest.mark.loop
 def test_another_training_is_refused_with_the_differences(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
     steps = training.steps()
     for key, value in {
         "batch_size": 3,
@@ -142,7 +142,7 @@ def test_another_training_is_refused_with_the_differences(stage, tmp_path):
 
 def test_changed_data_are_refused(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
     path = tmp_path / training.config[stage.data_key]
     content = path.read_bytes()
     path.write_bytes(content.replace(b"cat", b"dog"))
@@ -175,8 +175,8 @@ def test_a_final_file_without_step_files_is_not_overwritten(stage, tmp_path):
 def test_another_stage_s_checkpoint_is_refused(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=6)
     training.finish()
-    rename = "import omni.runtime, dataclasses; _Stage = omni.runtime.Stage\n"
-    rename += "omni.runtime.Stage = lambda name, **keys: _Stage(name='other', **keys)\n"
+    rename = "import omni.train.run, dataclasses; _Stage = omni.train.run.Stage\n"
+    rename += "omni.train.run.Stage = lambda name, **keys: _Stage(name='other', **keys)\n"
     only_error(training.run(prelude=rename), "expected a checkpoint of stage other, found")
 
 

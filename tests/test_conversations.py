@@ -9,9 +9,9 @@ import torch
 from stages import OMNI
 from test_sft import prepared, small_config
 
-from omni.conversations import read_conversation
-from omni.errors import BadRow
-from omni.media import parse_data_uri
+from omni.common.errors import BadRow
+from omni.common.media import parse_data_uri
+from omni.data.conversations import read_conversation
 
 ASKED, ANSWERED = "What is it?", "one red cat"
 

@@ -10,10 +10,10 @@ import pytest
 from harness import kill_at
 from stages import TEXT, WORDS
 
-from omni import corpus
-from omni.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
-from omni.errors import Interrupted, UserError
-from omni.tokenizer import Tokenizer
+from omni.common.errors import Interrupted, UserError
+from omni.data.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
+from omni.data.order import corpus
+from omni.data.tokenizer import Tokenizer
 
 
 class FakeRun:
@@ -164,9 +164,9 @@ def test_tokens_that_a_run_has_open_are_never_written_over(text, tokenizer, monk
 
 def test_a_killed_script_prepares_the_same(tmp_path):
     training = TEXT.training(tmp_path, max_steps=2)
-    small_chunks = "import omni.corpus; omni.corpus._CHUNK_BYTES = 100\n"
+    small_chunks = "import omni.data.corpus; omni.data.corpus._CHUNK_BYTES = 100\n"
     for count in (2, 3, 4):
-        kill = kill_at("omni.corpus:write_sealed_json", count, after=count == 3)
+        kill = kill_at("omni.data.corpus:write_sealed_json", count, after=count == 3)
         assert training.run(prelude=small_chunks + kill).returncode == -9
     training.finish(prelude=small_chunks)
     (cache,) = tmp_path.glob("*.tokens-*")
@@ -297,8 +297,8 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_p
 
     import torch
 
-    from omni.config import TextConfig
-    from omni.thinker import Thinker
+    from omni.models.thinker import Thinker
+    from omni.train.config import TextConfig
 
     training = TEXT.training(tmp_path, max_steps=6, batch_size=3)
     training.finish()

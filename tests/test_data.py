@@ -7,9 +7,9 @@ import pytest
 import torch
 from harness import TRACE, losses, trained_weights
 
-from omni.config import TextConfig
-from omni.data import ResumableDataset, build_loader, from_the_start, permute
-from omni.errors import UserError
+from omni.common.errors import UserError
+from omni.data.order import ResumableDataset, build_loader, from_the_start, permute
+from omni.train.config import TextConfig
 
 
 class Rows:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_thinker import SHAPES, build, tokens
 
-from omni.decoding import one_token_reader
-from omni.layers import KVCache
+from omni.models.decoding import one_token_reader
+from omni.models.layers import KVCache
 
 
 def half_read(model, x, dtype=torch.float32, capacity=None) -> KVCache:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import demo
 
-from omni.errors import EXIT_INTERRUPTED
+from omni.common.errors import EXIT_INTERRUPTED
 
 # notes in a file when it begins and ends; a SIGTERM ends it as it ends a stage: it saves, and a second one stops that
 TRAINING = """

@@ -31,7 +31,7 @@ def test_paths_with_spaces_and_non_ascii_letters(stage, tmp_path):
     folder = tmp_path / "mein Ordner µ 音声"
     folder.mkdir()
     training = stage.training(folder, save_dir="läuft gut", max_steps=8)
-    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 7)).returncode == -9
+    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 7)).returncode == -9
     training.finish()
 
 
@@ -48,7 +48,7 @@ def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path
 @pytest.mark.loop
 def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 14)).returncode == -9
+    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
     steps = training.steps()
     for age, step in enumerate(steps):
         os.utime(training.step_path(step), (1e9 - age, 1e9 - age))
@@ -60,7 +60,7 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
     training = stage.training(tmp_path, max_steps=10)
     training.finish()
     longer = training.changed(max_steps=14)
-    assert longer.run(prelude=kill_at("omni.loop:_Training._finish", 1)).returncode == -9
+    assert longer.run(prelude=kill_at("omni.train.loop:_Training._finish", 1)).returncode == -9
     assert longer.final_file()["metrics"]["trained_steps"] == 10
     assert "finished:" in longer.finish().stdout
     assert longer.final_file()["metrics"]["trained_steps"] == 14
@@ -68,11 +68,11 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
 
 
 WORKERS_FAIL = """
-import omni.data
+import omni.data.order
 def fail(self):
     raise {error}("a fault in a worker")
     yield
-omni.data.ResumableDataset.__iter__ = fail
+omni.data.order.ResumableDataset.__iter__ = fail
 """
 
 
@@ -109,9 +109,9 @@ def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
 
 
 SLOW_PREPARATION = """
-import time, omni.corpus, omni.manifest
+import time, omni.data.corpus, omni.data.manifest
 for _module, _name, _seconds in (
-    (omni.corpus, "_tokenise", 3.0), (omni.manifest, "_make_index", 3.0), (omni.manifest, "measure", 0.5)
+    (omni.data.corpus, "_tokenise", 3.0), (omni.data.manifest, "_make_index", 3.0), (omni.data.manifest, "measure", 0.5)
 ):
     def _slow(*args, _original=getattr(_module, _name), _name=_name, _seconds=_seconds, **keys):
         time.sleep(_seconds)
@@ -137,7 +137,7 @@ def bad_loss(first: int, last: int, kind: str = "nan", micro_batch: int | None =
     """Prelude: in steps first..last the loss (of one micro-batch, from 1, or of all) is "nan" or "inf", or it is finite
     and its gradient is infinite: "gradient"."""
     return f"""
-import torch, omni.loop
+import torch, omni.train.loop
 class InfiniteGradient(torch.autograd.Function):
     @staticmethod
     def forward(context, value):
@@ -145,7 +145,7 @@ class InfiniteGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         return gradient * float("inf")
-_bad_step = omni.loop._Training._train_step
+_bad_step = omni.train.loop._Training._train_step
 def train_step(self, micro_batches):
     for phase in self.phases:
         if not hasattr(phase, "honest"):
@@ -159,7 +159,7 @@ def train_step(self, micro_batches):
             return value, scalars
         phase.loss = loss
     _bad_step(self, micro_batches)
-omni.loop._Training._train_step = train_step
+omni.train.loop._Training._train_step = train_step
 """
 
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_pat
             gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         training.prelude = bad_loss(5, 6, kind, micro_batch)
-        assert training.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+        assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
         process = training.finish()
         assert "no update (2 so far)" in process.stdout + (training.save_dir / "training.log").read_text()
         module = lambda step: torch.load(training.step_path(step), weights_only=True)["phases"]  # noqa: B023, E731
@@ -201,12 +201,12 @@ def test_many_in_a_row_stop_the_run(stage, tmp_path):
 @pytest.mark.loop
 def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
     # what an older GPU does, on the CPU: overflow makes the scaler skip updates, and its scale is part of the state
-    fp16 = "import omni.runtime, torch\nomni.runtime.pick_amp_dtype = lambda use_amp, device: torch.float16\n"
+    fp16 = "import omni.train.run, torch\nomni.runtime.pick_amp_dtype = lambda use_amp, device: torch.float16\n"
     reference = stage.training(tmp_path, save_dir="reference", use_amp=True)
     reference.prelude = fp16
     reference.finish()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
     killed.finish()
     assert killed.newest()["scaler"]["scale"] > 1
     assert differences(killed.state(), reference.state()) == []

@@ -16,18 +16,18 @@ from stages import OCR, OMNI, TALKER, VOCODER, WORDS
 from test_config import only_error
 
 import export
-from omni import checkpoint
-from omni.assistant import Assistant, load_reader, load_speaker
-from omni.audio_encoder import load_audio_encoder
-from omni.ctc import CtcTokenizer
-from omni.errors import RunError, UserError
-from omni.images import load_image, normalise
-from omni.merged import Merged, info_sha256, is_merged, is_own_file, write_json
-from omni.ocr import read_text
-from omni.omni_model import Inputs, load_omni
-from omni.thinker import load_thinker
-from omni.tokenizer import Tokenizer
-from omni.vocoder import load_vocoder
+from omni.chat.assistant import Assistant, load_reader, load_speaker
+from omni.common.errors import RunError, UserError
+from omni.data.images import load_image, normalise
+from omni.data.tokenizer import Tokenizer
+from omni.export.bundle import Merged, info_sha256, is_merged, is_own_file, write_json
+from omni.models.audio_encoder import load_audio_encoder
+from omni.models.ctc import CtcTokenizer
+from omni.models.ocr import read_text
+from omni.models.omni_model import Inputs, load_omni
+from omni.models.thinker import load_thinker
+from omni.models.vocoder import load_vocoder
+from omni.train import checkpoint
 
 CPU = torch.device("cpu")
 SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")
@@ -127,7 +127,7 @@ def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
     text = " One red  cat\nnear — a 🙂 dog "
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == ours.encode(text)
-    expected = omni.thinker(ids)
+    expected = omni.models.thinker(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=0)
     stage_a, _, _ = load_thinker(folders["thinker"], CPU)
     assert (stage_a(ids) - expected).abs().max() > 0.1, "stage E has changed it, so that the difference would be seen"
@@ -512,10 +512,10 @@ def test_an_export_goes_where_a_link_leads(folders, tmp_path):
 @pytest.mark.parametrize(
     ("call", "count", "after"),
     [
-        ("omni.merged:write_weights", 1, False),
-        ("omni.merged:write_weights", 2, True),
-        ("omni.merged:write_json", 5, False),
-        ("omni.merged:_fsync", 4, False),
+        ("omni.export.bundle:write_weights", 1, False),
+        ("omni.export.bundle:write_weights", 2, True),
+        ("omni.export.bundle:write_json", 5, False),
+        ("omni.export.bundle:_fsync", 4, False),
         ("os:replace", 3, False),  # the third is that of the folder; the others are those of two tokenizer.json
         ("os:replace", 3, True),
     ],
@@ -570,14 +570,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folders, tmp_path):
 def test_two_exports_to_one_place_do_not_mix(folders, tmp_path):
     small = {"thinker": folders["thinker"]}
     slow = """
-import time, omni.merged
-_real = omni.merged.write_weights
+import time, omni.export.bundle
+_real = omni.export.bundle.write_weights
 def slow(path, weights):
     if path.parent.name != "thinker":
         print("writing", flush=True)
         time.sleep(4)
     _real(path, weights)
-omni.merged.write_weights = slow
+omni.export.bundle.write_weights = slow
 """
     first = run(tmp_path, "export.py", *options(small, tmp_path / "merged"), prelude=slow, wait=False)
     first.wait_for("writing")

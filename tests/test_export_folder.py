@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from omni.errors import UserError
-from omni.files import file_sha256
-from omni.merged import FORMAT, INFO, LOCK, info_sha256, is_own_file, new_folder, write_json
+from omni.common.errors import UserError
+from omni.common.files import file_sha256
+from omni.export.bundle import FORMAT, INFO, LOCK, info_sha256, is_own_file, new_folder, write_json
 
 LISTED = ("model.safetensors", "config.json", "README.md", "thinker/config.json", "thinker/model.safetensors")
 
@@ -146,7 +146,7 @@ def test_what_a_killed_export_left_is_cleared_by_the_next(tmp_path):
 @pytest.mark.parametrize("mask", [0o077, 0o022, 0o002, 0o027])
 def test_permissions_are_the_umask_s(tmp_path, mask):
     torch = pytest.importorskip("torch")
-    from omni.merged import write_weights
+    from omni.export.bundle import write_weights
 
     before = os.umask(mask)
     try:

@@ -11,11 +11,11 @@ from stages import OMNI, write_csv
 from test_sft import small_config
 
 import sft_omni
-from omni import sft
-from omni.config import SftConfig
-from omni.errors import BadRow
-from omni.omni_model import Inputs, OmniModel, assemble
-from omni.runtime import Run, Stage
+from omni.common.errors import BadRow
+from omni.models.omni_model import Inputs, OmniModel, assemble
+from omni.stages import sft
+from omni.train.config import SftConfig
+from omni.train.run import Run, Stage
 
 
 def prepared(config: SftConfig) -> tuple[OmniModel, dict, dict]:
@@ -60,8 +60,8 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
     for name in ("see", "hear"):  # never again
         monkeypatch.setattr(model, name, None)
-    monkeypatch.setattr("omni.omni_model.load_image", None)
-    monkeypatch.setattr("omni.omni_model.load_speech", None)
+    monkeypatch.setattr("omni.models.omni_model.load_image", None)
+    monkeypatch.setattr("omni.models.omni_model.load_speech", None)
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)

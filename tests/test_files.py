@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni import checkpoint
-from omni.errors import RunError, UserError
-from omni.files import remove_temporary, replace_file
-from omni.runtime import FolderLock
+from omni.common.errors import RunError, UserError
+from omni.common.files import remove_temporary, replace_file
+from omni.train import checkpoint
+from omni.train.run import FolderLock
 from scripts.evaluate import save_speech
 
 KINDS = ("link to a file", "link into nowhere", "link to a folder", "second name", "folder", "pipe", "words")

@@ -15,22 +15,22 @@ from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, make_mix, save_m
 from test_config import only_error
 
 import export
-from omni import checkpoint
-from omni.aligner import load_aligner
-from omni.audio_encoder import load_audio_encoder
-from omni.codec import load_codec
-from omni.config import OcrConfig, SftConfig, VocoderConfig
-from omni.ctc import CtcTokenizer
-from omni.errors import UserError
-from omni.files import file_sha256, read_json, read_sealed_json, write_sealed_json
-from omni.merged import INFO, Merged, info_sha256, write_json
-from omni.ocr import Ocr, load_ocr
-from omni.omni_model import assemble, load_omni
-from omni.talker import load_talker
-from omni.thinker import load_thinker
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import load_vision_encoder
-from omni.vocoder import Generator, load_vocoder
+from omni.common.errors import UserError
+from omni.common.files import file_sha256, read_json, read_sealed_json, write_sealed_json
+from omni.data.tokenizer import Tokenizer
+from omni.export.bundle import INFO, Merged, info_sha256, write_json
+from omni.models.aligner import load_aligner
+from omni.models.audio_encoder import load_audio_encoder
+from omni.models.codec import load_codec
+from omni.models.ctc import CtcTokenizer
+from omni.models.ocr import Ocr, load_ocr
+from omni.models.omni_model import assemble, load_omni
+from omni.models.talker import load_talker
+from omni.models.thinker import load_thinker
+from omni.models.vision_encoder import load_vision_encoder
+from omni.models.vocoder import Generator, load_vocoder
+from omni.train import checkpoint
+from omni.train.config import OcrConfig, SftConfig, VocoderConfig
 
 CPU = torch.device("cpu")
 WRONG = (

@@ -9,7 +9,7 @@ import fuzz
 import pytest
 from reliability import write_part
 
-from omni.errors import BadRow, UserError
+from omni.common.errors import BadRow, UserError
 
 
 def reader(behaviour):

@@ -14,11 +14,11 @@ import torch
 from harness import ROOT
 from PIL import Image, ImageDraw, ImageFont
 
-import omni.images
-import omni.metadata
-from omni.errors import BadRow
-from omni.images import MAX_PIXELS, MAX_SIDE, load_image, normalise, to_rgb
-from omni.media import Inline
+import omni.data.images
+import omni.data.metadata
+from omni.common.errors import BadRow
+from omni.common.media import Inline
+from omni.data.images import MAX_PIXELS, MAX_SIDE, load_image, normalise, to_rgb
 
 SIDE = 32
 
@@ -208,9 +208,9 @@ def test_an_image_bomb_is_refused_from_its_header(tmp_path, monkeypatch, recwarn
 
 def test_the_largest_picture_allowed_is_read(tmp_path, monkeypatch):
     quarters().save(tmp_path / "a.png")
-    monkeypatch.setattr(omni.images, "MAX_PIXELS", SIDE * SIDE)
+    monkeypatch.setattr(omni.data.images, "MAX_PIXELS", SIDE * SIDE)
     load_image(tmp_path / "a.png", 8, 8)
-    monkeypatch.setattr(omni.images, "MAX_PIXELS", SIDE * SIDE - 1)
+    monkeypatch.setattr(omni.data.images, "MAX_PIXELS", SIDE * SIDE - 1)
     with pytest.raises(BadRow, match=f"{SIDE} x {SIDE} pixels"):
         load_image(tmp_path / "a.png", 8, 8)
 
@@ -352,11 +352,11 @@ def test_what_says_how_the_camera_was_held_is_no_metadata_to_ignore():
 def test_a_file_larger_than_any_picture_or_of_too_many_pieces_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     quarters().save(path)
-    monkeypatch.setattr(omni.metadata, "MAX_FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(omni.data.metadata, "MAX_FILE_BYTES", path.stat().st_size - 1)
     with pytest.raises(BadRow, match="bytes, expected at most"):
         load_image(path, 8, 8)
     monkeypatch.undo()
-    monkeypatch.setattr(omni.metadata, "MAX_READS", 1000)
+    monkeypatch.setattr(omni.data.metadata, "MAX_READS", 1000)
     load_image(path, 8, 8)
     whole = path.read_bytes()
     path.write_bytes(whole[:33] + png_chunk(b"tEXt", b"") * 1000 + whole[33:])
@@ -377,7 +377,7 @@ def test_the_largest_picture_costs_less_than_a_gigabyte(tmp_path):
     Image.new("P", (8000, 8000)).save(tmp_path / "square.png", transparency=0, exif=exif, compress_level=1)
     code = f"""
 import resource
-from omni.images import load_image
+from omni.data.images import load_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 load_image({str(tmp_path / "square.png")!r}, 32, 320, fit="pad")
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)

@@ -18,9 +18,9 @@ from test_video import clip, film, reds
 
 import export
 import infer_chat
-from omni.aligner import text_symbols
-from omni.assistant import CHARACTERS_PER_TOKEN, Assistant, Thoughts, check_text_length, clean, media_named
-from omni.errors import UserError
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, Assistant, Thoughts, check_text_length, clean, media_named
+from omni.common.errors import UserError
+from omni.models.aligner import text_symbols
 
 # ---------------------------------------------------------------------------------------------------------------
 # The program
@@ -219,7 +219,9 @@ def test_a_line_of_any_length_is_refused_before_it_is_tokenised(merged, chat, mo
     most, taken = 64 * CHARACTERS_PER_TOKEN, []
     for length in (most, most + 1, 10 * most, 5_000_000):
         for letter in ("a", "ü", "你", "😀"):
-            monkeypatch.setattr("omni.tokenizer.Tokenizer.encode", lambda _, text, **__: taken.append(text) or [1] * 70)
+            monkeypatch.setattr(
+                "omni.data.tokenizer.Tokenizer.encode", lambda _, text, **__: taken.append(text) or [1] * 70
+            )
             err = chat(merged, lines=[letter * length, "red"]).err
             assert (f"expected at most {most:,} characters" in err) == (length > most)
             assert [text[:1] for text in taken if text] == [letter] * (length == most) + ["r"], "only what may fit"
@@ -346,7 +348,7 @@ def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp
         asked.append(text)
         yield np.full(1600, 0.1 * len(asked), np.float32)
 
-    monkeypatch.setattr("omni.speech.Speaker.stream", stream)
+    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", stream)
     monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A ca", "t. Two do", "gs."]))
     out, _ = chat(merged, "--text", "red", "--audio_out", str(tmp_path / "said.wav"))
     assert out == "A cat. Two dogs.\n" and asked == ["A cat.", "Two dogs."]
@@ -368,7 +370,7 @@ def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path
 
 
 def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, chat, monkeypatch, tmp_path):
-    monkeypatch.setattr("omni.speech.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
     monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
     link, target = tmp_path / "link.wav", tmp_path / "elsewhere" / "said.wav"
     target.parent.mkdir()
@@ -389,7 +391,7 @@ def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, c
 
 
 def test_a_conversation_replaces_nothing_but_files_either(merged, chat, monkeypatch, tmp_path):
-    monkeypatch.setattr("omni.speech.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
     monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
     os.mkfifo(tmp_path / "said_1.wav")
     out, err = chat(merged, "--audio_out", str(tmp_path / "said.wav"), lines=["red", "cat"])

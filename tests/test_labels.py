@@ -5,14 +5,14 @@ import unicodedata
 
 import pytest
 
-from omni.aligner import text_symbols
-from omni.captions import encode_caption
-from omni.ctc import normalise_text
-from omni.ocr import clean_text
-from omni.omni_model import spoken_bytes
-from omni.sft import normalise_answer
-from omni.text import JOINERS, VISIBLE_FORMATS, audible, visible
-from omni.tokenizer import Tokenizer
+from omni.common.text import JOINERS, VISIBLE_FORMATS, audible, visible
+from omni.data.tokenizer import Tokenizer
+from omni.models.aligner import text_symbols
+from omni.models.ctc import normalise_text
+from omni.models.ocr import clean_text
+from omni.models.omni_model import spoken_bytes
+from omni.stages.captions import encode_caption
+from omni.stages.sft import normalise_answer
 
 FORMATS = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Cf"]
 SELECTORS = [*map(chr, range(0xFE00, 0xFE10)), "\U000e0100", "\u034f", "\u3164"]

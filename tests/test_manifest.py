@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from harness import ROOT
 
-import omni.manifest
-from omni.errors import BadRow, UserError
-from omni.manifest import Manifest, Rows, load_manifest, measure, read_some, split_rows
+import omni.data.manifest
+from omni.common.errors import BadRow, UserError
+from omni.data.manifest import Manifest, Rows, load_manifest, measure, read_some, split_rows
 
 COLUMNS = ("wav", "text")
 
@@ -28,7 +28,7 @@ def load(path: Path, **kwargs) -> Manifest:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Cuts fall everywhere: inside rows, inside quoted line breaks, inside characters."""
-    monkeypatch.setattr(omni.manifest, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr(omni.data.manifest, "_CHUNK_BYTES", 7)
 
 
 def random_rows(count: int) -> list[dict]:
@@ -145,8 +145,8 @@ def test_a_line_of_100_mb_is_refused_in_bounded_memory(tmp_path, name):
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from omni.errors import UserError
-from omni.manifest import load_manifest
+from omni.common.errors import UserError
+from omni.data.manifest import load_manifest
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_manifest({str(path)!r}, ("wav", "text"), "text")

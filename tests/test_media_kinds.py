@@ -1,4 +1,4 @@
-"""omni.media.kind_of: what a file holds is known by its content, whatever its name."""
+"""omni.common.media.kind_of: what a file holds is known by its content, whatever its name."""
 
 import io
 
@@ -8,9 +8,9 @@ import pytest
 import soundfile
 from PIL import Image
 
-from omni.errors import BadRow
-from omni.images import FORMATS
-from omni.media import Inline, kind_of
+from omni.common.errors import BadRow
+from omni.common.media import Inline, kind_of
+from omni.data.images import FORMATS
 
 SOUND_FILES = ("WAV", "FLAC", "OGG", "MP3", "AIFF", "AU", "CAF", "W64", "RF64", "WAVEX")
 CONTAINERS = {"mp4": ("mpeg4", "aac"), "mov": ("mpeg4", "aac"), "matroska": ("mpeg4", "aac"), "avi": ("mpeg4", "mp3"),

@@ -11,7 +11,7 @@ from harness import ROOT, Process, Zygote
 from stages import AUDIO_ENC, write_csv
 from test_config import only_error
 
-from omni.ctc import CtcTokenizer
+from omni.models.ctc import CtcTokenizer
 
 TALKER_KEYS = {"save_dir": "-", "max_steps": 1, "frame_ms": 80}  # by frame_ms it is seen that it is a talker's config
 

@@ -11,11 +11,10 @@ from harness import Training
 from PIL import Image, ImageDraw, ImageFont
 from test_config import only_error
 
-from omni.config import OcrArchitecture, OcrConfig, load_config
-from omni.images import load_image, normalise
-from omni.layers import KVCache
-from omni.manifest import load_manifest
-from omni.ocr import (
+from omni.data.images import load_image, normalise
+from omni.data.manifest import load_manifest
+from omni.models.layers import KVCache
+from omni.models.ocr import (
     END,
     IGNORED,
     Ocr,
@@ -29,6 +28,7 @@ from omni.ocr import (
     ocr_sums,
     read_text,
 )
+from omni.train.config import OcrArchitecture, OcrConfig, load_config
 
 SIZES = {
     "img_height": 16, "img_width": 64, "patch_height": 16, "patch_width": 4, "vision_d_model": 32, "vision_layers": 1,
@@ -181,7 +181,7 @@ def test_unknown_characters_are_errors(trained):
 def test_every_kind_of_edit_counts(trained, monkeypatch):
     model, batch = trained
     read = ["CATS", "DOG 7", "bid", "A7", "", "Exit", "no", "$9"]  # one added, one lost, one wrong, four lost
-    monkeypatch.setattr("omni.ocr.read_text", lambda model, images: read)
+    monkeypatch.setattr("omni.models.ocr.read_text", lambda model, images: read)
     sums = ocr_sums(model, batch)
     assert [int(sums[name]) for name in ("edits", "characters", "exact", "lines")] == [7, 26, 4, 8]
 
@@ -262,13 +262,13 @@ def test_rows_that_cannot_be_used_are_named_and_the_final_file_reads_alone(tmp_p
 def test_held_out_texts_are_never_trained_on(tmp_path):
     path = write_rows(tmp_path, [f"{word}{copy}" for word in WORDS for copy in "abc"] * 2)
     noting = f"""
-import omni.ocr
-_read = omni.ocr.OcrRows.read
+import omni.models.ocr
+_read = omni.models.ocr.OcrRows.read
 def read(self, row, rng):
     with open({str(tmp_path / "read.txt")!r}, "a") as file:
         print(self.training, row["text"], sep="\\t", file=file)
     return _read(self, row, rng)
-omni.ocr.OcrRows.read = read
+omni.models.ocr.OcrRows.read = read
 """
     stage(tmp_path, train_csv=path, val_split=0.3, max_steps=None, max_epochs=1, drop_last=False).finish(prelude=noting)
     read = {tuple(line.split("\t")) for line in (tmp_path / "read.txt").read_text().splitlines()}

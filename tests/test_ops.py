@@ -6,11 +6,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from omni import ops
-from omni.audio import MelSpec, log_mel
-from omni.codec import nearest
-from omni.layers import rope_tables
-from omni.vision_encoder import similarities
+from omni.data.audio import MelSpec, log_mel
+from omni.models import ops
+from omni.models.codec import nearest
+from omni.models.layers import rope_tables
+from omni.models.vision_encoder import similarities
 
 T, K = 300, 16  # T: more than the queries that are computed together
 COS, SIN = rope_tables(7, K, 1e4)

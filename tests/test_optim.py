@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from omni.errors import UserError
-from omni.optim import Muon, OrthogonalUpdates, build_adamw, hidden_kernels, load_optimizer, orthogonalise
+from omni.common.errors import UserError
+from omni.train.optim import Muon, OrthogonalUpdates, build_adamw, hidden_kernels, load_optimizer, orthogonalise
 
 
 class Net(nn.Module):

@@ -20,8 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from test_world import true_answer
 
-from omni import world
-from omni.synthetic import pictures, signs
+from omni.synthetic import pictures, signs, world
 
 ROOT = Path(__file__).resolve().parent.parent
 N_PICTURES = 200

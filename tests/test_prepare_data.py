@@ -24,8 +24,8 @@ import pytest
 import soundfile
 from harness import ROOT, Process, Zygote, kill_at
 
-from omni.download import Archive, Transfer, unpack
-from omni.errors import RunError
+from omni.common.errors import RunError
+from omni.data.download import Archive, Transfer, unpack
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
@@ -338,10 +338,10 @@ def test_every_dataset_in_one_line_and_nothing_twice(preparation):
 
 
 def test_manifests_and_layouts_are_what_others_read(preparation):
-    """omni.manifest opens the manifests, soundfile the recordings; torchaudio's readers find the same rows."""
+    """omni.data.manifest opens the manifests, soundfile the recordings; torchaudio's readers find the same rows."""
     from torchaudio.datasets import LIBRISPEECH, LJSPEECH
 
-    from omni.manifest import load_manifest
+    from omni.data.manifest import load_manifest
 
     preparation.finish("librispeech", "ljspeech", "coco")
     audio = preparation.out / "audio"

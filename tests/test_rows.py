@@ -14,12 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import omni.manifest
-from omni.errors import BadRow, GivenUp, Interrupted, UserError, reading_row
-from omni.index import open_array, save_array
-from omni.manifest import Manifest, Rows, account_for_rows, load_manifest, measure, measure_rows, read_some
-from omni.media import Inline
-from omni.records import MAX_ROW_BYTES, json_records, line_of, line_records, parse
+import omni.data.manifest
+from omni.common.errors import BadRow, GivenUp, Interrupted, UserError, reading_row
+from omni.common.media import Inline
+from omni.data.index import open_array, save_array
+from omni.data.manifest import Manifest, Rows, account_for_rows, load_manifest, measure, measure_rows, read_some
+from omni.data.records import MAX_ROW_BYTES, json_records, line_of, line_records, parse
 
 COLUMNS = ("wav", "text")
 
@@ -69,7 +69,7 @@ def test_the_rows_of_any_text_are_those_of_the_csv_module(tmp_path, chunk_bytes)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", [True, False], ids=["last line end", "no last line end"])
 def test_every_row_with_any_line_end(tmp_path, monkeypatch, bom, end, last):
-    monkeypatch.setattr(omni.manifest, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr(omni.data.manifest, "_CHUNK_BYTES", 5)
     rows = [{"wav": f"{i}.wav", "text": f'say "{i}", é漢 {end}again'} for i in range(20)]
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, COLUMNS, lineterminator=end)
@@ -391,7 +391,7 @@ def test_an_index_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(omni.index, "FolderLock", SimpleNamespace(wait_for=refuse))
+    monkeypatch.setattr(omni.data.index, "FolderLock", SimpleNamespace(wait_for=refuse))
     os.utime(path, (1, 1))
     assert len(load(path)) == 50, "the same bytes at another time"
     path.write_text("wav,text\n1.wav,one\n")
@@ -430,7 +430,7 @@ def test_parse_refuses_what_is_longer_than_a_row_may_be():
 
 def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong():
     """Subclasses of ``Rows``, of all stages, say how one row is read; none of them says when."""
-    for path in (Path(omni.manifest.__file__).parent).glob("*.py"):
+    for path in (Path(omni.data.manifest.__file__).parent).glob("*.py"):
         if path.stem != "web":  # needs Gradio, and reads no rows
             importlib.import_module(f"omni.{path.stem}")
     kinds = [Rows]

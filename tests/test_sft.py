@@ -16,21 +16,32 @@ from harness import Training, differences
 from stages import OMNI, write_csv
 from test_config import only_error
 
-from omni import omni_model, sft, world
-from omni.aligner import text_symbols
-from omni.checkpoint import load, load_weights, save
-from omni.config import SftConfig
-from omni.corpus import IGNORE
-from omni.ctc import CtcTokenizer
-from omni.data import ResumableDataset
-from omni.errors import BadRow, UserError
-from omni.layers import KVCache
-from omni.omni_model import Encoded, Inputs, OmniModel, Projection, assemble, embeddings_of, load_omni, spoken_bytes
-from omni.ops import rounded_up
-from omni.optim import build_adamw
-from omni.runtime import Run, Stage
-from omni.talker import Utterance, load_talker
-from omni.tokenizer import Tokenizer
+from omni.common.errors import BadRow, UserError
+from omni.data.corpus import IGNORE
+from omni.data.order import ResumableDataset
+from omni.data.tokenizer import Tokenizer
+from omni.models import omni_model
+from omni.models.aligner import text_symbols
+from omni.models.ctc import CtcTokenizer
+from omni.models.layers import KVCache
+from omni.models.omni_model import (
+    Encoded,
+    Inputs,
+    OmniModel,
+    Projection,
+    assemble,
+    embeddings_of,
+    load_omni,
+    spoken_bytes,
+)
+from omni.models.ops import rounded_up
+from omni.models.talker import Utterance, load_talker
+from omni.stages import sft
+from omni.synthetic import world
+from omni.train.checkpoint import load, load_weights, save
+from omni.train.config import SftConfig
+from omni.train.optim import build_adamw
+from omni.train.run import Run, Stage
 
 CPU = torch.device("cpu")
 SHAPES = {"single": {}, "stacked": {"image_stack": 2, "drop_blanks": False}, "prompted": {"prompt": "one two"}}
@@ -909,7 +920,7 @@ def test_another_base_model_in_the_same_save_dir_is_refused(trained, tmp_path):
     path = tmp_path / "vision" / "vision.pt"
     payload = torch.load(path, weights_only=True)
     payload["model"]["vit.cls_token"] += 1
-    from omni import checkpoint
+    from omni.train import checkpoint
 
     checkpoint.save(path, payload)
     only_error(other.run(), "data (vision_encoder)", "new save_dir")

@@ -10,8 +10,8 @@ from harness import SLOW, differences, hung_worker, kill_at
 from stages import TALKER
 
 SLOW_VALIDATION = """
-import time, omni.loop
-_build_loader = omni.loop.build_loader
+import time, omni.train.loop
+_build_loader = omni.train.loop.build_loader
 def build_loader(dataset, config, device):
     loader = _build_loader(dataset, config, device)
     if dataset.shuffle:
@@ -22,21 +22,21 @@ def build_loader(dataset, config, device):
             time.sleep(2)  # a whole validation takes longer than a user has to wait
             yield batch
     return slowly()
-omni.loop.build_loader = build_loader
+omni.train.loop.build_loader = build_loader
 """
 
 # Between two micro-batches of one step: the safe point is the step before, and dropout has already drawn numbers.
 SLOW_MICRO_STEP = """
-import time, omni.loop
-_to_device, _calls = omni.loop.to_device, [0]
-_autocast = omni.loop.Run.autocast
+import time, omni.train.loop
+_to_device, _calls = omni.train.loop.to_device, [0]
+_autocast = omni.train.loop.Run.autocast
 def autocast(self):
     _calls[0] += 1
     if _calls[0] == 8:
         print("second micro-step", flush=True)
         time.sleep(1.0)
     return _autocast(self)
-omni.loop.Run.autocast = autocast
+omni.train.loop.Run.autocast = autocast
 """
 
 SLOW_SAVE = """
@@ -136,8 +136,8 @@ def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tm
 
 # Its first worker begins only when the trainer has been killed.
 KILLED_AT_A_FORK = """
-import os, signal, time, omni.data
-_begin_worker = omni.data._begin_worker
+import os, signal, time, omni.data.order
+_begin_worker = omni.data.order._begin_worker
 def begin_worker(trainer, worker):
     if worker == 0:
         os.kill(trainer, signal.SIGKILL)
@@ -145,7 +145,7 @@ def begin_worker(trainer, worker):
     with open("workers", "a") as file:
         file.write(f"{os.getpid()}\\n")
     _begin_worker(trainer, worker)
-omni.data._begin_worker = begin_worker
+omni.data.order._begin_worker = begin_worker
 """
 
 
@@ -254,7 +254,7 @@ STREAMS = {
 @pytest.mark.parametrize("prelude", STREAMS.values(), ids=STREAMS.keys())
 def test_a_run_needs_no_streams(stage, tmp_path, prelude):
     training = stage.training(tmp_path, max_steps=8, num_workers=1)
-    stops = kill_at("omni.loop:_Training._train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
+    stops = kill_at("omni.train.loop:_Training._train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
     assert training.run(prelude=prelude + stops).returncode == 75
     log = (training.save_dir / "training.log").read_text()
     assert "stopped at step 5, saved in" in log

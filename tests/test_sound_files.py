@@ -13,9 +13,9 @@ import pytest
 import soundfile
 from harness import ROOT
 
-from omni.audio import MelSpec, audio_length, load_audio, resample, resampled_length
-from omni.errors import BadRow
-from omni.media import Inline
+from omni.common.errors import BadRow
+from omni.common.media import Inline
+from omni.data.audio import MelSpec, audio_length, load_audio, resample, resampled_length
 
 RATE = 16_000
 NOISE = (0.1 * np.random.default_rng(0).standard_normal(24_000)).astype(np.float32)
@@ -175,7 +175,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_a_data_uri_is_a_file(tmp_path):
-    from omni.media import parse_data_uri
+    from omni.common.media import parse_data_uri
 
     content = wav()
     inline = parse_data_uri("data:audio/wav;base64," + base64.b64encode(content).decode())
@@ -233,12 +233,12 @@ def test_nothing_is_decoded_beyond_the_bound(tmp_path):
     one = encoded("mp3", "libmp3lame", write_xing="0", id3v2_version="0")
     (tmp_path / "long.mp3").write_bytes(one * 1000)
     code = f"""
-import resource, omni.sound_files
-from omni.audio import load_audio
-from omni.errors import BadRow
+import resource, omni.data.sound_files
+from omni.data.audio import load_audio
+from omni.common.errors import BadRow
 blocks, used = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-values = omni.sound_files._values
-omni.sound_files._values = lambda frame: blocks.append(frame.samples) or values(frame)
+values = omni.data.sound_files._values
+omni.data.sound_files._values = lambda frame: blocks.append(frame.samples) or values(frame)
 try:
     load_audio({str(tmp_path / "long.mp3")!r}, 16_000, max_s=20)
 except BadRow as error:

@@ -9,12 +9,12 @@ import torch
 from stages import SMALL_CODEC, SMALL_TALKER
 
 import infer_chat
-from omni.assistant import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, spoken
-from omni.codec import Codec
-from omni.config import CodecConfig, TalkerConfig
-from omni.errors import UserError
-from omni.speech import Speaker
-from omni.talker import Talker
+from omni.chat.assistant import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, spoken
+from omni.chat.speaker import Speaker
+from omni.common.errors import UserError
+from omni.models.codec import Codec
+from omni.models.talker import Talker
+from omni.train.config import CodecConfig, TalkerConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,16 @@ import soundfile
 from harness import run_script
 from stages import AUDIO_ENC, SMALL_CODEC, TEXT
 
-from omni import checkpoint
-from omni.asr import LENGTH, Utterances, row_length, samples_at
-from omni.audio import MelSpec
-from omni.codec import SpeechClips
-from omni.config import AudioEncoderConfig, CodecConfig, VocoderConfig
-from omni.ctc import CtcTokenizer
-from omni.data import ResumableDataset
-from omni.errors import BadRow, note
-from omni.omni_model import Inputs
-from omni.vocoder import Clips
+from omni.common.errors import BadRow, note
+from omni.data.audio import MelSpec
+from omni.data.order import ResumableDataset
+from omni.models.codec import SpeechClips
+from omni.models.ctc import CtcTokenizer
+from omni.models.omni_model import Inputs
+from omni.models.vocoder import Clips
+from omni.stages.asr import LENGTH, Utterances, row_length, samples_at
+from omni.train import checkpoint
+from omni.train.config import AudioEncoderConfig, CodecConfig, VocoderConfig
 
 SPEC = MelSpec()
 NOISE = (0.1 * np.random.default_rng(0).standard_normal(100_000)).astype(np.float32)

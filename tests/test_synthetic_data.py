@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni.manifest import load_manifest
+from omni.data.manifest import load_manifest
 from omni.synthetic import speech
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"

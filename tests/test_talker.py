@@ -10,11 +10,10 @@ from harness import Process, Training, kill_at, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
-from omni.aligner import TEXT_END, text_symbols
-from omni.codec import Codec
-from omni.config import CodecConfig, TalkerConfig, VocoderConfig
-from omni.speech import Speaker, word_error_rates, word_errors
-from omni.talker import (
+from omni.chat.speaker import Speaker, word_error_rates, word_errors
+from omni.models.aligner import TEXT_END, text_symbols
+from omni.models.codec import Codec
+from omni.models.talker import (
     IGNORED,
     Talker,
     Utterance,
@@ -26,7 +25,8 @@ from omni.talker import (
     talker_metrics,
     talker_sums,
 )
-from omni.vocoder import Generator
+from omni.models.vocoder import Generator
+from omni.train.config import CodecConfig, TalkerConfig, VocoderConfig
 
 SIZES = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "text_layers": 2, "depth_d_model": 32, "depth_layers": 2,
@@ -392,7 +392,7 @@ def test_a_vocoder_of_other_log_mels_is_refused_before_anything_is_trained(tmp_p
 
 
 def test_a_vocoder_may_take_up_a_codec_but_not_change_it(trained, tmp_path):
-    from omni import checkpoint
+    from omni.train import checkpoint
 
     folder, other = tmp_path / "stage f", tmp_path / "other codec"
     for path in (folder, other):
@@ -480,7 +480,7 @@ def test_a_given_codec_must_have_the_config_s_sizes(tmp_path):
 
 
 def test_another_codec_is_another_training(trained, tmp_path):
-    from omni import checkpoint
+    from omni.train import checkpoint
 
     path = tmp_path / "codec" / "rvq_codec.pt"
     payload = torch.load(path, weights_only=True)
@@ -506,7 +506,7 @@ def test_a_part_that_others_were_made_of_takes_no_more_steps(tmp_path):
     training.changed(max_steps=6).finish()  # written again, and only the talker trained on
     assert torch.load(training.save_dir / "rvq_codec.pt", weights_only=True)["metrics"]["trained_steps"] == 4
     alone = TALKER.training(tmp_path, save_dir="alone", **few)
-    alone.changed(prelude=kill_at("omni.loop:_Training._train_step", 5)).run()  # the first of the aligner
+    alone.changed(prelude=kill_at("omni.train.loop:_Training._train_step", 5)).run()  # the first of the aligner
     for path in alone.save_dir.glob("*.pt"):
         assert path.name.startswith("rvq_codec")
     alone.changed(codec_steps=6).finish()
@@ -542,7 +542,7 @@ def test_a_text_too_long_for_its_recording_is_a_bad_row_everywhere(trained, tmp_
 
 
 def test_another_aligner_is_another_training(trained, tmp_path):
-    from omni import checkpoint
+    from omni.train import checkpoint
 
     path = tmp_path / "codec" / "aligner.pt"
     payload = torch.load(path, weights_only=True)

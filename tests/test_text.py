@@ -16,7 +16,7 @@ def test_mixture_of_experts_trains_and_resumes_exactly(tmp_path):
     reference.finish()
     assert {"loss", "cross_entropy", "balance"} <= reference.metrics()[0].keys()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 9)).returncode == -9
+    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
     killed.finish()
     assert differences(killed.state(), reference.state()) == []
 
@@ -106,9 +106,7 @@ def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
     reference.finish()
     training = TEXT.training(tmp_path, max_steps=4, cache_dir=str(tmp_path / "cache"))
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))\n"
-    limit += (
-        "import omni.tokenizer; omni.tokenizer.Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
-    )
+    limit += "import omni.data.tokenizer; omni.data.tokenizer.Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
     process = training.run(prelude=limit)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "File too large" in process.stderr
@@ -129,11 +127,11 @@ def test_another_vocabulary_in_the_same_folder_is_refused(tmp_path):
 def test_a_signal_is_heard_while_the_tokenizer_is_trained(tmp_path):
     training = TEXT.training(tmp_path)
     slow = """
-import time, omni.tokenizer
+import time, omni.data.tokenizer
 def train(lines, vocab_size):
     print("training it", flush=True)
     time.sleep(60)
-omni.tokenizer.Tokenizer.train = train
+omni.data.tokenizer.Tokenizer.train = train
 """
     process = training.start(prelude=slow)
     process.wait_for("training it")

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni import layers, ops, thinker
-from omni.config import ThinkerArchitecture
-from omni.layers import KVCache, MoE, grouped_linear, load_balancing_loss
-from omni.thinker import Thinker, qwen3_config, to_qwen3_state_dict
+from omni.models import layers, ops, thinker
+from omni.models.layers import KVCache, MoE, grouped_linear, load_balancing_loss
+from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
+from omni.train.config import ThinkerArchitecture
 
 V = 300
 SHAPES = {
@@ -434,9 +434,9 @@ def test_generation_reads_each_token_once():
 @pytest.fixture(scope="module")
 def stage_a(tmp_path_factory) -> Path:
     """A folder as train_text.py leaves it, of an untrained model."""
-    from omni import checkpoint
-    from omni.config import TextConfig
-    from omni.tokenizer import Tokenizer
+    from omni.data.tokenizer import Tokenizer
+    from omni.train import checkpoint
+    from omni.train.config import TextConfig
 
     folder = tmp_path_factory.mktemp("stage a")
     tokenizer = Tokenizer.train(iter([f"the cat {i} sat on the mat and slept" for i in range(99)]), 340)
@@ -463,7 +463,7 @@ def chat(monkeypatch, capsys, arguments: list[str], lines: list[str] = ()) -> tu
 
 
 def test_chat_prints_the_answer_only(stage_a):
-    from omni.tokenizer import Tokenizer
+    from omni.data.tokenizer import Tokenizer
 
     line = [sys.executable, "infer_chat.py", "--ckpt_dir", str(stage_a), "--max_new_tokens", "9", "--device", "cpu"]
     root = Path(__file__).parent.parent
@@ -487,7 +487,7 @@ def test_chat_prints_the_answer_only(stage_a):
      ["--text", "cat " * 99], ["--complete", "--text", "cat " * 99]],
 )  # fmt: skip
 def test_chat_refuses_bad_flags_in_one_line(stage_a, flags, monkeypatch, capsys):
-    from omni.errors import UserError
+    from omni.common.errors import UserError
 
     with pytest.raises(UserError) as error:
         chat(monkeypatch, capsys, ["--ckpt_dir", str(stage_a), *flags])
@@ -496,8 +496,8 @@ def test_chat_refuses_bad_flags_in_one_line(stage_a, flags, monkeypatch, capsys)
 
 
 def test_chat_refuses_another_runs_tokenizer(stage_a, tmp_path, monkeypatch, capsys):
-    from omni.errors import UserError
-    from omni.tokenizer import Tokenizer
+    from omni.common.errors import UserError
+    from omni.data.tokenizer import Tokenizer
 
     (tmp_path / "thinker.pt").write_bytes((stage_a / "thinker.pt").read_bytes())
     for text, message in ((None, "tokenizer.json: cannot read"), ("abab", "not of one run")):

@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from omni import checkpoint
-from omni.errors import UserError
-from omni.tokenizer import CHAT_TEMPLATE, MIN_VOCAB_SIZE, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from omni.common.errors import UserError
+from omni.data.tokenizer import CHAT_TEMPLATE, MIN_VOCAB_SIZE, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from omni.train import checkpoint
 
 LINES = [f"the cat number {i} sat on the mat, said: naïve 日本語 🙂!" for i in range(200)]
 MESSAGES = [

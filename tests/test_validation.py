@@ -7,13 +7,13 @@ import re
 import pytest
 from harness import TRACE, differences, kill_at
 
-from omni import checkpoint
-from omni.progress import Progress, read_validated, write_validated
+from omni.train import checkpoint
+from omni.train.progress import Progress, read_validated, write_validated
 
 # In the ``FAILS``-th validation of the process, at its first batch.
 FAILING = """
-import os, signal, torch, omni.loop
-_validate, _to_device, _validations = omni.loop._Training._validate, omni.loop.to_device, [0]
+import os, signal, torch, omni.train.loop
+_validate, _to_device, _validations = omni.train.loop._Training._validate, omni.train.loop.to_device, [0]
 def validate(self):
     _validations[0] += 1
     return _validate(self)
@@ -23,7 +23,7 @@ def to_device(batch, device):
             os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError("no memory for validation")
     return _to_device(batch, device)
-omni.loop._Training._validate, omni.loop.to_device = validate, to_device
+omni.train.loop._Training._validate, omni.train.loop.to_device = validate, to_device
 """
 
 # One line per file that is moved into place.
@@ -102,7 +102,7 @@ def test_what_a_validation_found_is_of_its_step_or_is_found_again(stage, tmp_pat
     reference.finish()
     for name, change in CHANGES.items():
         killed = reference.changed(save_dir=f"killed {name}")
-        assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 7)).returncode == -9
+        assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 7)).returncode == -9
         assert killed.steps()[-1] == 6, "which was validated"
         change(killed)
         process = killed.finish()
@@ -115,8 +115,8 @@ def test_what_a_validation_found_is_of_its_step_or_is_found_again(stage, tmp_pat
 JUDGED_BY = {"audio_enc": "wer", "talker": "code_perplexity", "vocoder": "mel_l1", "ocr": "cer"}
 
 METRICS = """
-import omni.loop
-_validate, _validations = omni.loop._Training._validate, [0]
+import omni.train.loop
+_validate, _validations = omni.train.loop._Training._validate, [0]
 def validate(self):
     _validations[0] += 1
     metrics, name = self.validation.metrics, self.run.stage.best_metric
@@ -125,7 +125,7 @@ def validate(self):
     improved = _validate(self)
     self.validation.metrics = metrics
     return improved
-omni.loop._Training._validate = validate
+omni.train.loop._Training._validate = validate
 """
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import omni.video
-from omni.errors import BadRow
-from omni.media import Inline
-from omni.video import MAX_FRAME_PIXELS, evenly, load_frames
+import omni.data.video
+from omni.common.errors import BadRow
+from omni.common.media import Inline
+from omni.data.video import MAX_FRAME_PIXELS, evenly, load_frames
 
 
 def clip(count: int = 10, side: int = 16) -> list[Image.Image]:
@@ -182,12 +182,12 @@ def test_small_frames_on_a_large_screen_cost_what_the_screen_does(monkeypatch, c
 
 
 def test_a_million_frames_are_not_counted(monkeypatch):
-    monkeypatch.setattr("omni.metadata.MAX_READS", 5_000)
+    monkeypatch.setattr("omni.data.metadata.MAX_READS", 5_000)
     with pytest.raises(BadRow, match="more than 5,000 pieces"):
         load_frames(Inline(gif(8, *[8] * 3000), ""), 16, 16, 16)
     film = io.BytesIO()
     movie(film, "mpeg4", 12, format="avi")
-    monkeypatch.setattr(omni.video, "MAX_PACKETS", 11)
+    monkeypatch.setattr(omni.data.video, "MAX_PACKETS", 11)
     with pytest.raises(BadRow, match="expected at most 11 frames, found more"):
         load_frames(Inline(film.getvalue(), ""), 1, 8, 8)
 
@@ -208,9 +208,9 @@ def test_no_more_is_decoded_than_leads_to_the_wanted_frames(monkeypatch, contain
     data = io.BytesIO()
     movie(data, codec, 36, format=container, options={"g": "6"} | options)
     film, spent = Inline(data.getvalue(), ""), []
-    spend = omni.video._Budget.spend
+    spend = omni.data.video._Budget.spend
     monkeypatch.setattr(
-        omni.video._Budget, "spend", lambda self, *more: spent.append(more[2]) if more[2:] else spend(self, *more)
+        omni.data.video._Budget, "spend", lambda self, *more: spent.append(more[2]) if more[2:] else spend(self, *more)
     )
     everything, total = load_frames(film, 36, 8, 8)
     assert total >= 36 and spent == [total]
@@ -220,7 +220,7 @@ def test_no_more_is_decoded_than_leads_to_the_wanted_frames(monkeypatch, contain
         assert torch.equal(frames, everything[evenly(total, count)])
         assert spent[0] <= 13 * count < total or count > 2
     monkeypatch.undo()
-    monkeypatch.setattr(omni.video, "MAX_FILM_PIXELS", total * 4096 - 1)
+    monkeypatch.setattr(omni.data.video, "MAX_FILM_PIXELS", total * 4096 - 1)
     load_frames(film, 2, 8, 8)
     with pytest.raises(BadRow, match="would have to be decoded. Expected a shorter or smaller video, or fewer frames"):
         load_frames(film, 36, 8, 8)
@@ -236,7 +236,7 @@ def test_a_film_may_change_its_size_but_not_beyond_the_bound(monkeypatch, first)
     data = b"".join(part.getvalue() for part in (parts[::-1] if first else parts))
     frames, total = load_frames(Inline(data, ""), 99, 8, 8)
     assert total == len(frames) == 20 and set(reds(frames)) == set(range(10)) and reds(frames)[-1] == 9
-    monkeypatch.setattr(omni.video, "MAX_FRAME_PIXELS", 64 * 48)
+    monkeypatch.setattr(omni.data.video, "MAX_FRAME_PIXELS", 64 * 48)
     with pytest.raises(BadRow):
         load_frames(Inline(data, ""), 99, 8, 8)
 
@@ -245,7 +245,7 @@ def test_any_exception_of_a_decoder_is_a_bad_row(tmp_path, monkeypatch):
     whole = movie(tmp_path / "a.mp4", "libx264")
     for kind in (IndexError, UnicodeDecodeError, AttributeError, ZeroDivisionError, MemoryError, AssertionError):
         error = kind("utf-8", b"", 0, 1, "why") if kind is UnicodeDecodeError else kind("why")
-        for place in ("PIL.Image.open", "av.open", "omni.video._upright"):
+        for place in ("PIL.Image.open", "av.open", "omni.data.video._upright"):
             with monkeypatch.context() as patched:
                 patched.setattr(place, lambda *_, error=error, **__: (_ for _ in ()).throw(error))
                 with pytest.raises(BadRow, match=rf"a\.mp4: cannot read the video: {kind.__name__}: .*why"):
@@ -330,7 +330,7 @@ def test_a_folder_of_frames_is_bounded_and_each_of_its_files_named(tmp_path, mon
             load_frames(folder, 99, 8, 8)
         (folder / name).unlink()
         (folder / f"{name[0]}.txt").touch()
-    monkeypatch.setattr(omni.video, "MAX_FILES", 9)
+    monkeypatch.setattr(omni.data.video, "MAX_FILES", 9)
     load_frames(folder, 2, 8, 8)
     (folder / "9.txt").touch()
     with pytest.raises(BadRow, match="at most 9 files"):

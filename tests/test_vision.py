@@ -14,26 +14,13 @@ from safetensors.torch import save_file
 from stages import TEXT, VISION, make_images
 from test_config import only_error
 
-from omni import vision_encoder
-from omni.captions import (
-    ATTRIBUTES,
-    GROUP,
-    CaptionRanking,
-    attribute_captions,
-    attribute_labels,
-    augment,
-    encode_caption,
-    in_distinct_groups,
-    pad_captions,
-)
-from omni.config import VisionConfig
-from omni.data import ResumableDataset
-from omni.errors import UserError
-from omni.manifest import load_manifest
-from omni.optim import build_adamw
-from omni.thinker import Thinker
-from omni.tokenizer import Tokenizer
-from omni.vision_encoder import (
+from omni.common.errors import UserError
+from omni.data.manifest import load_manifest
+from omni.data.order import ResumableDataset
+from omni.data.tokenizer import Tokenizer
+from omni.models import vision_encoder
+from omni.models.thinker import Thinker
+from omni.models.vision_encoder import (
     MAX_SCALE,
     PictureTextModel,
     ViT,
@@ -45,7 +32,20 @@ from omni.vision_encoder import (
     vit_config,
     word_loss,
 )
-from omni.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
+from omni.stages.captions import (
+    ATTRIBUTES,
+    GROUP,
+    CaptionRanking,
+    attribute_captions,
+    attribute_labels,
+    augment,
+    encode_caption,
+    in_distinct_groups,
+    pad_captions,
+)
+from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
+from omni.train.config import VisionConfig
+from omni.train.optim import build_adamw
 
 CPU = torch.device("cpu")
 
@@ -422,7 +422,7 @@ def test_a_frozen_thinker_reads_the_captions_and_stays_as_it_is(tmp_path):
     trained = sum(len(group["params"]) for part in parts for group in part["param_groups"])
     assert trained == len(newest["module"]) - 1, "all but the Thinker's digest"
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.loop:_Training._train_step", 8)).returncode == -9
+    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
 
     other = train_thinker(tmp_path, "other", seed=2)
     (other.save_dir / "tokenizer.json").write_bytes((thinker.save_dir / "tokenizer.json").read_bytes())
@@ -501,7 +501,7 @@ def test_a_picture_outside_image_root_is_not_read(tmp_path):
 
 
 def test_every_row_comes_once_an_epoch_with_its_own_caption(tmp_path):
-    from omni.captions import CaptionRows
+    from omni.stages.captions import CaptionRows
 
     keys = make_images(tmp_path)
     manifest = load_manifest(keys["train_manifest"], ("image", "caption"), "image")

@@ -13,11 +13,10 @@ from test_config import only_error
 from torch import nn
 
 import train_vocoder
-from omni.audio import griffin_lim, log_mel, mel_statistics
-from omni.config import VocoderConfig, load_config
-from omni.errors import UserError
-from omni.manifest import load_manifest, split_rows
-from omni.vocoder import (
+from omni.common.errors import UserError
+from omni.data.audio import griffin_lim, log_mel, mel_statistics
+from omni.data.manifest import load_manifest, split_rows
+from omni.models.vocoder import (
     Clips,
     Discriminators,
     Generator,
@@ -35,6 +34,7 @@ from omni.vocoder import (
     split_column,
     to_speecht5_state_dict,
 )
+from omni.train.config import VocoderConfig, load_config
 
 SIZES = {
     "n_mels": 20, "upsample_rates": [8, 5, 4], "upsample_initial_channel": 32, "resblock_kernel_sizes": [3, 7],
@@ -283,7 +283,7 @@ def test_padding_and_company_change_no_figure(tmp_path):
 def test_griffin_lim_is_judged_once(tmp_path, monkeypatch):
     model, rows = build(), clips(tmp_path, training=False)
     calls = []
-    monkeypatch.setattr("omni.vocoder.griffin_lim", lambda mel, spec: calls.append(1) or griffin_lim(mel, spec))
+    monkeypatch.setattr("omni.models.vocoder.griffin_lim", lambda mel, spec: calls.append(1) or griffin_lim(mel, spec))
     score = VocoderScore(model.config)
     batch = rows.batch(np.arange(3), 0)
     with torch.no_grad():
@@ -397,13 +397,13 @@ def test_what_a_run_leaves_behind(tmp_path):
 def test_held_out_clips_are_evenly_spaced(tmp_path):
     rows = make_clips(tmp_path)["train_csv"]
     noting = f"""
-import omni.vocoder
-_read = omni.vocoder.Clips.read
+import omni.models.vocoder
+_read = omni.models.vocoder.Clips.read
 def read(self, row, rng):
     with open({str(tmp_path / "read.txt")!r}, "a") as file:
         print(rng is None, row["wav"], file=file)
     return _read(self, row, rng)
-omni.vocoder.Clips.read = read
+omni.models.vocoder.Clips.read = read
 """
     VOCODER.training(tmp_path, val_csv=rows, val_clips=4, max_epochs=1).finish(prelude=noting)
     read = {line.split()[1] for line in (tmp_path / "read.txt").read_text().splitlines() if line.startswith("True")}

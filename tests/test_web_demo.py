@@ -28,8 +28,8 @@ from test_media_kinds import MADE
 
 import export
 import infer_chat
-from omni.assistant import clean
-from omni.errors import UserError
+from omni.chat.assistant import clean
+from omni.common.errors import UserError
 
 NEEDED = (("gradio", "pip install --no-deps -r requirements-web.txt"), ("playwright", "pip install playwright"))
 MISSING = {name: f"{name} is not installed: {how}" for name, how in NEEDED if not importlib.util.find_spec(name)}
@@ -39,13 +39,13 @@ needs_browser = pytest.mark.skipif(
     bool(MISSING) or CHROMIUM is None, reason="; ".join(MISSING.values()) or "no chromium: apt-get install chromium"
 )
 SLOW = """
-import time, omni.assistant
-_decoded = omni.assistant.Assistant._decoded
+import time, omni.chat.assistant
+_decoded = omni.chat.assistant.Assistant._decoded
 def slow(self, ids, thoughts):
     for piece in _decoded(self, ids, thoughts):
         time.sleep(0.02)
         yield piece
-omni.assistant.Assistant._decoded = slow
+omni.chat.assistant.Assistant._decoded = slow
 """  # an answer lasts long enough to be stopped
 SAMPLED = {"temperature": 1.0, "seed": 4}
 
@@ -308,7 +308,8 @@ class Stub:
 @pytest.fixture
 def stub(monkeypatch):
     """A page of a Stub whose pieces are slices of their own, and a visitor's request."""
-    from omni import web, web_limits
+    from omni.chat import server as web_limits
+    from omni.chat import web
 
     monkeypatch.setattr(web_limits, "SLICE_S", 0)
     assistant = Stub()
@@ -326,7 +327,7 @@ async def to_the_end(outputs) -> list:
 @needs_gradio
 @pytest.mark.parametrize("count", [3, 90])
 def test_long_speech_lets_others_have_their_turn(stub, count):
-    from omni.web import Session
+    from omni.chat.web import Session
 
     page, request = stub
 
@@ -349,7 +350,7 @@ def test_long_speech_lets_others_have_their_turn(stub, count):
 
 @needs_gradio
 def test_one_visitors_requests_come_one_after_the_other_and_stop_ends_them_all(stub):
-    from omni.web import Session
+    from omni.chat.web import Session
 
     page, request = stub
     session = Session()
@@ -371,7 +372,7 @@ def test_one_visitors_requests_come_one_after_the_other_and_stop_ends_them_all(s
 def test_what_is_asked_said_and_kept_is_bounded(stub, monkeypatch):
     import gradio as gr
 
-    from omni import web
+    from omni.chat import web
 
     page, request = stub
     told = []
@@ -410,7 +411,7 @@ def test_what_is_asked_said_and_kept_is_bounded(stub, monkeypatch):
 def test_who_comes_when_all_turns_are_taken_is_told_at_once(stub):
     import gradio as gr
 
-    from omni.web import Session
+    from omni.chat.web import Session
 
     page, request = stub
 
@@ -451,7 +452,7 @@ def test_files_are_sorted_by_what_they_contain(stub, tmp_path, name):
 def test_any_fault_of_the_program_is_one_line_for_that_visitor(stub, capsys, fault):
     import gradio as gr
 
-    from omni.web import Session
+    from omni.chat.web import Session
 
     page, request = stub
 
@@ -482,7 +483,7 @@ def test_half_of_a_surrogate_pair_is_replaced(text):
 def test_messages_are_one_line_and_escaped(stub):
     import gradio as gr
 
-    from omni.web import in_the_page
+    from omni.chat.web import in_the_page
 
     with pytest.raises(gr.Error) as error, in_the_page("/tmp/secret/<i>.png"):
         raise UserError("/tmp/secret/<i>.png: <b>\nbroken")
@@ -494,7 +495,7 @@ def test_gradio_keeps_a_bounded_number_of_visitors(stub):
     import gradio as gr
     from gradio.routes import App
 
-    from omni import web
+    from omni.chat import web
 
     page, _ = stub
     with gr.Blocks() as blocks:

@@ -1,4 +1,4 @@
-"""omni/web_limits.py: turns at the model, what requests are let through, and the page's own folder."""
+"""omni/chat/server.py: turns at the model, what requests are let through, and the page's own folder."""
 
 import asyncio
 import os
@@ -16,9 +16,9 @@ from itertools import chain, pairwise
 import pytest
 from harness import ROOT
 
-from omni import web_limits
-from omni.errors import UserError
-from omni.web_limits import Folder, Guard, Turns, names_of, own_folder
+from omni.chat import server as web_limits
+from omni.chat.server import Folder, Guard, Turns, names_of, own_folder
+from omni.common.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------------
 # Turns
@@ -258,7 +258,7 @@ def test_any_number_of_small_files_is_bounded(tmp_path):
 KEEPS = """
 import sys, time
 from pathlib import Path
-from omni.web_limits import own_folder
+from omni.chat.server import own_folder
 with own_folder(Path(sys.argv[1])) as folder:
     (folder / "upload").mkdir()
     (folder / "upload" / "voice.wav").write_bytes(b"x")

@@ -1,7 +1,7 @@
 """The small world: its English is true and grammatical, and held-out combinations never occur in training text.
 
 `combinations_in` reads combinations back from the finished lines with patterns of its own. It shares nothing with
-`omni/world.py` but the word lists, so a leak through any template, question or answer shows.
+`omni/synthetic/world.py` but the word lists, so a leak through any template, question or answer shows.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from omni import world
+from omni.synthetic import world
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
 

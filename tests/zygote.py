@@ -24,10 +24,6 @@ import torch._dynamo
 import torch.utils.tensorboard
 import torchaudio.functional  # noqa: F401
 
-import omni.corpus
-import omni.loop
-import omni.thinker  # noqa: F401
-
 
 def child(request: dict) -> None:
     os.setsid()

@@ -1,4 +1,4 @@
-"""Pictures of the small world: a scene of `omni.world`, drawn, with its caption and questions.
+"""Pictures of the small world: a scene of `omni.synthetic.world`, drawn, with its caption and questions.
 
 Every function is pure: a picture depends on (seed, index, unseen) only. All randomness comes from Python's own
 generator, and the drawing snaps to whole pixels of a canvas four times as fine, so that the pinned Pillow gives the
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from omni import world
+from omni.synthetic import world
 
 # (x, y) points: x to the right, y down. "px" is a pixel of the finished picture, "fine" one of the canvas.
 SIZE = 128  # px, both sides

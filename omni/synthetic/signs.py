@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from omni import world
+from omni.synthetic import world
 from omni.synthetic.pictures import FONT_FOLDER
 
 # px is a pixel of the finished image; the text is drawn twice as fine.

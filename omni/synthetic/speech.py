@@ -1,4 +1,4 @@
-"""Speech of the small world: sentences of `omni.world`, read aloud by the espeak-ng synthesiser.
+"""Speech of the small world: sentences of `omni.synthetic.world`, read aloud by the espeak-ng synthesiser.
 
 espeak-ng remembers: the phase of its pitch flutter, its automatic gain and its noise generators go on from one
 utterance to the next, and no call resets them, so that it reads the same text differently each time. Clips therefore
@@ -20,7 +20,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from omni import world
+from omni.synthetic import world
 
 SAMPLE_RATE = 16_000  # Hz
 GROUP = 32  # clips that one process reads: starting it costs as much as reading one or two

@@ -1,0 +1,356 @@
+"""What keeps the page up whoever uses it: turns at the model, bounds on what is sent, and a folder of its own.
+
+Needs no Gradio.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import fcntl
+import ipaddress
+import json
+import os
+import re
+import shutil
+import socket
+import stat
+import tempfile
+import threading
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from omni.common.errors import UserError
+from omni.common.media import quoted
+
+# ---------------------------------------------------------------------------------------------------------------
+# Turns
+
+SLICE_S = 0.05  # how long one job computes before the next has its turn, if others wait
+
+
+class Turns:
+    """One thread that computes for all visitors, first come, first served, a slice at a time. Who has had a slice and
+    wants another goes to the end of the line, so that nobody waits for the whole of another's job. Beside it, one that
+    reads files in the same order: a large one holds up no answer, and no two are in memory.
+
+    Args:
+        most: jobs at a time, those that wait included.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.jobs = most, 0
+        self._model, self._files = ThreadPoolExecutor(1, "model"), ThreadPoolExecutor(1, "files")
+
+    @contextlib.contextmanager
+    def job(self) -> Iterator[None]:
+        """A job that takes turns.
+
+        Raises:
+            UserError: there are too many.
+        """
+        if self.jobs >= self.most:
+            raise UserError(f"{self.jobs} requests are being answered, which is as many as this page takes. Try later")
+        self.jobs += 1
+        try:
+            yield
+        finally:
+            self.jobs -= 1
+
+    async def compute(self, function: Callable, *arguments):
+        """The result of ``function``, computed when its turn comes; not at all, if its job is cancelled before."""
+        return await _run(self._model, function, arguments)
+
+    async def read(self, function: Callable, *arguments):
+        """As ``compute``, where files are read."""
+        return await _run(self._files, function, arguments)
+
+    async def slices(self, pieces: Iterator) -> AsyncIterator[list]:
+        """What ``pieces`` yields, as many at a time as one slice makes: one at least."""
+        while slice_ := await self.compute(_slice, pieces):
+            yield slice_
+
+
+async def _run(thread: ThreadPoolExecutor, function: Callable, arguments: tuple):
+    context = contextvars.copy_context()  # Gradio's, which knows whose warning it is
+    return await asyncio.get_running_loop().run_in_executor(thread, context.run, function, *arguments)
+
+
+def _slice(pieces: Iterator) -> list:
+    end, taken = time.monotonic() + SLICE_S, []
+    for piece in pieces:
+        taken.append(piece)
+        if time.monotonic() >= end:
+            break
+    return taken
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The folder
+
+_PREFIX, _OWNER = "omni_web_", ".owner"
+_MARK = b"folder of a page of scripts/web_demo.py\n"
+_BLOCK = 1 << 16  # bytes that the smallest file counts as, as there must not be any number of them
+
+
+class Folder:
+    """Where the page keeps what is uploaded and spoken, up to a sum.
+
+    Args:
+        max_bytes: of all files.
+        kept_s: files are deleted so many seconds after they were last written.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, kept_s: float) -> None:
+        self.path, self.max_bytes, self.kept_s, self.used, self._lock = path, max_bytes, kept_s, 0, threading.Lock()
+        self.own = frozenset()
+
+    def keep_what_is_there(self) -> None:
+        """The files that are there now are the page's own."""
+        self.own = frozenset(path for path, _ in self._files())
+
+    def clean(self) -> None:
+        """Delete what is too old, half of an upload included, and count the rest."""
+        used, oldest = 0, time.time() - self.kept_s
+        for path, found in self._files():
+            if path in self.own:
+                continue
+            if found.st_mtime < oldest:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+            else:
+                used += max(_BLOCK, found.st_size)
+        with self._lock:
+            self.used = used
+
+    def take(self, size: int) -> bool:
+        """Whether there is room for so many bytes more, which count as used then."""
+        with self._lock:
+            fits = self.used + size <= self.max_bytes
+            self.used += size if fits else 0
+            return fits
+
+    def _files(self) -> Iterator[tuple[str, os.stat_result]]:
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    yield os.path.join(folder, name), os.lstat(os.path.join(folder, name))
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A new folder, deleted in the end. Those of pages that were killed before are deleted now.
+
+    Each holds a file that says so, locked by its page as long as it lives.
+    """
+    parent = Path(tempfile.gettempdir()) if parent is None else parent
+    for path in parent.glob(f"{_PREFIX}*"):
+        _delete_if_dead(path)
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    try:
+        unnamed = path / f"{_OWNER}.new"  # locked before anybody takes it for a dead page's
+        with unnamed.open("xb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            owner.write(_MARK + b"%d\n" % os.getpid())
+            owner.flush()
+            unnamed.rename(path / _OWNER)
+            yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _delete_if_dead(path: Path) -> None:
+    """Delete a page's folder whose page is gone; anything else stays."""
+    try:
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:  # a file, a link, somebody else's
+        return
+    try:
+        owner = os.open(_OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return
+    finally:
+        os.close(folder)
+    try:
+        found = os.fstat(owner)
+        if found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode) and os.read(owner, len(_MARK)) == _MARK:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+    except BlockingIOError:  # its page lives
+        pass
+    finally:
+        os.close(owner)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Requests
+
+# The browser itself refuses what the page might want from other machines, whatever Gradio puts into it.
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
+UPLOAD = "/gradio_api/upload"
+# What else the page sends. Gradio has more routes; some of them write files or start other programs.
+SENDS = ("/gradio_api/queue/join", "/gradio_api/run/", "/gradio_api/api/", "/gradio_api/cancel", "/gradio_api/reset")
+# What writes a file, or loads from elsewhere, although it is a GET.
+CLOSED = re.compile("/gradio_api/(deep_link|proxy=|file[=/]https?:)", re.IGNORECASE)
+MAX_JSON_BYTES = 1_000_000  # a text of the greatest length, each character escaped
+IDLE_S = 30  # how long the next bytes of a request may take
+
+
+class Refused(Exception):
+    """An answer in place of the page's.
+
+    Args:
+        status: HTTP's.
+        reason: one line.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        self.status, self.reason = status, reason
+
+
+class Guard:
+    """ASGI: lets through to ``app`` what the page itself sends, of bounded size; adds POLICY to every answer.
+
+    Args:
+        names: lower-case host names by which the page may be called. Another one may be a site's that was made to
+            lead here. Addresses are always allowed, as no site can have them made to.
+        origins: other origins (``https://example.org``) whose pages may use this one.
+        folder: where uploads go.
+        max_upload: bytes of all files that are sent together.
+    """
+
+    def __init__(self, app, names: set[str], origins: set[str], folder: Folder, max_upload: int) -> None:
+        self.app, self.names, self.origins, self.folder, self.max_upload = app, names, origins, folder, max_upload
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":  # the start and the end of the server
+            await self.app(scope, receive, send)
+            return
+        exchange = Exchange(receive, send)
+        try:
+            is_upload = self._check(scope)
+            if is_upload:
+                await self._make_room(exchange)
+            elif scope["method"] == "POST":
+                await exchange.read_all(MAX_JSON_BYTES)
+            await self.app(scope, exchange.receive, exchange.send)
+        except Refused as refusal:
+            exchange.refusal = refusal
+        except Exception:
+            if exchange.refusal is None:  # else it is the app's, whose request was ended
+                raise
+        await exchange.end()
+
+    def _check(self, scope) -> bool:
+        """Whether it is an upload; refuses what must not be asked."""
+        headers, path = dict(scope["headers"]), scope["path"]
+        host, origin = headers.get(b"host", b"").decode("latin-1").lower(), headers.get(b"origin")
+        if not self._is_ours(host):
+            raise Refused(403, f"this page is not called {quoted(host)}. Allow it with --allow_origin http://NAME")
+        if origin is not None:
+            origin = origin.decode("latin-1").lower()
+            if origin not in (f"http://{host}", f"https://{host}") and origin not in self.origins:
+                raise Refused(403, f"pages of {quoted(origin)} must not use this one")
+        if scope["method"] not in ("GET", "HEAD", "POST"):
+            raise Refused(405, f"expected GET, HEAD or POST, found {quoted(scope['method'])}")
+        if CLOSED.match(path) or (scope["method"] == "POST" and path != UPLOAD and not path.startswith(SENDS)):
+            raise Refused(404, "this page has no such part")
+        is_upload = scope["method"] == "POST" and path == UPLOAD
+        if int(headers.get(b"content-length", 0)) > (limit := self.max_upload if is_upload else MAX_JSON_BYTES):
+            raise _too_large(limit)
+        return is_upload
+
+    def _is_ours(self, host: str) -> bool:
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+            return name in self.names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    async def _make_room(self, exchange: "Exchange") -> None:
+        """Bound what the upload may take of the disk, each part as it comes."""
+        await asyncio.to_thread(self.folder.clean)
+        arrived = 0
+
+        def count(size: int) -> None:
+            nonlocal arrived
+            arrived += size
+            if arrived > self.max_upload:
+                raise _too_large(self.max_upload)
+            if not self.folder.take(size):
+                raise Refused(507, "the page's disk space is used up. Files are deleted after an hour; try later")
+
+        exchange.on_bytes = count
+        count(0)
+
+
+def _too_large(limit: int) -> Refused:
+    return Refused(413, f"expected at most {limit / 1e6:g} MB")
+
+
+class Exchange:
+    """A request and its answer, of which the page gets and gives no more once ``refusal`` is there."""
+
+    def __init__(self, receive, send) -> None:
+        self._receive, self._send = receive, send
+        self.refusal: Refused | None = None
+        self.on_bytes: Callable[[int], None] = lambda size: None  # may raise Refused
+        self._body: bytes | None = None
+        self._ended = self._answered = False
+
+    async def receive(self) -> dict:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        if self._ended:  # all that comes now is the visitor's leaving
+            return await self._receive()
+        try:
+            return await self._next()
+        except Refused as refusal:
+            self.refusal = refusal
+            return {"type": "http.disconnect"}
+
+    async def _next(self) -> dict:
+        try:
+            event = await asyncio.wait_for(self._receive(), IDLE_S)
+        except TimeoutError:
+            raise Refused(408, f"nothing came for {IDLE_S} s") from None
+        self._ended = not event.get("more_body", False)
+        self.on_bytes(len(event.get("body", b"")))
+        return event
+
+    async def read_all(self, most: int) -> None:
+        """Wait for the whole body, so that nothing begins before its size is known."""
+        body = bytearray()
+        while not self._ended:
+            body += (await self._next()).get("body", b"")
+            if len(body) > most:
+                raise _too_large(most)
+        self._body = bytes(body)
+
+    async def send(self, event: dict) -> None:
+        if self.refusal is not None and not self._answered:
+            return
+        if event["type"] == "http.response.start":
+            self._answered = True
+            event["headers"] = [*event["headers"], (b"content-security-policy", POLICY)]
+        await self._send(event)
+
+    async def end(self) -> None:
+        """Send the refusal, unless an answer has begun, as the page's JavaScript shows it."""
+        if self.refusal is not None and not self._answered:
+            body = json.dumps({"detail": self.refusal.reason}).encode() + b"\n"
+            head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+            await self._send({"type": "http.response.start", "status": self.refusal.status, "headers": head})
+            await self._send({"type": "http.response.body", "body": body})
+
+
+def names_of(host: str, address: str, origins: set[str]) -> set[str]:
+    """Lower-case host names of a page that listens at ``address``, which was given as ``host``."""
+    names = {"localhost", host.lower()} | {urllib.parse.urlsplit(origin).hostname or "" for origin in origins}
+    if not ipaddress.ip_address(address).is_loopback:
+        name = socket.gethostname().lower()
+        names |= {name, f"{name}.local", name.split(".")[0]}
+    return names

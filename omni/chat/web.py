@@ -1,0 +1,391 @@
+"""The web page: what its buttons do, and how it is laid out. ``scripts/web_demo.py`` serves it; it needs Gradio."""
+
+import asyncio
+import base64
+import contextlib
+import html
+import mimetypes
+import random
+import sys
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import gradio as gr
+import gradio.processing_utils
+import gradio.route_utils
+import gradio.utils
+import numpy as np
+
+from omni.chat.assistant import (
+    Assistant,
+    Thoughts,
+    check_text_length,
+    clean,
+    message,
+    read_picture,
+    sentences,
+    spoken,
+)
+from omni.chat.server import Turns
+from omni.chat.speaker import MAX_SECONDS, Speaker
+from omni.common.errors import BadRow, UserError
+from omni.common.media import kind_of
+from omni.models.ocr import Ocr
+
+KEPT_S, CLEANED_S = 3600, 600  # how long files that were uploaded or spoken are kept; how often they are looked at
+MAX_FILES = 8  # attached to one message
+MAX_SHOWN = 100  # messages of a conversation
+MAX_SPEECH_S = 120.0  # in answer to one request
+SESSIONS = 256  # visitors whose conversation is kept
+MAX_UNREAD, PATIENCE_S = 32, 30  # messages that a visitor may leave unfetched, and for how long
+
+# Plays speech as it comes. The value is "RUN RATE_HZ PIECE PIECE ...", each piece base64 of 16-bit samples; it grows,
+# as the browser may see several changes as one. Another run silences what is left of the one before.
+PLAYER = """
+let run = "", context = null, played = 0, at = 0;
+watch("value", () => {
+  const [id, rate, ...pieces] = (props.value || "").split(" ");
+  if (id !== run) { context?.close(); run = id; context = null; played = at = 0; }
+  for (const piece of pieces.slice(played)) {
+    context ??= new AudioContext();
+    const samples = new Int16Array(Uint8Array.from(atob(piece), (c) => c.charCodeAt(0)).buffer);
+    const buffer = context.createBuffer(1, samples.length, Number(rate)), source = context.createBufferSource();
+    buffer.copyToChannel(Float32Array.from(samples, (sample) => sample / 32768), 0);
+    source.buffer = buffer;
+    source.connect(context.destination);
+    at = Math.max(at, context.currentTime + 0.05);
+    source.start(at);
+    at += buffer.duration;
+    element.dataset.played = ++played;
+  }
+});
+"""
+
+
+class Session:
+    """One visitor."""
+
+    def __init__(self) -> None:
+        self.run, self.talk = 0, Talk()
+        self.turn = asyncio.Lock()  # one request at a time
+
+    def stop(self) -> str:
+        """End what is being written or said; returns the player's silence."""
+        self.run += 1
+        return ""
+
+    def clear(self) -> tuple:
+        """A new conversation: what the page shows of it."""
+        self.talk = Talk()
+        return [], None, self.stop(), None
+
+
+class Talk:
+    """A conversation, as the model reads it and as the page shows it."""
+
+    def __init__(self) -> None:
+        self.messages, self.shown = [], []
+
+
+class Page:
+    """What the page's buttons do. Whatever computes takes turns.
+
+    Args:
+        speaker, reader: each with "", or None with the reason.
+        max_requests: that are answered at a time, those that wait for their turn included.
+        take: asked whether there is disk space for so many bytes of speech.
+    """
+
+    def __init__(
+        self,
+        assistant: Assistant,
+        speaker: tuple[Speaker | None, str],
+        reader: tuple[Ocr | None, str],
+        max_requests: int = 64,
+        take: Callable[[int], bool] = lambda size: True,
+    ) -> None:
+        self.assistant, (self.speaker, self.no_speaker), (self.reader, self.no_reader) = assistant, speaker, reader
+        self.turns, self.take = Turns(max_requests), take
+        self.unread: Callable[[str], int] = lambda session_hash: 0  # messages that a visitor has not fetched yet
+
+    async def chat(
+        self, session: Session, asked: dict, aloud: bool, temperature, top_p, max_new_tokens, seed, request: gr.Request
+    ) -> AsyncIterator[tuple]:
+        """Yield the conversation, the emptied input, the speech so far, and in the end all of it."""
+        run, files = session.run, asked["files"]
+        with in_the_page(*files), self.turns.job():
+            check_text_length(asked["text"] or "", self.assistant.ctx_len)
+            if len(files) > MAX_FILES:
+                raise UserError(f"expected at most {MAX_FILES} files, found {len(files)}")
+            async with session.turn:
+                if session.run != run:
+                    return
+                talk, text = session.talk, clean(asked["text"] or "")
+                attached = [part for path in files for part in await self.turns.read(self.parts, path)]
+                if not text.strip() and not any(part["type"] == "audio" for part in attached):
+                    raise UserError("expected a question: a text or a recording")
+                messages, max_new_tokens = [*talk.messages, message(attached, text)], int(max_new_tokens)
+                thoughts = Thoughts()
+                sampling = {
+                    "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": None if seed < 0 else seed,
+                    "top_p": top_p if temperature and top_p < 1 else None,
+                }  # fmt: skip
+                pieces = await self.turns.compute(self.answer, messages, thoughts, sampling)
+                contents = [{"path": path} for path in files] + [text] * bool(text.strip())
+                shown = talk.shown + [{"role": "user", "content": content} for content in contents]
+                shown, answer = shown[-MAX_SHOWN:], {"role": "assistant", "content": ""}
+                yield shown, None, "", None
+                try:
+                    async for some in self.turns.slices(pieces):
+                        if session.run != run:
+                            return
+                        answer["content"] += "".join(some)
+                        yield [*shown, answer], gr.skip(), gr.skip(), gr.skip()
+                        await self.fetched(request)
+                finally:  # of an answer that was stopped, what there is
+                    talk.messages, talk.shown = [*messages, answer], [*shown, answer]
+                if aloud and self.speaker is not None:
+                    texts = sentences(answer["content"])
+                    try:
+                        async for heard in self.speech(session, run, request, texts, "the answer", thoughts=thoughts):
+                            yield gr.skip(), gr.skip(), *heard
+                    except UserError as error:  # the answer stands
+                        warn(str(error))
+
+    def parts(self, path: str) -> list[dict]:
+        """A file as parts of a message, by its content; where that says nothing, by its name, for the message."""
+        try:
+            kind = kind_of(path)
+        except BadRow as error:
+            raise UserError(str(error)) from error
+        if kind == "film":
+            return self.assistant.video(path)[0]
+        is_picture = (mimetypes.guess_type(path)[0] or "").startswith("image/")
+        if kind == "picture" or (kind == "unknown" and is_picture):
+            return [self.assistant.image(path)]
+        return [self.assistant.sound(path)]
+
+    def answer(self, messages: list[dict], thoughts: Thoughts, sampling: dict) -> Iterator[str]:
+        """Pieces of the answer; ``messages`` loses the turns that no longer fit."""
+        prompt = self.assistant.prompt(messages, sampling["max_new_tokens"])
+        return self.assistant.answer(prompt, thoughts, **sampling)
+
+    async def say(
+        self, session: Session, text: str, temperature: float, seed: int, request: gr.Request
+    ) -> AsyncIterator[tuple]:
+        """Yield the speech so far, and in the end all of it."""
+        run = session.run
+        with in_the_page(), self.turns.job():
+            if self.speaker is None:
+                raise UserError(self.no_speaker)
+            check_text_length(text or "")
+            text = clean(text or "")
+            if not text.strip():
+                raise UserError("expected a text to say")
+            sampling = {"temperature": temperature, "seed": random.getrandbits(53) if seed < 0 else seed}
+            async with session.turn:
+                async for heard in self.speech(session, run, request, sentences(text), "the text", **sampling):
+                    yield heard
+
+    async def speech(
+        self, session: Session, run: int, request: gr.Request, texts: list[str], what: str, **sampling
+    ) -> AsyncIterator[tuple]:
+        """Yield what PLAYER plays, and last the whole as (rate in Hz, (S,) int16); nothing more once stopped."""
+        rate, pieces, left = self.speaker.spec.sample_rate, [], int(MAX_SPEECH_S * self.speaker.spec.sample_rate)
+        stream = f"{time.monotonic_ns()} {rate}"
+
+        def cut(text: str) -> None:
+            warn(f"cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on")
+
+        async for some in self.turns.slices(spoken(self.speaker, texts, what, cut, **sampling)):
+            if session.run != run:
+                return
+            for piece in some:
+                piece = np.rint(np.clip(piece[:left], -1, 1) * 32767).astype("<i2")
+                left -= len(piece)
+                pieces += [piece] * bool(len(piece))
+                stream += " " + base64.b64encode(piece.tobytes()).decode() if len(piece) else ""
+            yield stream, gr.skip()
+            await self.fetched(request)
+            if not left:
+                warn(f"cut after {MAX_SPEECH_S:g} s, which is as long as this page speaks at a time")
+                break
+        if self.take(2 * sum(map(len, pieces))):
+            yield stream, (rate, np.concatenate(pieces))
+        else:
+            warn("the page's disk space is used up: what was said cannot be played again")
+
+    async def read(self, path: str | None) -> str:
+        """The text in a picture file."""
+        with in_the_page(path), self.turns.job():
+            if self.reader is None:
+                raise UserError(self.no_reader)
+            if path is None:
+                raise UserError("expected a picture of a line of text")
+            return await self.turns.read(read_picture, self.reader, path)
+
+    async def fetched(self, request: gr.Request) -> None:
+        """Wait until the visitor has fetched most of what was sent: it is kept in memory until then.
+
+        Raises:
+            UserError: that takes too long.
+        """
+        end = time.monotonic() + PATIENCE_S
+        while self.unread(request.session_hash) >= MAX_UNREAD:
+            if time.monotonic() > end:
+                raise UserError(f"stopped, as too little was fetched for {PATIENCE_S} s")
+            await asyncio.sleep(0.1)
+
+
+def warn(text: str) -> None:
+    gr.Warning(html.escape(text))
+
+
+@contextlib.contextmanager
+def in_the_page(*files: str | None) -> Iterator[None]:
+    """Show what went wrong in the page, to this visitor; uploaded files go by their own names there, without this
+    machine's folders. A fault of the program is printed here, and its kind only is shown there."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for file in filter(None, files):
+            text = text.replace(file, Path(file).name)
+        raise gr.Error(html.escape(" ".join(text.split())), print_exception=False) from error
+    except gr.Error as error:  # Gradio's own: a value out of its range
+        error.print_exception = False
+        raise
+    except Exception as error:
+        lines = traceback.format_exc().splitlines()
+        print("\n".join(line[:200] for line in lines), file=sys.stderr)  # whatever a visitor sent stands in them
+        text = f"the page's program failed ({type(error).__name__}); its terminal says where"
+        raise gr.Error(html.escape(text), print_exception=False) from error
+
+
+class Uploads(gradio.route_utils.GradioMultiPartParser):
+    """Gradio's reader of uploads, which keeps nothing but files, and no file of an upload that was broken off."""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._current_part.file is None:  # Gradio would collect it in memory
+            raise gradio.route_utils.MultiPartException("expected nothing but files")
+        super().on_part_data(data, start, end)
+
+    async def parse(self):
+        try:
+            return await super().parse()
+        except BaseException:
+            for file in self._files_to_close_on_error:
+                file.close()
+                Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+async def _load_nothing(url: str, cache_dir: str) -> str:
+    raise gr.Error("expected an uploaded file, found an address", print_exception=False)
+
+
+def bound_gradio(blocks: gr.Blocks, page: Page) -> None:
+    """Bound what Gradio keeps in memory and does on its own for anybody who asks."""
+    gradio.route_utils.GradioMultiPartParser = Uploads
+    gradio.processing_utils.async_ssrf_protected_download = _load_nothing  # a file's name may be any address
+    blocks.state_session_capacity = SESSIONS  # the one that was not used for the longest time goes first
+    blocks.queue(max_size=page.turns.most, api_open=False)
+    queue = blocks._queue
+    queue.max_thread_count = page.turns.most + 8  # these get the page's own refusal
+    process = blocks.process_api
+
+    async def process_api(*arguments, **settings) -> dict:  # also what precedes and follows our functions
+        with in_the_page():
+            return await process(*arguments, **settings)
+
+    blocks.process_api = process_api
+    queue.pending_messages_per_session = unread = gradio.utils.LRUCache(SESSIONS)
+    page.unread = lambda session_hash: unread[session_hash].qsize() if session_hash in unread else 0
+
+
+def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
+    """What stands where, and which button does what.
+
+    Args:
+        name: of the model.
+        examples: questions as ``gr.MultimodalTextbox`` takes them.
+        sign: a picture of a line of text.
+    """
+    assistant, able, absent = page.assistant, ["answers"], []
+    no_eyes, no_ears = assistant.lacks("vision_encoder"), assistant.lacks("audio_encoder")
+    no_mouth, no_reader = page.no_speaker, page.no_reader
+    for what, reason in (("sees", no_eyes), ("hears", no_ears), ("speaks", no_mouth), ("reads signs", no_reader)):
+        able.append(f"<s>{what}</s>" if reason else what)
+        absent += [f"<br><small><s>{what}</s>: {html.escape(reason)}</small>"] if reason else []
+    if assistant.metrics.get("dialogue_share") == 0:
+        absent.append("<br><small>trained on text without dialogues</small>")
+    attach = " or ".join(["a picture", "a film"] * (not no_eyes) + ["a recording"] * (not no_ears))
+    griffin_lim = "" if no_mouth or page.speaker.vocoder else "no vocoder: sentence by sentence"
+
+    def seed(**more) -> gr.Number:
+        return gr.Number(-1, precision=0, minimum=-1, maximum=2**53, label="Seed", info="-1: another each time", **more)
+
+    wav = {"interactive": False, "buttons": ["download"]}
+    with gr.Blocks(title=f"μOmni: {name}", analytics_enabled=False, delete_cache=(CLEANED_S, KEPT_S)) as blocks:
+        session = gr.State(Session)
+        gr.HTML(f"<h2>μOmni</h2><b>{html.escape(name)}</b>: {' · '.join(able)}{''.join(absent)}", elem_id="able")
+        player = gr.HTML("", html_template="<i></i>", js_on_load=PLAYER, elem_id="player", visible="hidden")
+        with gr.Tab("Chat"), gr.Row():
+            with gr.Column(scale=3):
+                chat = gr.Chatbot(
+                    show_label=False, height=420, render_markdown=False, buttons=["copy_all"], elem_id="chat"
+                )
+                box = gr.MultimodalTextbox(
+                    show_label=False, autofocus=True, file_count="multiple",
+                    placeholder="Ask something" + (f", or attach {attach}" if attach else ""), elem_id="ask",
+                    sources=["upload"] * bool(attach) + ["microphone"] * (not no_ears), max_plain_text_length=10**6,
+                )  # fmt: skip
+                with gr.Row():
+                    stop, new = gr.Button("Stop", size="sm"), gr.Button("New chat", size="sm")
+                gr.Examples([[example] for example in examples], box, label="Examples")
+            with gr.Column(scale=1, min_width=260):
+                aloud = gr.Checkbox(
+                    not no_mouth, label="Speak the answer", interactive=not no_mouth, info=no_mouth or griffin_lim
+                )
+                answer_wav = gr.Audio(label="The answer", visible=not no_mouth, elem_id="answer_wav", **wav)
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token, always")
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="with a temperature; 1: off")
+                most = assistant.ctx_len - 1
+                max_new_tokens = gr.Slider(1, most, min(128, most), step=1, label="Max new tokens")
+                asked = [session, box, aloud, temperature, top_p, max_new_tokens, seed()]
+        with gr.Tab("Say a text"):
+            gr.HTML(html.escape(no_mouth), visible=bool(no_mouth))
+            text = gr.Textbox("Anna is reading at the market.", lines=3, label="Text", interactive=not no_mouth)
+            with gr.Row():
+                say_temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", interactive=not no_mouth)
+                say_seed = seed(interactive=not no_mouth)
+            with gr.Row():
+                say = gr.Button("Say it", variant="primary", interactive=not no_mouth)
+                hush = gr.Button("Stop", interactive=not no_mouth)
+            say_wav = gr.Audio(label="Speech", visible=not no_mouth, elem_id="say_wav", **wav)
+        with gr.Tab("Read a sign"):
+            gr.HTML(html.escape(no_reader), visible=bool(no_reader))
+            picture = gr.Image(
+                type="filepath", label="A picture of a line of text", height=240, interactive=not no_reader,
+                sources=["upload", "clipboard"], buttons=["fullscreen"],
+            )  # fmt: skip
+            picture.preprocess = lambda given: given and given.path  # omni.data.images judges the file, not Gradio
+            read = gr.Button("Read it", variant="primary", interactive=not no_reader)
+            found = gr.Textbox(label="Text", interactive=False, buttons=["copy"])
+            if not no_reader:
+                gr.Examples([[str(sign)]], picture, label="Examples")
+
+        in_turns = {"concurrency_limit": None}  # page.turns bounds them
+        talk = [chat, box, player, answer_wav]
+        answering = box.submit(page.chat, asked, talk, api_name="chat", **in_turns)
+        saying = say.click(
+            page.say, [session, text, say_temperature, say_seed], [player, say_wav], api_name="say", **in_turns
+        )
+        read.click(page.read, picture, found, api_name="read", **in_turns)
+        at_once = {"cancels": [answering, saying], "queue": False}
+        gr.on([stop.click, hush.click], Session.stop, session, player, api_name="stop", **at_once)
+        gr.on([new.click, chat.clear], Session.clear, session, talk, api_name="new_chat", **at_once)
+    bound_gradio(blocks, page)
+    return blocks

@@ -1,0 +1,152 @@
+"""Results kept on disk that know what they were made of, and whether they are still what was written.
+
+A cache is JSON, or some arrays in ``.npy`` files beside a JSON file that has their digests; the JSON has its own. What
+does not verify is made again, with a line that says why: nothing that a cut, flipped or deleted byte could say is
+believed, and nothing that stands in the way is deleted.
+
+Of each recording or picture that a cache was made of, it keeps size, time of change (mtime), and time of change of the
+directory entry (ctime), which also a file of equal size with a time put back has anew. They say which files to look at;
+where the result took long, the content decides, so that a copied folder costs no more than reading it once.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from omni.common.errors import BadRow, UserError
+from omni.common.files import file_sha256, json_sha256, read_sealed_json, replace_file, write_sealed_json
+from omni.common.media import Inline, open_media, quoted
+
+ABSENT = "absent"
+_BLOCK_BYTES = 1 << 20
+_IN_MANIFEST = 1  # of a data URI: it changes with the manifest only
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files that a cache was made of
+
+
+def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
+    """64 bits of size and times of the file that a row names; 0 if there is none."""
+    try:
+        file = manifest.file(manifest[row][column], root)
+        return _IN_MANIFEST if isinstance(file, Inline) else _facts(os.stat(file))
+    except (BadRow, OSError):
+        return 0
+
+
+def _facts(stat: os.stat_result) -> int:
+    return _hash64(struct.pack("<qqq", stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+def content_of_row(manifest, row: int, column: str, root: str | None, facts: int) -> int:
+    """64 bits of the content of the file that a row names; 0 if it has other ``facts`` by now, or cannot be read."""
+    try:
+        with open_media(manifest.file(manifest[row][column], root)) as file:
+            found = _facts(os.fstat(file.fileno())) if facts != _IN_MANIFEST else facts
+            digest = hashlib.blake2b(digest_size=8)
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+    except (BadRow, OSError):
+        return 0
+    return int.from_bytes(digest.digest(), "little") if found == facts else 0
+
+
+def _hash64(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def write_arrays(path: Path, belongs_to: dict, *, there: Sequence[str] = (), **arrays: np.ndarray) -> None:
+    """Each array as ``<path>.<its name>.npy``, that named ``values`` as ``<path>.npy``; then ``<path>.json``, which has
+    their digests and those of the arrays that are ``there`` already."""
+    for name, array in arrays.items():
+        file = array_file(path, name)
+        set_aside(file)
+        replace_file(file, lambda file, array=array: np.save(file, array))
+    set_aside(_sealed(path))
+    digests = {name: file_sha256(array_file(path, name)) for name in (*there, *arrays)}
+    write_sealed_json(_sealed(path), {"belongs_to": belongs_to, "sha256": digests})
+
+
+def arrays_problem(path: Path, belongs_to: dict) -> str:
+    """Why what ``write_arrays`` wrote cannot be used; "" if it can. Reads it all."""
+    sealed = read_sealed_json(_sealed(path))
+    if sealed is None:
+        return f"{_sealed(path)}: damaged, or of an earlier version" if os.path.lexists(_sealed(path)) else ABSENT
+    if json_sha256(sealed["belongs_to"]) != json_sha256(belongs_to):
+        return f"{_sealed(path)}: of other data or another model"
+    for name, digest in sealed["sha256"].items():
+        try:
+            if file_sha256(array_file(path, name)) != digest:
+                return f"{array_file(path, name)}: damaged"
+        except OSError as error:
+            return f"{array_file(path, name)}: {error.strerror}"
+    return ""
+
+
+def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The arrays by name, mapped from disk, and a digest of all that are a result. They were found to be whole."""
+    digests = read_sealed_json(_sealed(path))["sha256"]
+    arrays = {name: np.load(array_file(path, name), mmap_mode="r") for name in digests}
+    return arrays, json_sha256({name: digests[name] for name in digests if name in ("values", "spans")})
+
+
+def unseal(path: Path) -> None:
+    """From now on the arrays are incomplete."""
+    set_aside(_sealed(path))
+    _sealed(path).unlink(missing_ok=True)
+
+
+def array_file(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.name}.npy" if name == "values" else f"{path.name}.{name}.npy")
+
+
+def _sealed(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def set_aside(path: Path, *, even_a_file: bool = False) -> None:
+    """Rename what stands at ``path``, if it is no file: a folder or a link there is somebody else's."""
+    if os.path.lexists(path) and (even_a_file or path.is_symlink() or not path.is_file()):
+        count = 1
+        while os.path.lexists(aside := path.with_name(f"{path.name}.aside{count}")):
+            count += 1
+        path.rename(aside)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def cached_json(path: Path, belongs_to: dict, make: Callable[[], dict], log: Callable[[str], None]) -> dict:
+    """What is kept at ``path``, or ``make()`` of it now if it belongs to something else or is damaged."""
+    kept = read_sealed_json(path)
+    if kept is None and os.path.lexists(path):
+        log(f"{path}: damaged, or of an earlier version: made again")
+    if kept is None or json_sha256(kept["belongs_to"]) != json_sha256(belongs_to):
+        kept = {"belongs_to": belongs_to, "result": make()}
+        set_aside(path)
+        write_sealed_json(path, kept)
+    return kept["result"]
+
+
+def require_finite(values: Tensor, file: object) -> Tensor:
+    """``values``, computed of ``file``.
+
+    Raises:
+        UserError: one of them is not finite, so that what is made of them would be worth nothing, and stay.
+    """
+    if not values.isfinite().all():
+        raise UserError(
+            f"{quoted(file)}: expected sound whose log-mels are finite. Repair the file or take its row out"
+        )
+    return values

@@ -1,0 +1,413 @@
+"""A text file of any size, as packed token sequences in a memory-mapped cache.
+
+The corpus is UTF-8, one sample a line, which ends with LF, CRLF or CR; a byte-order mark is no part of it. It is read
+once, in chunks: each line's tokens are appended to ``train.bin`` or ``val.bin``, each sample closed by the end-of-text
+token. A kill in the middle costs one chunk. Memory stays
+bounded whatever the size, and a training sequence is a slice of the file: nothing is padded.
+"""
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omni.common.errors import UserError
+from omni.common.files import file_sha256, file_stat, open_sealed_json, read_sealed_json, write_sealed_json
+from omni.data.index import hold_cache
+from omni.data.records import other_encoding
+from omni.data.tokenizer import Tokenizer
+from omni.train.run import Run
+
+IGNORE = -100  # target value that the loss leaves out
+_VERSION = 2
+_CHUNK_BYTES = 16 << 20
+_PIECE_BYTES = 64 << 10
+_ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes 100 bytes and more until it is written
+_TOKENIZER_SAMPLE_BYTES = 24 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
+    """Consecutive chunks of about 16 MiB from byte ``start`` on, cut after a line's end where one is near.
+
+    Where the cuts fall depends on the content alone, so an interrupted pass can be taken up at any of them.
+    """
+    with open(path, "rb") as file:
+        file.seek(start)
+        while chunk := file.read(_CHUNK_BYTES):
+            chunk += file.readline(_PIECE_BYTES)
+            cut = 0
+            if not chunk.endswith(b"\n"):
+                # the last CR that something follows; else, in a giant line, where a character ends
+                end = chunk.rfind(b"\r", max(0, len(chunk) - 2 * _PIECE_BYTES), -1) + 1
+                end += chunk[end : end + 1] == b"\n"
+                cut = len(chunk) - end if end and file.peek(1) else _incomplete_character(chunk)
+            if 0 < cut < len(chunk):  # the rest is left to the next chunk
+                file.seek(-cut, os.SEEK_CUR)
+                chunk = chunk[:-cut]
+            yield chunk
+
+
+def line_spans(chunk: bytes, path: Path, first_row: int) -> Iterator[tuple[int, int]]:
+    """(first byte, byte after the last) of each line of a chunk, without what ends it, and without the byte-order mark
+    of a file whose line 1 is the first.
+
+    Raises:
+        UserError: the file is plainly no UTF-8.
+    """
+    if first_row == 1 and (encoding := other_encoding(chunk)):
+        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
+    at = 0
+    for line in chunk.splitlines(keepends=True):  # of bytes: at LF, CRLF and CR, nothing else
+        start, end = at, at + len(line.rstrip(b"\r\n"))
+        if first_row == 1 and at == 0 and line.startswith(codecs.BOM_UTF8):
+            start = len(codecs.BOM_UTF8)
+        yield start, max(start, end)
+        at += len(line)
+
+
+def count_lines(chunk: bytes) -> int:
+    """How many lines end in a chunk."""
+    return chunk.count(b"\n") + chunk.count(b"\r") - chunk.count(b"\r\n")
+
+
+def _incomplete_character(chunk: bytes) -> int:
+    """How many bytes at the end begin a UTF-8 character without completing it: 0 to 3."""
+    for back in range(1, min(4, len(chunk) + 1)):
+        byte = chunk[-back]
+        if byte >= 0xC0:  # a leading byte: 110..., 1110... and 11110... announce 2, 3 and 4 bytes
+            return back if back < (2 + (byte >= 0xE0) + (byte >= 0xF0)) else 0
+        if byte < 0x80:
+            break
+    return 0
+
+
+def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
+    """The samples of a chunk: its non-empty lines; a line over 64 KiB becomes several, cut before a space.
+
+    Raises:
+        UserError: a line is not UTF-8; the message names file and row.
+    """
+    for number, (start, end) in enumerate(line_spans(chunk, path, first_row), start=first_row):
+        line = chunk[start:end]
+        try:
+            line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{path}: row {number}: expected UTF-8 text, found byte {line[error.start]:#x}. "
+                "If it is text in another encoding, convert it with iconv"
+            ) from error
+        while len(line) > _PIECE_BYTES:
+            cut = line.rfind(b" ", 1, _PIECE_BYTES)
+            if cut <= 0:
+                cut = _PIECE_BYTES
+                while line[cut] & 0xC0 == 0x80:  # not inside a character
+                    cut -= 1
+            yield line[:cut]
+            line = line[cut:]
+        if line.strip():
+            yield line
+
+
+def sample_lines(run: Run, path: Path) -> Iterator[str]:
+    """Lines to train a tokenizer on: the whole file, or of a large one the beginning of each chunk."""
+    share = _TOKENIZER_SAMPLE_BYTES / max(1, path.stat().st_size)
+    row = 1
+    for chunk in read_chunks(path):
+        run.check_stop()
+        left = share * len(chunk)
+        for sample in split_samples(chunk, path, row):
+            if left <= 0:
+                break
+            left -= len(sample)
+            yield sample.decode("utf-8")
+        row += count_lines(chunk)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """Tokens of one split on disk: ``<end> sample <end> sample <end> ...``."""
+
+    path: Path
+    dtype: str
+    tokens: int
+    samples: int
+    text_bytes: int  # UTF-8 bytes of the samples, each with its newline: what bits per byte are counted over
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    train: TokenFile
+    val: TokenFile
+    sha256: str  # of the corpus
+    dialogues: int  # samples in the chat format
+
+
+def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
+    """Tokenise ``path`` once; later calls open what is there.
+
+    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while
+    the corpus has the size and time that it had; otherwise the corpus is hashed, and tokenised again if it changed.
+    A sample goes to the validation split by a hash of its text alone: a repeated line never stands in both, and runs
+    with other seeds are judged on the same text.
+
+    Raises:
+        UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
+        Interrupted: asked to stop; a later call goes on from the last chunk.
+    """
+    corpus = Path(path)
+    key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
+    folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
+    with run.main_process_first():
+        if run.is_main:
+            _prepare(run, corpus, folder, tokenizer, val_split)
+        meta = json.loads((folder / "meta.json").read_text())
+        cache = _read_cache(folder, meta)
+    if run.is_main:
+        run.log(_account(corpus, cache, meta))
+    return cache
+
+
+def _prepare(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+    """Make the cache if need be. Only who holds the folder's lock writes in it."""
+    reason, copied = _why_stale(corpus, folder)
+    if reason is not None:
+        with hold_cache(folder, run.log, run.check_stop):
+            # asked again: another process may have finished the cache before this one got the lock
+            reason, _ = _why_stale(corpus, folder)
+            if reason is not None:
+                if reason:
+                    run.log(reason)
+                _tokenise(run, corpus, folder, tokenizer, val_split)
+    elif copied:
+        # where that cannot be noted, the files are hashed every time
+        with contextlib.suppress(UserError), hold_cache(folder, run.log, run.check_stop):
+            reason, copied = _why_stale(corpus, folder)
+            if reason is None and copied:
+                write_sealed_json(folder / "meta.json", copied)
+
+
+def _read_cache(folder: Path, meta: dict) -> TokenCache:
+    counts = ("dtype", "tokens", "samples", "text_bytes")
+    splits = {
+        name: TokenFile(path=folder / f"{name}.bin", **{key: meta[name][key] for key in counts})
+        for name in ("train", "val")
+    }
+    return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
+
+
+def _account(corpus: Path, cache: TokenCache, meta: dict) -> str:
+    """Where the lines of the corpus went, in one line."""
+    train, val, lines, blank = cache.train.samples, cache.val.samples, meta["lines"], meta["blank"]
+    assert train + val >= lines, f"{corpus}: {lines} lines with text, but {train} + {val} samples"
+    text = f"{corpus}: {lines + blank:,} lines = {train:,} to train on + {val:,} held out + {blank:,} blank"
+    more = train + val - lines
+    return text + (f"; of them {more:,} are parts of lines over {_PIECE_BYTES >> 10} KiB" if more else "")
+
+
+def _chain(digest: str, chunk: bytes) -> str:
+    """Next link of the corpus digest. Chained per chunk, because an interrupted SHA-256 cannot be stored."""
+    return hashlib.sha256(digest.encode() + chunk).hexdigest()
+
+
+def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
+    """Why the cache must be made ("" where there is none yet), or None if it is whole and of this corpus; and for a
+    copy, the same bytes at another time, what ``meta.json`` should say.
+
+    What has kept size and time is trusted, the rest is hashed.
+    """
+    path = folder / "meta.json"
+    try:
+        meta = open_sealed_json(path)
+        _read_cache(folder, meta), meta["lines"], meta["blank"]
+        touched = {name: file_stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
+        size = meta["corpus"]["size"]
+    except FileNotFoundError as error:
+        return (
+            "" if error.filename == str(path) else f"{error.filename}: is missing; making the token cache again"
+        ), None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder}: the token cache is damaged ({error}); making it again", None
+    for name in (name for name in touched if touched[name]):
+        file = folder / f"{name}.bin"
+        if file_sha256(file) != meta[name]["sha256"]:
+            return f"{file}: not what was written; making the token cache again", None
+        meta[name]["stat"] = file_stat(file)
+    copied = meta["corpus"] != file_stat(corpus)
+    if copied:
+        digest = ""
+        if size == corpus.stat().st_size:
+            for chunk in read_chunks(corpus):
+                digest = _chain(digest, chunk)
+        if digest != meta["sha256"]:
+            return f"{corpus}: has changed since it was tokenised", None
+    return None, meta | {"corpus": file_stat(corpus)} if copied or any(touched.values()) else None
+
+
+def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+    """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` says which bytes are safely done."""
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    stat = file_stat(corpus)
+    # "done" counts are in units of the corpus (bytes, rows) and of each split (tokens, samples, text bytes)
+    fresh = {"corpus": stat, "sha256": "", "bytes": 0, "rows": 0, "lines": 0, "blank": 0, "dialogues": 0}
+    fresh |= {name: {"dtype": dtype, "tokens": 0, "samples": 0, "text_bytes": 0} for name in ("train", "val")}
+    progress_path = folder / "progress.json"
+    done = read_sealed_json(progress_path)
+    if done is None or done.keys() != fresh.keys():
+        done = fresh
+    width = np.dtype(dtype).itemsize
+    sizes = {path.stem: path.stat().st_size for path in folder.glob("*.bin")}
+    kept = all(sizes.get(name, -1) >= done[name]["tokens"] * width for name in ("train", "val"))
+    if done["corpus"] != stat or not kept:
+        done = fresh
+    (folder / "meta.json").unlink(missing_ok=True)
+    if not done["bytes"]:
+        for path in folder.glob("*.bin"):
+            path.unlink()  # not truncated: a run that still trains on the old tokens keeps them
+    run.log(f"tokenising {corpus} ({stat['size'] / 1e6:.1f} MB) into {folder}")
+    files = {name: open(folder / f"{name}.bin", "r+b" if done["bytes"] else "wb") for name in ("train", "val")}
+    bar = tqdm(total=stat["size"], initial=done["bytes"], unit="B", unit_scale=True, desc="tokenise", disable=None)
+    with bar, files["train"], files["val"]:
+        for name, file in files.items():
+            file.truncate(done[name]["tokens"] * width)
+            file.seek(0, os.SEEK_END)
+            if done[name]["tokens"] == 0:  # the first sample's first token is predicted from this one
+                file.write(np.array([tokenizer.eos_id], dtype=dtype))
+                done[name]["tokens"] = 1
+        for chunk in read_chunks(corpus, done["bytes"]):
+            run.check_stop()
+            for samples in _batches(split_samples(chunk, corpus, done["rows"] + 1)):
+                # bytes, not str: what came in is what is hashed
+                held_out = [zlib.crc32(s) < val_split * 2**32 for s in samples]
+                encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
+                for name, is_val in (("train", False), ("val", True)):
+                    own = [i for i, held in enumerate(held_out) if held == is_val]
+                    flat = np.fromiter((token for i in own for token in (*encoded[i], tokenizer.eos_id)), dtype=dtype)
+                    files[name].write(flat)
+                    count = done[name]
+                    count["tokens"] += len(flat)
+                    count["samples"] += len(own)
+                    count["text_bytes"] += sum(len(samples[i]) + 1 for i in own)
+                done["dialogues"] += sum(b"<|assistant|>" in sample for sample in samples)
+            for file in files.values():
+                file.flush()
+                os.fsync(file.fileno())
+            done["sha256"] = _chain(done["sha256"], chunk)
+            done["bytes"] += len(chunk)
+            done["rows"] += count_lines(chunk)
+            filled = sum(map(bool, map(bytes.strip, chunk.removeprefix(codecs.BOM_UTF8).splitlines())))
+            done["lines"] += filled
+            done["blank"] += len(chunk.splitlines()) - filled
+            write_sealed_json(progress_path, done)
+            bar.update(len(chunk))
+    if file_stat(corpus) != stat:
+        raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
+    if not done["train"]["samples"]:
+        raise UserError(f"{corpus}: expected lines of text for training, found none")
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}
+    write_sealed_json(folder / "meta.json", {k: v for k, v in done.items() if k not in ("bytes", "rows")})
+    progress_path.unlink()
+
+
+def _batches(samples: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Lists of about ``_ENCODED_BYTES``."""
+    batch, size = [], 0
+    for sample in samples:
+        batch.append(sample)
+        size += len(sample)
+        if size >= _ENCODED_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+class PackedTokens:
+    """The tokens of a split as sequences of ``ctx_len`` inputs and targets; sequence ``i`` is a slice of the file.
+
+    Args:
+        keep_tail: also yield the last, shorter sequence, padded with ignored targets. Validation does, so that it
+            covers every token; training leaves it out.
+        context_weight, answer_ids: what a target counts for that stands in no answer (1 in one), and the tokens that
+            begin and end an answer.
+
+    Raises:
+        UserError: the split does not fill one sequence.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenFile,
+        ctx_len: int,
+        *,
+        keep_tail: bool = False,
+        context_weight: float = 1.0,
+        answer_ids: tuple[int, int] | None = None,
+    ) -> None:
+        self.tokens, self.ctx_len = tokens, ctx_len
+        self.context_weight, self.answer_ids = context_weight, answer_ids
+        targets = tokens.tokens - 1
+        self.sequences = -(-targets // ctx_len) if keep_tail else targets // ctx_len
+        if not keep_tail and self.sequences == 0:
+            raise UserError(
+                f"{tokens.path}: expected at least ctx_len + 1 = {ctx_len + 1} tokens, found {tokens.tokens}. "
+                "Lower ctx_len, or give a longer corpus"
+            )
+        self._array: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.sequences
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_array": None}  # a worker opens its own map; pickled, it would be the whole file
+
+    def batch(self, rows: np.ndarray, epoch: int) -> dict:
+        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows. With
+        a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then the batch's ``weight``."""
+        if self._array is None:
+            self._array = self.tokens.open()
+        window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE, dtype=np.int64)
+        for line, row in zip(window, rows, strict=False):
+            piece = self._array[row * self.ctx_len : (row + 1) * self.ctx_len + 1]
+            line[: len(piece)] = piece
+        window = torch.from_numpy(window)
+        tokens, targets = window[:, :-1].clamp(min=0), window[:, 1:].contiguous()
+        batch = {"tokens": tokens, "targets": targets, "weight": int((targets != IGNORE).sum())}
+        if self.context_weight != 1.0:
+            weights = torch.where(in_answers(tokens, *self.answer_ids), 1.0, self.context_weight)
+            batch |= {"weights": weights, "weight": float(weights[targets != IGNORE].sum()), "units": batch["weight"]}
+        return batch
+
+
+def in_answers(tokens: Tensor, begin: int, end: int) -> Tensor:
+    """(B, T) bool: whether what follows a position belongs to an answer: ``begin`` has come, ``end`` not yet. The rest
+    of an answer that began in the sequence before is taken for context: nothing says that it is one."""
+    at = torch.arange(tokens.shape[1]).expand_as(tokens)
+    begun, ended = (torch.where(tokens == mark, at, -1).cummax(dim=1).values for mark in (begin, end))
+    return begun > ended

@@ -1,0 +1,620 @@
+"""Downloads that go on where they were cut, and archives unpacked file by file.
+
+Both can be killed at any instant. A file that has its final name is complete, so the next run begins with the first
+one that is missing. Only the standard library and tqdm: a script that downloads need not wait for torch.
+"""
+
+import contextlib
+import errno
+import fcntl
+import filecmp
+import hashlib
+import http.client
+import io
+import json
+import lzma
+import os
+import re
+import shutil
+import ssl
+import struct
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from omni.common.errors import RunError, UserError
+from omni.common.files import SEAL, read_sealed_json, remove_temporary, write_sealed_json
+from omni.common.media import quoted
+
+_BLOCK_BYTES = 1 << 20
+_SMALL_BYTES = 16 << 20  # what an archive of next to nothing may hold
+_FEW = 100  # files of an archive of which only some are wanted
+_TIMEOUT_S = 60  # without a single byte
+_RETRIES = 6  # in a row, without a single byte
+_TRANSIENT = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
+_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_DIGEST_LENGTHS = {32: "md5", 40: "sha1", 64: "sha256"}  # in hexadecimal digits
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One published file, and which of the files in it are wanted.
+
+    ``items`` and ``extras`` are regular expressions on names in the archive whose first group is the name to unpack
+    to. Items are what ``limit`` counts; extras (transcripts) are what the items need.
+    """
+
+    name: str  # of the file, at the publisher, on a mirror and on disk
+    url: str
+    size: int | None  # bytes; None: not published
+    checksum: str  # md5 or sha256, in hexadecimal; "": not published
+    items: str
+    extras: str = r"(?!)"  # matches nothing
+    extra_of: Callable[[str], str] | None = None  # name of an item -> name of the extra without which it is no use
+    root: str = ""  # folder of the unpacked archive
+    count: int = 0  # about how many items; 0: they are not counted, and a limit does not apply to them
+    growth: float = 1.0  # bytes on disk, unpacked, per byte of archive
+    at_most: int = 0  # bytes that a download never exceeds, where no size is published
+    rename: Mapping[str, str] = field(default_factory=dict)
+    # binary file, limit -> what to write in its place
+    convert: Callable[[BinaryIO, int | None], Iterator[bytes]] | None = None
+    subset: str = ""  # "": always needed
+    outputs: tuple[str, ...] = ()  # files for training that are made from it
+
+    def unpacked_bytes(self, archive_bytes: int, limit: int | None) -> int:
+        """About how many bytes of disk the first ``limit`` items take."""
+        share = min(1.0, limit / self.count) if limit and self.count else 1.0
+        return int(archive_bytes * self.growth * share)
+
+    def most_bytes(self) -> int:
+        """Of a download whose size is not known beforehand."""
+        return self.at_most or 2 * (self.size or 0) or sys.maxsize
+
+    def most_unpacked(self, archive_bytes: int) -> int:
+        """What no such archive holds, however it is packed anew: a bomb."""
+        return int(2 * max(self.growth, 1.0) * archive_bytes) + _SMALL_BYTES
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """A temporary file that takes the name ``path`` when the block ends without an error, and goes when it does not.
+
+    An equal file is left as it is.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:  # a link that somebody put there is not followed
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def not_following(path: str, flags: int) -> int:
+    """For ``open``: a link that somebody put at ``path`` is an ``OSError``."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def read_record(path: Path) -> dict | list | None:
+    """Sealed JSON, or unsealed as earlier versions wrote it; None, and a line, if it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    if (value := read_sealed_json(path)) is not None:
+        return value
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(value, dict) and SEAL in value):
+            return value
+    log(f"{path}: damaged, so it counts for nothing")
+    return None
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        RunError: fewer than ``needed`` bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"{folder}: expected {gigabytes(needed)} of free disk, found {gigabytes(free)}. "
+            "Make room, set --limit, or choose another --out"
+        )
+
+
+def gigabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+def log(message: str) -> None:
+    """One line to stdout, above the progress bars."""
+    with tqdm.external_write_mode(file=sys.stdout):
+        print(message, flush=True)
+
+
+def progress(total: int, unit: str, name: str, initial: int = 0) -> tqdm:
+    return tqdm(
+        total=total, initial=initial, unit=unit, unit_scale=True, desc=name, disable=None, delay=0.5, leave=False
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Downloading
+
+
+@dataclass
+class Transfer:
+    """One file on its way from ``url`` to ``path``, going on with what an earlier run left in ``<path>.part``.
+
+    Going on is safe only if the file is still the same: the server is asked so with its own ETag or Last-Modified
+    (RFC 9110, 13.1.5), kept in ``<path>.part.validator``. A server that gives neither, or ignores ranges, sends the
+    file from the start.
+    """
+
+    url: str
+    path: Path
+    size: int | None  # bytes expected, if known
+    most_bytes: int  # after which to stop, whatever the server says
+    space_for: Callable[[int], int]  # bytes of the file -> bytes of disk that must be free for what is made from it
+    retry_wait_s: float  # before the first of several retries; each waits twice as long as the one before
+
+    def run(self) -> None:
+        """
+        Raises:
+            RunError: refused by the server, of another size, too little disk, or cut again and again.
+        """
+        part = self.path.with_name(f"{self.path.name}.part")
+        self.validator = self.path.with_name(f"{part.name}.validator")
+        failures = 0
+        with (
+            open(part, "ab", opener=not_following) as self.file,
+            progress(self.size or 0, "B", self.path.name) as self.bar,
+        ):
+            while True:
+                before = self.file.tell()
+                try:
+                    self._receive()
+                    break
+                except _TRANSIENT as error:
+                    failures = 1 if self.file.tell() > before else failures + 1
+                    is_answer = isinstance(error, urllib.error.HTTPError)
+                    reason = error if is_answer else getattr(error, "reason", None) or error
+                    if failures > _RETRIES:
+                        raise RunError(
+                            f"{self.url}: {reason}; {_RETRIES} retries did not help. Run the same line again to go on "
+                            f"with {part}, or try another server with --mirror"
+                        ) from error
+                    wait_s = self.retry_wait_s * 2 ** (failures - 1)
+                    arrived = gigabytes(self.file.tell())
+                    log(f"{self.path.name}: {reason}, after {arrived}. Trying again in {wait_s:g} s")
+                    time.sleep(wait_s)
+            os.fsync(self.file.fileno())
+        os.replace(part, self.path)
+        self.validator.unlink(missing_ok=True)
+
+    def _receive(self) -> None:
+        """One request, for all that is still missing."""
+        offset = self.file.tell()
+        if offset and offset == self.size:
+            return
+        # some servers turn Python's own agent name away
+        headers = {"User-Agent": "Mozilla/5.0 (compatible; micro-omni)", "Accept-Encoding": "identity"}
+        if offset and (known := self._known_validator()):
+            headers |= {"Range": f"bytes={offset}-", "If-Range": known}
+        try:
+            response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{offset}":
+                return  # the last run was killed between the last byte and the renaming
+            if error.code == 416:
+                _start_over(self.file)
+                raise ConnectionError(f"HTTP 416 for byte {offset:,} and up, starting over") from error
+            if error.code in _TRANSIENT_STATUS:
+                raise
+            raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
+        except ValueError as error:  # it was sent on to what is no address
+            raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
+        with response:
+            length = response.headers.get("Content-Length", "")
+            if length and not re.fullmatch("[0-9]{1,18}", length):
+                raise RunError(f"{self.url}: expected a number as Content-Length, found {quoted(length)}")
+            if response.status == 206:
+                if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
+                    _start_over(self.file)
+                    raise ConnectionError("the server sent another range than asked for, starting over")
+            else:
+                if offset:
+                    log(f"{self.path.name}: changed since, or the server cannot go on in mid-file: starting over")
+                offset = 0
+                _start_over(self.file)
+                self.validator.unlink(missing_ok=True)
+                self.validator.write_text(_validator_of(response.headers), encoding="utf-8", errors="replace")
+            total = offset + int(length) if length else self.size
+            if self.size not in (None, total):
+                raise RunError(
+                    f"{self.url}: expected {self.size:,} bytes, the server has {total:,}. "
+                    "If this is a newer file that you trust, give its digest with --checksums"
+                )
+            if (total or 0) > self.most_bytes:
+                raise RunError(f"{self.url}: expected at most {self.most_bytes:,} bytes, the server has {total:,}")
+            if total is not None:
+                check_space(self.path.parent, total - offset + self.space_for(total))
+                going_on = f", going on at {gigabytes(offset)}" if offset else ""
+                log(f"{self.path.name}: {gigabytes(total)} from {self.url}{going_on}")
+            self.bar.total, self.bar.n = total, offset
+            most = self.most_bytes if total is None else total
+            while block := response.read1(_BLOCK_BYTES):
+                if self.file.tell() + len(block) > most:
+                    _start_over(self.file)
+                    raise RunError(f"{self.url}: expected {most:,} bytes at most, the server sends more")
+                self.file.write(block)
+                self.file.flush()  # what has arrived survives a kill
+                self.bar.update(len(block))
+            if total is not None and self.file.tell() < total:
+                raise ConnectionError("connection cut")
+
+    def _known_validator(self) -> str:
+        """What an earlier run noted; "" if that cannot be sent back."""
+        try:
+            known = self.validator.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            return ""
+        return known if known.isprintable() and len(known) < 1000 else ""
+
+
+def _start_over(file: BinaryIO) -> None:
+    file.seek(0)
+    file.truncate()
+
+
+def _validator_of(headers: http.client.HTTPMessage) -> str:
+    etag = headers.get("ETag", "")
+    # a weak ETag promises equal meaning, not equal bytes
+    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    digest = hashlib.new(algorithm)
+    with open(path, "rb") as file, progress(path.stat().st_size, "B", f"{path.name}: checksum") as bar:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def digest_algorithm(digest: str) -> str | None:
+    """``md5``, ``sha1`` or ``sha256`` by the number of hexadecimal digits; None: no digest."""
+    return _DIGEST_LENGTHS.get(len(digest)) if re.fullmatch("[0-9a-f]+", digest) else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Unpacking
+
+
+class Member(NamedTuple):
+    """One regular file of an archive, or of a folder that somebody unpacked."""
+
+    name: str
+    size: int
+    open: Callable[[], BinaryIO]
+    path: Path | None = None  # set where it lies on disk already
+
+
+def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> tuple[list[str], list[str]]:
+    """Write the wanted files of ``source`` below ``folder``; those that are there already stay as they are.
+
+    Args:
+        source: the archive, or a folder with its content.
+        limit: number of items after which to stop reading; what ``archive.convert`` makes of it.
+
+    Returns:
+        Names of the items, in the order of the archive, and of the extras, both relative to ``folder``.
+
+    Raises:
+        RunError: damaged, holds a link or a name that leaves the folder, lacks what is wanted, or holds far more.
+    """
+    stop_at = limit if archive.count else None
+    items, extras, needed = [], set(), set()
+    is_packed = not source.is_dir()
+    left = _Allowance(archive.most_unpacked(source.stat().st_size) if is_packed else sys.maxsize)
+    most_items = 2 * archive.count or _FEW
+    total = min(stop_at or archive.count, archive.count) or None
+    try:
+        with contextlib.closing(_members(source, archive.root)) as members, progress(total, "file", source.name) as bar:
+            for member in members:
+                if ".tar" in source.suffixes:  # what is not wanted is decompressed, too
+                    left.take(member.size)
+                item, extra = re.fullmatch(archive.items, member.name), re.fullmatch(archive.extras, member.name)
+                if extra:
+                    _write(archive, member, folder / extra[1], None, left)
+                    extras.add(extra[1])
+                elif item and (stop_at is None or len(items) < stop_at):
+                    name = archive.rename.get(item[1], item[1])
+                    _write(archive, member, folder / name, limit, left)
+                    items.append(name)
+                    if is_packed and len(items) > most_items:
+                        raise _Damaged(f"more than {most_items:,} files named like {archive.items}")
+                    bar.update()
+                    if archive.extra_of:
+                        needed.add(archive.extra_of(name))
+                if len(items) == stop_at and needed <= extras:
+                    break
+    except _DAMAGES as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            # of the disk; not of a decompressor, nor of a header that says where to go on
+            raise
+        raise RunError(f"{source}: damaged, or not the file that is expected: {quoted(error)}") from error
+    if not items:
+        raise RunError(f"{source}: expected files named like {archive.items}, found none")
+    if missing := sorted(needed - extras):
+        raise RunError(f"{source}: expected {missing[0]} in it, found none")
+    return items, sorted(extras)
+
+
+class _Damaged(Exception):
+    """The archive cannot be what is published."""
+
+
+# whatever the readers of tar, zip and compressed streams raise for bytes that are not theirs
+_DAMAGES = (
+    _Damaged, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+    EOFError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, OSError,
+)  # fmt: skip
+
+
+@dataclass
+class _Allowance:
+    """How many bytes an archive may still unpack to."""
+
+    n_bytes: int
+
+    def take(self, n_bytes: int) -> None:
+        self.n_bytes -= n_bytes
+        if self.n_bytes < 0:
+            raise _Damaged("it unpacks to far more than what is published")
+
+
+class _Counted(io.RawIOBase):
+    """``content``, whose bytes are taken from an allowance as they are read."""
+
+    def __init__(self, content: BinaryIO, left: _Allowance) -> None:
+        self.content, self.left = content, left
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self.content.read(len(buffer))
+        self.left.take(len(data))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _write(archive: Archive, member: Member, target: Path, limit: int | None, left: _Allowance) -> None:
+    if archive.convert is None and target.is_file() and target.stat().st_size == member.size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if archive.convert is None and member.path is not None and _link(member.path, target):
+        return
+    # not synced one by one: whoever records that all of them are there syncs once before
+    with replacing(target, sync=False) as file, member.open() as packed:
+        content = io.BufferedReader(_Counted(packed, left), _BLOCK_BYTES)
+        if archive.convert is None:
+            shutil.copyfileobj(content, file, _BLOCK_BYTES)
+        else:
+            file.writelines(archive.convert(content, limit))
+
+
+def _link(path: Path, target: Path) -> bool:
+    """A second name for the same bytes; False on another file system, or one without links."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path.resolve(), temporary)
+    except OSError:
+        return False
+    os.replace(temporary, target)
+    return True
+
+
+def _members(source: Path, root: str) -> Iterator[Member]:
+    """The regular files of an archive in its own order, or of a folder in alphabetical order."""
+    if source.is_dir():
+        for parent, folders, files in os.walk(source / root):
+            folders.sort()
+            for name in sorted(files):
+                path = Path(parent, name)
+                yield Member(
+                    path.relative_to(source).as_posix(), path.stat().st_size, lambda path=path: open(path, "rb"), path
+                )
+    elif ".tar" in source.suffixes:
+        with tarfile.open(source, "r|*") as tar:  # a stream: never goes back, so that stopping early saves the rest
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # they would fill the memory: nine million in MJSynth
+                member = tarfile.data_filter(member, str(source))
+                if member.isfile():
+                    name = PurePosixPath(member.name).as_posix()
+                    yield Member(name, member.size, lambda tar=tar, member=member: tar.extractfile(member))
+                elif not member.isdir():
+                    raise tarfile.TarError(f"{member.name!r} is a link")
+    elif source.suffix == ".zip":
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                path = PurePosixPath(info.filename)
+                if path.is_absolute() or ".." in path.parts:
+                    raise zipfile.BadZipFile(f"{info.filename!r} leaves the folder")
+                if not info.is_dir():
+                    yield Member(path.as_posix(), info.file_size, lambda info=info: archive.open(info))
+    else:
+        yield Member(source.name, source.stat().st_size, lambda: open(source, "rb"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Both, once
+
+
+@dataclass
+class Store:
+    """The folder that archives are downloaded to, with a record of what has been unpacked from each of them."""
+
+    folder: Path
+    from_dir: Path | None = None  # download nothing: archives, or what they hold, are here
+    mirror: str | None = None  # archives are at <mirror>/<name>
+    checksums: Mapping[str, str] = field(default_factory=dict)  # archive -> digest that wins over the published one
+    keep_archives: bool = False
+    retry_wait_s: float = 1.0
+
+    def lock(self) -> None:
+        """
+        Raises:
+            UserError: the folder cannot be written, or another process works in it.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock_file = open(self.folder / ".lock", "a", opener=not_following)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot write there: {error.strerror}. Choose another --out") from error
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is preparing data there. Wait for it") from None
+        remove_temporary(self.folder)
+
+    def settle(self, archive: Archive, folder: Path, limit: int | None) -> list[str]:
+        """Have an archive's items below ``folder``: nothing to do, or unpack, or download and unpack.
+
+        Returns:
+            Their names relative to ``folder``: the first ``limit`` of the archive.
+        """
+        record = self.folder / f"{archive.name}.files"
+        limit = limit if archive.count or archive.convert else None
+        items = self._settled(record, archive, folder, limit)
+        if items is None:
+            there = _bytes_below(folder / archive.root) if archive.root else 0  # by a run that was interrupted
+
+            def space_for(size: int) -> int:
+                return max(0, archive.unpacked_bytes(size, limit) - there)
+
+            source = self._locate(archive) if self.from_dir else self._download(archive, space_for)
+            if not source.is_dir():
+                check_space(folder, space_for(source.stat().st_size))
+            elif source.stat().st_dev != folder.stat().st_dev:  # else the files get a second name, and take no space
+                check_space(folder, _bytes_below(source / archive.root) - there)
+            log(f"{source}: unpacking into {folder}")
+            items, extras = unpack(archive, source, folder, limit)
+            os.sync()  # the record must not survive a power cut that the files do not
+            sizes = {name: (folder / name).stat().st_size for name in [*items, *extras]}
+            write_sealed_json(record, {"limit": limit, "items": items, "sizes": sizes})
+        if not self.keep_archives and not self.from_dir:
+            (self.folder / archive.name).unlink(missing_ok=True)
+        return items
+
+    def _settled(self, record: Path, archive: Archive, folder: Path, limit: int | None) -> list[str] | None:
+        """Items that were unpacked completely and still lie there; None if they must be unpacked (again)."""
+        made = read_record(record)
+        if not _is_record(made):
+            return None
+        if archive.convert:
+            enough = made["limit"] == limit
+        else:
+            enough = made["limit"] is None or (limit is not None and limit <= made["limit"])
+        for name, size in made["sizes"].items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                return None
+        return made["items"][: limit if archive.count else None] if enough else None
+
+    def missing(self, archive: Archive) -> str | None:
+        """What ``from_dir`` lacks for this archive, in words."""
+        if (self.from_dir / archive.name).is_file() or (archive.root and (self.from_dir / archive.root).is_dir()):
+            return None
+        return archive.name + (f" (or, unpacked, {archive.root}/)" if archive.root else "")
+
+    def _locate(self, archive: Archive) -> Path:
+        file = self.from_dir / archive.name
+        if not file.is_file():
+            return self.from_dir
+        if problem := self._mismatch(archive, file):
+            raise UserError(f"{file}: {problem}. Download it again")
+        return file
+
+    def _download(self, archive: Archive, space_for: Callable[[int], int]) -> Path:
+        path = self.folder / archive.name
+        if not path.exists():
+            url = f"{self.mirror.rstrip('/')}/{archive.name}" if self.mirror else archive.url
+            size = None if archive.name in self.checksums else archive.size
+            Transfer(url, path, size, archive.most_bytes(), space_for, self.retry_wait_s).run()
+        if problem := self._mismatch(archive, path):
+            aside = path.with_name(f"{path.name}.damaged")
+            path.rename(aside)
+            raise RunError(
+                f"{path}: {problem}. Set aside as {aside.name}; the same line downloads it again. "
+                "If the publisher has changed it and you trust that, give its digest with --checksums"
+            )
+        return path
+
+    def _mismatch(self, archive: Archive, path: Path) -> str | None:
+        """In words, how the file differs from its checksum: the user's, or the published one, or else the one of the
+        first download, which is recorded for that."""
+        record = self.folder / f"{archive.name}.sha256"
+        expected = self.checksums.get(archive.name) or archive.checksum
+        if not expected and record.exists():
+            expected = record.read_text(encoding="utf-8", errors="replace").partition(" ")[0]
+            if digest_algorithm(expected) is None:
+                raise RunError(f"{record}: damaged. Delete it to take {archive.name} as it is now")
+        algorithm = digest_algorithm(expected) or "sha256"
+        found = file_digest(path, algorithm)
+        if not expected:
+            log(f"{archive.name}: no checksum is published. Recorded, to compare later downloads with: sha256 {found}")
+            with replacing(record) as file:
+                file.write(f"{found}  {archive.name}\n".encode())
+            return None
+        return None if found == expected else f"expected {algorithm} {expected}, found {found}"
+
+
+def _is_record(value: dict | list | None) -> bool:
+    """Whether it tells what was unpacked; an unsealed one of an earlier version can be anything."""
+    if not isinstance(value, dict) or value.keys() != {"limit", "items", "sizes"}:
+        return False
+    limit, items, sizes = value["limit"], value["items"], value["sizes"]
+    known = isinstance(items, list) and isinstance(sizes, dict) and (limit is None or isinstance(limit, int))
+    return known and all(isinstance(name, str) and name in sizes for name in items)
+
+
+def read_checksums(path: Path) -> dict[str, str]:
+    """Lines as ``sha256sum`` and ``md5sum`` write them: file name -> digest.
+
+    Raises:
+        UserError: not readable, or a line that is none of these.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--checksums {path}: cannot read it: {error}") from error
+    checksums = {}
+    for number, line in enumerate(lines, 1):
+        digest, _, name = line.strip().partition(" ")
+        if not name or digest_algorithm(digest) is None:
+            raise UserError(f'{path}: line {number}: expected "<md5 or sha256>  <file name>", found "{line[:60]}"')
+        checksums[name.strip().lstrip("*")] = digest
+    return checksums
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

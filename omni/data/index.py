@@ -1,0 +1,113 @@
+"""What a file was found to hold, kept beside it: made once, used by all, made again when either of them has changed.
+
+An index is a folder: arrays and ``meta.json``, each sealed with its own digest. The latter has the file's digest, size
+and time. Only who holds the folder's lock writes in it.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from omni.common.errors import UserError
+from omni.common.files import file_sha256, file_stat, open_sealed_json, replace_file, write_sealed_json
+from omni.train.run import FolderLock
+
+_DIGEST_BYTES = 32
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """An ``.npy`` file, followed by the SHA-256 of it: who reads arrays only does not see that."""
+
+    def write(file) -> None:
+        np.save(file, array)
+        file.flush()
+        file.write(bytes.fromhex(file_sha256(Path(file.name))))
+
+    replace_file(path, write)
+
+
+def open_array(path: Path) -> np.ndarray:
+    """What ``save_array`` wrote, mapped from disk.
+
+    Raises:
+        OSError, ValueError: it is not there, or is not what was written.
+    """
+    data = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:].tobytes():
+        raise ValueError(f"{path.name} is not what was written")
+    return np.load(path, mmap_mode="r")
+
+
+@contextlib.contextmanager
+def hold_cache(folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> Iterator[None]:
+    """The lock of a cache folder, which is made if need be.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock.wait_for(folder, log, check_stop)
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}. Set cache_dir to a folder that can be written") from error
+    with lock:
+        yield
+
+
+def prepare_index(
+    path: Path,
+    folder: Path,
+    arrays: tuple[str, ...],
+    make: Callable[[], None],
+    log: Callable[[str], None],
+    check_stop: Callable[[], None],
+) -> None:
+    """Call ``make()``, which fills ``folder`` and writes ``meta.json`` last, unless an index of ``path`` is there.
+
+    Args:
+        arrays: names of the arrays that must be whole.
+
+    Raises:
+        UserError: there is no such file, or the folder cannot be written.
+    """
+    try:
+        stale = why_stale(path, folder, arrays)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    if stale is not None:
+        with hold_cache(folder, log, check_stop):
+            # asked again: another process may have made it before this one got the lock
+            if (stale := why_stale(path, folder, arrays)) is not None:
+                if stale:
+                    log(f"{folder}: {stale}; making the index again")
+                make()
+    elif open_sealed_json(folder / "meta.json")["stat"] != file_stat(path):
+        # the same bytes at another time; where that cannot be noted they are hashed every time
+        with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):
+            meta = open_sealed_json(folder / "meta.json")
+            if why_stale(path, folder, arrays) is None and meta["stat"] != file_stat(path):
+                write_sealed_json(folder / "meta.json", meta | {"stat": file_stat(path)})
+
+
+def why_stale(path: Path, folder: Path, arrays: tuple[str, ...]) -> str | None:
+    """Why an index must be made ("" where nobody need know), or None if it is whole and of the file as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    stat = file_stat(path)
+    try:
+        meta = open_sealed_json(folder / "meta.json")
+        saved, sha256 = meta["stat"], meta["sha256"]
+        for name in arrays:
+            open_array(folder / f"{name}.npy")
+    except FileNotFoundError as error:
+        return "" if Path(error.filename).name == "meta.json" else f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"damaged ({error})"
+    if saved != stat and (saved["size"] != stat["size"] or sha256 != file_sha256(path)):
+        return ""
+    return None

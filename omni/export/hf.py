@@ -1,0 +1,107 @@
+"""The files of an export that other tools read: sizes, weights and settings under their names."""
+
+from collections.abc import Container
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omni.data.audio import MelSpec
+from omni.data.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
+from omni.export.bundle import CONFIG, TOKENIZER, WEIGHTS, audio_architecture, rounded, write_json, write_weights
+from omni.export.model_card import Part
+from omni.models.audio_encoder import mel_spec as audio_mel_spec
+from omni.models.audio_encoder import parakeet_config, to_parakeet_state_dict
+from omni.models.codec import mel_spec as codec_mel_spec
+from omni.models.ctc import CtcTokenizer
+from omni.train.config import ThinkerArchitecture
+
+
+def write_model(
+    folder: Path, config: dict, weights: dict[str, Tensor], dtype: torch.dtype, exact: Container[str] = ()
+) -> None:
+    """A folder that ``transformers`` opens: sizes and weights under its names."""
+    folder.mkdir()
+    write_json(folder / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_weights(folder / WEIGHTS, rounded(weights, dtype, exact))
+
+
+def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer, template: str) -> None:
+    """The tokenizer, the chat format that the Thinker was trained with, and how an answer ends."""
+    tokenizer.save(folder / TOKENIZER)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "pad_token": END_OF_TEXT,
+        "padding_side": "left",  # an answer goes on where its prompt ends
+        "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in (END, END_OF_TEXT)],
+        "model_max_length": arch.ctx_len,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": template,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    ends = {"eos_token_id": [tokenizer.end_id, tokenizer.eos_id], "pad_token_id": tokenizer.eos_id}
+    longest = min(128, arch.ctx_len // 2)
+    write_json(folder / "generation_config.json", ends | {"do_sample": False, "max_new_tokens": longest})
+
+
+def write_recogniser(folder: Path, part: Part, tokenizer: CtcTokenizer, dtype: torch.dtype) -> None:
+    """The audio encoder as it was trained to write down speech, with its text units."""
+    arch, weights = audio_architecture(part.sizes), to_parakeet_state_dict(part.module)
+    statistics = {name for name in weights if ".running_" in name}
+    write_model(folder, parakeet_config(arch, tokenizer.vocab_size), weights, dtype, statistics)
+    tokenizer.save(folder / TOKENIZER)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "preprocessor_config.json", log_mels(audio_mel_spec(arch), per_utterance=True))
+
+
+def preprocessing(parts: dict[str, Part]) -> dict:
+    """What becomes of a file before a part gets to see it, part by part."""
+    settings = {}
+    if "audio_encoder" in parts:
+        spec = audio_mel_spec(audio_architecture(parts["audio_encoder"].sizes))
+        settings["audio_encoder"] = log_mels(spec, per_utterance=True)
+    if "vision_encoder" in parts:
+        settings["vision_encoder"] = image_processor(*parts["vision_encoder"].module.img_size)
+    if "rvq" in parts:
+        settings["rvq"] = log_mels(codec_mel_spec(parts["rvq"].module.arch), per_utterance=False)
+    if "ocr" in parts:
+        arch = parts["ocr"].module.arch
+        fit = "keeping the proportions; what is left over, on the right or above and below, is the background's colour"
+        settings["ocr"] = image_processor(arch.height, arch.width) | {"do_pad": True, "fit": fit}
+    return settings
+
+
+def log_mels(spec: MelSpec, *, per_utterance: bool) -> dict:
+    """How log-mels are made: see ``omni.data.audio.log_mel`` and, if ``per_utterance``, ``normalise_features``."""
+    return {
+        "sampling_rate": spec.sample_rate,
+        "feature_size": spec.n_mels,
+        "n_fft": spec.n_fft,
+        "win_length": spec.win_length,
+        "hop_length": spec.hop_length,
+        "f_min": spec.f_min,
+        "f_max": spec.f_max,
+        "window": "hann",
+        "mel_scale": "slaney, each filter of the same area",
+        "spectrum": "amplitude",
+        "logarithm": "natural, of at least 1e-5",
+        "normalization": "each channel of an utterance to mean 0 and variance 1" if per_utterance else None,
+    }
+
+
+def image_processor(height: int, width: int) -> dict:
+    """What ``omni.data.images`` does to a picture, in the words of ``ViTImageProcessor``."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 2,  # bilinear
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }

@@ -1,0 +1,196 @@
+"""What export.py puts together: each function adds its parts, and refuses what does not fit to those before."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from omni.common.errors import UserError
+from omni.data.tokenizer import Tokenizer
+from omni.export.bundle import BUILD, TOKENIZER, weights_sha256
+from omni.export.model_card import Part, figures
+from omni.models.codec import fingerprint
+from omni.models.codec import mel_spec as codec_mel_spec
+from omni.models.ctc import CtcTokenizer
+from omni.models.omni_model import VIT_SIZES, load_omni
+from omni.models.vocoder import Generator, fold_weight_norm, refuse_other_mels
+from omni.train.checkpoint import build, load_stage, saved_config
+from omni.train.config import (
+    AudioEncoderArchitecture,
+    AudioEncoderConfig,
+    CodecArchitecture,
+    CodecConfig,
+    OcrArchitecture,
+    OcrConfig,
+    SftConfig,
+    StageConfig,
+    TalkerConfig,
+    TextConfig,
+    ThinkerArchitecture,
+    VisionConfig,
+    VocoderConfig,
+    refuse_others,
+    sizes_of,
+)
+
+# part -> stage in the checkpoint, prefix of its step files, final file, its config, what of that are sizes
+STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None]] = {
+    "thinker": ("text", "thinker", "thinker.pt", TextConfig, ThinkerArchitecture),
+    "audio_encoder": ("audio_enc", "audio_enc", "audio_enc.pt", AudioEncoderConfig, AudioEncoderArchitecture),
+    "vision_encoder": ("vision", "vision", "vision.pt", VisionConfig, None),
+    "talker": ("talker", "talker", "talker.pt", TalkerConfig, TalkerConfig),
+    "rvq": ("codec", "rvq_codec", "rvq_codec.pt", CodecConfig, CodecArchitecture),
+    "vocoder": ("vocoder", "hifigan", "hifigan.pt", VocoderConfig, VocoderConfig),
+    "ocr": ("ocr", "ocr", "ocr.pt", OcrConfig, OcrArchitecture),
+}
+# sizes that the weights do not depend on: stage E may have others than stage A
+UNWEIGHTED = ("ctx_len", "dropout", "router_aux_loss_coef")
+
+
+def load_part(name: str, folder: Path) -> Part:
+    """A part as its own stage left it, in evaluation mode.
+
+    Raises:
+        UserError: nothing there, damaged, or of another stage.
+    """
+    stage, prefix, final, cls, sizes_cls = STAGES[name]
+    saved, file = load_saved(folder, stage, prefix, final)
+    config, weights = saved_config(cls, saved), saved["model"]
+    sizes = {} if sizes_cls is None else sizes_of(sizes_cls, config)
+    if name == "vision_encoder":  # of stage C's two towers the one that sees
+        sizes = {key: getattr(config, key) for key in VIT_SIZES}
+        weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
+    if name == "audio_encoder":
+        n_tokens = CtcTokenizer.load(folder / TOKENIZER).vocab_size
+        sizes |= {"max_mel_length": config.max_mel_length, "n_tokens": n_tokens}
+    module = build(lambda: Generator(config) if name == "vocoder" else BUILD[name](sizes), weights, saved["path"])
+    if name == "vocoder":  # in training, direction and length of a weight are two tensors
+        fold_weight_norm(module)
+    return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"])
+
+
+def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict, str]:
+    """What ``load_stage`` finds, and in which file; a stage that is still in training is told of on stderr."""
+    finished = (folder / final).exists()
+    saved = load_stage(folder, stage, prefix, final)
+    file = final if finished else f"{prefix}_step_{saved['step']}.pt"
+    if not finished:
+        say(f"{folder}: no {final} yet, exporting {file}")
+    if saved["files"] is None and (folder / TOKENIZER).exists():
+        say(f"{folder / file}: of an earlier version, without the checksum of {TOKENIZER}, which is taken as it is")
+    return saved, file
+
+
+def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenizer, SftConfig | None]:
+    """The Thinker and its tokenizer; with stage E also what it sees and hears through, and that stage's config."""
+    if args.thinker_ckpt is not None:
+        thinker, tokenizer = load_part("thinker", args.thinker_ckpt), Tokenizer.load(args.thinker_ckpt / TOKENIZER)
+        if tokenizer.vocab_size != thinker.sizes["vocab_size"]:
+            raise UserError(
+                f"{args.thinker_ckpt / TOKENIZER}: expected {thinker.sizes['vocab_size']} entries as in the model, "
+                f"found {tokenizer.vocab_size}. The two files are not of one run"
+            )
+    if args.omni_ckpt is None:
+        say("no --omni_ckpt: this export answers to text alone, and neither sees nor hears")
+        return {"thinker": thinker}, tokenizer, None
+    omni, omni_tokenizer, config = load_omni(args.omni_ckpt, torch.device("cpu"))
+    saved, file = load_saved(args.omni_ckpt, "omni", "omni", "omni_final.pt")
+    if args.thinker_ckpt is not None:
+        if tokenizer.fingerprint != omni_tokenizer.fingerprint:
+            raise UserError(
+                f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
+            )
+        refuse_others(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
+        if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
+            raise UserError(
+                f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their weights differ. "
+                "Give the folder that it was made of, or leave --thinker_ckpt out"
+            )
+    parts = {
+        name: Part(module, config.parts.get(name, {}), "omni", file, saved["step"], saved["metrics"])
+        for name, module in omni.named_children()
+    }
+    return parts, omni_tokenizer, config
+
+
+def gather_hearing(
+    args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
+) -> tuple[Part, CtcTokenizer] | None:
+    """The audio encoder. Returned is the one of stage B, which writes down speech, with its text units."""
+    if args.audio_ckpt is None:
+        if "audio_encoder" in parts:
+            say("no --audio_ckpt: the audio encoder is exported without its text units, so not for ParakeetForCTC")
+        return None
+    recogniser, tokenizer = load_part("audio_encoder", args.audio_ckpt), CtcTokenizer.load(args.audio_ckpt / TOKENIZER)
+    if adopt("audio_encoder", recogniser, args.audio_ckpt, args, parts, sft):
+        measured = figures("audio_encoder", recogniser.metrics) or "not measured"
+        origin = f"{recogniser.file}, step {recogniser.step}: {measured}"
+        parts["audio_encoder"].notes.append(f"audio_encoder/ has stage B's, which writes down speech ({origin})")
+    return recogniser, tokenizer
+
+
+def gather_seeing(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
+    if args.vision_ckpt is not None:
+        vit = load_part("vision_encoder", args.vision_ckpt)
+        adopt("vision_encoder", vit, args.vision_ckpt, args, parts, sft)
+
+
+def adopt(
+    name: str, encoder: Part, folder: Path, args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
+) -> bool:
+    """Add the encoder of stage B or C to ``parts``; one that stage E has brought must have been made of it.
+
+    Returns:
+        whether stage E has trained it further, so that its own stays.
+
+    Raises:
+        UserError: stage E was made with another one.
+    """
+    if name not in parts:
+        if sft is not None:
+            encoder.notes.append("stage E had no use for it, so it is not connected to the Thinker")
+        parts[name] = encoder
+        return False
+    refuse_others(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, ("dropout", "max_mel_length"))
+    changed = weights_sha256(parts[name].module.state_dict()) != weights_sha256(encoder.module.state_dict())
+    if changed and sft.freeze_encoders:
+        raise UserError(
+            f"{args.omni_ckpt}: its {name}, which stage E did not train (freeze_encoders), is not the one of {folder}. "
+            "Give the folder that it was made of"
+        )
+    if changed:
+        parts[name].notes.append("trained further by stage E")
+    else:
+        parts[name] = encoder
+    return changed
+
+
+def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
+    """Talker and codec, and what turns their log-mels into sound."""
+    if args.talker_ckpt is None:
+        say("no --talker_ckpt: this export does not speak")
+        return
+    talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
+    refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
+    if "talker" in parts:  # stage E's, which hears the Thinker
+        if sft.origins["codec"] != fingerprint(codec.module):
+            raise UserError(
+                f"{args.omni_ckpt}: its talker speaks in the codes of another codec than that of {args.talker_ckpt}. "
+                "Give the folder that it was made of"
+            )
+        parts["talker"].notes.append(f"made of {talker.file}, step {talker.step}: {figures('talker', talker.metrics)}")
+        parts["talker"].notes.append("has learnt in stage E to hear what the Thinker thinks while it answers")
+        talker = parts["talker"]
+    parts |= {"talker": talker, "rvq": codec}
+    if args.vocoder_ckpt is None:
+        say("no --vocoder_ckpt: speech will be made by Griffin-Lim")
+        return
+    parts["vocoder"] = load_part("vocoder", args.vocoder_ckpt)
+    reads, writes = parts["vocoder"].module.config, codec_mel_spec(codec.module.arch)
+    refuse_other_mels(args.vocoder_ckpt, reads, args.talker_ckpt, writes)
+
+
+def say(notice: str) -> None:
+    print(notice, file=sys.stderr)

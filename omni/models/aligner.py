@@ -1,0 +1,262 @@
+"""Which byte of a text is spoken when: learned from texts and recordings alone, for the talker's durations.
+
+Two small encoders make vectors of the text's bytes and of the speech, and a byte's score at a moment is how well the
+two vectors agree. What is maximised is the likelihood of the text over all monotonic ways through the recording
+("forward-sum", Badlani et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest way gives the durations.
+"""
+
+# B utterances, T mel frames, M mel channels, S slots of speech, L text bytes, W model width
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni.common.errors import BadRow
+from omni.common.text import audible
+from omni.data.manifest import Manifest
+from omni.models.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
+from omni.models.ctc import ctc_nll
+from omni.models.ops import rounded_up
+from omni.train.checkpoint import build, load_stage, saved_config
+from omni.train.config import AlignerConfig, TalkerConfig
+from omni.train.precompute import Ragged, RowsWith, precompute
+from omni.train.run import Run
+
+TEXT_END = 256  # the symbol after the last byte of a text
+TEXT_SYMBOLS = 257
+MAX_TEXT_BYTES = 4096
+_KERNEL = 5
+_BLANK = -1.0  # score of being between two bytes, while training; as Badlani et al.
+_PRIOR_STD = 0.1  # how far a byte may be from the diagonal, as a share of the whole
+_NEVER = -1e4  # score of a byte beyond the text's end
+
+
+def text_symbols(text: str) -> list[int]:
+    """What is read of a text: the bytes of what is ``audible``, blanks between words made single, and an end."""
+    return [*" ".join(audible(text).split()).encode(), TEXT_END]
+
+
+def read_symbols(row: dict) -> list[int]:
+    """The ``text_symbols`` of a manifest's row.
+
+    Raises:
+        BadRow: too many.
+    """
+    symbols = text_symbols(row["text"])
+    if len(symbols) > MAX_TEXT_BYTES:
+        raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
+    return symbols
+
+
+def check_fits(symbols: list[int], slots: int, seconds: float) -> None:
+    """
+    Raises:
+        BadRow: more bytes than slots to speak them in.
+    """
+    if slots < len(symbols):
+        raise BadRow(f"expected a text of at most {slots - 1} bytes for {seconds:.2f} s, found {len(symbols) - 1}")
+
+
+class Aligner(nn.Module):
+    """Text and speech -> how likely each byte is spoken in each slot. A slot is a part of a code's time, see
+    ``slots_per_code``."""
+
+    def __init__(self, config: AlignerConfig):
+        super().__init__()
+        self.config = config
+        width, layers = config.aligner_d_model, config.aligner_layers
+        self.per_slot = config.frames_per_code // config.slots_per_code  # mel frames
+        self.register_buffer("mel_mean", torch.zeros(config.n_mels))
+        self.register_buffer("mel_std", torch.ones(config.n_mels))
+        self.embed_text = nn.Embedding(TEXT_SYMBOLS, width)
+        self.text_layers = nn.ModuleList(ConvNeXtBlock(width, 2 * width, _KERNEL) for _ in range(layers))
+        self.patch_in = nn.Linear(self.per_slot * config.n_mels, width)
+        self.speech_layers = nn.ModuleList(ConvNeXtBlock(width, 2 * width, _KERNEL) for _ in range(layers))
+        self.key_proj, self.query_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, symbols: Tensor, text_lengths: Tensor, log_mels: Tensor, lengths: Tensor) -> Tensor:
+        """
+        Args:
+            symbols: (B, L), see ``text_symbols``, of which ``text_lengths`` (B,) count.
+            log_mels: (B, T, M), T whole codes, of which ``lengths`` (B,) frames count.
+
+        Returns:
+            Scores (B, S, L) in float32; a softmax over the bytes makes probabilities of them.
+        """
+        device = symbols.device
+        read = torch.arange(symbols.shape[1], device=device) < text_lengths[:, None]  # (B, L)
+        keys = self.embed_text(symbols)
+        for layer in self.text_layers:
+            keys = layer(keys, read[..., None].to(keys.dtype))
+        spoken = torch.arange(log_mels.shape[1], device=device) < lengths[:, None]  # (B, T)
+        normalised = ((log_mels - self.mel_mean) / self.mel_std) * spoken[..., None]
+        slots = self.slots(lengths)
+        queries = self.patch_in(normalised.unflatten(1, (-1, self.per_slot)).flatten(2))  # (B, S, W)
+        heard = torch.arange(queries.shape[1], device=device) < slots[:, None]  # (B, S)
+        for layer in self.speech_layers:
+            queries = layer(queries, heard[..., None].to(queries.dtype))
+        scores = self.query_proj(queries) @ self.key_proj(keys).transpose(1, 2) / keys.shape[-1] ** 0.5
+        scores = scores.float() + diagonal_prior(slots, text_lengths, *scores.shape[1:])
+        return scores.masked_fill(~read[:, None], _NEVER)
+
+    @torch.no_grad()
+    def align_one(self, symbols: list[int], log_mels: Tensor) -> Tensor:
+        """The durations (L,) in slots of one text's ``text_symbols``, spoken in log-mels (T, M).
+
+        Raises:
+            BadRow: more bytes than slots.
+        """
+        device, T = self.mel_mean.device, len(log_mels)
+        lengths, text_lengths = torch.tensor([T], device=device), torch.tensor([len(symbols)], device=device)
+        slots = self.slots(lengths)
+        check_fits(symbols, int(slots), T * self.config.frame_hop / self.config.sample_rate)
+        log_mels = nn.functional.pad(log_mels.to(device), (0, 0, 0, -T % self.config.frames_per_code))
+        scores = self(torch.tensor([symbols], device=device), text_lengths, log_mels[None], lengths)
+        return torch.from_numpy(likeliest_durations(scores, slots, text_lengths)[0].astype(np.int64))
+
+    def slots(self, lengths: Tensor) -> Tensor:
+        """Slots of recordings of ``lengths`` (B,) frames: those of whole codes."""
+        per_code = self.config.frames_per_code
+        return (lengths + per_code - 1) // per_code * self.config.slots_per_code
+
+
+def diagonal_prior(slots: Tensor, text_lengths: Tensor, S: int, L: int) -> Tensor:
+    """(B, S, L): a text is read at a fairly steady pace, which spares the aligner a long search for where to begin.
+
+    A Gaussian about the diagonal, in the place of the beta-binomial of Badlani et al.
+    """
+    times = (torch.arange(S, device=slots.device) + 0.5) / slots[:, None]  # (B, S)
+    places = (torch.arange(L, device=slots.device) + 0.5) / text_lengths[:, None]  # (B, L)
+    return -((times[:, :, None] - places[:, None]) ** 2) / (2 * _PRIOR_STD**2)
+
+
+def aligner_nats(model: nn.Module, slots: Tensor, batch: dict) -> Tensor:
+    """(B,) negative log-likelihood of each text over all monotonic alignments with its recording."""
+    scores = model(batch["symbols"], batch["text_lengths"], batch["log_mels"], batch["lengths"])
+    B, S, L = scores.shape
+    scores = torch.cat((scores, scores.new_full((B, S, 1), _BLANK)), dim=-1)
+    # each byte of a text is a class of its own, so this sums over the alignments of just this text
+    targets = torch.arange(L, device=scores.device).expand(B, -1)
+    return ctc_nll(scores, slots, targets, batch["text_lengths"])
+
+
+def aligner_sums(model: Aligner, batch: dict) -> dict[str, Tensor]:
+    return {
+        "nats": aligner_nats(model, model.slots(batch["lengths"]), batch).sum(),
+        "symbols": batch["text_lengths"].sum(),
+    }
+
+
+def aligner_metrics(totals: dict[str, float]) -> dict[str, float]:
+    return {"nats_per_byte": totals["nats"] / totals["symbols"]}
+
+
+def likeliest_durations(scores: Tensor, slots: Tensor, text_lengths: Tensor) -> list[np.ndarray]:
+    """How many slots each byte takes on the likeliest way on which the bytes follow one another, each at least one.
+
+    The search is that of Kim et al. 2020, "Glow-TTS" (monotonic alignment search).
+
+    Args:
+        scores: (B, S, L) of ``Aligner``; every text has no more bytes than its recording has slots.
+
+    Returns:
+        For each utterance (its bytes,) uint16, whose sum is its slots.
+    """
+    log_probs = scores.log_softmax(dim=-1).cpu().numpy()
+    slots, text_lengths = slots.cpu().numpy(), text_lengths.cpu().numpy()
+    B, S, L = log_probs.shape
+    best = np.full((B, L), -np.inf, np.float32)  # of all ways that are at this byte in this slot
+    best[:, 0] = log_probs[:, 0, 0]
+    moved = np.zeros((B, S, L), bool)  # whether the best way has come from the byte before
+    nowhere = np.full((B, 1), -np.inf, np.float32)
+    for slot in range(1, S):
+        from_before = np.concatenate((nowhere, best[:, :-1]), axis=1)
+        moved[:, slot] = from_before > best
+        best = np.maximum(best, from_before) + log_probs[:, slot]
+    durations, rows, place = np.zeros((B, L), np.uint16), np.arange(B), text_lengths - 1
+    for slot in range(S - 1, -1, -1):
+        inside = slot < slots
+        durations[rows, place] += inside
+        place = place - (inside & moved[rows, slot, place])
+    return [one[:length] for one, length in zip(durations, text_lengths, strict=True)]
+
+
+def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig, step: int = 1) -> Tensor:
+    """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
+
+    L is that of the longest text, rounded up to a multiple of ``step``, or under ``use_compile`` the slots of
+    ``n_frames`` mel frames: so the recordings' static lengths are the texts' too, and no text that fits has more bytes.
+    """
+    padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
+    L = rounded_up(padded.shape[1], step)
+    if config.use_compile:
+        L = n_frames // config.frames_per_code * config.slots_per_code
+    return nn.functional.pad(padded, (0, L - padded.shape[1]))
+
+
+class SpokenTexts(SpeechClips):
+    """Texts and the log-mels of their recordings. A sample is (symbols, (T, M))."""
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[list[int], Tensor]:
+        symbols, log_mels = read_symbols(row), super().read(row, rng)
+        slots = -(-len(log_mels) // self.per_code) * self.slots_per_code
+        check_fits(symbols, slots, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
+        return symbols, log_mels
+
+    def collate(self, samples: list[tuple[list[int], Tensor]]) -> dict:
+        """``log_mels`` and ``lengths`` as ``SpeechClips``; ``symbols`` (B, L), zero beyond ``text_lengths`` (B,)."""
+        texts, clips = zip(*samples, strict=True)
+        batch = super().collate(list(clips))
+        text_lengths = torch.tensor([len(text) for text in texts])
+        return batch | {
+            "symbols": pad_bytes([torch.tensor(text) for text in texts], batch["log_mels"].shape[1], self.config),
+            "text_lengths": text_lengths,
+            "weight": int(text_lengths.sum()),
+        }
+
+
+def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str) -> Ragged:
+    """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
+
+    Args:
+        texts: those to align, of similar length one after the other; ``training`` is false.
+    """
+
+    @torch.no_grad()
+    def make(batch: dict) -> list[np.ndarray]:
+        symbols, text_lengths, log_mels, lengths = (
+            batch[key].to(run.device) for key in ("symbols", "text_lengths", "log_mels", "lengths")
+        )
+        scores = aligner(symbols, text_lengths, log_mels, lengths)
+        return likeliest_durations(scores, aligner.slots(lengths), text_lengths)
+
+    belongs_to = {"aligner": fingerprint(aligner)}
+    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
+
+
+def prepare_speech(
+    run: Run, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
+) -> tuple[RowsWith, np.ndarray]:
+    """The manifest with the columns ``codes`` and ``durations``, of all its recordings that are not too long; and how
+    long each recording is, in codes, by its header."""
+    lengths = count_codes(run, manifest, config)
+    order = np.argsort(lengths, kind="stable")  # the shortest first
+    rows = order[lengths[order] <= config.max_mel_length]
+    clips, texts = (of(manifest, rows, config, training=False) for of in (SpeechClips, SpokenTexts))
+    codes = prepare_codes(run, codec, clips, name)
+    durations = prepare_durations(run, aligner, texts, name)
+    return RowsWith(manifest, {"codes": codes, "durations": durations}), lengths
+
+
+def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
+    """The aligner that stage D left in ``folder``, in evaluation mode.
+
+    Raises:
+        UserError: nothing there, or damaged.
+    """
+    saved = load_stage(folder, "aligner", "aligner", "aligner.pt")
+    config = saved_config(AlignerConfig, saved, use_compile=False)
+    aligner = build(lambda: Aligner(config), saved["model"], saved["path"])
+    return aligner.to(device).eval().requires_grad_(False)

@@ -1,0 +1,305 @@
+"""Connectionist temporal classification (Graves et al. 2006): its text units, its loss, its decoding.
+
+A CTC model says one unit, or the blank, in every frame. A text is read off by dropping repeats, then blanks; its
+probability is the sum over all ways to spell it out over the frames.
+"""
+
+# B batch, U frames, V tokens and blank (the last), L tokens of a target, S = 2L + 1 states: blanks around the tokens
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+
+from omni.common.errors import UserError
+from omni.common.files import read_text, replace_file
+from omni.common.text import audible
+from omni.data.tokenizer import check_ids, difference
+
+# ---------------------------------------------------------------------------------------------------------------
+# Text units
+
+
+def normalise_text(text: str) -> str:
+    """What of a text can be heard, and how transcripts are compared.
+
+    NFKC, lower case; letters, digits and apostrophes inside words stay, invisible characters go (``audible``),
+    everything else parts words. Numbers stay in digits: how they are read is for whoever writes the manifest.
+    "“It’s  5pm,” he said" becomes "it's 5pm he said".
+    """
+    text = unicodedata.normalize("NFKC", audible(text)).lower().replace("’", "'")
+    parts = text.translate(_HEARD).split()
+    return " ".join(word for part in parts if (word := part.strip("'")))
+
+
+class _Heard(dict):
+    """Code point -> itself, or a space; decided when first met, since every utterance read passes through here."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kept = character.isalnum() or character == "'" or unicodedata.category(character)[0] == "M"
+        self[code] = character if kept else " "
+        return self[code]
+
+
+_HEARD = _Heard()
+
+
+def _without_merges() -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()  # words begin with "▁", so spaces come back
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+class CtcTokenizer:
+    """BPE over the characters of normalised text, kept in a ``tokenizer.json``. Build one with ``train`` or ``load``.
+
+    Not byte-level: a unit should be a sound. The alphabet is that of the texts it was trained on; other characters
+    have no unit and are left out of a target (``unknown`` names them).
+
+    Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
+    """
+
+    def __init__(self, serialized: str):
+        """``serialized``: the text of a ``tokenizer.json``."""
+        self.serialized = serialized
+        self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
+        self._alphabet = {character for token in self._tokenizer.get_vocab() for character in token} | {" "}
+
+    @classmethod
+    def train(cls, texts: Iterator[str], vocab_size: int) -> Self:
+        """Learn merges from ``texts``, read once as a stream.
+
+        Args:
+            vocab_size: upper bound; few texts have fewer merges to give.
+
+        Raises:
+            UserError: the alphabet alone is larger.
+        """
+        tokenizer = _without_merges()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, show_progress=False)
+        tokenizer.train_from_iterator((normalise_text(text) for text in texts), trainer)
+        trained = cls(tokenizer.to_str())
+        if trained.vocab_size > vocab_size:
+            raise UserError(
+                f'key "ctc_vocab_size": expected at least {trained.vocab_size}, the characters of the training texts, '
+                f"found {vocab_size}"
+            )
+        return trained
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """
+        Raises:
+            UserError: the file is missing, damaged, or not a tokenizer of this kind.
+        """
+        serialized = read_text(path, "tokenizer")
+        try:
+            check_ids(serialized)
+            tokenizer = cls(serialized)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: damaged tokenizer: {' '.join(str(error).split())}") from error
+        if (reason := difference(tokenizer._tokenizer, _without_merges())) is not None:
+            raise UserError(f"{path}: expected a tokenizer as train_audio_enc.py writes it: {reason}")
+        return tokenizer
+
+    def save(self, path: str | Path) -> None:
+        """Write ``path`` whole or not at all."""
+        serialized = self._tokenizer.to_str(pretty=True).encode()
+        replace_file(Path(path), lambda file: file.write(serialized))
+
+    @property
+    def units(self) -> list[str]:
+        """The text of each token, in their order; one that begins a word begins with a space."""
+        return [self._tokenizer.id_to_token(i).replace("▁", " ") for i in range(self.vocab_size)]
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens there really are; the blank is not among them."""
+        return self._tokenizer.get_vocab_size()
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that was loaded, byte for byte."""
+        return hashlib.sha256(self.serialized.encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's canonical JSON."""
+        canonical = json.dumps(json.loads(self._tokenizer.to_str()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``normalise_text(text)``."""
+        return self._tokenizer.encode(normalise_text(text)).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
+    def unknown(self, text: str) -> set[str]:
+        """Characters of ``normalise_text(text)`` that no token has."""
+        return set(normalise_text(text)) - self._alphabet
+
+
+def frames_needed(ids: Sequence[int]) -> int:
+    """The fewest frames that can spell ``ids``: one each, and a blank between two that are the same."""
+    return len(ids) + sum(one == next_one for one, next_one in pairwise(ids))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+def ctc_nll(logits: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, in float32, infinite where a target does not fit its frames.
+
+    On a GPU this is our own forward-backward algorithm: torch's adds the gradients of a token's occurrences in an
+    order that differs from run to run, and waits for the device to read the lengths; cuDNN's wants every utterance
+    of a batch to have the same length.
+
+    Args:
+        logits: (B, U, V).
+        frames: (B,) valid frames of each.
+        targets: (B, L) token ids; what stands beyond ``target_lengths`` (B,) is ignored.
+
+    Returns:
+        (B,) in nats.
+    """
+    log_probs = logits.float().log_softmax(dim=-1)
+    blank = logits.shape[-1] - 1
+    if logits.is_cuda:
+        return _ForwardBackward.apply(log_probs, frames, targets, target_lengths)
+    return F.ctc_loss(log_probs.transpose(0, 1), targets, frames, target_lengths, blank, reduction="none")
+
+
+class _ForwardBackward(torch.autograd.Function):
+    """Graves et al. 2006, section 4.1. No operation in it waits for the device, or sums in an order left open.
+
+    The backward variables are the forward variables of the same problem in reverse, so one pass over the frames
+    computes both. The gradient with respect to a log-probability is then the expected number of its uses.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+        B, U, V = log_probs.shape
+        states = log_probs.new_full((B, 2 * targets.shape[1] + 1), V - 1, dtype=torch.int64)  # (B, S)
+        states[:, 1::2] = targets.clamp(min=0)
+        S, counts = states.shape[1], 2 * target_lengths + 1
+        emissions = log_probs.gather(2, states[:, None, :].expand(B, U, S))  # (B, U, S)
+
+        # positions counted from the end; those beyond it are clamped, and masked below
+        time_back = (frames[:, None] - 1 - torch.arange(U, device=states.device)).clamp(min=0)  # (B, U)
+        state_back = (counts[:, None] - 1 - torch.arange(S, device=states.device)).clamp(min=0)  # (B, S)
+        states_reversed = states.gather(1, state_back)
+        reversed_emissions = _reindex(emissions, time_back, state_back)
+
+        both = _forward_variables(torch.cat((emissions, reversed_emissions)), torch.cat((states, states_reversed)))
+        alpha, beta = both[:B], _reindex(both[B:], time_back, state_back)  # (B, U, S), each with the frame's emission
+        inside = torch.arange(S, device=states.device) < counts[:, None]
+        inside = inside[:, None, :] & (torch.arange(U, device=states.device) < frames[:, None])[:, :, None]
+        through = (alpha + beta - emissions).masked_fill(~inside, -math.inf)  # log-likelihood of all ways through here
+        log_likelihood = through[:, 0].logsumexp(dim=1)  # at any frame the same sum
+        uses = (through - log_likelihood[:, None, None]).exp()
+        uses = uses.masked_fill(~torch.isfinite(log_likelihood)[:, None, None], math.nan)
+        # a matrix product, not a scatter: that would add up in any order
+        ctx.save_for_backward(uses @ F.one_hot(states, V).to(uses.dtype))
+        return -log_likelihood
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        (uses,) = ctx.saved_tensors
+        return -uses * gradient[:, None, None], None, None, None
+
+
+def _reindex(x: Tensor, time: Tensor, state: Tensor) -> Tensor:
+    """x (B, U, S) at frames ``time`` (B, U) and states ``state`` (B, S)."""
+    B, U, S = x.shape
+    return x.gather(1, time[:, :, None].expand(B, U, S)).gather(2, state[:, None, :].expand(B, U, S))
+
+
+def _forward_variables(emissions: Tensor, states: Tensor) -> Tensor:
+    """Log-likelihood (B, U, S) of all ways to be in a state at a frame, that frame's emission included.
+
+    A way starts in one of the first two states; it stays, moves on by one, or by two if that skips a blank between
+    different tokens.
+    """
+    B, U, S = emissions.shape
+    skip = torch.zeros_like(states, dtype=torch.bool)
+    skip[:, 3::2] = states[:, 3::2] != states[:, 1:-2:2]
+    alpha = torch.full_like(emissions[:, 0], -math.inf)
+    alpha[:, :2] = emissions[:, 0, :2]
+    alphas = [alpha]
+    for frame in range(1, U):
+        one = F.pad(alpha, (1, 0), value=-math.inf)[:, :S]
+        two = F.pad(alpha, (2, 0), value=-math.inf)[:, :S].masked_fill(~skip, -math.inf)
+        alpha = torch.stack((alpha, one, two)).logsumexp(dim=0) + emissions[:, frame]
+        alphas.append(alpha)
+    return torch.stack(alphas, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def collapse(path: Sequence[int], blank: int) -> list[int]:
+    """The token ids that one unit per frame spells: without repeats, then without blanks."""
+    return [token for token, _ in groupby(path) if token != blank]
+
+
+def prefix_beam_search(log_probs: np.ndarray, beam: int) -> list[tuple[tuple[int, ...], float]]:
+    """The most probable texts, each over all its spellings.
+
+    Of each frame only the ``beam`` best tokens are tried: with a trained model the others have no say.
+
+    Args:
+        log_probs: (U, V) of one utterance, the blank last.
+        beam: how many prefixes are kept from frame to frame.
+
+    Returns:
+        Up to ``beam`` pairs of token ids and log-probability, the best first.
+
+    Hannun et al. 2014, "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional Recurrent
+    DNNs", without a language model.
+    """
+    blank = log_probs.shape[1] - 1
+    tried = min(beam, blank)
+    best = np.argsort(-log_probs[:, :blank], axis=1, kind="stable")[:, :tried]
+    scores = np.take_along_axis(log_probs, best, axis=1)
+    prefixes = {(): (0.0, -math.inf)}  # log-probability of its spellings that end in a blank, and in its last token
+    for frame, tokens, token_scores in zip(log_probs.astype(np.float64), best.tolist(), scores.tolist(), strict=True):
+        grown: dict[tuple[int, ...], tuple[float, float]] = {}
+        for prefix, (in_blank, in_token) in prefixes.items():
+            either = _log_add(in_blank, in_token)
+            ends_blank, ends_token = grown.get(prefix, (-math.inf, -math.inf))
+            ends_blank = _log_add(ends_blank, either + frame[blank])
+            if prefix:  # its last token again, which adds nothing to it
+                ends_token = _log_add(ends_token, in_token + frame[prefix[-1]])
+            grown[prefix] = ends_blank, ends_token
+            for token, score in zip(tokens, token_scores, strict=True):
+                before = in_blank if prefix and token == prefix[-1] else either
+                if before == -math.inf:  # twice the same token needs a blank between
+                    continue
+                longer = (*prefix, token)
+                ends_blank, ends_token = grown.get(longer, (-math.inf, -math.inf))
+                grown[longer] = ends_blank, _log_add(ends_token, before + score)
+        ranked = sorted(grown.items(), key=lambda item: _log_add(*item[1]), reverse=True)
+        prefixes = dict(ranked[:beam])
+    return [(prefix, _log_add(*ends)) for prefix, ends in prefixes.items()]
+
+
+def _log_add(a: float, b: float) -> float:
+    if a < b:
+        a, b = b, a
+    return a if b == -math.inf else a + math.log1p(math.exp(b - a))

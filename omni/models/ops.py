@@ -1,0 +1,303 @@
+"""What a transformer spends its time in beside its matrix products: norm, rotation, gate and attention.
+
+Each is a formula in elementary operations, for which autograd would find the gradient; that is how it runs on a GPU,
+and in a compiled model, which makes one kernel of several. On a CPU every elementary operation reads and writes all of
+its memory, and that, not arithmetic, is what a small model's step takes. So here the gradients are written out: fewer
+passes forward, fewer backward, and nothing kept that the backward can do without.
+"""
+
+# B batch, T queries, S keys, K head width, H query heads, G key/value heads, D width, F inner width
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+RMS_EPS = 1e-6
+_QUERIES = 128  # of causal attention, computed together: they need no key beyond the last of them
+
+
+def by_hand(x: Tensor) -> bool:
+    """Whether what follows is written out for ``x``: in training on a CPU, where nothing is compiled."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def matmul_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer would compute in, given ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@contextmanager
+def true_float32(device: torch.device) -> Iterator[None]:
+    """Inside, products of float32 matrices are made in float32, whatever autocast says and however coarse training is.
+
+    On a GPU training's "float32" is TF32, whose 10 bits of mantissa make near distances and cosines equal: another
+    row of a codebook would be the nearest one than on a CPU. For what is compared, and for what is kept.
+    """
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        settings.fp32_precision = before
+
+
+def rounded_up(length: int, step: int = 16) -> int:
+    """To a multiple of ``step``. On a CPU, oneDNN makes a kernel for each shape of a product when it first meets it,
+    which takes as long as several products, and keeps a thousand. So lengths should be few."""
+    return -(-length // step) * step
+
+
+def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
+    """(..., D) -> (..., sum of the layers' widths): several layers that read the same, as one product.
+
+    All of them have a bias, or none. Without gradients, so perhaps for a single token, joining their weights would
+    take longer than multiplying by them.
+    """
+    if not torch.is_grad_enabled():
+        return torch.cat([layer(x) for layer in layers], dim=-1)
+    biases = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return F.linear(x, torch.cat([layer.weight for layer in layers]), biases)
+
+
+def first_derivative_only(backward: Callable) -> Callable:
+    """A backward that refuses ``create_graph``: a derivative of what is written out here would be wrong."""
+
+    @wraps(backward)
+    def checked(ctx, *grads: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("omni.models.ops: no second derivatives are written out")
+        return backward(ctx, *grads)
+
+    return checked
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# RMSNorm and rotation
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / rms(x) * weight, with x (..., D) and weight (D,), in float32, returned in the dtype of x.
+
+    Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+    if by_hand(x):
+        return _RMSNorm.apply(x, weight.float())
+    x32, weight = x.float(), weight.float()
+    if x.is_cuda:  # one kernel there; on the CPU it is slower than its parts
+        return F.rms_norm(x32, weight.shape, weight, RMS_EPS).to(x.dtype)
+    return (x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + RMS_EPS) * weight).to(x.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        normed, scale = _over_rms(x.float())
+        ctx.save_for_backward(normed, scale, weight)
+        return (normed * weight).to(x.dtype)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        normed, scale, weight = ctx.saved_tensors
+        x_grad, weight_grad = _norm_backward(grad.to(torch.float32, copy=True), normed, scale, weight)
+        return x_grad.to(grad.dtype), weight_grad.reshape(-1, weight_grad.shape[-1]).sum(dim=0)
+
+
+def _over_rms(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., D) float32 over its rms, and what it was multiplied by (..., 1)."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    scale = square.div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+    return x * scale, scale
+
+
+def _norm_backward(grad: Tensor, normed: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """From the gradient of ``normed * weight``, whose memory is used, that of x, and that of the weight at each place.
+
+    What is divided by its own length cannot grow along itself: that part of the gradient is taken out.
+    """
+    weight_grad = grad * normed
+    grad.mul_(weight)
+    along = torch.linalg.vecdot(grad, normed).div_(normed.shape[-1]).unsqueeze_(-1)  # (..., 1)
+    return grad.addcmul_(normed, along, value=-1).mul_(scale), weight_grad
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs of ``x`` (..., K) by the angles of ``cos`` and ``sin``, see ``layers.rope_tables``."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def norm_and_rotate(
+    heads: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, n_heads: int
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, each head normalised (``rms_norm``) and then rotated (``rotate``).
+
+    Args:
+        heads: (B, T, H + G, K), the ``n_heads`` queries first.
+        q_weight, k_weight: (K,), of the norms.
+        cos, sin: (T, K).
+
+    Returns:
+        (B, H, T, K) and (B, G, T, K).
+    """
+    if by_hand(heads):
+        n_keys = heads.shape[2] - n_heads
+        weight = torch.cat((q_weight.float().expand(n_heads, -1), k_weight.float().expand(n_keys, -1)))
+        return _NormAndRotate.apply(heads, weight, cos[:, None], sin[:, None], n_heads)
+    q, k = heads.split((n_heads, heads.shape[2] - n_heads), dim=2)
+    q, k = rms_norm(q, q_weight).transpose(1, 2), rms_norm(k, k_weight).transpose(1, 2)
+    return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+class _NormAndRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+        """``weight`` (H + G, K), that of each head; ``cos`` and ``sin`` (T, 1, K)."""
+        normed, scale = _over_rms(heads.float())
+        ctx.save_for_backward(normed, scale, weight, cos, sin)
+        half = heads.shape[-1] // 2
+        turned = normed.roll(half, dims=-1).mul_(weight.roll(half, dims=-1) * sin).addcmul_(normed, weight * cos)
+        parts = turned.transpose(1, 2).split((n_heads, heads.shape[2] - n_heads), dim=1)
+        return tuple(part.to(heads.dtype, memory_format=torch.contiguous_format) for part in parts)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
+        normed, scale, weight, cos, sin = ctx.saved_tensors
+        grad = torch.empty_like(normed)  # (B, T, H + G, K) float32
+        grad[:, :, : q_grad.shape[1]] = q_grad.transpose(1, 2)
+        grad[:, :, q_grad.shape[1] :] = k_grad.transpose(1, 2)
+        grad = (grad * sin).roll(sin.shape[-1] // 2, dims=-1).addcmul_(grad, cos)  # turned back
+        x_grad, weight_grad = _norm_backward(grad, normed, scale, weight)
+        return x_grad.to(q_grad.dtype), weight_grad.sum(dim=(0, 1)), None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Gate
+
+
+def silu_gate(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, of gate and up side by side: (..., 2F) -> (..., F). Shazeer 2020, "GLU Variants"."""
+    if by_hand(gate_up):
+        return _SiluGate.apply(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _SiluGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_up)
+        gate_grad, up_grad = both.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return both
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None, use_flash: bool = True
+) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v, (B, H, T, K) -> (B, H, T, K), in autocast's dtype under autocast.
+
+    Args:
+        k, v: (B, G, S, K); H / G queries share one.
+        causal: a query sees the keys up to its own place; T = S.
+        mask: broadcast to (B, H, T, S): bool, true where a query may look, or a number that is added before the
+            softmax, whose gradient goes back to it. A query that may look nowhere gets some finite vector.
+        use_flash: the fused kernel; False: the plain maths, with T * S numbers in memory for each head.
+
+    Raises:
+        ValueError: causal, and T is not S or there is a mask.
+    """
+    if causal and (mask is not None or q.shape[2] != k.shape[2]):
+        raise ValueError("causal attention is of the same tokens to each other, without a mask")
+    if use_flash or q.device.type != "cpu" or torch.compiler.is_compiling():
+        grouped = q.shape[1] != k.shape[1]
+        with nullcontext() if use_flash else sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    dtype = matmul_dtype(q)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    return _PlainAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), mask, causal)
+
+
+class _PlainAttention(torch.autograd.Function):
+    """The plain maths in the dtype of its inputs; of causal attention, block by block, only the half that is seen.
+
+    Those of ``F.scaled_dot_product_attention`` are in float32 throughout, and compute both halves.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
+        q = q.reshape(B * H, T, K)
+        k, v = (t[:, :, None].expand(B, G, H // G, S, K).reshape(B * H, S, K) for t in (k, v))
+        y, shares = torch.empty_like(q), []  # of each query's attention
+        size = _QUERIES if causal else max(1, T)
+        for start in range(0, T, size):
+            end = min(T, start + size)
+            seen = end if causal else S
+            scores = _product(q[:, start:end], k[:, :seen].transpose(1, 2), K**-0.5)  # (B * H, size, seen)
+            if causal:
+                hidden = torch.full((end - start, end - start), -torch.inf, dtype=q.dtype).triu_(1)
+                scores[:, :, start:] += hidden
+            if mask is not None:
+                scores = (scores.view(B, H, T, S) + mask).to(q.dtype).view(B * H, T, S)
+            shares.append(scores.softmax(dim=-1))  # float32 within
+            torch.bmm(shares[-1], v[:, :seen], out=y[:, start:end])
+        ctx.save_for_backward(q, k, v, *shares)
+        ctx.n_keys, ctx.mask_shape = G, None if mask is None else mask.shape
+        return y.view(B, H, T, K)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *shares = ctx.saved_tensors
+        (B, H, T, K), S = grad.shape, k.shape[1]
+        grad, q_grad, mask_grad, start = grad.reshape(B * H, T, K), torch.empty_like(q), None, 0
+        if len(shares) > 1:
+            k_sum, v_sum = (torch.zeros(k.shape) for _ in range(2))  # in float32
+        for share in shares:
+            end, seen = start + share.shape[1], share.shape[2]
+            queries = slice(start, end)
+            share_grad = torch.bmm(grad[:, queries], v[:, :seen].transpose(1, 2))
+            scores_grad = torch._softmax_backward_data(share_grad, share, -1, share.dtype)
+            _product(scores_grad, k[:, :seen], K**-0.5, out=q_grad[:, queries])
+            k_grad = _product(scores_grad.transpose(1, 2), q[:, queries], K**-0.5)
+            v_grad = torch.bmm(share.transpose(1, 2), grad[:, queries])
+            if len(shares) > 1:
+                k_sum[:, :seen] += k_grad
+                v_sum[:, :seen] += v_grad
+                k_grad, v_grad = k_sum, v_sum
+            start = end
+        if ctx.needs_input_grad[3]:
+            mask_grad = scores_grad.view(B, H, T, S).sum_to_size(ctx.mask_shape)
+        if ctx.n_keys < H:
+            k_grad, v_grad = (t.view(B, ctx.n_keys, -1, S, K).sum(dim=2) for t in (k_grad, v_grad))
+        k_grad, v_grad = (t.view(B, ctx.n_keys, S, K).to(q.dtype) for t in (k_grad, v_grad))
+        return q_grad.view(B, H, T, K), k_grad, v_grad, mask_grad, None
+
+
+def _product(a: Tensor, b: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
+    """(N, I, J) times (N, J, L) times the factor, rounded once."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=factor, out=out)

@@ -1,0 +1,458 @@
+"""The talker: says a text, by writing the speech codec's codes frame after frame.
+
+First it reads the text, as UTF-8 bytes, and decides how long each byte will sound; what it has read is then laid out
+over the frames in which it will be heard. A causal decoder goes over these frames, and writes the codes of each from
+what is to be said there and from the frames before. To each byte the Thinker's state of the token it belongs to may be
+added: that is how the talker speaks a reply as the Thinker meant it.
+"""
+
+# B utterances, L text bytes, T frames (one code of each codebook), D model width, K head width
+# Q codebooks, V codes in each, W width of the depth decoder, P slots in a frame (see omni.models.aligner)
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni.common.errors import BadRow
+from omni.data.audio import load_speech
+from omni.data.manifest import Rows
+from omni.models.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
+from omni.models.codec import ConvNeXtBlock, mel_spec, padded_codes
+from omni.models.layers import KVCache, RMSNorm, SwiGLU, rope_tables
+from omni.models.ops import rounded_up
+from omni.models.thinker import INIT_STD, Block
+from omni.train.checkpoint import build, load_stage, saved_config
+from omni.train.config import TalkerArchitecture, TalkerConfig
+from omni.train.precompute import RowsWith
+
+IGNORED = -100  # a target that has no loss
+_KERNEL = 7  # bytes that a layer sees at a time
+_MAX_LOG_SLOTS = 6.0  # no byte sounds longer than 400 slots
+_OVERTIME_S = 1.0  # an utterance whose text has been over for so long is cut
+
+
+class DepthDecoder(nn.Module):
+    """Within one frame: the code of each codebook, given the frame's state and the codes before it.
+
+    A residual quantiser adds its vectors up, so what the codes so far have said of a frame is a sum. A sum of
+    embeddings therefore stands for them, and no attention is needed; in training all codebooks of all frames are one
+    batch. In the place of the "depth transformer" of Yang et al. 2023, "UniAudio", and Défossez et al. 2024, "Moshi".
+    """
+
+    def __init__(self, arch: TalkerArchitecture, codebooks: int, codebook_size: int):
+        super().__init__()
+        width = arch.depth_d_model
+        self.codebooks, self.codebook_size = codebooks, codebook_size
+        self.state_proj = nn.Linear(arch.d_model, width, bias=False)
+        self.embed_codes = nn.Embedding(codebooks * codebook_size, width)
+        self.embed_levels = nn.Embedding(codebooks, width)
+        self.embed_levels.no_decay = ("weight",)
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(arch.depth_layers))
+        self.mlps = nn.ModuleList(SwiGLU(width, arch.depth_d_ff) for _ in range(arch.depth_layers))
+        self.norm = RMSNorm(width)
+        # one more than there are codes: the first codebook's last symbol ends the utterance
+        self.heads = nn.Parameter(torch.empty(codebooks, width, codebook_size + 1))  # (Q, W, V + 1)
+
+    def forward(self, states: Tensor, codes: Tensor) -> Tensor:
+        """Logits (..., Q, V + 1) of every codebook, from states (..., D) and the true codes (..., Q)."""
+        embedded = self.embed_codes(codes + self.offsets(codes.device))  # (..., Q, W)
+        before = embedded.cumsum(dim=-2) - embedded
+        x = self.state_proj(states)[..., None, :] + before + self.embed_levels.weight
+        logits = torch.einsum("...qw,qwv->...qv", self._mix(x), self.heads.to(x.dtype))
+        return self._without_end(logits)
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Where each codebook begins in a table of all of them, (Q,)."""
+        return torch.arange(self.codebooks, device=device) * self.codebook_size
+
+    def step(self, state: Tensor, before: Tensor, level: int) -> Tensor:
+        """Logits (B, V + 1) of one codebook, from ``state`` (B, W), which is already projected, and the sum of the
+        embeddings of the codes before it (B, W)."""
+        x = self._mix(state + before + self.embed_levels.weight[level])
+        logits = x @ self.heads[level].to(x.dtype)
+        return logits if level == 0 else logits[..., :-1]
+
+    def _mix(self, x: Tensor) -> Tensor:
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = x + mlp(norm(x))
+        return self.norm(x)
+
+    def _without_end(self, logits: Tensor) -> Tensor:
+        no_end = torch.zeros(logits.shape[-2:], dtype=torch.bool, device=logits.device)
+        no_end[1:, -1] = True
+        return logits.masked_fill(no_end, -torch.inf)
+
+
+class Talker(nn.Module):
+    """Text -> durations of its bytes, and codes of speech, one frame of all codebooks a step.
+
+    A decoder that could see the whole text at any time would have to find out where in it it is; it learns much sooner
+    to go on from what was just said, which sounds like speech and says something else. So each frame is shown what
+    is spoken in it. Durations as in Ren et al. 2021, "FastSpeech 2", from our own aligner; blocks are the Thinker's.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: TalkerConfig):
+        super().__init__()
+        self.config, self.codebooks, self.codebook_size = config, config.codebooks, config.codebook_size
+        self.slots_per_frame = config.slots_per_code
+        self.blocks_arch = config.blocks
+        D = config.d_model
+        self.embed_text = nn.Embedding(TEXT_SYMBOLS, D)
+        self.text_layers = nn.ModuleList(ConvNeXtBlock(D, 2 * D, _KERNEL) for _ in range(config.text_layers))
+        # what the Thinker thought when it wrote a token; absent where a text is given
+        self.thinker_proj = nn.Linear(config.thinker_d_model, D, bias=False) if config.thinker_d_model else None
+        self.duration_head = nn.Linear(D, 1)
+        self.text_proj = nn.Linear(self.slots_per_frame * D, D, bias=False)
+        self.embed_codes = nn.Embedding(self.codebooks * self.codebook_size, D)
+        self.start = nn.Parameter(torch.empty(D))
+        self.layers = nn.ModuleList(Block(self.blocks_arch, n, config.use_flash) for n in range(config.n_layers))
+        self.norm = RMSNorm(D)
+        self.depth = DepthDecoder(config, self.codebooks, self.codebook_size)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """As in the Thinker; but text and frames, which meet in a sum, begin at about the same scale."""
+        residual_std = INIT_STD / (2 * self.config.n_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.startswith(("text_layers.", "duration_head.")):
+                continue  # have initialised themselves
+            if parameter.dim() > 1 or name == "start":
+                writes_residual = "o_proj" in name or "down_proj" in name
+                nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
+        nn.init.normal_(self.embed_text.weight, std=1.0)
+        nn.init.normal_(self.embed_codes.weight, std=0.5 / self.codebooks**0.5)
+        nn.init.normal_(self.start, std=0.5)
+
+    # The text ----------------------------------------------------------------------------------------------------
+
+    def encode_text(self, symbols: Tensor, lengths: Tensor, thinker_states: Tensor | None = None) -> Tensor:
+        """(B, L) symbols, of which ``lengths`` (B,) count -> (B, L, D).
+
+        Args:
+            thinker_states: (B, L, thinker_d_model), for each symbol the Thinker's hidden state of its token; zeros
+                where there is none.
+        """
+        mask = (torch.arange(symbols.shape[1], device=symbols.device) < lengths[:, None])[..., None]
+        x = self.embed_text(symbols)
+        if thinker_states is not None:
+            x = x + self.thinker_proj(thinker_states)
+        for layer in self.text_layers:
+            x = layer(x, mask.to(x.dtype))
+        return x
+
+    def log_durations(self, text: Tensor) -> Tensor:
+        """(B, L, D) of ``encode_text`` -> (B, L) float32, the logarithms of the bytes' durations in slots."""
+        return self.duration_head(text).squeeze(-1).float()
+
+    def lay_out(self, text: Tensor, lengths: Tensor, durations: Tensor, n_frames: int) -> Tensor:
+        """What is to be said in each of the first ``n_frames`` frames, (B, n_frames, D).
+
+        Args:
+            text: (B, L, D) of ``encode_text``; lengths: (B,).
+            durations: (B, L) whole slots, zero beyond ``lengths``. What comes after the last is like its last slot.
+        """
+        ends = durations.cumsum(dim=1)
+        slots = torch.arange(n_frames * self.slots_per_frame, device=text.device).expand(len(text), -1).contiguous()
+        byte = torch.minimum(torch.searchsorted(ends, slots, right=True), lengths[:, None] - 1)
+        spoken = text.gather(1, byte[..., None].expand(-1, -1, text.shape[-1]))  # (B, T * P, D)
+        return self.text_proj(spoken.unflatten(1, (n_frames, -1)).flatten(2))
+
+    # The frames --------------------------------------------------------------------------------------------------
+
+    def embed_frames(self, codes: Tensor) -> Tensor:
+        """Codes (B, T, Q) -> (B, T, D)."""
+        return self.embed_codes(codes + self.depth.offsets(codes.device)).sum(dim=-2)
+
+    def forward(
+        self,
+        symbols: Tensor,
+        text_lengths: Tensor,
+        codes: Tensor,
+        durations: Tensor,
+        thinker_states: Tensor | None = None,
+        frame_dropout: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of each frame's codes, given the text and the frames before it; and the durations it would choose.
+
+        Args:
+            symbols: (B, L), see ``omni.models.aligner.text_symbols``; text_lengths: (B,).
+            codes: (B, T, Q); what follows an utterance's end has no effect on what comes before it.
+            durations: see ``lay_out``.
+            thinker_states: see ``encode_text``.
+            frame_dropout: (B, T), true where the input must not show the frame.
+
+        Returns:
+            (B, T + 1, Q, V + 1): entry t predicts frame t; for the first codebook also the end, index V.
+            (B, L): see ``log_durations``.
+        """
+        T = codes.shape[1]
+        text = self.encode_text(symbols, text_lengths, thinker_states)
+        frames = self.embed_frames(codes)
+        if frame_dropout is not None:
+            frames = frames.masked_fill(frame_dropout[..., None], 0.0)
+        before = torch.cat((self.start.to(frames.dtype).expand(len(codes), 1, -1), frames), dim=1)  # (B, T + 1, D)
+        x = before + self.lay_out(text, text_lengths, durations, T + 1)
+        cos, sin = self.rope(T + 1)
+        for layer in self.layers:
+            x, _ = layer(x, cos, sin, None, None)
+        return self.depth(self.norm(x), F.pad(codes, (0, 0, 0, 1))), self.log_durations(text)
+
+    def rope(self, n_frames: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (n_frames, K), as ``omni.models.ops.rotate`` takes them."""
+        tables = rope_tables(n_frames, self.blocks_arch.d_head, self.config.rope_theta)
+        return tables[0].to(self.start.device), tables[1].to(self.start.device)
+
+    # Speaking ----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        symbols: Sequence[Sequence[int]],
+        *,
+        max_frames: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        seed: int = 0,
+        thinker_states: Sequence[Tensor] | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield frame after frame, for several texts side by side.
+
+        Args:
+            symbols: of each text, see ``omni.models.aligner.text_symbols``.
+            max_frames: an utterance that has not ended by then is cut; so is one that goes on for a second after its
+                text is over.
+            temperature: 0 takes the likeliest code; above, logits are divided by it and a code is drawn.
+            top_k: draw from the k likeliest only.
+            thinker_states: of each text, (its length, thinker_d_model).
+
+        Yields:
+            codes (B, Q), and (B,) true for the utterances that are still going on; the others' codes mean nothing.
+            Nothing is yielded once all have ended.
+        """
+        device = self.start.device
+        generator = torch.Generator(device=device).manual_seed(seed)
+        lengths = torch.tensor([len(line) for line in symbols], device=device)
+        padded = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in symbols], batch_first=True).to(device)
+        if thinker_states is not None:
+            thinker_states = nn.utils.rnn.pad_sequence(list(thinker_states), batch_first=True).to(device)
+        text = self.encode_text(padded, lengths, thinker_states)
+        durations = self.choose_durations(text, lengths)
+        overtime = int(_OVERTIME_S * 1000 / self.config.frame_ms)
+        limits = (durations.sum(dim=1) // self.slots_per_frame + 1 + overtime).clamp(max=max_frames)  # (B,)
+        n_frames = int(limits.max())
+        spoken = self.lay_out(text, lengths, durations, n_frames)
+        cos, sin = self.rope(n_frames)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.start.dtype
+        cache = KVCache(self.blocks_arch, len(symbols), n_frames, device, dtype)
+        before, going_on = self.start.expand(len(symbols), 1, -1), torch.ones(len(symbols), dtype=bool, device=device)
+        for t in range(n_frames):
+            x = before + spoken[:, t : t + 1]
+            for layer in self.layers:
+                x, _ = layer(x, cos[t : t + 1], sin[t : t + 1], cache, None)
+            cache.advance(1)
+            codes, ended = self._draw_frame(self.norm(x)[:, 0], temperature, top_k, generator)
+            going_on = going_on & ~ended & (t < limits)
+            if not going_on.any():
+                return
+            yield codes, going_on
+            before = self.embed_frames(codes[:, None])
+
+    def choose_durations(self, text: Tensor, lengths: Tensor) -> Tensor:
+        """(B, L) whole slots, at least one for each byte; the fractions that rounding takes from one byte go to the
+        next."""
+        read = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
+        durations = self.log_durations(text).clamp(max=_MAX_LOG_SLOTS).exp().clamp(min=1.0) * read
+        return durations.cumsum(dim=1).round().long().diff(dim=1, prepend=lengths.new_zeros(len(text), 1))
+
+    def _draw_frame(
+        self, state: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """State (B, D) -> codes (B, Q), and (B,) whether the utterance ends before this frame."""
+        depth = self.depth
+        projected = depth.state_proj(state)
+        before, codes = torch.zeros_like(projected), []
+        for level in range(self.codebooks):
+            code = draw(depth.step(projected, before, level).float(), temperature, top_k, generator)  # (B,)
+            if level == 0:
+                ended = code == self.codebook_size
+                code = code.masked_fill(ended, 0)
+            before = before + depth.embed_codes(code + level * self.codebook_size)
+            codes.append(code)
+        return torch.stack(codes, dim=-1), ended
+
+
+def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    """Logits (B, V) -> (B,) the likeliest index, or one drawn in proportion."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        values, kept = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, kept, values)
+    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Learning and judging
+
+
+def frame_targets(codes: Tensor, lengths: Tensor, codebook_size: int) -> Tensor:
+    """Codes (B, T, Q) of ``lengths`` (B,) frames -> targets (B, T + 1, Q): the end stands after the last frame."""
+    T = codes.shape[1]
+    place = torch.arange(T + 1, device=codes.device)
+    targets = F.pad(codes, (0, 0, 0, 1))
+    targets = targets.masked_fill((place >= lengths[:, None])[..., None], IGNORED)
+    targets[..., 0] = torch.where(place == lengths[:, None], codebook_size, targets[..., 0])
+    return targets
+
+
+def talker_nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target, float32, 0 where there is none: (B, T + 1, Q)."""
+    return F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(targets.shape)
+
+
+def talker_loss(
+    model: nn.Module, batch: dict, *, frame_dropout: float, duration_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden; plus
+    the weighted loss of the durations.
+
+    Speech is easily continued from what was just heard, without looking at the text at all. So each utterance hides
+    another share of its frames, from none to twice ``frame_dropout``: what is hidden must come from the text. After
+    Bowman et al. 2016, who dropped words for the same reason.
+    """
+    codes, lengths = batch["codes"], batch["lengths"]
+    hidden = None
+    if model.training and frame_dropout:
+        share = 2 * frame_dropout * torch.rand(len(codes), 1, device=codes.device)
+        hidden = torch.rand(codes.shape[:2], device=codes.device) < share
+    text = batch["symbols"], batch["text_lengths"]
+    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"), hidden)
+    targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
+    nats = talker_nats(logits, targets)
+    first = nats[..., 0].sum() / (targets[..., 0] != IGNORED).sum()
+    durations = duration_nats(log_durations, batch).sum()
+    # both over the number of codes: it is by codes that the loop weighs micro-batches
+    loss = (nats.sum() + duration_weight * durations) / (targets != IGNORED).sum()
+    return loss, {"first_codebook": first, "duration": durations / batch["text_lengths"].sum()}
+
+
+def duration_nats(log_durations: Tensor, batch: dict) -> Tensor:
+    """Half the Poisson deviance of the durations, (B, L): 0 where one is met exactly, and beyond the texts' ends.
+
+    It is least at the mean of what a byte's duration may be, so that errors cancel over a sentence; the squared error
+    of the logarithms, which FastSpeech 2 has, is least at their mean, and a sentence comes out 2 % too short.
+    """
+    read = torch.arange(log_durations.shape[1], device=log_durations.device) < batch["text_lengths"][:, None]
+    true = batch["durations"].float()
+    nats = log_durations.exp() - true + true * (true.clamp(min=1).log() - log_durations)
+    return nats.masked_fill(~read, 0.0)
+
+
+def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
+    """Under the true durations and the true codes so far: nats of each codebook, (Q,), and of the ends; and of the
+    durations."""
+    codes, lengths = batch["codes"], batch["lengths"]
+    text = batch["symbols"], batch["text_lengths"]
+    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
+    targets = frame_targets(codes, lengths, model.codebook_size)
+    nats, ends = talker_nats(logits, targets), targets == model.codebook_size
+    return {
+        "nats": nats.masked_fill(ends, 0.0).sum(dim=(0, 1)),
+        "end_nats": nats[ends].sum(),
+        "frames": lengths.sum(),
+        "utterances": ends.sum(),
+        "duration_nats": duration_nats(log_durations, batch).sum(),
+        "symbols": batch["text_lengths"].sum(),
+    }
+
+
+def talker_metrics(totals: dict) -> dict[str, float]:
+    """``code_perplexity``: among how many equally likely codes the talker hesitates, over all codebooks; also of each
+    codebook. ``loss`` is in nats per target. ``duration_loss``: see ``duration_nats``."""
+    nats, frames = totals["nats"], totals["frames"]
+    each = (nats / frames).exp().tolist()
+    loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])
+    metrics = {"loss": loss, "code_perplexity": math.exp(nats.sum().item() / (frames * len(nats)))}
+    metrics |= {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
+    return metrics | {"duration_loss": totals["duration_nats"] / totals["symbols"]}
+
+
+def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
+    """The talker that stage D left in ``folder``, in evaluation mode.
+
+    Raises:
+        UserError: nothing there, or damaged.
+    """
+    saved = load_stage(folder, "talker", "talker", "talker.pt")
+    config = saved_config(TalkerConfig, saved, use_compile=False)
+    talker = build(lambda: Talker(config), saved["model"], saved["path"])
+    return talker.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One sample: what is said, the codes (T, Q) of the recording, and the durations (L,) of the text's bytes."""
+
+    text: str
+    symbols: list[int]
+    codes: Tensor
+    durations: Tensor
+    wav: str = ""  # the recording's name in the manifest
+
+
+class CodedSpeech(Rows):
+    """Texts with the codes and durations of their recordings, from ``RowsWith`` the columns codes and durations."""
+
+    def __init__(self, manifest: RowsWith, rows: np.ndarray, config: TalkerConfig, **others) -> None:
+        super().__init__(manifest, rows, **others)
+        self.config = config
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
+        symbols = read_symbols(row)
+        if not len(row["codes"]):
+            max_frames = self.config.max_mel_length * self.config.frames_per_code
+            load_speech(self.manifest.file(row["wav"]), mel_spec(self.config), max_frames)  # says what is wrong with it
+            raise BadRow(
+                f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
+            )
+        if not len(row["durations"]):
+            raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
+        codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
+        return Utterance(row["text"], symbols, codes, durations, row["wav"])
+
+    def collate(self, samples: list[Utterance]) -> dict:
+        return collate_utterances(samples, self.config)
+
+
+def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig, step: int = 1) -> dict:
+    """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
+    ``texts``, ``wavs``. L and T are multiples of ``step``; under ``use_compile`` a few static lengths."""
+    lengths = [len(sample.codes) for sample in samples]
+    n_codes = padded_codes(rounded_up(max(lengths), step), config)
+    n_frames = n_codes * config.frames_per_code
+    return {
+        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config, step),
+        "durations": pad_bytes([sample.durations for sample in samples], n_frames, config, step),
+        "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
+        "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
+        "lengths": torch.tensor(lengths),
+        "texts": [sample.text for sample in samples],
+        "wavs": [sample.wav for sample in samples],
+        "weight": sum(sample.codes.numel() + 1 for sample in samples),
+    }

@@ -1,0 +1,367 @@
+"""The Thinker: a decoder-only language model, exactly Qwen3 or, with experts, Qwen3-MoE."""
+
+# B batch, T new tokens, D model width, V vocabulary, E experts
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from omni.common.errors import UserError
+from omni.data.tokenizer import Tokenizer
+from omni.models.decoding import one_token_reader
+from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
+from omni.models.ops import RMS_EPS, rounded_up
+from omni.train.checkpoint import build, load_stage, saved_config
+from omni.train.config import TextConfig, ThinkerArchitecture
+
+IGNORED = -100  # a target that has no loss
+INIT_STD = 0.02
+LOSS_CHUNK = 8192  # tokens whose logits are in memory at a time
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention, then MLP or experts, each added to the residual stream (B, T, D)."""
+
+    def __init__(self, arch: ThinkerArchitecture, layer: int, use_flash: bool):
+        super().__init__()
+        self.dropout = arch.dropout
+        self.input_layernorm = RMSNorm(arch.d_model)
+        self.self_attn = Attention(arch, layer, use_flash)
+        self.post_attention_layernorm = RMSNorm(arch.d_model)
+        self.mlp = MoE(arch) if arch.use_moe else SwiGLU(arch.d_model, arch.d_ff)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns the new residual stream, and the router's statistics (2, E), None without experts."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y, router_stats = self.post_attention_layernorm(x), None
+        if isinstance(self.mlp, MoE):
+            y, router_stats = self.mlp(y)
+        else:
+            y = self.mlp(y)
+        return x + F.dropout(y, self.dropout, self.training), router_stats
+
+
+class Thinker(nn.Module):
+    """Qwen3 (technical report, 2025): pre-norm blocks, then a norm and the output head. No biases.
+
+    Departures: none in evaluation. In training, dropout on the two residual branches of a block, off by default.
+
+    Args:
+        arch: the sizes; ``vocab_size`` is the tokenizer's real one.
+        use_flash: fused attention; False: the plain maths, to compare with or for hardware without it.
+    """
+
+    def __init__(self, arch: ThinkerArchitecture, *, use_flash: bool = True):
+        super().__init__()
+        self.arch = arch
+        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.d_model)
+        self.layers = nn.ModuleList(Block(arch, layer, use_flash) for layer in range(arch.n_layers))
+        self.norm = RMSNorm(arch.d_model)
+        self.lm_head = None if arch.tie_embeddings else nn.Linear(arch.d_model, arch.vocab_size, bias=False)
+        # A function of the sizes, so not part of a checkpoint: a longer ctx_len may be tried on the same weights.
+        cos, sin = rope_tables(arch.ctx_len, arch.d_head, arch.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (ctx_len, K)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal with std 0.02; what writes into the residual stream is scaled down by its 2 n_layers terms, so
+        that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
+        residual_std = INIT_STD / (2 * self.arch.n_layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1:
+                writes_residual = "o_proj" in name or "down_proj" in name
+                nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
+
+    def forward(
+        self,
+        token_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        targets: Tensor | None = None,
+        weights: Tensor | None = None,
+        reduction: str = "mean",
+        cache: KVCache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits of the token after each position; with ``targets`` the training losses instead.
+
+        Training calls the module, ``model(token_ids, targets=targets)``, since that is what ``torch.compile`` and DDP
+        see.
+
+        Args:
+            token_ids: (B, T); or else
+            inputs_embeds: (B, T, D), embeddings of any modality.
+            targets: (B, T), and ``reduction``: see ``loss``, whose pair of results is then returned.
+            weights: (B, T), how much each target counts; default: all the same.
+            cache: continue after the tokens it holds, and add these to it.
+            return_hidden: also return what the head reads.
+
+        Returns:
+            logits (B, T, V), in autocast's dtype under autocast; with ``return_hidden`` a pair with hidden (B, T, D).
+        """
+        hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache)
+        if targets is not None:
+            aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
+            return self._cross_entropy(hidden, targets, reduction, weights), aux
+        logits = self.head(hidden)
+        return (logits, hidden) if return_hidden else logits
+
+    def hidden_states(
+        self,
+        token_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As ``forward``, without the output head: the last, normalised hidden states (B, T, D).
+
+        Args:
+            mask: (B, 1, T, S) bool, true where a query may look; default: at itself and all before it.
+        """
+        return self._hidden(token_ids, inputs_embeds, cache, mask)[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> logits (..., V)."""
+        return F.linear(hidden, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+
+    def _hidden(
+        self,
+        token_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: KVCache | None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        if (token_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected either token_ids or inputs_embeds")
+        x = self.embed_tokens(token_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
+        T = x.shape[1]
+        start = 0 if cache is None else cache.position
+        if start + T > self.arch.ctx_len:
+            raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.arch.ctx_len}")
+        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        if mask is None and start > 0 and T > 1:
+            positions = torch.arange(start + T, device=x.device)
+            mask = positions <= positions[start:, None]  # (T, start + T)
+        router_stats = []
+        for block in self.layers:
+            x, stats = block(x, cos, sin, cache, mask)
+            if stats is not None:
+                router_stats.append(stats)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x), router_stats
+
+    def loss(
+        self,
+        token_ids: Tensor | None,
+        targets: Tensor,
+        reduction: str = "mean",
+        *,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the targets, and the experts' load-balancing loss.
+
+        Args:
+            token_ids: (B, T), or None when ``inputs_embeds`` (B, T, D) is given.
+            targets: (B, T), the token that follows each position; -100 has no loss.
+            reduction: "mean" over the targets that count (0 if none does), or "sum", in nats.
+
+        Returns:
+            two () float32 tensors. The second is not weighted yet (``router_aux_loss_coef``); 0 without experts.
+        """
+        # Through __call__, so that a model compiled in place computes the loss compiled too.
+        return self(token_ids, inputs_embeds=inputs_embeds, targets=targets, reduction=reduction)
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
+        weights = (targets != IGNORED).float() * (1.0 if weights is None else weights)
+        hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+            counted = (targets != IGNORED).nonzero().flatten()
+            missing = rounded_up(len(counted), 64) - len(counted)  # so many more, without weight
+            weights = F.pad(weights[counted], (0, missing))
+            counted = F.pad(counted, (0, missing))
+            hidden, targets = hidden[counted], targets[counted]
+        nats = 0.0
+        for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
+            if len(part[0]) < len(hidden) and torch.is_grad_enabled():
+                # Float32 logits of a large batch are the largest tensor of a step: made again in the backward.
+                nats = nats + checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False)
+            else:
+                nats = nats + self._nats(*part)
+        return nats / weights.sum().clamp(min=1e-6) if reduction == "mean" else nats
+
+    def _nats(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        nats = F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORED, reduction="none")
+        return (nats * weights).sum()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int] = (),
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop_ids: Sequence[int] = (),
+        inputs_embeds: Tensor | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Iterator[int]:
+        """Yield the ids that follow ``prompt_ids``, each as soon as it is known.
+
+        Ends before a stop id, after ``max_new_tokens``, or when prompt and answer fill ``ctx_len``. The model is in
+        evaluation mode until the generator ends or is closed. The global random state is not used.
+
+        Args:
+            prompt_ids: at least one id, at most ``ctx_len``.
+            temperature: 0 takes the likeliest token; above, the logits are divided by it and a token is drawn.
+            top_k: draw from the k likeliest only.
+            top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2019).
+            seed: the same seed gives the same answer; None: a new one each time.
+            inputs_embeds: (1, T, D), a prompt of any modality, in the place of ``prompt_ids``.
+            states: gets the hidden state (D,) of each id that was yielded, once it has been read to find the next.
+        """
+        prompt_length = len(prompt_ids) if inputs_embeds is None else inputs_embeds.shape[1]
+        if not 0 < prompt_length <= self.arch.ctx_len:
+            raise ValueError(f"expected a prompt of 1 to {self.arch.ctx_len} tokens, found {prompt_length}")
+        device = self.embed_tokens.weight.device
+        generator = torch.Generator(device=device)
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        max_new_tokens = min(max_new_tokens, self.arch.ctx_len - prompt_length)
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
+        cache = KVCache(self.arch, 1, prompt_length + max_new_tokens, device, dtype)
+        was_training = self.training
+        self.eval()
+        try:
+            prompt = None if inputs_embeds is not None else torch.tensor([list(prompt_ids)], device=device)
+            read, next_id = one_token_reader(self, cache), None
+            for _ in range(max_new_tokens):
+                with torch.inference_mode():  # not around the yield: the caller's code would run in it
+                    if next_id is None:
+                        hidden = self.hidden_states(prompt, inputs_embeds=inputs_embeds, cache=cache)[0, -1]  # (D,)
+                    else:
+                        hidden = read(torch.tensor([next_id], device=device))[0]
+                        if states is not None:
+                            states.append(hidden)
+                    next_id = self._choose(hidden, temperature, top_k, top_p, generator)
+                if next_id in stop_ids:
+                    return
+                yield next_id
+        finally:
+            self.train(was_training)
+
+    def _choose(
+        self, hidden: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+    ) -> int:
+        logits = self.head(hidden).float()  # (V,)
+        if temperature == 0:
+            return int(logits.argmax())
+        probabilities = _probabilities(logits / temperature, top_k, top_p)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """(V,) logits -> (V,) probabilities, 0 for what ``top_k`` and then ``top_p`` leave out."""
+    if top_k is not None and top_k < logits.shape[0]:
+        values, kept = logits.topk(top_k)  # by index, not by threshold: ties must not widen the choice
+        logits = torch.full_like(logits, -torch.inf).scatter(0, kept, values)
+    probabilities = logits.softmax(dim=0)
+    if top_p is not None and top_p < 1:
+        likeliest, order = probabilities.sort(descending=True, stable=True)
+        before = likeliest.cumsum(dim=0) - likeliest  # the likeliest has 0 before it, so it always stays
+        probabilities = torch.zeros_like(probabilities).scatter(0, order, likeliest.where(before < top_p, 0))
+    return probabilities  # multinomial scales them to sum to 1
+
+
+def load_thinker(folder: str | Path, device: torch.device) -> tuple[Thinker, Tokenizer, dict[str, float]]:
+    """What stage A left in ``folder``: the model in evaluation mode, its tokenizer, and the metrics it was saved with.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of one run.
+    """
+    saved, path = load_stage(folder, "text", prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
+    config, tokenizer = saved_config(TextConfig, saved), Tokenizer.load(path)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{path}: expected {config.vocab_size} entries as in the model, found {tokenizer.vocab_size}. "
+            "The two files are not of one run"
+        )
+    thinker = build(lambda: Thinker(config, use_flash=config.use_flash), saved["model"], saved["path"])
+    return thinker.to(device).eval(), tokenizer, saved["metrics"]
+
+
+def to_qwen3_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The Thinker's weights under the names of ``Qwen3ForCausalLM`` or ``Qwen3MoeForCausalLM``.
+
+    Experts are unstacked, one entry per matrix, as Qwen3-MoE's published files have them and every reader expects.
+    """
+    renamed = {}
+    for name, tensor in state_dict.items():
+        target = name if name.startswith("lm_head.") else f"model.{name}"
+        if target.endswith("experts.gate_up_proj"):
+            stem = target.removesuffix("gate_up_proj")
+            for expert, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                renamed[f"{stem}{expert}.gate_proj.weight"] = gate.contiguous()
+                renamed[f"{stem}{expert}.up_proj.weight"] = up.contiguous()
+        elif target.endswith("experts.down_proj"):
+            stem = target.removesuffix("down_proj")
+            for expert, down in enumerate(tensor):
+                renamed[f"{stem}{expert}.down_proj.weight"] = down.contiguous()
+        else:
+            renamed[target] = tensor
+    return renamed
+
+
+def qwen3_config(arch: ThinkerArchitecture, vocab_size: int, eos_id: int) -> dict:
+    """The ``config.json`` with which ``transformers`` opens the exported Thinker."""
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM" if arch.use_moe else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if arch.use_moe else "qwen3",
+        "vocab_size": vocab_size,
+        "hidden_size": arch.d_model,
+        "intermediate_size": arch.d_ff,
+        "num_hidden_layers": arch.n_layers,
+        "num_attention_heads": arch.n_heads,
+        "num_key_value_heads": arch.n_kv_heads,
+        "head_dim": arch.d_head,
+        "hidden_act": "silu",
+        "max_position_embeddings": arch.ctx_len,
+        "initializer_range": INIT_STD,
+        "rms_norm_eps": RMS_EPS,
+        "rope_theta": arch.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": arch.tie_embeddings,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "dtype": "float32",
+    }
+    if arch.use_moe:
+        config |= {
+            "num_experts": arch.num_experts,
+            "num_experts_per_tok": arch.num_experts_per_tok,
+            "moe_intermediate_size": arch.d_expert,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "router_aux_loss_coef": arch.router_aux_loss_coef,
+            "output_router_logits": False,
+        }
+    return config

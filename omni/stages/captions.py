@@ -1,0 +1,244 @@
+"""Pictures with captions: the rows of stage C, and how well a model tells which caption belongs to which picture."""
+
+# B pictures and as many captions, T tokens of a caption, E width of the common space
+
+import itertools
+import math
+import random
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.common.errors import BadRow
+from omni.common.text import visible
+from omni.data.images import load_image, normalise
+from omni.data.manifest import Manifest, Rows, measure_rows
+from omni.data.tokenizer import Tokenizer
+from omni.models.vision_encoder import PictureTextModel, contrastive_loss, similarities
+from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
+from omni.train.config import VisionConfig
+from omni.train.run import Run
+
+GROUP = 64  # captions among which a picture must find its own
+PROMPTS = 512  # captions that are embedded at a time
+OPEN_GROUPS = 64  # being filled at a time: many equal captions must not make this quadratic
+ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "count": tuple(range(1, MAX_COUNT + 1))}
+MAX_SHIFT = 1 / 32  # of the picture's side, either way
+MAX_BRIGHTER = 0.1
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows
+
+
+class CaptionRows(Rows):
+    """Rows with ``image`` and ``caption``, and perhaps ``groups``, as samples.
+
+    Args:
+        tokenizer, config: how captions and pictures are encoded. Under ``use_compile`` every caption is padded to
+            ``ctx_len``, so that shapes never change.
+    """
+
+    def __init__(
+        self, manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer, config: VisionConfig, *, training: bool
+    ) -> None:
+        super().__init__(manifest, rows, seed=config.seed, training=training)
+        self.tokenizer, self.config = tokenizer, config
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> dict:
+        size = self.config.img_size
+        image = load_image(self.manifest.file(row["image"], self.config.image_root), size, size)
+        if rng is not None and self.config.augment:
+            image = augment(image, rng)
+        return {
+            "image": image,
+            "ids": encode_caption(self.tokenizer, row["caption"], self.config.ctx_len),
+            "same": (zlib.crc32(row["image"].encode()), zlib.crc32(visible(row["caption"]).encode())),
+            "labels": attribute_labels(row.get("groups")),
+        }
+
+    def collate(self, samples: list[dict]) -> dict:
+        """``images`` (B, 3, H, W) uint8; ``tokens`` (B, T) and ``ends`` (B,), see ``pad_captions``; ``same`` (B, B)
+        bool, pairs with an equal picture or caption; ``labels`` (B, 3), see ``attribute_labels``."""
+        tokens, ends = pad_captions(
+            [sample["ids"] for sample in samples], self.config.ctx_len if self.config.use_compile else None
+        )
+        keys = torch.tensor([sample["same"] for sample in samples])  # (B, 2)
+        return {
+            "images": torch.stack([sample["image"] for sample in samples]),
+            "tokens": tokens,
+            "ends": ends,
+            "same": (keys[:, None] == keys[None]).any(dim=-1),
+            "labels": torch.tensor([sample["labels"] for sample in samples]),
+            "weight": len(samples),
+        }
+
+
+def encode_caption(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
+    """Token ids of a caption, cut to ``max_tokens`` with the end-of-text token that stands last."""
+    return tokenizer.encode(visible(text), allow_special=False)[: max_tokens - 1] + [tokenizer.eos_id]
+
+
+def report_cut_captions(run: Run, manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer, ctx_len: int) -> None:
+    """Log how many captions ``encode_caption`` cuts, and how long the longest is. Measured once, kept beside the
+    index."""
+
+    def tokens_if_cut(manifest: Manifest, row: int) -> int:
+        text = visible(manifest[row]["caption"])
+        if len(text.encode()) < ctx_len:  # a token has at least a byte
+            return 0
+        tokens = len(tokenizer.encode(text, allow_special=False)) + 1
+        return tokens if tokens > ctx_len else 0
+
+    name = f"cut-{tokenizer.fingerprint[:12]}-{ctx_len}"
+    tokens = measure_rows(run, manifest, name, tokens_if_cut, np.uint32)[rows]
+    if cut := np.count_nonzero(tokens):
+        run.log(
+            f"{manifest.path}: {cut} of {len(rows)} captions are cut to ctx_len {ctx_len} tokens, the longest has "
+            f"{tokens.max()}"
+        )
+
+
+def pad_captions(captions: list[list[int]], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Token ids as (B, T) int64, and the index of each caption's last token (B,). T: ``length``, or the longest."""
+    tokens = torch.zeros(len(captions), length or max(map(len, captions)), dtype=torch.int64)
+    for line, ids in zip(tokens, captions, strict=True):
+        line[: len(ids)] = torch.tensor(ids)
+    return tokens, torch.tensor([len(ids) - 1 for ids in captions])
+
+
+def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Shift a picture (3, H, W) a little, its edge repeated, and make it a little brighter or darker.
+
+    No mirroring and no other colours: captions say "left" and "red".
+    """
+    pixels = image.numpy()
+    margin = max(1, round(MAX_SHIFT * max(pixels.shape[1:])))
+    top, left = rng.integers(0, 2 * margin, size=2, endpoint=True)
+    padded = np.pad(pixels, ((0, 0), (margin, margin), (margin, margin)), mode="edge")
+    shifted = padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]]
+    factor = 1 + MAX_BRIGHTER * rng.uniform(-1, 1)
+    return torch.from_numpy(np.clip(shifted * factor, 0, 255).astype(np.uint8))
+
+
+def attribute_labels(groups) -> tuple[int, ...]:
+    """Class numbers of the colour, shape and count that a picture shows: those of the built-in data's "groups".
+
+    -1 each where there are none, and unless there is just one group, of shapes: with several, "what colour?" has no
+    answer.
+    """
+    if isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict):
+        values = [groups[0].get(name) for name in ATTRIBUTES]
+        if all(value in classes for value, classes in zip(values, ATTRIBUTES.values(), strict=True)):
+            return tuple(classes.index(value) for value, classes in zip(values, ATTRIBUTES.values(), strict=True))
+    return (-1,) * len(ATTRIBUTES)
+
+
+def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
+    """``rows`` in an order in which each 64 in a row have distinct pictures and captions.
+
+    What does not fill a group so, and rows that cannot be read, come last.
+    """
+    full, open_groups, rest = [], [], []
+    for row in rows.tolist():
+        try:
+            keys = {("image", manifest[row]["image"]), ("caption", manifest[row]["caption"])}
+        except BadRow:
+            rest.append(row)
+            continue
+        group = next((group for group in open_groups if group["keys"].isdisjoint(keys)), None)
+        if group is None:
+            if len(open_groups) == OPEN_GROUPS:
+                rest.append(row)
+                continue
+            open_groups.append(group := {"keys": set(), "rows": []})
+        group["keys"] |= keys
+        group["rows"].append(row)
+        if len(group["rows"]) == GROUP:
+            full += group["rows"]
+            open_groups.remove(group)
+    return np.array(full + [row for group in open_groups for row in group["rows"]] + rest, dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+class CaptionRanking:
+    """How well pictures find their captions: the ``sums`` and ``metrics`` of a ``Validation``.
+
+    ``loss``: the contrastive one, in nats, over groups of 64.
+
+    ``top1_of_64``: share of pictures whose own caption, among 64 distinct ones, is the nearest; and the same from
+    captions to pictures. Only batches of 64 distinct pairs count.
+
+    ``zero_shot_*``: share of pictures of one group whose colour, shape or count is the likeliest. A class is as likely
+    as all captions with it together, in every place, size and so on: the model is told nothing else about the
+    picture (Radford et al. 2021, with probabilities added instead of embeddings averaged: an average of captions
+    with ten shapes is near none of them). Absent for data without "groups".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, ctx_len: int) -> None:
+        captions, self.classes = attribute_captions()
+        self.tokens, self.ends = pad_captions([encode_caption(tokenizer, text, ctx_len) for text in captions])
+        self._made_with = self._cache = None
+
+    def sums(self, model: PictureTextModel, batch: dict) -> dict[str, Tensor]:
+        """Scalars that add up over batches: of one batch on the device."""
+        same, labels, B = batch["same"], batch["labels"], len(batch["same"])
+        pictures, captions, scale = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
+        loss = contrastive_loss(pictures, captions, scale, same)
+        nearest = similarities(pictures, captions)  # (B, B)
+        own = torch.arange(B, device=same.device)
+        ranked = (same.sum() == B) * (B == GROUP)
+        compared = B * (B > 1)  # one picture alone has no other caption: its loss is 0 and says nothing
+        sums = {
+            "loss": loss * compared,
+            "rows": torch.tensor(compared),
+            "ranked": ranked * B,
+            "caption_found": ranked * (nearest.argmax(dim=1) == own).sum(),
+            "picture_found": ranked * (nearest.argmax(dim=0) == own).sum(),
+        }
+        if (labels >= 0).any():
+            logits = scale * similarities(pictures, self._prompts(model))  # (B, prompts)
+            for i, (name, classes) in enumerate(self.classes.items()):
+                likely = [logits[:, classes == c].logsumexp(dim=1) for c in range(len(ATTRIBUTES[name]))]
+                found = torch.stack(likely, dim=1).argmax(dim=1)  # (B,)
+                sums[f"{name}_asked"] = (labels[:, i] >= 0).sum()
+                sums[f"{name}_found"] = (found == labels[:, i]).sum()
+        return sums
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        metrics = {"loss": totals["loss"] / totals["rows"] if totals["rows"] else math.nan}
+        if totals["ranked"]:
+            metrics["top1_of_64"] = totals["caption_found"] / totals["ranked"]
+            metrics["top1_of_64_pictures"] = totals["picture_found"] / totals["ranked"]
+        asked = [name for name in ATTRIBUTES if totals.get(f"{name}_asked")]
+        if asked:
+            each = {f"zero_shot_{name}": totals[f"{name}_found"] / totals[f"{name}_asked"] for name in asked}
+            metrics |= {"zero_shot": sum(each.values()) / len(each)} | each
+        return metrics
+
+    def _prompts(self, model: PictureTextModel) -> Tensor:
+        """The classes' captions in the common space, (prompts, E); made anew only after a change of the weights."""
+        weight = model.text_proj.weight  # no update leaves it as it is
+        if self._made_with is None or not torch.equal(self._made_with, weight):
+            parts = zip(*(tensor.to(weight.device).split(PROMPTS) for tensor in (self.tokens, self.ends)), strict=True)
+            self._cache = torch.cat([model.embed_captions(*part) for part in parts])
+            self._made_with = weight.detach().clone()
+        return self._cache
+
+
+def attribute_captions() -> tuple[list[str], dict[str, Tensor]]:
+    """The world's captions of one group: each colour with each shape, count, place and size.
+
+    Returns:
+        the captions, and for each attribute the class number of each caption.
+    """
+    rng = random.Random(0)
+    captions, labels = [], []
+    for colour, shape, count, cell, size in itertools.product(*ATTRIBUTES.values(), PLACE_OF, SIZES):
+        captions.append(caption(Scene((Group(shape, colour, size, count, cell),)), rng))
+        labels.append([COLOURS.index(colour), SHAPES.index(shape), count - 1])
+    return captions, dict(zip(ATTRIBUTES, torch.tensor(labels).T, strict=True))
