@@ -31,8 +31,8 @@ import soundfile
 from omni.chat.assistant import (
     CHARACTERS_PER_TOKEN,
     MAX_SPOKEN_BYTES,
+    AnswerStates,
     Assistant,
-    Thoughts,
     check_text_length,
     clean,
     load_reader,
@@ -163,11 +163,11 @@ def written_to(path: Path) -> Path:
 # --- Answering -------------------------------------------------------------------------------------------------------
 
 
-def answer(assistant: Assistant, thoughts: Thoughts, prompt, args: argparse.Namespace) -> Iterator[str]:
+def answer(assistant: Assistant, answer_states: AnswerStates, prompt, args: argparse.Namespace) -> Iterator[str]:
     """Yield the pieces of text that follow ``prompt``, token ids or what ``Assistant.prompt`` returns."""
     yield from assistant.answer(
         prompt,
-        thoughts,
+        answer_states,
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_k=args.top_k,
@@ -176,12 +176,12 @@ def answer(assistant: Assistant, thoughts: Thoughts, prompt, args: argparse.Name
     )
 
 
-def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> tuple[str, Thoughts]:
+def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> tuple[str, AnswerStates]:
     """Print the answer on stdout, piece by piece on a terminal, and return it. ``may_stop``: Ctrl-C ends it."""
     streaming = sys.stdout.isatty()
-    pieces, thoughts = [], Thoughts()
+    pieces, answer_states = [], AnswerStates()
     try:
-        for piece in answer(assistant, thoughts, prompt, args):
+        for piece in answer(assistant, answer_states, prompt, args):
             pieces.append(piece)
             if streaming:
                 print(without_controls(piece), end="", flush=True)
@@ -189,7 +189,7 @@ def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop:
         if not may_stop:
             raise
     print("" if streaming else without_controls("".join(pieces)), flush=True)
-    return "".join(pieces), thoughts
+    return "".join(pieces), answer_states
 
 
 def frames_of(assistant: Assistant, path: Media, count: int | None) -> list[dict]:
@@ -210,9 +210,9 @@ def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
         attached += [assistant.sound(media_named(name)) for name in args.audio_in]
         prompt = assistant.prompt([*system_message(args), message(attached, text)], args.max_new_tokens)
     speaker = prepare(assistant, args)
-    text, thoughts = respond(assistant, prompt, args, may_stop=False)
+    text, answer_states = respond(assistant, prompt, args, may_stop=False)
     if speaker is not None:
-        speak(speaker, sentences(text), args.audio_out, "the answer", thoughts=thoughts)
+        speak(speaker, sentences(text), args.audio_out, "the answer", answer_states=answer_states)
 
 
 def prepare(assistant: Assistant, args: argparse.Namespace) -> Speaker | None:
@@ -259,7 +259,7 @@ class Conversation:
         self.heard = self.heard or command == "/audio"
         self.missing, self.waiting = [], None  # it was attached after all
 
-    def ask(self, text: str) -> tuple[str, Thoughts]:
+    def ask(self, text: str) -> tuple[str, AnswerStates]:
         """Print and return the answer to ``text`` and what is attached.
 
         Raises:
@@ -279,13 +279,13 @@ class Conversation:
         self.messages.append(message(self.attached, text))
         try:
             prompt = self.assistant.prompt(self.messages, self.args.max_new_tokens)
-            said, thoughts = respond(self.assistant, prompt, self.args, may_stop=True)
+            said, answer_states = respond(self.assistant, prompt, self.args, may_stop=True)
         except UserError:
             del self.messages[-1:]
             raise
         self.messages.append({"role": "assistant", "content": said})
         self.drop()
-        return said, thoughts
+        return said, answer_states
 
 
 def converse(assistant: Assistant, args: argparse.Namespace) -> None:
@@ -302,10 +302,10 @@ def converse(assistant: Assistant, args: argparse.Namespace) -> None:
             elif command in ("/image", "/audio", "/video") and not args.complete:
                 conversation.attach(command, "".join(name).strip())
             elif line.strip() or conversation.heard:
-                text, thoughts = conversation.ask(line)
+                text, answer_states = conversation.ask(line)
                 if speaker is not None:
                     file = args.audio_out.with_stem(f"{args.audio_out.stem}_{next(spoken)}")
-                    speak(speaker, sentences(text), file, "the answer", thoughts=thoughts)
+                    speak(speaker, sentences(text), file, "the answer", answer_states=answer_states)
         except UserError as error:
             print(f"error: {visible(str(error))}", file=sys.stderr)
 
@@ -361,7 +361,7 @@ def read_line_of(file: BinaryIO, longest: int) -> str:
 def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -> Speaker:
     device = pick_device(args.device)
     speaker, who = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
-    print(f"{who}{', which hears the Thinker' if speaker.hears and assistant else ''}", file=sys.stderr)
+    print(f"{who}{', which hears the Thinker' if speaker.uses_thinker_states and assistant else ''}", file=sys.stderr)
     if speaker.vocoder is None:
         print("no vocoder (--vocoder_ckpt): the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
     return speaker

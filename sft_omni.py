@@ -18,14 +18,14 @@ from omni.common.errors import UserError
 from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import Tokenizer
 from omni.models.omni_model import Inputs, assemble
-from omni.stages.sft import AnswerScore, HeldOutItems, Mix, keep_features, prepare_tasks
-from omni.train.config import SftConfig
+from omni.stages.omni import SftConfig
+from omni.stages.sft import AnswerScore, EvalItems, TaskMixture, cache_features, prepare_tasks
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.precompute import computed_digests
 from omni.train.run import Run, Stage, launch, parse_stage_args
 
-BESIDE = ("misspelling", "misspeaking")  # losses beside that of the answers, see omni_model.Losses
+BESIDE = ("ctc_alignment_loss", "talker_loss")  # losses beside that of the answers, see omni_model.Losses
 STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")
 
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             found = model(batch)
             total = found.nats + found.balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
-            total = total + config.spelling_weight * found.misspelling + found.misspeaking
+            total = total + config.ctc_alignment_weight * found.ctc_alignment_loss + found.talker_loss
             parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in BESIDE}
             return total, parts
 
@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         inputs = Inputs(tokenizer, config)
         tasks, val_tasks, data = prepare_tasks(run, config, inputs)
         kept = keep_tokenizer(run, tokenizer)  # not before: what cannot be trained on leaves nothing behind
-        if config.keep_features:
-            keep_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
-        mix = Mix(tasks, config.task_weights, inputs, config.seed)
+        if config.cache_features:
+            cache_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
+        mix = TaskMixture(tasks, config.task_weights, inputs, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")
         train_set = training_set(run, mix)
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: which held-out questions are answered in exactly the right words? --------------------------
         validation = None
         if val_tasks:
-            items = HeldOutItems(val_tasks, inputs, config.val_items)
+            items = EvalItems(val_tasks, inputs, config.val_items)
             score = AnswerScore(inputs, config.max_answer_tokens)
             validation = Validation(held_out_set(run, items), score.sums, score.metrics)
         else:

@@ -19,7 +19,7 @@ from omni.data.order import held_out_set, training_set
 from omni.models.audio_encoder import AudioEncoder
 from omni.stages.asr import (
     COLUMNS,
-    HeldOut,
+    EvalSets,
     Utterances,
     ctc_loss,
     prepare_tokenizer,
@@ -29,7 +29,7 @@ from omni.stages.asr import (
     static_lengths,
     usable_rows,
 )
-from omni.train.config import AudioEncoderConfig
+from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, Stage, launch, parse_stage_args
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 source_rows, _ = usable_rows(run, source, source_rows, config, tokenizer, training=False)
                 used[name] = source, source_rows
                 sources[name] = Utterances(source, source_rows, config, tokenizer, training=False)
-            split = held_out_set(run, HeldOut(sources))
+            split = held_out_set(run, EvalSets(sources))
             validation = Validation(split, partial(score_sums, tokenizer=tokenizer), score_metrics)
         else:
             run.log("no held-out recordings (val_split is 0, or there are very few): nothing will be validated")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from omni.chat.speaker import Listener, Speaker, TalkerScore, prepare_references
+from omni.chat.speaker import Recognizer, Speaker, TalkerScore, prepare_references
 from omni.common.errors import UserError
 from omni.data.audio import load_audio
 from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
@@ -30,6 +30,7 @@ from omni.models.aligner import (
     load_aligner,
     prepare_speech,
 )
+from omni.models.architectures import AlignerArchitecture, CodecArchitecture
 from omni.models.codec import (
     Codec,
     SpeechClips,
@@ -46,7 +47,7 @@ from omni.models.codec import (
 from omni.models.talker import CodedSpeech, Talker, talker_loss
 from omni.models.vocoder import load_vocoder_for
 from omni.stages.asr import static_lengths
-from omni.train.config import AlignerArchitecture, CodecArchitecture, TalkerConfig
+from omni.stages.talker import TalkerConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, Stage, launch, parse_stage_args
@@ -93,17 +94,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
         if config.codec_ckpt:
-            figures = run.adopt(config.codec_ckpt, CODEC, CodecArchitecture)
+            figures = run.import_stage(config.codec_ckpt, CODEC, CodecArchitecture)
         else:
-            with run.part(config.codec, CODEC):
+            with run.sub_stage(config.codec, CODEC):
                 figures = train_codec(run, clips, val_clips, data)
         codec = load_codec(run.save_dir, run.device)
 
         # --- Second part: the aligner ------------------------------------------------------------------------------
         if config.codec_ckpt and (Path(config.codec_ckpt) / ALIGNER.final).exists():
-            figures = figures | run.adopt(config.codec_ckpt, ALIGNER, AlignerArchitecture)
+            figures = figures | run.import_stage(config.codec_ckpt, ALIGNER, AlignerArchitecture)
         else:
-            with run.part(config.aligner, ALIGNER):
+            with run.sub_stage(config.aligner, ALIGNER):
                 figures = figures | train_aligner(run, codec, spoken, val_spoken, data)
         aligner = load_aligner(run.save_dir, run.device)
 
@@ -120,10 +121,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: perplexity of the true codes, and what a recogniser hears when the talker speaks ----------
         if vocoder is not None:
             vocoder.to(run.device)
-        speaker, listener, references = Speaker(talker, codec, vocoder), None, {}
+        speaker, recognizer, references = Speaker(talker, codec, vocoder), None, {}
         if config.audio_ckpt:
-            listener = Listener(config.audio_ckpt, run.device)
-            references = prepare_references(run, speaker, listener, val_manifest, val_rows[: config.val_sentences])
+            recognizer = Recognizer(config.audio_ckpt, run.device)
+            references = prepare_references(run, speaker, recognizer, val_manifest, val_rows[: config.val_sentences])
         else:
             run.log('no "audio_ckpt": what the talker says is written to files, and nobody counts its words')
 
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if len(val_rows):
             held_out = CodedSpeech(val_coded, val_rows, config, training=False)
             split = held_out_set(run, held_out)
-            score = TalkerScore(speaker, listener, -(-config.val_sentences // run.world), show, config.val_samples)
+            score = TalkerScore(speaker, recognizer, -(-config.val_sentences // run.world), show, config.val_samples)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def train_aligner(
     aligner.mel_std.copy_(codec.mel_std)
 
     def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        nats = aligner_nats(model, aligner.slots(batch["lengths"]), batch)
+        nats = aligner_nats(model, aligner.alignment_frames(batch["lengths"]), batch)
         return nats.sum() / batch["text_lengths"].sum(), {}
 
     data = data | {"mel": fingerprint(codec)}
@@ -203,8 +204,8 @@ def train_part(
     validation = Validation(held_out_set(run, val_source), *judge) if len(val_source) else None
     optimizer = build_optimizer(run.prepare(model), run.config)
     phase = Phase(run.stage.name, model, optimizer, loss, peak_lr=run.config.lr, after_update=after_update)
-    train_set, made_of_it = training_set(run, source), MADE_OF[run.stage.name]
-    return train(run, [phase], train_set, fingerprint=data, validation=validation, made_of_it=made_of_it)
+    train_set, downstream = training_set(run, source), MADE_OF[run.stage.name]
+    return train(run, [phase], train_set, fingerprint=data, validation=validation, downstream=downstream)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
-from omni.data.corpus import IGNORE, PackedTokens, prepare_corpus, sample_lines
+from omni.data.corpus import PackedTokens, prepare_corpus, sample_lines
 from omni.data.order import held_out_set, training_set
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.thinker import Thinker
-from omni.train.config import TextConfig
+from omni.stages.text import TextConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, Stage, launch, parse_stage_args
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 def text_sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
     nats, _ = model(batch["tokens"], targets=batch["targets"])
-    targets = (batch["targets"] != IGNORE).sum()
+    targets = (batch["targets"] != IGNORE_INDEX).sum()
     return {"nats": nats * targets, "targets": targets}
 
 

@@ -22,7 +22,7 @@ from omni.data.tokenizer import Tokenizer
 from omni.models.thinker import load_thinker
 from omni.models.vision_encoder import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
-from omni.train.config import VisionConfig
+from omni.stages.vision import VisionConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, Stage, launch, parse_stage_args

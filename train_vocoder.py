@@ -34,7 +34,7 @@ from omni.models.vocoder import (
     read_clip,
     split_column,
 )
-from omni.train.config import VocoderConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, Stage, launch, parse_stage_args

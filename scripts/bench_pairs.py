@@ -19,27 +19,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from omni.data.images import normalise
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS
+from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ocr import Ocr, encode_texts, ocr_loss
 from omni.models.omni_model import OmniModel
 from omni.models.talker import Talker, talker_loss
-from omni.models.thinker import IGNORED, Thinker, qwen3_config, to_qwen3_state_dict
+from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
 from omni.models.vocoder import Generator, mel_loss, mel_spec, speecht5_config
 from omni.stages.asr import ctc_loss
-from omni.train.config import (
-    AudioEncoderConfig,
-    OcrConfig,
-    SftConfig,
-    StageConfig,
-    TalkerConfig,
-    TextConfig,
-    ThinkerArchitecture,
-    VisionConfig,
-    VocoderConfig,
-    sizes_of,
-)
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.ocr import OcrConfig
+from omni.stages.omni import SftConfig
+from omni.stages.talker import TalkerConfig
+from omni.stages.text import TextConfig
+from omni.stages.vision import VisionConfig
+from omni.stages.vocoder import VocoderConfig
+from omni.train.config import StageConfig, sizes_of
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
 ATTENTIONS = ("sdpa", "eager")
@@ -243,7 +241,7 @@ def talker_alone(configs: Path) -> Pair:
     batch = {
         "symbols": torch.randint(TEXT_SYMBOLS, (B, T)),  # about a byte for each code
         "text_lengths": torch.full((B,), T),
-        "durations": torch.full((B, T), config.slots_per_code),
+        "durations": torch.full((B, T), config.alignment_frames_per_code),
         "codes": torch.randint(config.codebook_size, (B, T, config.codebooks)),
         "lengths": torch.full((B,), T),
     }
@@ -266,7 +264,7 @@ def mixed_pair(configs: Path) -> Pair:
     tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)
     mask = place < sizes[:, None]  # (B, T)
     answers = mask & (place >= (sizes - T // 8)[:, None])  # what is learnt stands at the end
-    targets = torch.where(answers, torch.randint(vocab_size, (B, T)), IGNORED)
+    targets = torch.where(answers, torch.randint(vocab_size, (B, T)), IGNORE_INDEX)
     batch = {"tokens": tokens, "targets": targets, "sizes": sizes}
 
     def their_loss(model: nn.Module) -> Tensor:

@@ -26,7 +26,9 @@ from omni.data.manifest import Manifest, load_manifest, measure
 from omni.models.audio_encoder import output_frames
 from omni.models.ctc import CtcTokenizer, frames_needed
 from omni.stages.asr import COLUMNS, LENGTH, read_text, row_length, samples_at
-from omni.train.config import AudioEncoderConfig, TalkerConfig, load_config, read_keys
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.talker import TalkerConfig
+from omni.train.config import load_config, read_keys
 from omni.train.run import OneLineErrors, launch
 
 _NAMED = 5  # rows that are named; all are counted

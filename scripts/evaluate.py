@@ -36,16 +36,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni.chat.assistant import without_controls
-from omni.chat.speaker import Listener, Speaker, read_recordings, word_error_rates, word_errors
+from omni.chat.speaker import Recognizer, Speaker, read_recordings, word_error_rates, word_errors
 from omni.common.errors import BadRow, RunError, UserError, reading_row
 from omni.common.files import replace_file
 from omni.common.media import visible
 from omni.data.audio import log_mel
-from omni.data.corpus import IGNORE, count_lines, read_chunks, split_samples
+from omni.data.corpus import count_lines, read_chunks, split_samples
 from omni.data.images import normalise
-from omni.data.manifest import Rows, load_manifest
+from omni.data.manifest import ManifestDataset, load_manifest
 from omni.data.order import ResumableDataset, build_loader
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.aligner import load_aligner, text_symbols
 from omni.models.audio_encoder import load_audio_encoder, transcribe
 from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
@@ -57,9 +57,10 @@ from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.stages.asr import COLUMNS, Utterances, error_counts
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
-from omni.stages.sft import TASKS, AnswerScore, HeldOutItems, load_text
+from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
+from omni.stages.talker import CodecConfig
 from omni.train.checkpoint import load_stage, saved_config
-from omni.train.config import CodecConfig, StageConfig
+from omni.train.config import StageConfig
 from omni.train.loop import to_device
 from omni.train.run import OneLineErrors, launch, pick_device
 from omni.train.samples import write_sound
@@ -70,7 +71,7 @@ OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question
 
 
 @dataclass
-class Judgement:
+class EvalResult:
     """What a stage makes of the data."""
 
     metrics: dict[str, float] = field(default_factory=dict)
@@ -82,9 +83,9 @@ class Judgement:
 # --- one function per stage -----------------------------------------------------------------------------------------
 
 
-def judge_text(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_text(args: argparse.Namespace, device: torch.device) -> EvalResult:
     thinker, tokenizer, _ = load_thinker(args.ckpt_dir, device)
-    judgement, totals, text_bytes = Judgement(), {}, 0
+    judgement, totals, text_bytes = EvalResult(), {}, 0
     for batch in text_batches(args, thinker, tokenizer):
         judgement.rows += batch["lines"]
         text_bytes += batch["bytes"]
@@ -101,7 +102,7 @@ def text_batches(args: argparse.Namespace, thinker: Thinker, tokenizer: Tokenize
     tokens, counts = [tokenizer.eos_id], {"lines": 0, "bytes": 0}
 
     def batch(pieces: list[int]) -> dict:
-        window = np.full(size + 1, IGNORE)
+        window = np.full(size + 1, IGNORE_INDEX)
         window[: len(pieces)] = pieces
         shape = (args.batch_size, thinker.arch.ctx_len)
         inputs = torch.from_numpy(window[:-1]).clamp(min=0).view(shape)
@@ -127,7 +128,7 @@ def text_lines(path: Path) -> Iterator[bytes]:
         row += count_lines(chunk)
 
 
-def judge_audio_enc(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model, tokenizer, config = load_audio_encoder(args.ckpt_dir, device)
     manifest = load_manifest(args.data, COLUMNS, "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = Utterances(manifest, first_rows(len(manifest), args), config, tokenizer, training=False)
@@ -139,24 +140,24 @@ def judge_audio_enc(args: argparse.Namespace, device: torch.device) -> Judgement
         said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"], args.beam)[: len(batch["texts"])])
         return {}
 
-    judgement, _ = judge_rows(rows, config, args, device, sums, args.batch_size)
+    judgement, _ = evaluate_rows(rows, config, args, device, sums, args.batch_size)
     (word_errors, words), (character_errors, characters) = error_counts(texts, said)
     judgement.metrics = {"wer": word_errors / words, "cer": character_errors / characters}
     judgement.shown = list(zip(texts, said, strict=True))[: args.show]
     return judgement
 
 
-def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model, tokenizer, config = load_vision_encoder(args.ckpt_dir, device, args.thinker_ckpt)
     config = config.model_copy(update={"image_root": args.image_root})
     manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
     order = in_distinct_groups(manifest, first_rows(len(manifest), args))
     rows = CaptionRows(manifest, order, tokenizer, config, training=False)
     ranking = CaptionRanking(tokenizer, config.ctx_len)
-    judgement, totals = judge_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
+    judgement, totals = evaluate_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
     judgement.metrics = ranking.metrics(totals)
     batch = to_device(rows.batch(np.arange(min(GROUP, len(rows)) if args.show else 0), epoch=0), device)
-    if batch["weight"]:
+    if batch["n_targets"]:
         pictures, captions, _ = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
         texts = [tokenizer.decode(ids[:end].tolist()) for ids, end in zip(batch["tokens"], batch["ends"], strict=True)]
         nearest = (pictures @ captions.T).argmax(dim=1).tolist()
@@ -164,24 +165,24 @@ def judge_vision(args: argparse.Namespace, device: torch.device) -> Judgement:
     return judgement
 
 
-def judge_codec(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult:
     codec = load_codec(args.ckpt_dir, device)
     config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
-    judgement, totals = judge_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
+    judgement, totals = evaluate_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
     judgement.metrics = codec_metrics(totals)
     return judgement
 
 
-def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
-    """How sure the talker is of the recordings' codes; with a listener, also the word error rates of the recordings,
+def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    """How sure the talker is of the recordings' codes; with a recognizer, also the word error rates of the recordings,
     of what vocoder and codec make of them, and of what the talker says."""
     speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, device)
     aligner = load_aligner(args.ckpt_dir, device)
-    listener = Listener(args.audio_ckpt, device) if args.audio_ckpt else None
+    recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
-    judgement, totals, counts = Judgement(), {}, {}
+    judgement, totals, counts = EvalResult(), {}, {}
     rows = first_rows(len(manifest), args)
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], judgement.left_out)
@@ -204,7 +205,7 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
             totals,
             talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.config), device)),
         )
-        if listener is None and args.save_speech is None:
+        if recognizer is None and args.save_speech is None:
             for text in texts[: args.show - len(judgement.shown)]:
                 (codes,) = speaker.codes([text])
                 judgement.shown.append((text, f"{len(codes) * speaker.code_s:.2f} s of speech"))
@@ -214,10 +215,10 @@ def judge_talker(args: argparse.Namespace, device: torch.device) -> Judgement:
         sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
         if args.save_speech:
             save_speech(args.save_speech, sounds, texts, judgement.rows - len(texts), speaker.spec.sample_rate)
-        if listener is None:
+        if recognizer is None:
             continue
         for kind, waveforms in sounds.items():
-            heard = listener.transcribe(waveforms, speaker.spec.sample_rate)
+            heard = recognizer.transcribe(waveforms, speaker.spec.sample_rate)
             counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
         judgement.shown += list(zip(texts, heard, strict=True))
     if not judgement.rows:
@@ -248,37 +249,37 @@ def save_speech(
         replace_file(path, lambda file, content=content: file.write(content))
 
 
-def judge_ocr(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model = load_ocr(args.ckpt_dir, device)
     config = model.arch.model_copy(update={"image_root": args.image_root})
     manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
-    judgement, totals = judge_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
+    judgement, totals = evaluate_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
     judgement.metrics = ocr_metrics(totals)
     batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
-    if batch["weight"]:
+    if batch["n_targets"]:
         judgement.shown = list(zip(batch["texts"], read_text(model, batch["images"]), strict=True))
     return judgement
 
 
-def judge_vocoder(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model = load_vocoder(args.ckpt_dir, device)
     manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
     codec = load_codec_of(model.config)
     rows = Clips(manifest, first_rows(len(manifest), args), model.config, training=False, codec=codec)
     score = VocoderScore(model.config)
-    judgement, totals = judge_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
+    judgement, totals = evaluate_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
     judgement.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
         batch = rows.batch(np.array([row]), epoch=0)
-        if batch["weight"]:
+        if batch["n_targets"]:
             found = score.metrics(score.sums(model, to_device(batch, device)))
             said = f"mel L1 {found['mel_l1']:.3f}, Griffin-Lim {found['mel_l1_griffin_lim']:.3f}"
             judgement.shown.append((manifest[row]["wav"], said))
     return judgement
 
 
-def judge_omni(args: argparse.Namespace, device: torch.device) -> Judgement:
+def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
     if args.task is None:
         raise UserError(f"--task: expected one of {', '.join(OMNI_TASKS)}, found none")
     model, tokenizer, config = load_omni(args.ckpt_dir, device)
@@ -287,12 +288,12 @@ def judge_omni(args: argparse.Namespace, device: torch.device) -> Judgement:
     load = load_text if args.task == "text" else partial(load_manifest, columns=columns, key=key)
     manifest, inputs = load(args.data, cache_dir=args.cache_dir, log=to_stderr), Inputs(tokenizer, config)
     rows = kind(manifest, first_rows(len(manifest), args), inputs, config, seed=0, training=False)
-    items, score = HeldOutItems({args.task: rows}, inputs, len(rows)), AnswerScore(inputs, config.max_answer_tokens)
-    judgement, totals = judge_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
+    items, score = EvalItems({args.task: rows}, inputs, len(rows)), AnswerScore(inputs, config.max_answer_tokens)
+    judgement, totals = evaluate_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
     judgement.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
         batch = to_device(items.batch(np.array([row]), epoch=0), device)
-        if batch["weight"]:
+        if batch["n_targets"]:
             embeds, _, dropped, *_ = model.embed(batch)
             (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
             judgement.shown.append((" | ".join(sorted(batch["right"][0])[:3]) or "(not judged)", said))
@@ -300,33 +301,33 @@ def judge_omni(args: argparse.Namespace, device: torch.device) -> Judgement:
 
 
 STAGES = {
-    "text": (judge_text, "thinker", "thinker.pt"),
-    "audio_enc": (judge_audio_enc, "audio_enc", "audio_enc.pt"),
-    "vision": (judge_vision, "vision", "vision.pt"),
-    "codec": (judge_codec, "rvq_codec", "rvq_codec.pt"),
-    "talker": (judge_talker, "talker", "talker.pt"),
-    "ocr": (judge_ocr, "ocr", "ocr.pt"),
-    "vocoder": (judge_vocoder, "hifigan", "hifigan.pt"),
-    "omni": (judge_omni, "omni", "omni_final.pt"),
+    "text": (evaluate_text, "thinker", "thinker.pt"),
+    "audio_enc": (evaluate_audio_enc, "audio_enc", "audio_enc.pt"),
+    "vision": (evaluate_vision, "vision", "vision.pt"),
+    "codec": (evaluate_codec, "rvq_codec", "rvq_codec.pt"),
+    "talker": (evaluate_talker, "talker", "talker.pt"),
+    "ocr": (evaluate_ocr, "ocr", "ocr.pt"),
+    "vocoder": (evaluate_vocoder, "hifigan", "hifigan.pt"),
+    "omni": (evaluate_omni, "omni", "omni_final.pt"),
 }
 
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def judge_rows(
-    rows: Rows,
+def evaluate_rows(
+    rows: ManifestDataset,
     config: StageConfig,
     args: argparse.Namespace,
     device: torch.device,
     sums: Callable[[dict], dict[str, Tensor]],
     batch_size: int,
-) -> tuple[Judgement, dict[str, float]]:
+) -> tuple[EvalResult, dict[str, float]]:
     """All rows in order, in batches: the totals of ``sums``, and which rows could not be used.
 
     Raises:
         UserError: not one row could be used.
     """
-    judgement, totals = Judgement(), {}
+    judgement, totals = EvalResult(), {}
     config = config.model_copy(update={"num_workers": args.num_workers})
     dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
     for batch in tqdm(build_loader(dataset, config, device), total=dataset.steps_per_epoch, disable=None):
@@ -334,7 +335,7 @@ def judge_rows(
         for text in batch["notes"]:
             to_stderr(text)
         judgement.rows += len(batch["rows"]) - len(batch["bad_rows"])
-        if batch["weight"]:
+        if batch["n_targets"]:
             add(totals, sums(to_device(batch, device)))
     if not judgement.rows:
         where, why = next(iter(judgement.left_out.items()))

@@ -29,7 +29,7 @@ from omni.common.media import quoted
 from omni.data.download import Archive, Store, gigabytes, log, read_checksums, read_record, replacing
 
 Items = dict[str, list[str]]  # name of an archive -> names of its unpacked items, relative to the dataset's folder
-Rows = Iterable[dict[str, str]]
+TableRows = Iterable[dict[str, str]]
 
 # --- what is written: rows from the files as they are published -------------------------------------------------------
 
@@ -47,7 +47,7 @@ def as_published(path: Path) -> Iterator[Path]:
         raise RunError(f"{path}: damaged, or not as it is published: {reason}. Delete it to get it again") from error
 
 
-def librispeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
+def librispeech_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     """Transcripts stay in upper case: the speech recogniser normalises its text itself."""
     rows: dict[str, list] = {}
     for archive, names in items.items():
@@ -77,7 +77,7 @@ def librispeech_transcript(name: str) -> str:
     return f"{folder}/{utterance.rpartition('-')[0]}.trans.txt"
 
 
-def ljspeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
+def ljspeech_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     """The normalised column, in which numbers are spelled out as they are spoken."""
     metadata = folder / "LJSpeech-1.1/metadata.csv"
     with as_published(metadata), open(metadata, newline="", encoding="utf-8") as file:
@@ -86,8 +86,8 @@ def ljspeech_rows(folder: Path, items: Items) -> dict[str, Rows]:
     return {"production_tts.csv": ({"text": text_of(name, texts), "wav": name} for name in sorted(names))}
 
 
-def coco_rows(folder: Path, items: Items) -> dict[str, Rows]:
-    rows: dict[str, Rows] = {}
+def coco_rows(folder: Path, items: Items) -> dict[str, TableRows]:
+    rows: dict[str, TableRows] = {}
     for split, output in (("train2017", "production_annotations.json"), ("val2017", "production_annotations.val.json")):
         if f"{split}.zip" in items:
             with as_published(folder / f"annotations/captions_{split}.json") as path:
@@ -100,13 +100,13 @@ def coco_rows(folder: Path, items: Items) -> dict[str, Rows]:
     return rows
 
 
-def flickr8k_rows(folder: Path, items: Items) -> dict[str, Rows]:
+def flickr8k_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     """The published training and development images; the test images are in neither file."""
     text = folder / "Flickr8k_text"
     with as_published(text / "Flickr8k.token.txt") as path:
         lines = path.read_text(encoding="utf-8").splitlines()
         captions = sorted((key, in_words(caption)) for key, caption in (line.split("\t", 1) for line in lines))
-    rows: dict[str, Rows] = {}
+    rows: dict[str, TableRows] = {}
     for split, output in (("train", "production_annotations.json"), ("dev", "production_annotations.val.json")):
         with as_published(text / f"Flickr_8k.{split}Images.txt") as path:
             images = set(path.read_text(encoding="utf-8").split())
@@ -116,7 +116,7 @@ def flickr8k_rows(folder: Path, items: Items) -> dict[str, Rows]:
     return rows
 
 
-def caption_rows(captions: Iterable[tuple[str, str]], images: list[str]) -> Rows:
+def caption_rows(captions: Iterable[tuple[str, str]], images: list[str]) -> TableRows:
     """One row per caption, so an image with five captions stands in five rows."""
     present = set(images)
     return ({"image": name, "caption": text} for name, text in captions if name in present)
@@ -129,7 +129,7 @@ def in_words(text: str) -> str:
     return text
 
 
-def mjsynth_rows(folder: Path, items: Items) -> dict[str, Rows]:
+def mjsynth_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     """The word stands in the file's name, ``1_pintle_58130.jpg``. The OCR stage holds out words by ``val_split``: the
     published split holds out images, whose words are all in the training images, too."""
     (names,) = items.values()
@@ -171,7 +171,7 @@ class Dataset:
     about: str
     licence: str
     archives: tuple[Archive, ...]
-    rows: Callable[[Path, Items], dict[str, Rows]] | None = None  # None: unpacking writes what is trained on
+    rows: Callable[[Path, Items], dict[str, TableRows]] | None = None  # None: unpacking writes what is trained on
     subsets: tuple[str, ...] = ()  # taken without --subset
     limit: int | None = None  # without --limit
     size: str = ""  # of the download, where it is not published to the byte
@@ -355,7 +355,7 @@ def read_claims(store: Store) -> set[str]:
     return {path for path in found if isinstance(path, str)} if isinstance(found, list) else set()
 
 
-def write_csv(file: BinaryIO, rows: Rows) -> int:
+def write_csv(file: BinaryIO, rows: TableRows) -> int:
     rows = iter(rows)
     first = next(rows)  # there is one: an archive without items is refused
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -368,7 +368,7 @@ def write_csv(file: BinaryIO, rows: Rows) -> int:
     return n_rows
 
 
-def write_json(file: BinaryIO, rows: Rows) -> int:
+def write_json(file: BinaryIO, rows: TableRows) -> int:
     """An array of objects, one a line."""
     n_rows = 0
     for n_rows, row in enumerate(rows, 1):

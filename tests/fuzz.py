@@ -57,8 +57,13 @@ from omni.data.video import load_frames
 from omni.export.bundle import INFO, Merged, info_sha256
 from omni.models.ctc import CtcTokenizer
 from omni.models.thinker import load_thinker
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.ocr import OcrConfig
+from omni.stages.text import TextConfig
+from omni.stages.vision import VisionConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
-from omni.train.config import AudioEncoderConfig, OcrConfig, TextConfig, VisionConfig, VocoderConfig, load_config
+from omni.train.config import load_config
 
 SECONDS = 20  # for one case
 ADDRESS_SPACE = 4 << 30  # beyond what the process has at its beginning

@@ -87,22 +87,22 @@ def count_calls(call: str) -> str:
     return kill_at(call, 0) + 'import atexit\natexit.register(lambda: print(_calls[0], "calls"))\n'
 
 
-class Zygote:
-    """See zygote.py. One per test process, started when first needed."""
+class ForkServer:
+    """See fork_server.py. One per test process, started when first needed."""
 
     _instance = None
 
     def __init__(self) -> None:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         self.process = subprocess.Popen(
-            [sys.executable, ROOT / "tests" / "zygote.py"],
+            [sys.executable, ROOT / "tests" / "fork_server.py"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True, bufsize=1,
         )  # fmt: skip
         atexit.register(self.process.kill)
         assert self._answer() == "ready"
 
     @classmethod
-    def get(cls) -> "Zygote":
+    def get(cls) -> "ForkServer":
         cls._instance = cls._instance or cls()
         return cls._instance
 
@@ -112,7 +112,7 @@ class Zygote:
             return self._answer()
         except BaseException:  # the test took too long: its answer would be taken for the next one's
             self.process.kill()
-            Zygote._instance = None
+            ForkServer._instance = None
             raise
 
     def _answer(self):
@@ -133,7 +133,7 @@ class Process:
     def wait(self) -> "Process":
         if self.returncode is None:
             try:
-                self.returncode = Zygote.get().ask({"wait": self.pid})
+                self.returncode = ForkServer.get().ask({"wait": self.pid})
             except BaseException:  # the test took too long
                 with suppress(ProcessLookupError):
                     os.killpg(self.pid, signal.SIGKILL)
@@ -199,7 +199,7 @@ class Training:
             "stdout": str(output.with_suffix(".out")),
             "stderr": str(output.with_suffix(".err")),
         }
-        return Process(Zygote.get().ask(request), output)
+        return Process(ForkServer.get().ask(request), output)
 
     def run(self, prelude: str = "", env: dict | None = None) -> Process:
         return self.start(prelude, env).wait()
@@ -331,7 +331,7 @@ def run_script(training: Training, script: str, *arguments: str) -> Process:
         "stdout": str(output.with_suffix(".out")),
         "stderr": str(output.with_suffix(".err")),
     }
-    return Process(Zygote.get().ask(request), output).wait()
+    return Process(ForkServer.get().ask(request), output).wait()
 
 
 def trained_weights(training: Training) -> dict:

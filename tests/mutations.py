@@ -187,12 +187,12 @@ MUTATIONS = [
         " tests/test_resume.py::test_sigkill_at_random_instants[text]",
     ),
     Mutation(
-        "config drift", "another training's checkpoint is taken", "omni/train/loop.py",
+        "config config_diff", "another training's checkpoint is taken", "omni/train/loop.py",
         "        if refused:\n", "        if False:\n",
         "tests/test_config.py::test_another_training_is_refused_with_the_differences -k text",
     ),
     Mutation(
-        "config drift", "other data are taken for the same", "omni/train/loop.py",
+        "config config_diff", "other data are taken for the same", "omni/train/loop.py",
         "if self.fingerprint.get(key) != value:", "if False:",
         "tests/test_config.py::test_changed_data_are_refused -k text",
     ),
@@ -839,17 +839,17 @@ MUTATIONS = [
         "tests/test_caches.py::test_statistics_know_their_files_and_are_finite",
     ),
     Mutation(
-        "config drift", "other codes are the same training", "train_talker.py",
+        "config config_diff", "other codes are the same training", "train_talker.py",
         'made |= {"codes": coded.sha256, "validation codes": val_coded.sha256}', "pass",
         "tests/test_caches.py::test_recordings_replaced_in_mid_training_are_another_training",
     ),
     Mutation(
-        "config drift", "other features are the same training", "omni/train/precompute.py",
+        "config config_diff", "other features are the same training", "omni/train/precompute.py",
         'if found else {}', "if False else {}",
         "tests/test_caches.py::test_pictures_replaced_in_mid_training_are_another_training",
     ),
     Mutation(
-        "config drift", "other lengths are the same order of samples", "omni/train/loop.py",
+        "config config_diff", "other lengths are the same order of samples", "omni/train/loop.py",
         "if dataset.lengths is not None:  #", "if False:  #",
         "tests/test_caches.py::test_lengths_that_change_in_mid_training_are_another_training",
     ),
@@ -868,7 +868,8 @@ MUTATIONS = [
         "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
     ),
     Mutation(
-        "a step that was made is kept", "what another step's validation found is taken for its own", "omni/train/progress.py",
+        "a step that was made is kept", "what another step's validation found is taken for its own",
+        "omni/train/progress.py",
         'found.pop(_STEP_FILE, "").encode() == step_file', 'found.pop(_STEP_FILE, "x")',
         "tests/test_validation.py -k another_file_of_the_same_step",
     ),

@@ -22,16 +22,12 @@ from omni.models.ctc import CtcTokenizer
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import PictureTextModel
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
+from omni.stages.text import TextConfig
+from omni.stages.vision import VisionConfig
 from omni.train import checkpoint
-from omni.train.config import (
-    AlignerConfig,
-    AudioEncoderConfig,
-    CodecConfig,
-    StageConfig,
-    TalkerConfig,
-    TextConfig,
-    VisionConfig,
-)
+from omni.train.config import StageConfig
 
 WORDS = ["one", "two", "red", "green", "blue", "round", "square", "big", "small", "cat", "dog", "runs", "near"]
 

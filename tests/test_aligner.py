@@ -18,7 +18,7 @@ from omni.models.aligner import (
     likeliest_durations,
     text_symbols,
 )
-from omni.train.config import AlignerConfig
+from omni.stages.talker import AlignerConfig
 
 KEYS = {"save_dir": "-", "tts_csv": "-", "max_steps": 1, "n_mels": 8, "aligner_d_model": 32}
 
@@ -34,16 +34,16 @@ def small(*, mixing: bool = False, **keys) -> Aligner:
 
 
 def spelled(texts: list[str], seed: int = 0) -> tuple[dict, list[list[int]]]:
-    """Every letter has a picture of its own, shown for two to five slots; and how long each was shown."""
+    """Every letter has a picture of its own, shown for two to five alignment_frames; and how long each was shown."""
     rng = np.random.default_rng(seed)
     pictures = np.random.default_rng(9).standard_normal((TEXT_END + 1, 8)).astype(np.float32)
     clips, durations = [], []
     for text in texts:
         symbols = text_symbols(text)
-        slots = rng.integers(2, 6, len(symbols))
-        slots[-1] += -slots.sum() % 4  # whole codes
-        durations.append(slots.tolist())
-        clips.append(torch.from_numpy(np.repeat(pictures[symbols], 2 * slots, axis=0)))
+        alignment_frames = rng.integers(2, 6, len(symbols))
+        alignment_frames[-1] += -alignment_frames.sum() % 4  # whole codes
+        durations.append(alignment_frames.tolist())
+        clips.append(torch.from_numpy(np.repeat(pictures[symbols], 2 * alignment_frames, axis=0)))
     symbols = [torch.tensor(text_symbols(text)) for text in texts]
     pad = torch.nn.utils.rnn.pad_sequence
     batch = {
@@ -59,9 +59,11 @@ def test_text_symbols_are_bytes_and_an_end():
     assert text_symbols("  a \n é") == [97, 32, 0xC3, 0xA9, TEXT_END]
 
 
-@pytest.mark.parametrize("frame_ms, slots", [(80, 4), (40, 4), (20, 2), (10, 1), (50, 5), (120, 4), (70, 7), (100, 5)])
-def test_slots_are_whole_mel_frames(frame_ms, slots):
-    assert AlignerConfig(**KEYS, frame_ms=frame_ms).slots_per_code == slots
+@pytest.mark.parametrize(
+    "frame_ms, alignment_frames", [(80, 4), (40, 4), (20, 2), (10, 1), (50, 5), (120, 4), (70, 7), (100, 5)]
+)
+def test_slots_are_whole_mel_frames(frame_ms, alignment_frames):
+    assert AlignerConfig(**KEYS, frame_ms=frame_ms).alignment_frames_per_code == alignment_frames
 
 
 def test_padding_changes_nothing():
@@ -81,16 +83,16 @@ def test_padding_changes_nothing():
 
 
 def test_a_code_begun_has_its_slots():
-    assert small().slots(torch.tensor([1, 8, 9])).tolist() == [4, 4, 8]
+    assert small().alignment_frames(torch.tensor([1, 8, 9])).tolist() == [4, 4, 8]
 
 
 def test_the_likeliest_way_is_the_best_of_all():
     torch.manual_seed(3)
     scores = torch.randn(2, 7, 4)
-    slots, lengths = torch.tensor([7, 5]), torch.tensor([4, 3])
-    found = likeliest_durations(scores, slots, lengths)
+    alignment_frames, lengths = torch.tensor([7, 5]), torch.tensor([4, 3])
+    found = likeliest_durations(scores, alignment_frames, lengths)
     log_probs = scores.log_softmax(dim=-1)
-    for row, (S, L) in enumerate(zip(slots.tolist(), lengths.tolist(), strict=True)):
+    for row, (S, L) in enumerate(zip(alignment_frames.tolist(), lengths.tolist(), strict=True)):
 
         def worth(cuts, row=row, S=S, L=L) -> float:
             edges = [0, *cuts, S]
@@ -113,7 +115,7 @@ def test_it_learns_which_letter_sounds_when():
     def slots_off() -> float:
         with torch.no_grad():
             scores = aligner.eval()(*batch.values())
-        found = likeliest_durations(scores, aligner.slots(batch["lengths"]), batch["text_lengths"])
+        found = likeliest_durations(scores, aligner.alignment_frames(batch["lengths"]), batch["text_lengths"])
         return np.abs(np.concatenate([np.cumsum(a) - np.cumsum(b) for a, b in zip(found, true, strict=True)])).mean()
 
     before = slots_off()
@@ -121,7 +123,7 @@ def test_it_learns_which_letter_sounds_when():
     for step in range(120):
         texts = ["".join(rng.choice(list("abcdeghinort "), 12)) for _ in range(8)]
         learned, _ = spelled(texts, seed=step)
-        nats = aligner_nats(aligner, aligner.slots(learned["lengths"]), learned)
+        nats = aligner_nats(aligner, aligner.alignment_frames(learned["lengths"]), learned)
         loss = nats.sum() / learned["text_lengths"].sum()
         optimizer.zero_grad()
         loss.backward()
@@ -133,7 +135,7 @@ def test_one_text_is_aligned_as_in_a_batch():
     aligner = small()
     batch, _ = spelled(["a red cat", "no"])
     scores = aligner(*batch.values())
-    together = likeliest_durations(scores.detach(), aligner.slots(batch["lengths"]), batch["text_lengths"])
+    together = likeliest_durations(scores.detach(), aligner.alignment_frames(batch["lengths"]), batch["text_lengths"])
     alone = aligner.align_one(text_symbols("no"), batch["log_mels"][1, : batch["lengths"][1]])
     assert alone.tolist() == together[1].tolist()
 
@@ -148,7 +150,7 @@ def test_validation_is_the_mean_over_bytes():
     aligner = small()
     batch, _ = spelled(["a red cat", "no"])
     sums = {name: value.item() for name, value in aligner_sums(aligner, batch).items()}
-    nats = aligner_nats(aligner, aligner.slots(batch["lengths"]), batch)
+    nats = aligner_nats(aligner, aligner.alignment_frames(batch["lengths"]), batch)
     assert aligner_metrics(sums)["nats_per_byte"] == pytest.approx(nats.sum().item() / 13)
 
 

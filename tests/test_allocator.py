@@ -15,7 +15,7 @@ WITHOUT = {name: value for name, value in os.environ.items() if name != VARIABLE
 PROGRAM = f"""
 import os, sys
 from omni.train import run as runtime
-from omni.train.config import TextConfig
+from omni.stages.text import TextConfig
 def main():
     runtime.load_config = lambda *_: (print(os.environ.get({VARIABLE!r}), sys.argv, flush=True), os._exit(0))
     runtime.parse_stage_args(TextConfig, "")

@@ -19,6 +19,7 @@ from torch import Tensor
 from omni.common.errors import BadRow, UserError
 from omni.data.manifest import load_manifest
 from omni.models import audio_encoder, ctc
+from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import (
     AudioEncoder,
     load_audio_encoder,
@@ -27,8 +28,8 @@ from omni.models.audio_encoder import (
     transcribe,
 )
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text, prefix_beam_search
-from omni.stages.asr import HeldOut, Utterances, ctc_loss, error_counts, score_metrics, score_sums, static_lengths
-from omni.train.config import AudioEncoderArchitecture, AudioEncoderConfig
+from omni.stages.asr import EvalSets, Utterances, ctc_loss, error_counts, score_metrics, score_sums, static_lengths
+from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.train.optim import build_adamw
 
 V = 30  # tokens, without the blank
@@ -292,7 +293,7 @@ def test_static_shapes_under_compile_and_only_under_compile(tmp_path):
         assert other["features"].shape == (4, frames, 80) and len(other["texts"]) == len(chosen)
     model = AudioEncoder(config(), 60)
     other = compiled.batch(np.arange(3), 0)
-    assert other["weight"] == batch["weight"]
+    assert other["n_targets"] == batch["n_targets"]
     model.eval()
     torch.testing.assert_close(ctc_loss(model, other), ctc_loss(model, batch), atol=1e-5, rtol=1e-5)
 
@@ -325,7 +326,7 @@ def test_held_out_sources_are_scored_apart_however_they_fall_into_batches(tmp_pa
         source(tmp_path, [(0.5, "one cat"), (0.6, "dog")]),
         source(tmp_path / "b", [(0.4, "the big red cat")]),
     )
-    held_out, model = HeldOut({"val": first, "unseen_voices": second}), build().eval()
+    held_out, model = EvalSets({"val": first, "unseen_voices": second}), build().eval()
     model = AudioEncoder(config(), first.tokenizer.vocab_size).eval()
     totals = []
     for cuts in ([[0, 1, 2]], [[0], [1], [2]], [[0], [1, 2]]):

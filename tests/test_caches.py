@@ -17,9 +17,9 @@ from stages import AUDIO_ENC, OCR, OMNI, TALKER, VOCODER, StageCase
 
 from omni.common.errors import BadRow, UserError
 from omni.data.audio import MelSpec
-from omni.data.manifest import Rows, load_manifest, measure_rows
+from omni.data.manifest import ManifestDataset, load_manifest, measure_rows
 from omni.models.codec import mel_statistics_of
-from omni.train.config import TextConfig
+from omni.stages.text import TextConfig
 from omni.train.precompute import precompute
 from omni.train.run import Run, Stage
 
@@ -81,7 +81,7 @@ def is_aside(folder: Path) -> bool:
 # --- what is computed of all rows -------------------------------------------------------------------------------------
 
 
-class Bytes(Rows):
+class Bytes(ManifestDataset):
     """The bytes of files. A file of no byte is a bad row."""
 
     def read(self, row: dict, rng: None) -> torch.Tensor:
@@ -91,7 +91,7 @@ class Bytes(Rows):
         return torch.tensor(list(data))
 
     def collate(self, samples: list[torch.Tensor]) -> dict:
-        return {"samples": samples, "weight": len(samples)}
+        return {"samples": samples, "n_targets": len(samples)}
 
 
 class Made:
@@ -329,12 +329,12 @@ def test_damaged_json_is_made_again(tmp_path, capsys):
             if damage:
                 damage(path)
             capsys.readouterr()
-            assert run.remember(path.name, {"of": (1, 2)}, lambda: {"mean": [0.5]}) == {"mean": [0.5]}
+            assert run.cached_json(path.name, {"of": (1, 2)}, lambda: {"mean": [0.5]}) == {"mean": [0.5]}
             assert ("made again" in capsys.readouterr().out) == (damage not in (None, Path.unlink))
-            assert run.remember(path.name, {"of": (1, 2)}, lambda: {}) == {"mean": [0.5]}
-        assert run.remember(path.name, {"of": (1, 3)}, lambda: {"mean": [1.5]}) == {"mean": [1.5]}
+            assert run.cached_json(path.name, {"of": (1, 2)}, lambda: {}) == {"mean": [0.5]}
+        assert run.cached_json(path.name, {"of": (1, 3)}, lambda: {"mean": [1.5]}) == {"mean": [1.5]}
         path.write_text(json.dumps({"belongs_to": {"of": [1, 3]}, "result": {"mean": [9.5]}}))  # of an earlier version
-        assert run.remember(path.name, {"of": (1, 3)}, lambda: {"mean": [1.5]}) == {"mean": [1.5]}
+        assert run.cached_json(path.name, {"of": (1, 3)}, lambda: {"mean": [1.5]}) == {"mean": [1.5]}
 
 
 def test_statistics_know_their_files_and_are_finite(tmp_path):
@@ -381,7 +381,7 @@ def only_line(training) -> str:
 def test_all_caches_of_a_stage_damaged_and_it_ends_alike(stage, tmp_path):
     keys = {"max_epochs": None, "max_steps": 6, "checkpoint_freq": 2}
     if stage is OMNI:
-        keys |= {"keep_features": True}
+        keys |= {"cache_features": True}
     whole, killed = killed_after_caching(stage, tmp_path, **keys)
     caches = [path for folder in (killed.save_dir, killed.save_dir / "codes") for path in folder.glob("*.js*n")]
     caches += [*(killed.save_dir / "codes").glob("*.npy"), *tmp_path.rglob("lengths*.np*")]
@@ -415,7 +415,7 @@ def test_recordings_replaced_in_mid_training_are_another_training(tmp_path):
 
 def test_pictures_replaced_in_mid_training_are_another_training(tmp_path):
     _, killed = killed_after_caching(
-        OMNI, tmp_path, max_epochs=None, max_steps=6, checkpoint_freq=2, keep_features=True
+        OMNI, tmp_path, max_epochs=None, max_steps=6, checkpoint_freq=2, cache_features=True
     )
     data = {path: path.read_bytes() for path in sorted(tmp_path.glob("*.png"))}
     for path, other in zip(data, reversed(data.values()), strict=True):

@@ -11,7 +11,7 @@ from stages import TALKER
 from test_environment import snapshot
 
 from omni.models.codec import Codec, ResidualQuantizer, codec_loss, codec_metrics, codec_sums, nearest
-from omni.train.config import CodecConfig
+from omni.stages.talker import CodecConfig
 
 # B clips, T mel frames, M mel channels, N latents, C latent width
 
@@ -177,7 +177,7 @@ def test_it_overfits_one_batch_and_usage_is_high():
     codec = small(codec_d_model=64, codebook_size=8)
     torch.manual_seed(3)
     steps = torch.randn(4, 12, 80).repeat_interleave(8, dim=1).cumsum(dim=1) / 8
-    batch = {"log_mels": steps, "lengths": torch.tensor([96, 96, 90, 70]), "weight": 352}
+    batch = {"log_mels": steps, "lengths": torch.tensor([96, 96, 90, 70]), "n_targets": 352}
     optimizer = torch.optim.AdamW(codec.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(200):
         loss, parts = codec_loss(codec, batch, 0.25)

@@ -9,16 +9,14 @@ from pydantic import TypeAdapter, ValidationError
 from stages import OMNI, STAGES, TALKER
 
 from omni.common.errors import UserError
-from omni.train.config import (
-    AudioEncoderConfig,
-    OcrConfig,
-    SftConfig,
-    TalkerConfig,
-    TextConfig,
-    VisionConfig,
-    VocoderConfig,
-    load_config,
-)
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.ocr import OcrConfig
+from omni.stages.omni import SftConfig
+from omni.stages.talker import TalkerConfig
+from omni.stages.text import TextConfig
+from omni.stages.vision import VisionConfig
+from omni.stages.vocoder import VocoderConfig
+from omni.train.config import load_config
 
 CONFIGS = {
     "thinker": TextConfig,

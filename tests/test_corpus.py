@@ -11,9 +11,9 @@ from harness import kill_at
 from stages import TEXT, WORDS
 
 from omni.common.errors import Interrupted, UserError
-from omni.data.corpus import IGNORE, PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
+from omni.data.corpus import PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
 from omni.data.order import corpus
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 
 
 class FakeRun:
@@ -281,15 +281,15 @@ def test_packing_predicts_every_token_once(tmp_path, tokens):
     file = TokenFile(path, "uint16", tokens=tokens, samples=1, text_bytes=1)
     whole = PackedTokens(file, ctx_len=8, keep_tail=True)
     batch = whole.batch(np.arange(len(whole)), epoch=0)
-    kept = batch["targets"] != IGNORE
+    kept = batch["targets"] != IGNORE_INDEX
     assert batch["targets"][kept].tolist() == list(range(101, 100 + tokens))
     assert batch["tokens"][kept].tolist() == list(range(100, 99 + tokens))
-    assert batch["weight"] == tokens - 1
+    assert batch["n_targets"] == tokens - 1
     train = PackedTokens(file, ctx_len=8)
     batch = train.batch(np.arange(len(train)), epoch=0)
-    assert (batch["targets"] != IGNORE).all(), "nothing is padded in training"
+    assert (batch["targets"] != IGNORE_INDEX).all(), "nothing is padded in training"
     assert len(train) == (tokens - 1) // 8
-    assert train.batch(np.array([], dtype=np.int64), epoch=0)["weight"] == 0
+    assert train.batch(np.array([], dtype=np.int64), epoch=0)["n_targets"] == 0
 
 
 def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_path):
@@ -298,7 +298,7 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_p
     import torch
 
     from omni.models.thinker import Thinker
-    from omni.train.config import TextConfig
+    from omni.stages.text import TextConfig
 
     training = TEXT.training(tmp_path, max_steps=6, batch_size=3)
     training.finish()
@@ -327,8 +327,8 @@ def test_what_stands_in_no_answer_counts_less(tmp_path):
     batch = packed.batch(np.array([0]), epoch=0)
     answers = {3, 4, end, 7, 8, 9}  # an answer's end is part of it: whoever answers must stop
     assert batch["weights"].tolist() == [[1.0 if target in answers else 0.25 for target in ids[1:]]]
-    assert (batch["weight"], batch["units"]) == (float(batch["weights"].sum()), 12)
-    assert packed.batch(np.array([], dtype=np.int64), epoch=0)["weight"] == 0
+    assert (batch["n_targets"], batch["n_tokens"]) == (float(batch["weights"].sum()), 12)
+    assert packed.batch(np.array([], dtype=np.int64), epoch=0)["n_targets"] == 0
     assert "weights" not in PackedTokens(file, ctx_len=12).batch(np.array([0]), epoch=0)
 
 

@@ -9,10 +9,10 @@ from harness import TRACE, losses, trained_weights
 
 from omni.common.errors import UserError
 from omni.data.order import ResumableDataset, build_loader, from_the_start, permute
-from omni.train.config import TextConfig
+from omni.stages.text import TextConfig
 
 
-class Rows:
+class ManifestDataset:
     """A source that notes, in a file, how many rows were read: workers are other processes."""
 
     def __init__(self, count: int, log=None) -> None:
@@ -25,7 +25,7 @@ class Rows:
         if self.log is not None:
             with open(self.log, "a") as file:
                 file.write(f"{len(rows)}\n")
-        return {"weight": len(rows)}
+        return {"n_targets": len(rows)}
 
 
 def loader_config(num_workers: int) -> TextConfig:
@@ -58,7 +58,7 @@ def test_permute_needs_no_more_than_its_positions_and_mixes_well():
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_an_epoch_has_every_row_once_in_the_same_order_for_any_workers(workers, drop_last):
     def dataset() -> ResumableDataset:
-        return ResumableDataset(Rows(53), seed=1, batch_size=4, accumulation=3, drop_last=drop_last)
+        return ResumableDataset(ManifestDataset(53), seed=1, batch_size=4, accumulation=3, drop_last=drop_last)
 
     batches = read(dataset(), workers)
     rows = sum(batches, [])
@@ -68,7 +68,7 @@ def test_an_epoch_has_every_row_once_in_the_same_order_for_any_workers(workers, 
 
 
 def test_skip_samples_is_absolute_over_epochs():
-    dataset = ResumableDataset(Rows(53), seed=1, batch_size=4, accumulation=3, drop_last=False)
+    dataset = ResumableDataset(ManifestDataset(53), seed=1, batch_size=4, accumulation=3, drop_last=False)
     epochs = []
     for epoch in range(3):
         dataset.skip_samples = epoch * dataset.steps_per_epoch * dataset.samples_per_step
@@ -81,8 +81,10 @@ def test_skip_samples_is_absolute_over_epochs():
 
 
 def test_processes_share_each_step():
-    one = ResumableDataset(Rows(50), seed=1, batch_size=6, accumulation=2)
-    parts = [ResumableDataset(Rows(50), seed=1, batch_size=3, accumulation=2, rank=r, world=2) for r in (0, 1)]
+    one = ResumableDataset(ManifestDataset(50), seed=1, batch_size=6, accumulation=2)
+    parts = [
+        ResumableDataset(ManifestDataset(50), seed=1, batch_size=3, accumulation=2, rank=r, world=2) for r in (0, 1)
+    ]
     whole, halves = read(one), [read(part) for part in parts]
     for index, batch in enumerate(whole):
         assert halves[0][index] + halves[1][index] == batch
@@ -92,7 +94,7 @@ def test_processes_share_each_step():
 @pytest.mark.parametrize("part", [0.01, 0.99])
 def test_a_resumed_run_reads_no_skipped_row(tmp_path, workers, part):
     log = tmp_path / "reads"
-    dataset = ResumableDataset(Rows(1_000_000, log), seed=1, batch_size=8)
+    dataset = ResumableDataset(ManifestDataset(1_000_000, log), seed=1, batch_size=8)
     dataset.skip_samples = int(part * dataset.steps_per_epoch) * dataset.samples_per_step
     loader = build_loader(dataset, loader_config(workers), torch.device("cpu"))
     batches = iter(loader)
@@ -103,7 +105,7 @@ def test_a_resumed_run_reads_no_skipped_row(tmp_path, workers, part):
 
 
 def test_validation_sees_everything_and_restores_the_position_even_when_it_raises():
-    dataset = ResumableDataset(Rows(10), seed=1, batch_size=4, shuffle=False)
+    dataset = ResumableDataset(ManifestDataset(10), seed=1, batch_size=4, shuffle=False)
     dataset.skip_samples = 8
     with pytest.raises(ZeroDivisionError), from_the_start(dataset) as whole:
         assert read(whole) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
@@ -113,8 +115,8 @@ def test_validation_sees_everything_and_restores_the_position_even_when_it_raise
 
 def test_fewer_rows_than_a_step_is_refused():
     with pytest.raises(UserError, match="5 samples.*at least one step of 8"):
-        ResumableDataset(Rows(5), seed=0, batch_size=8, drop_last=True)
-    assert ResumableDataset(Rows(5), seed=0, batch_size=8, drop_last=False).steps_per_epoch == 1
+        ResumableDataset(ManifestDataset(5), seed=0, batch_size=8, drop_last=True)
+    assert ResumableDataset(ManifestDataset(5), seed=0, batch_size=8, drop_last=False).steps_per_epoch == 1
 
 
 def test_micro_batches_equal_one_batch(stage, tmp_path):
@@ -142,7 +144,7 @@ def test_micro_batches_equal_one_batch(stage, tmp_path):
         assert losses(a) and losses(a) == pytest.approx(losses(b), rel=1e-4)
 
 
-class Clips(Rows):
+class Clips(ManifestDataset):
     """Rows of different lengths."""
 
     def __init__(self, count: int) -> None:
@@ -162,7 +164,7 @@ def test_batches_of_similar_lengths_still_have_every_row_once(drop_last):
         assert len(set(rows)) == len(rows) == (1000 if drop_last else 1003)
     assert epochs[0] != epochs[1]
     padded = sum(len(rows) * clips.lengths[rows].max() for rows in epochs[0] if rows)
-    plain = ResumableDataset(Rows(1003), seed=1, batch_size=4, accumulation=2, drop_last=drop_last)
+    plain = ResumableDataset(ManifestDataset(1003), seed=1, batch_size=4, accumulation=2, drop_last=drop_last)
     padded_plain = sum(len(rows) * clips.lengths[rows].max() for rows in read(plain) if rows)
     assert padded < 1.1 * clips.lengths.sum() < 0.8 * padded_plain
     longest = [clips.lengths[rows].max() for rows in epochs[0] if rows]

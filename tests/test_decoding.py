@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_thinker import SHAPES, build, tokens
 
-from omni.models.decoding import one_token_reader
+from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
 
 
@@ -20,7 +20,7 @@ def half_read(model, x, dtype=torch.float32, capacity=None) -> KVCache:
 @torch.no_grad()
 def test_hidden_states_are_those_of_the_whole_text(shape):
     model, x = build(shape), tokens(3, 24)
-    read = one_token_reader(model, cache := half_read(model, x))
+    read = decode_step(model, cache := half_read(model, x))
     found = torch.stack([read(ids) for ids in x[:, 10:].unbind(dim=1)], dim=1)
     torch.testing.assert_close(found, model.hidden_states(x)[:, 10:], atol=1e-5, rtol=1e-5)
     assert cache.position == 24
@@ -42,7 +42,7 @@ def test_nobody_sees_what_is_hidden_from_it(shape):
     for text in (x, edited):
         cache = KVCache(model.arch, 2, 24, "cpu", torch.float32)
         model.hidden_states(text[:, :10], cache=cache, mask=mask)
-        read = one_token_reader(model, cache)
+        read = decode_step(model, cache)
         results.append(torch.stack([read(text[:, at], seen[:, : at + 1]) for at in range(10, 24)], dim=1))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
@@ -52,7 +52,7 @@ def test_in_half_precision_it_is_as_near_as_the_model_itself():
     model, x = build("gqa-untied"), tokens(3, 24)
     exact = model.hidden_states(x)[:, 10:]
     with torch.autocast("cpu", torch.bfloat16):
-        read = one_token_reader(model, half_read(model, x, torch.bfloat16))
+        read = decode_step(model, half_read(model, x, torch.bfloat16))
         found = torch.stack([read(ids) for ids in x[:, 10:].unbind(dim=1)], dim=1)
         error = (model.hidden_states(x)[:, 10:] - exact).square().mean()
     assert found.dtype == exact.dtype

@@ -11,7 +11,7 @@ from stages import STAGES
 from test_distributed import finish_pair, free_port, start_pair
 
 from omni.common.errors import UserError
-from omni.train.config import TextConfig
+from omni.stages.text import TextConfig
 from omni.train.run import Run, Stage
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, Process, Zygote, kill_at
+from harness import ROOT, ForkServer, Process, kill_at
 from PIL import Image
 from safetensors.torch import load_file
 from stages import OCR, OMNI, TALKER, VOCODER, WORDS
@@ -72,7 +72,7 @@ def run(cwd: Path, script: str, *arguments: str, prelude: str = "", wait: bool =
         "stdout": str(output.with_suffix(".out")),
         "stderr": str(output.with_suffix(".err")),
     }
-    process = Process(Zygote.get().ask(request), output)
+    process = Process(ForkServer.get().ask(request), output)
     return process.wait() if wait else process
 
 
@@ -252,7 +252,7 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
         load_speaker(moved, None, None, CPU)[0],
         load_speaker(folders["omni"], folders["talker"], folders["vocoder"], CPU, stage)[0],
     ]
-    assert all(speaker.hears for speaker in speakers)
+    assert all(speaker.uses_thinker_states for speaker in speakers)
     states = [torch.randn(8, 16)]  # of seven bytes and an end
     codes = [speaker.codes(["one two"], temperature=1.0, seed=2, thinker_states=states)[0] for speaker in speakers]
     assert len(codes[0]) and torch.equal(*codes)

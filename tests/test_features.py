@@ -14,7 +14,7 @@ import sft_omni
 from omni.common.errors import BadRow
 from omni.models.omni_model import Inputs, OmniModel, assemble
 from omni.stages import sft
-from omni.train.config import SftConfig
+from omni.stages.omni import SftConfig
 from omni.train.run import Run, Stage
 
 
@@ -25,8 +25,8 @@ def prepared(config: SftConfig) -> tuple[OmniModel, dict, dict]:
         run.config, model, tokenizer = assemble(config)
         inputs = Inputs(tokenizer, run.config)
         tasks, val_tasks, _ = sft.prepare_tasks(run, run.config, inputs)
-        if config.keep_features:
-            sft.keep_features(run, run.config, model, inputs, [*tasks.values(), *val_tasks.values()])
+        if config.cache_features:
+            sft.cache_features(run, run.config, model, inputs, [*tasks.values(), *val_tasks.values()])
     return model.eval(), tasks, val_tasks
 
 
@@ -56,7 +56,7 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     keys = mix | {"val_split": 0.0, "use_amp": False}
     model, tasks, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "a")))
     expected = [model(batch) for batch in batches(tasks)]
-    _, kept, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "b"), keep_features=True))
+    _, kept, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "b"), cache_features=True))
     assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
     for name in ("see", "hear"):  # never again
         monkeypatch.setattr(model, name, None)
@@ -65,11 +65,11 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)
-    assert any(losses.misspelling > 0 for losses in found)
+    assert any(losses.ctc_alignment_loss > 0 for losses in found)
 
 
 def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys):
-    config = small_config(tmp_path, **mix, keep_features=True)
+    config = small_config(tmp_path, **mix, cache_features=True)
     prepared(config)
     assert "looking at pictures" in capsys.readouterr().out
     monkeypatch.setattr(OmniModel, "see", None)
@@ -82,7 +82,7 @@ def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys
 def test_a_broken_file_is_named_and_replaced(mix, tmp_path):
     name = json.loads(Path(mix["image_manifest"]).read_text())[1]["image"]
     (tmp_path / name).write_bytes(b"no picture")
-    _, tasks, _ = prepared(small_config(tmp_path, **mix, val_split=0.0, keep_features=True))
+    _, tasks, _ = prepared(small_config(tmp_path, **mix, val_split=0.0, cache_features=True))
     _, right = tasks["caption"].sample(1, 0, bad := {})
     (where,) = bad
     assert name in bad[where] and "not a picture" in bad[where] and where.endswith("row 2")
@@ -97,7 +97,7 @@ def test_a_training_with_kept_features_ends_alike(mix, tmp_path, capsys):
     keys = {"max_steps": 4, "batch_size": 4, "print_freq": 1, "use_amp": False, "val_items": 2, "max_answer_tokens": 4}
     losses = []
     for keep in (False, True):
-        config = small_config(tmp_path, **mix, **keys, save_dir=str(tmp_path / str(keep)), keep_features=keep)
+        config = small_config(tmp_path, **mix, **keys, save_dir=str(tmp_path / str(keep)), cache_features=keep)
         path = tmp_path / f"{keep}.json"
         path.write_text(config.model_dump_json(exclude_none=True))
         sft_omni.main(["--config", str(path), "--device", "cpu"])
@@ -110,5 +110,5 @@ def test_a_training_with_kept_features_ends_alike(mix, tmp_path, capsys):
 def test_what_cannot_be_kept_is_refused(mix, tmp_path, capsys):
     (tmp_path / "talks.jsonl").write_text("{}\n")
     for wrong in ({"freeze_encoders": False}, {"jsonl_path": str(tmp_path / "talks.jsonl")}):
-        with pytest.raises(ValueError, match="keep_features"):
-            small_config(tmp_path, **mix, keep_features=True, **wrong)
+        with pytest.raises(ValueError, match="cache_features"):
+            small_config(tmp_path, **mix, cache_features=True, **wrong)

@@ -29,8 +29,10 @@ from omni.models.talker import load_talker
 from omni.models.thinker import load_thinker
 from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Generator, load_vocoder
+from omni.stages.ocr import OcrConfig
+from omni.stages.omni import SftConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
-from omni.train.config import OcrConfig, SftConfig, VocoderConfig
 
 CPU = torch.device("cpu")
 WRONG = (

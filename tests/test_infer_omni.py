@@ -18,7 +18,7 @@ from test_video import clip, film, reds
 
 import export
 import infer_chat
-from omni.chat.assistant import CHARACTERS_PER_TOKEN, Assistant, Thoughts, check_text_length, clean, media_named
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, clean, media_named
 from omni.common.errors import UserError
 from omni.models.aligner import text_symbols
 
@@ -313,31 +313,33 @@ def test_an_answer_is_spoken(folders, merged, chat, tmp_path):
 def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
     """Whatever the tokens: those of a real answer, then a text whose characters are spread over several."""
     assistant = Assistant.load(merged, torch.device("cpu"))
-    prompt, thoughts = assistant.prompt([{"role": "user", "content": "red cat"}], 8), Thoughts()
-    text = "".join(assistant.answer(prompt, thoughts, max_new_tokens=8))
-    assert len(thoughts.ids) - 1 <= len(thoughts.states) <= len(thoughts.ids) > 1
+    prompt, answer_states = assistant.prompt([{"role": "user", "content": "red cat"}], 8), AnswerStates()
+    text = "".join(assistant.answer(prompt, answer_states, max_new_tokens=8))
+    assert len(answer_states.ids) - 1 <= len(answer_states.states) <= len(answer_states.ids) > 1
     embeds = assistant.omni.embed_prompt(assistant.inputs, prompt)
-    embeds = torch.cat((embeds, assistant.thinker.embed_tokens(torch.tensor([thoughts.ids]))), dim=1)
+    embeds = torch.cat((embeds, assistant.thinker.embed_tokens(torch.tensor([answer_states.ids]))), dim=1)
     expected = assistant.thinker.hidden_states(inputs_embeds=embeds)[0, len(prompt.ids) :]
-    torch.testing.assert_close(torch.stack(thoughts.states), expected[: len(thoughts.states)], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.stack(answer_states.states), expected[: len(answer_states.states)], rtol=1e-4, atol=1e-5
+    )
 
     text = " Ja, grün.\n  Ist 你 da?"
-    thoughts.ids = assistant.tokenizer.encode(text)
-    thoughts.states = list(torch.arange(1.0, len(thoughts.ids))[:, None])  # the last token's is not known
+    answer_states.ids = assistant.tokenizer.encode(text)
+    answer_states.states = list(torch.arange(1.0, len(answer_states.ids))[:, None])  # the last token's is not known
     texts = infer_chat.sentences(text)
-    heard = [states[:, 0].tolist() for states in thoughts.of(texts)]
+    heard = [states[:, 0].tolist() for states in answer_states.of(texts)]
     assert [len(states) for states in heard] == [len(text_symbols(part)) for part in texts]
     assert [states[-1] for states in heard] == [0, 0]
     tokens = [token for states in heard for token in states[:-1]]
     assert tokens[:-1] == sorted(tokens[:-1]) and tokens[-1] == 0, "in the order of the answer"
     for part, states in zip(texts, heard, strict=True):
         for symbol, token in zip(text_symbols(part), states[:-1], strict=False):
-            written = assistant.tokenizer.decode(thoughts.ids[: int(token)]).encode()
+            written = assistant.tokenizer.decode(answer_states.ids[: int(token)]).encode()
             assert token == 0 or symbol in written or written.endswith("�".encode()) or symbol == 32
-    thoughts.ids = thoughts.ids[:-4]  # in the middle of a character
-    while "�" not in assistant.tokenizer.decode(thoughts.ids):
-        thoughts.ids.pop()
-    assert thoughts.of(texts) is None
+    answer_states.ids = answer_states.ids[:-4]  # in the middle of a character
+    while "�" not in assistant.tokenizer.decode(answer_states.ids):
+        answer_states.ids.pop()
+    assert answer_states.of(texts) is None
 
 
 def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ from harness import ROOT
 
 import omni.data.manifest
 from omni.common.errors import BadRow, UserError
-from omni.data.manifest import Manifest, Rows, load_manifest, measure, read_some, split_rows
+from omni.data.manifest import Manifest, ManifestDataset, load_manifest, measure, read_some, split_rows
 
 COLUMNS = ("wav", "text")
 
@@ -227,7 +227,7 @@ def test_equal_keys_are_on_one_side_of_the_split(tmp_path):
     assert sorted([*train, *held_out]) == list(range(1000))
 
 
-class Numbers(Rows):
+class Numbers(ManifestDataset):
     """Each sample is its text as a number; augmentation adds a random one."""
 
     def read(self, row: dict, rng) -> float:
@@ -236,7 +236,7 @@ class Numbers(Rows):
         return float(row["text"]) + (rng.random() if rng else 0.0)
 
     def collate(self, samples: list) -> dict:
-        return {"values": samples, "weight": len(samples)}
+        return {"values": samples, "n_targets": len(samples)}
 
 
 def numbers(tmp_path: Path, texts: list, **kwargs) -> Numbers:
@@ -258,17 +258,17 @@ def test_a_bad_row_is_left_out_and_named_in_validation(tmp_path):
     rows = numbers(tmp_path, [0, "bad", 2], training=False)
     batch = rows.batch(np.arange(3), epoch=0)
     assert batch["values"] == [0.0, 2.0] and len(batch["bad_rows"]) == 1
-    assert rows.batch(np.array([1]), epoch=0)["weight"] == 0
+    assert rows.batch(np.array([1]), epoch=0)["n_targets"] == 0
 
 
 def test_nothing_but_bad_rows(tmp_path):
     batch = numbers(tmp_path, ["bad"] * 5, training=True).batch(np.arange(2), epoch=0)
-    assert batch["weight"] == 0 and len(batch["bad_rows"]) == 5
+    assert batch["n_targets"] == 0 and len(batch["bad_rows"]) == 5
 
 
 def test_a_batch_of_no_rows_weighs_nothing(tmp_path):
     batch = numbers(tmp_path, [1, 2], training=True).batch(np.arange(0), epoch=0)
-    assert batch["weight"] == 0 and len(batch["values"]) == 1
+    assert batch["n_targets"] == 0 and len(batch["values"]) == 1
 
 
 def test_augmentation_is_keyed_by_seed_epoch_and_row(tmp_path):

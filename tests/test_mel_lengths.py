@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from harness import ROOT, Process, Zygote
+from harness import ROOT, ForkServer, Process
 from stages import AUDIO_ENC, write_csv
 from test_config import only_error
 
@@ -40,7 +40,7 @@ def check(folder, *arguments: str) -> Process:
         "stdout": str(output.with_suffix(".out")),
         "stderr": str(output.with_suffix(".err")),
     }
-    return Process(Zygote.get().ask(request), output).wait()
+    return Process(ForkServer.get().ask(request), output).wait()
 
 
 def figures(process: Process) -> dict[str, list[str]]:

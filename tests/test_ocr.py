@@ -13,10 +13,11 @@ from test_config import only_error
 
 from omni.data.images import load_image, normalise
 from omni.data.manifest import load_manifest
+from omni.models.architectures import OcrArchitecture
 from omni.models.layers import KVCache
 from omni.models.ocr import (
     END,
-    IGNORED,
+    IGNORE_INDEX,
     Ocr,
     OcrRows,
     clean_text,
@@ -28,7 +29,8 @@ from omni.models.ocr import (
     ocr_sums,
     read_text,
 )
-from omni.train.config import OcrArchitecture, OcrConfig, load_config
+from omni.stages.ocr import OcrConfig
+from omni.train.config import load_config
 
 SIZES = {
     "img_height": 16, "img_width": 64, "patch_height": 16, "patch_width": 4, "vision_d_model": 32, "vision_layers": 1,
@@ -160,7 +162,11 @@ def test_symbols_and_targets():
     symbols, targets = encode_texts(["ab", "c", "aéc"], arch)
     start, unknown, pad = 4, 5, END
     assert symbols.tolist() == [[start, 1, 2, pad], [start, 3, pad, pad], [start, 1, unknown, 3]]
-    assert targets.tolist() == [[1, 2, END, IGNORED], [3, END, IGNORED, IGNORED], [1, IGNORED, 3, END]]
+    assert targets.tolist() == [
+        [1, 2, END, IGNORE_INDEX],
+        [3, END, IGNORE_INDEX, IGNORE_INDEX],
+        [1, IGNORE_INDEX, 3, END],
+    ]
     assert encode_texts(["a"], arch, pad_to=10)[0].shape == (1, 10)
 
 
@@ -290,7 +296,7 @@ def test_compiled_batches_have_one_shape(tmp_path):
         config = OcrConfig(**SIZES, **keys, use_compile=use_compile)
         batch = OcrRows(manifest, np.arange(8), config, training=False).batch(np.array([0, 5]), epoch=0)
         assert batch["symbols"].shape == batch["targets"].shape == (2, length)
-        assert batch["images"].shape == (2, 3, 16, 64) and batch["weight"] == len("CAT#") + len("Exi#")
+        assert batch["images"].shape == (2, 3, 16, 64) and batch["n_targets"] == len("CAT#") + len("Exi#")
 
 
 def test_a_text_that_does_not_fit_is_a_bad_row_wherever_it_is_read(tmp_path):

@@ -137,7 +137,7 @@ def test_taken_up_from_its_state_it_goes_on_with_the_same_bits(tmp_path):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in net.state_dict().items())
 
 
-GAINS_BIASES_AND_POSITIONS = re.compile(r"bias|norm|scale|original0|cls|position|places|levels|\.start$")
+GAINS_BIASES_AND_POSITIONS = re.compile(r"bias|norm|scale|original0|cls|position|levels|\.start$")
 
 
 def test_weight_decay_is_on_kernels_and_embeddings_only(stage, tmp_path, monkeypatch):

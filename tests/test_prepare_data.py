@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from harness import ROOT, Process, Zygote, kill_at
+from harness import ROOT, ForkServer, Process, kill_at
 
 from omni.common.errors import RunError
 from omni.data.download import Archive, Transfer, unpack
@@ -247,7 +247,7 @@ class Preparation:
             "stdout": str(output.with_suffix(".out")),
             "stderr": str(output.with_suffix(".err")),
         }
-        return Process(Zygote.get().ask(request), output)
+        return Process(ForkServer.get().ask(request), output)
 
     def run(self, *args: str, prelude: str = "") -> Process:
         return self.start(*args, prelude=prelude).wait()

@@ -18,7 +18,15 @@ import omni.data.manifest
 from omni.common.errors import BadRow, GivenUp, Interrupted, UserError, reading_row
 from omni.common.media import Inline
 from omni.data.index import open_array, save_array
-from omni.data.manifest import Manifest, Rows, account_for_rows, load_manifest, measure, measure_rows, read_some
+from omni.data.manifest import (
+    Manifest,
+    ManifestDataset,
+    account_for_rows,
+    load_manifest,
+    measure,
+    measure_rows,
+    read_some,
+)
 from omni.data.records import MAX_ROW_BYTES, json_records, line_of, line_records, parse
 
 COLUMNS = ("wav", "text")
@@ -246,7 +254,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-class Raising(Rows):
+class Raising(ManifestDataset):
     kind: type = ValueError
 
     def read(self, row: dict, rng) -> float:
@@ -255,7 +263,7 @@ class Raising(Rows):
         return float(row["text"])
 
     def collate(self, samples: list) -> dict:
-        return {"values": samples, "weight": len(samples)}
+        return {"values": samples, "n_targets": len(samples)}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -429,11 +437,11 @@ def test_parse_refuses_what_is_longer_than_a_row_may_be():
 
 
 def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong():
-    """Subclasses of ``Rows``, of all stages, say how one row is read; none of them says when."""
+    """Subclasses of ``ManifestDataset``, of all stages, say how one row is read; none of them says when."""
     for path in (Path(omni.data.manifest.__file__).parent).glob("*.py"):
         if path.stem != "web":  # needs Gradio, and reads no rows
             importlib.import_module(f"omni.{path.stem}")
-    kinds = [Rows]
+    kinds = [ManifestDataset]
     for kind in kinds:
         kinds += kind.__subclasses__()
     assert len(kinds) > 12 and all("_sample" not in vars(kind) for kind in kinds[1:])

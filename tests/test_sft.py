@@ -17,9 +17,8 @@ from stages import OMNI, write_csv
 from test_config import only_error
 
 from omni.common.errors import BadRow, UserError
-from omni.data.corpus import IGNORE
 from omni.data.order import ResumableDataset
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models import omni_model
 from omni.models.aligner import text_symbols
 from omni.models.ctc import CtcTokenizer
@@ -34,12 +33,12 @@ from omni.models.omni_model import (
     load_omni,
     spoken_bytes,
 )
-from omni.models.ops import rounded_up
+from omni.models.ops import round_up
 from omni.models.talker import Utterance, load_talker
 from omni.stages import sft
+from omni.stages.omni import SftConfig
 from omni.synthetic import world
 from omni.train.checkpoint import load, load_weights, save
-from omni.train.config import SftConfig
 from omni.train.optim import build_adamw
 from omni.train.run import Run, Stage
 
@@ -114,8 +113,8 @@ def test_attachments_stand_at_their_placeholders(folder, shape):
             assert len(patches) == 4
             if config.image_stack == 2:
                 patches = patches.view(1, -1)
-            each = patches.view(len(patches), -1, model.proj_v.namer.in_features)  # all patches of a position
-            expected = model.proj_v(patches, 1 - (1 - model.proj_v.namer(each).sigmoid()).prod(dim=1))
+            each = patches.view(len(patches), -1, model.proj_v.word_head.in_features)  # all patches of a position
+            expected = model.proj_v(patches, 1 - (1 - model.proj_v.word_head(each).sigmoid()).prod(dim=1))
             torch.testing.assert_close(x[row, start : start + len(expected)], expected)
         for start, sound in sample.sounds:
             frames, lengths = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
@@ -152,10 +151,10 @@ def test_of_a_recording_only_frames_stay_in_which_something_new_is_heard(folder,
         assert short.dropped[row] == (~kept).sum()
         for one, other in ((short.embeds, whole.embeds), (short.targets, whole.targets)):
             torch.testing.assert_close(one[row, : int(kept.sum())], other[row, : len(kept)][kept])
-        assert (short.targets[row, int(kept.sum()) :] == IGNORE).all()
+        assert (short.targets[row, int(kept.sum()) :] == IGNORE_INDEX).all()
     longest = int((batch["sizes"] - short.dropped).max())
     assert 0 < left_out < len(batch["sound_at"])
-    assert short.embeds.shape[1] == min(rounded_up(longest), whole.embeds.shape[1])
+    assert short.embeds.shape[1] == min(round_up(longest), whole.embeds.shape[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -230,14 +229,14 @@ def test_only_answers_have_a_loss(folder, monkeypatch):
     for messages in conversations(inputs, folder):
         encoded = inputs.encode(messages)
         answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        learnt = [target for target in encoded.targets if target != IGNORE]
+        learnt = [target for target in encoded.targets if target != IGNORE_INDEX]
         assert inputs.tokenizer.decode(learnt) == "".join(f"{answer}<|end|>" for answer in answers)
         assert len(encoded.ids) == len(encoded.targets)
         for position, target in enumerate(encoded.targets[:-1]):
-            assert target in (IGNORE, encoded.ids[position + 1])
+            assert target in (IGNORE_INDEX, encoded.ids[position + 1])
         prompt = inputs.encode(messages[:-1])
         assert prompt.ids == encoded.ids[: encoded.prompt] and prompt.prompt == len(prompt.ids) == encoded.prompt
-        assert set(prompt.targets[encoded.prompt - 1 :]) == {IGNORE}
+        assert set(prompt.targets[encoded.prompt - 1 :]) == {IGNORE_INDEX}
     batch = inputs.collate([inputs.encode(messages) for messages in conversations(inputs, folder)])
     with torch.no_grad():
         embeds, targets, *_ = model.embed(batch)
@@ -245,10 +244,10 @@ def test_only_answers_have_a_loss(folder, monkeypatch):
         nats, *_ = model(batch)
         monkeypatch.setattr(omni_model, "ROWS_TOGETHER", 2)
         torch.testing.assert_close(model(batch)[0], nats)
-    counted = targets != IGNORE
+    counted = targets != IGNORE_INDEX
     expected = F.cross_entropy(logits[counted], targets[counted])
     torch.testing.assert_close(nats, expected)
-    assert batch["weight"] == int(counted.sum())
+    assert batch["n_targets"] == int(counted.sum())
 
 
 def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
@@ -257,7 +256,9 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
     sounds = [inputs.sound(folder / f"{i}.wav", words) for i, words in enumerate(("cat", "dog one", "", "red " * 9))]
     batch = inputs.collate([inputs.encode([user(sound), says("a")]) for sound in sounds])
     spoken = [inputs.tokenizer.encode(words) for words in ("cat", "dog one")]
-    assert batch["spoken_lengths"].tolist() == [*map(len, spoken), 0, 0], "not known, and too much for its positions"
+    assert batch["transcript_lengths"].tolist() == [*map(len, spoken), 0, 0], (
+        "not known, and too much for its positions"
+    )
     table, blank = model.thinker.embed_tokens.weight, model.audio_id
     used = sorted({blank, *spoken[0], *spoken[1]})
     with torch.no_grad():  # few channels: make the tokens that count as different as can be
@@ -266,14 +267,14 @@ def test_recordings_are_drawn_to_the_tokens_of_their_text(folder):
     positions = torch.full((4, 12), blank)
     for row, ids in enumerate(spoken):
         positions[row, : len(ids)] = torch.tensor(ids)
-    fits = {key: batch[key] for key in ("n_frames", "spoken", "spoken_lengths")}
+    fits = {key: batch[key] for key in ("n_frames", "transcript_ids", "transcript_lengths")}
     with torch.no_grad():
-        spelled = model._misspelling(table[positions], fits)
-        wrong = model._misspelling(table[torch.full((4, 12), blank)], fits)
+        spelled = model._ctc_alignment_loss(table[positions], fits)
+        wrong = model._ctc_alignment_loss(table[torch.full((4, 12), blank)], fits)
     assert spelled < 1 and wrong > 5 * len(spoken)
-    misspelling = model.train()(batch).misspelling
-    misspelling.backward()
-    assert misspelling > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
+    ctc_alignment_loss = model.train()(batch).ctc_alignment_loss
+    ctc_alignment_loss.backward()
+    assert ctc_alignment_loss > 0 and table.grad is None and model.proj_a.fc2.weight.grad.abs().sum() > 0
 
 
 def test_before_training_what_is_heard_already_reads_like_text(folder):
@@ -306,30 +307,30 @@ def test_before_training_what_is_seen_already_reads_like_its_names(folder):
     _, model, tokenizer = assemble(small_config(folder))
     words, table = Tokenizer.load(folder / "vision" / "tokenizer.json"), model.thinker.embed_tokens.weight
     torch.testing.assert_close(
-        model.proj_v.namer.weight, load(folder / "vision/vision.pt")["model"]["word_head.weight"]
+        model.proj_v.word_head.weight, load(folder / "vision/vision.pt")["model"]["word_head.weight"]
     )
     shown = words.encode(" dog")
-    namer = model.proj_v.namer
+    word_head = model.proj_v.word_head
     with torch.no_grad():
-        namer.weight.zero_()
-        namer.bias.fill_(-100.0)
-        namer.bias[shown[0]] = 100.0
+        word_head.weight.zero_()
+        word_head.bias.fill_(-100.0)
+        word_head.bias[shown[0]] = 100.0
         seen = model._pictures({"images": torch.zeros(1, 3, *model.vision_encoder.img_size, dtype=torch.uint8)})
     expected = table[tokenizer.encode(words.decode(shown[:1]))].mean(dim=0)
-    torch.testing.assert_close(seen, (expected + model.proj_v.places).expand_as(seen))
+    torch.testing.assert_close(seen, (expected + model.proj_v.position_embeddings).expand_as(seen))
 
 
 def test_before_training_a_place_reads_like_the_words_for_it(folder):
     projection = Projection(8, 8, 6, side=3)
     left, right, top, bottom, *_ = torch.eye(6)
     projection.start_from_places(left, right, top, bottom)
-    places = 2 * projection.places.detach().view(3, 3, 6)  # row by row
+    places = 2 * projection.position_embeddings.detach().view(3, 3, 6)  # row by row
     torch.testing.assert_close(places[0, 0], top + left)
     torch.testing.assert_close(places[0, 2], top + right)
     torch.testing.assert_close(places[2, 0], bottom + left)
     torch.testing.assert_close(places[1, 1], torch.tensor([0.5, 0.5, 0.5, 0.5, 0, 0]))
     _, model, tokenizer = assemble(small_config(folder))
-    table, found = model.thinker.embed_tokens.weight, model.proj_v.places.view(2, 2, -1)
+    table, found = model.thinker.embed_tokens.weight, model.proj_v.position_embeddings.view(2, 2, -1)
     left, right = embeddings_of([" left", " right"], tokenizer, table)
     torch.testing.assert_close(found[0, 0] - found[0, 1], (left - right) / 2)
 
@@ -340,7 +341,9 @@ def test_an_encoder_without_word_loss_is_projected_only(folder, tmp_path):
     shutil.copytree(folder / "vision", tmp_path / "vision")
     save(tmp_path / "vision" / "vision.pt", saved)
     config, model, _ = assemble(small_config(folder, vision_ckpt=str(tmp_path / "vision")))
-    assert model.proj_v.namer is None and model.proj_v.units is None and config.parts["vision_encoder"]["n_words"] == 0
+    assert (
+        model.proj_v.word_head is None and model.proj_v.units is None and config.parts["vision_encoder"]["n_words"] == 0
+    )
     seen = model._pictures({"images": torch.zeros(1, 3, *model.vision_encoder.img_size, dtype=torch.uint8)})
     assert 0.1 < seen.square().mean() / model.thinker.embed_tokens.weight.square().mean() < 10
 
@@ -358,9 +361,9 @@ def test_the_talker_reads_each_byte_with_its_token(folder, answer):
     _, inputs, _ = small_model(folder)
     encoded, read = spoken_answer(inputs, answer), answer.encode()
     assert bytes(read[byte] for byte in spoken_bytes(answer)).split() == answer.encode().split()
-    assert len(encoded.uttered) == len(text_symbols(answer)) and encoded.uttered[-1] == -1
+    assert len(encoded.speech_token_index) == len(text_symbols(answer)) and encoded.speech_token_index[-1] == -1
     found: dict[int, list[int]] = {}
-    for position, symbol in zip(encoded.uttered[:-1], text_symbols(answer), strict=False):
+    for position, symbol in zip(encoded.speech_token_index[:-1], text_symbols(answer), strict=False):
         found.setdefault(position, []).append(symbol)
     for position, symbols in found.items():
         token = inputs.tokenizer._tokenizer.id_to_token(encoded.ids[position])
@@ -377,19 +380,19 @@ def test_the_talker_hears_what_the_thinker_thinks_while_it_answers(folder):
     others = [inputs.encode(messages) for messages in conversations(inputs, folder)]
     batch = inputs.collate([others[3], answers[0], others[0], answers[1], others[4]])
     speech = model.speech(batch, model.embed(batch).embeds)
-    assert batch["said_rows"].tolist() == [1, 3] and speech["weight"] == 2 * (20 * 2 + 1)
+    assert batch["speech_rows"].tolist() == [1, 3] and speech["n_targets"] == 2 * (20 * 2 + 1)
     for row, encoded in enumerate(answers):
         hidden = model.thinker.hidden_states(torch.tensor([encoded.ids]))[0]
-        heard = speech["thinker_states"][row, : len(encoded.uttered)]
-        torch.testing.assert_close(heard[:-1], hidden[encoded.uttered[:-1]], rtol=1e-4, atol=1e-5)
-        assert not heard[-1].any() and not speech["thinker_states"][row, len(encoded.uttered) :].any()
+        heard = speech["thinker_states"][row, : len(encoded.speech_token_index)]
+        torch.testing.assert_close(heard[:-1], hidden[encoded.speech_token_index[:-1]], rtol=1e-4, atol=1e-5)
+        assert not heard[-1].any() and not speech["thinker_states"][row, len(encoded.speech_token_index) :].any()
     # what is not said is the same; a loss is that of its samples
     together = model(batch)
     each = [model(inputs.collate([encoded])) for encoded in answers]
-    counts = [float((inputs.collate([encoded])["targets"] != IGNORE).sum()) for encoded in answers]
-    total = sum(losses.misspeaking * count for losses, count in zip(each, counts, strict=True))
-    expected = total / (batch["targets"] != IGNORE).sum()
-    torch.testing.assert_close(together.misspeaking, expected, rtol=1e-4, atol=1e-4)
+    counts = [float((inputs.collate([encoded])["targets"] != IGNORE_INDEX).sum()) for encoded in answers]
+    total = sum(losses.talker_loss * count for losses, count in zip(each, counts, strict=True))
+    expected = total / (batch["targets"] != IGNORE_INDEX).sum()
+    torch.testing.assert_close(together.talker_loss, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -417,13 +420,13 @@ def test_a_sequence_longer_than_the_context_is_refused_or_loses_its_last_turns(f
         inputs.encode([user(text("cat " * 90)), says("dog")])
     turns = [message for _ in range(20) for message in (user(text("cat")), says("dog"))]
 
-    class Talk(sft.TaskRows):
+    class Talk(sft.TaskDataset):
         def messages(self, row, rng):
             return turns
 
     encoded, right = Talk(None, np.arange(1), inputs, config, training=True).read({}, None)
     assert 40 < len(encoded.ids) <= 64 and right == {"dog"}
-    learnt = inputs.tokenizer.decode([target for target in encoded.targets if target != IGNORE])
+    learnt = inputs.tokenizer.decode([target for target in encoded.targets if target != IGNORE_INDEX])
     assert learnt.replace("dog<|end|>", "") == ""
 
 
@@ -495,12 +498,12 @@ class FakeTask:
 
 class FakeInputs:
     def collate(self, samples):
-        return {"ids": [sample.ids[0] for sample in samples], "weight": len(samples)}
+        return {"ids": [sample.ids[0] for sample in samples], "n_targets": len(samples)}
 
 
-def mixed(seed: int = 3) -> sft.Mix:
+def mixed(seed: int = 3) -> sft.TaskMixture:
     tasks = {"text": FakeTask(10), "caption": FakeTask(40), "sign": FakeTask(7)}
-    return sft.Mix(tasks, {"caption": 0.5, "sign": 1.5}, FakeInputs(), seed)
+    return sft.TaskMixture(tasks, {"caption": 0.5, "sign": 1.5}, FakeInputs(), seed)
 
 
 def test_weights_hold_in_every_epoch_and_each_task_goes_through_its_rows():
@@ -514,12 +517,12 @@ def test_weights_hold_in_every_epoch_and_each_task_goes_through_its_rows():
         passes = [[row for row, passed in order if passed == number] for number in range(order[-1][1])]
         assert len(passes) > 5 and all(sorted(one) == list(range(rows)) for one in passes)
         assert passes[0] != passes[1] != passes[2]
-    tiny = sft.Mix({"text": FakeTask(1000), "sign": FakeTask(5)}, {"sign": 1e-6}, FakeInputs(), 0)
+    tiny = sft.TaskMixture({"text": FakeTask(1000), "sign": FakeTask(5)}, {"sign": 1e-6}, FakeInputs(), 0)
     assert tiny.counts[1] == 1 and len(tiny) == sum(tiny.counts)
 
 
 def test_the_order_is_pure_and_resumes_anywhere_without_reading_what_it_skips():
-    def batches(skip: int, mix: sft.Mix) -> list[list[int]]:
+    def batches(skip: int, mix: sft.TaskMixture) -> list[list[int]]:
         dataset = ResumableDataset(mix, seed=5, batch_size=4, drop_last=False)
         dataset.skip_samples = skip * 4
         return [batch["ids"] for batch in dataset]
@@ -559,7 +562,7 @@ def test_the_tasks_of_the_world(tmp_path):
     tasks, val_tasks, digests, inputs = prepared(config)
     assert set(tasks) == {*SftConfig.TASKS} - {"sign", "conversation"} and len(set(digests.values())) == 1
 
-    def questions(task: sft.TaskRows) -> set[str]:
+    def questions(task: sft.TaskDataset) -> set[str]:
         return {task.manifest[int(row)]["text"] for row in task.row_numbers}
 
     heard, held_out = questions(tasks["spoken_question"]), questions(val_tasks["spoken_question"])
@@ -593,9 +596,9 @@ def test_the_tasks_of_the_world(tmp_path):
         assert row["caption"] in right and len(right) <= 16
     assert sft.scene_captions(None) == sft.scene_captions([{"shape": "x"}]) == set()
     # held-out rows: all of them up to the limit, evenly spread beyond it
-    items = sft.HeldOutItems(val_tasks, inputs, 2)
+    items = sft.EvalItems(val_tasks, inputs, 2)
     assert len(items) == sum(min(2, len(task)) for task in val_tasks.values())
-    assert len(sft.HeldOutItems(val_tasks, inputs, 10**6)) == sum(map(len, val_tasks.values()))
+    assert len(sft.EvalItems(val_tasks, inputs, 10**6)) == sum(map(len, val_tasks.values()))
     batch = items.batch(np.arange(len(items)), 0)
     assert len(batch["right"]) == len(batch["task"]) == len(batch["tokens"])
 

@@ -14,7 +14,7 @@ from omni.chat.speaker import Speaker
 from omni.common.errors import UserError
 from omni.models.codec import Codec
 from omni.models.talker import Talker
-from omni.train.config import CodecConfig, TalkerConfig
+from omni.stages.talker import CodecConfig, TalkerConfig
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,10 @@ from omni.models.ctc import CtcTokenizer
 from omni.models.omni_model import Inputs
 from omni.models.vocoder import Clips
 from omni.stages.asr import LENGTH, Utterances, row_length, samples_at
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.talker import CodecConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
-from omni.train.config import AudioEncoderConfig, CodecConfig, VocoderConfig
 
 SPEC = MelSpec()
 NOISE = (0.1 * np.random.default_rng(0).standard_normal(100_000)).astype(np.float32)
@@ -114,15 +116,15 @@ def test_what_was_mended_reaches_the_log_once_for_each_file(tmp_path):
 
 
 def test_a_batch_brings_its_notes(tmp_path):
-    class Rows:
+    class ManifestDataset:
         def __len__(self):
             return 2
 
         def batch(self, rows, epoch):
             note(f"row {int(rows[0]) + 1} was odd")
-            return {"weight": 1}
+            return {"n_targets": 1}
 
-    notes = [batch["notes"] for batch in ResumableDataset(Rows(), seed=0, batch_size=1, shuffle=False)]
+    notes = [batch["notes"] for batch in ResumableDataset(ManifestDataset(), seed=0, batch_size=1, shuffle=False)]
     assert notes == [["row 1 was odd"], ["row 2 was odd"]]
 
 

@@ -14,7 +14,7 @@ from omni.chat.speaker import Speaker, word_error_rates, word_errors
 from omni.models.aligner import TEXT_END, text_symbols
 from omni.models.codec import Codec
 from omni.models.talker import (
-    IGNORED,
+    IGNORE_INDEX,
     Talker,
     Utterance,
     collate_utterances,
@@ -26,7 +26,8 @@ from omni.models.talker import (
     talker_sums,
 )
 from omni.models.vocoder import Generator
-from omni.train.config import CodecConfig, TalkerConfig, VocoderConfig
+from omni.stages.talker import CodecConfig, TalkerConfig
+from omni.stages.vocoder import VocoderConfig
 
 SIZES = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "text_layers": 2, "depth_d_model": 32, "depth_layers": 2,
@@ -54,9 +55,9 @@ def utterances(seed: int = 0) -> list[Utterance]:
     return [Utterance(*one) for one in zip(TEXTS, symbols, codes, durations, strict=True)]
 
 
-def spread(slots: int, count: int) -> torch.Tensor:
-    """``slots`` over ``count`` bytes as evenly as whole numbers allow."""
-    return torch.arange(count + 1).mul(slots).div(count, rounding_mode="floor").diff()
+def spread(alignment_frames: int, count: int) -> torch.Tensor:
+    """``alignment_frames`` over ``count`` bytes as evenly as whole numbers allow."""
+    return torch.arange(count + 1).mul(alignment_frames).div(count, rounding_mode="floor").diff()
 
 
 def logits_of(talker: Talker, batch: dict) -> torch.Tensor:
@@ -139,7 +140,7 @@ def test_a_byte_is_read_with_its_neighbours():
 def test_the_text_is_laid_out_by_hand():
     talker = small(text_layers=0)
     text = torch.randn(2, 3, 32)
-    spoken = talker.lay_out(text, torch.tensor([3, 2]), torch.tensor([[1, 4, 3], [2, 1, 0]]), 3)
+    spoken = talker.length_regulator(text, torch.tensor([3, 2]), torch.tensor([[1, 4, 3], [2, 1, 0]]), 3)
     bytes_of_slots = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
     for row, places in enumerate(bytes_of_slots):
         expected = talker.text_proj(text[row, places].reshape(3, -1))
@@ -172,8 +173,10 @@ def test_an_utterance_that_never_ends_is_cut():
     talker, symbols = small(), [text_symbols(TEXTS[0])]
     without_end(talker)
     text = talker.encode_text(torch.tensor(symbols), torch.tensor([len(symbols[0])]))
-    slots = int(talker.choose_durations(text, torch.tensor([len(symbols[0])])).sum())
-    assert len(list(talker.generate(symbols, max_frames=10_000))) == slots // 4 + 1 + 12  # 12 frames are a second
+    alignment_frames = int(talker.choose_durations(text, torch.tensor([len(symbols[0])])).sum())
+    assert (
+        len(list(talker.generate(symbols, max_frames=10_000))) == alignment_frames // 4 + 1 + 12
+    )  # 12 frames are a second
     assert len(list(talker.generate(symbols, max_frames=3))) == 3
 
 
@@ -253,8 +256,13 @@ def test_draws_follow_the_probabilities_and_top_k():
 def test_targets_end_once():
     codes = torch.arange(12).view(2, 3, 2)
     targets = frame_targets(codes, torch.tensor([3, 1]), codebook_size=99)
-    assert targets[0].tolist() == [[0, 1], [2, 3], [4, 5], [99, IGNORED]]
-    assert targets[1].tolist() == [[6, 7], [99, IGNORED], [IGNORED, IGNORED], [IGNORED, IGNORED]]
+    assert targets[0].tolist() == [[0, 1], [2, 3], [4, 5], [99, IGNORE_INDEX]]
+    assert targets[1].tolist() == [
+        [6, 7],
+        [99, IGNORE_INDEX],
+        [IGNORE_INDEX, IGNORE_INDEX],
+        [IGNORE_INDEX, IGNORE_INDEX],
+    ]
 
 
 def test_metrics_by_hand():
@@ -272,7 +280,7 @@ def test_loss_and_validation_agree():
     metrics = talker_metrics(totals)
     loss, logged = talker_loss(talker, batch, frame_dropout=0.0, duration_weight=0.5)
     assert logged["duration"].item() == pytest.approx(metrics["duration_loss"], rel=1e-5)
-    durations = 0.5 * totals["duration_nats"] / batch["weight"]
+    durations = 0.5 * totals["duration_nats"] / batch["n_targets"]
     assert loss.item() == pytest.approx(metrics["loss"] + durations, rel=1e-5)
 
 
@@ -309,7 +317,7 @@ def speaker(with_vocoder: bool) -> Speaker:
 
 
 def without_end(talker: Talker, slots_per_byte: float | None = None) -> None:
-    """Make it talk for ever, or as long as the text, at so many slots a byte, allows."""
+    """Make it talk for ever, or as long as the text, at so many alignment_frames a byte, allows."""
     with torch.no_grad():
         if slots_per_byte:
             talker.duration_head.weight.zero_()

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from harness import ROOT, Process, Zygote, differences, kill_at
+from harness import ROOT, ForkServer, Process, differences, kill_at
 from stages import TEXT
 from test_config import only_error
 
@@ -61,7 +61,7 @@ def chat(folder, *arguments: str) -> Process:
         "stdout": str(output.with_suffix(".out")),
         "stderr": str(output.with_suffix(".err")),
     }
-    return Process(Zygote.get().ask(request), output).wait()
+    return Process(ForkServer.get().ask(request), output).wait()
 
 
 def test_chat_with_a_finished_and_with_a_half_trained_stage(tmp_path):
@@ -106,7 +106,7 @@ def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
     reference.finish()
     training = TEXT.training(tmp_path, max_steps=4, cache_dir=str(tmp_path / "cache"))
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))\n"
-    limit += "import omni.data.tokenizer; omni.data.tokenizer.Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
+    limit += "from omni.data.tokenizer import Tokenizer; Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
     process = training.run(prelude=limit)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "File too large" in process.stderr

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from omni.models import layers, ops, thinker
+from omni.models.architectures import ThinkerArchitecture
 from omni.models.layers import KVCache, MoE, grouped_linear, load_balancing_loss
 from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
-from omni.train.config import ThinkerArchitecture
 
 V = 300
 SHAPES = {
@@ -435,8 +435,8 @@ def test_generation_reads_each_token_once():
 def stage_a(tmp_path_factory) -> Path:
     """A folder as train_text.py leaves it, of an untrained model."""
     from omni.data.tokenizer import Tokenizer
+    from omni.stages.text import TextConfig
     from omni.train import checkpoint
-    from omni.train.config import TextConfig
 
     folder = tmp_path_factory.mktemp("stage a")
     tokenizer = Tokenizer.train(iter([f"the cat {i} sat on the mat and slept" for i in range(99)]), 340)
@@ -512,9 +512,9 @@ def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monke
 
     prompts, real = [], infer_chat.answer
 
-    def spy(assistant, thoughts, ids, args):
+    def spy(assistant, answer_states, ids, args):
         prompts.append(assistant.tokenizer.decode(ids))
-        yield from real(assistant, thoughts, ids, args)
+        yield from real(assistant, answer_states, ids, args)
 
     monkeypatch.setattr(infer_chat, "answer", spy)
     flags = ["--ckpt_dir", str(stage_a), "--max_new_tokens", "6", "--system", "sys"]

@@ -26,7 +26,7 @@ from omni.models.vision_encoder import (
     ViT,
     contrastive_loss,
     load_vision_encoder,
-    named_nowhere,
+    noisy_or_log_absent,
     similarities,
     to_vit_state_dict,
     vit_config,
@@ -43,8 +43,8 @@ from omni.stages.captions import (
     in_distinct_groups,
     pad_captions,
 )
+from omni.stages.vision import VisionConfig
 from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
-from omni.train.config import VisionConfig
 from omni.train.optim import build_adamw
 
 CPU = torch.device("cpu")
@@ -203,20 +203,20 @@ def test_the_word_loss_asks_which_words_any_patch_shows_and_for_rare_ones_most()
     there = torch.zeros(3, 12)
     there[0, [5, 7, 9]] = there[1, [6, 7]] = 1
     expected = F.binary_cross_entropy(shown, there, weight=counts, reduction="sum") / 5
-    torch.testing.assert_close(word_loss(named_nowhere(logits, 1), tokens, ends), expected)
+    torch.testing.assert_close(word_loss(noisy_or_log_absent(logits, 1), tokens, ends), expected)
     longer = F.pad(tokens, (0, 2), value=8)  # whatever stands behind an end
-    torch.testing.assert_close(word_loss(named_nowhere(logits, 1), longer, ends), expected)
-    assert word_loss(named_nowhere(torch.full((1, 2, 12), 200.0), 1), *pad_captions([[5, 0]])).isfinite()
-    assert word_loss(named_nowhere(torch.full((1, 2, 12), -200.0), 1), *pad_captions([[5, 0]])).isfinite()
+    torch.testing.assert_close(word_loss(noisy_or_log_absent(logits, 1), longer, ends), expected)
+    assert word_loss(noisy_or_log_absent(torch.full((1, 2, 12), 200.0), 1), *pad_captions([[5, 0]])).isfinite()
+    assert word_loss(noisy_or_log_absent(torch.full((1, 2, 12), -200.0), 1), *pad_captions([[5, 0]])).isfinite()
 
 
 def test_once_a_patch_is_sure_of_a_word_no_other_gains_by_naming_it():
     logits, captions = torch.full((2, 3, 12), -6.0, requires_grad=True), pad_captions([[5, 0], [0]])
     logits.data[0, 1, 5] = 6.0
-    word_loss(named_nowhere(logits, 1), *captions).backward()
+    word_loss(noisy_or_log_absent(logits, 1), *captions).backward()
     assert logits.grad[0, [0, 2], 5].abs().max() < 1e-4
     logits.data[0, 1, 5], logits.grad = -6.0, None
-    word_loss(named_nowhere(logits, 1), *captions).backward()
+    word_loss(noisy_or_log_absent(logits, 1), *captions).backward()
     assert (logits.grad[0, :, 5] < -0.1).all()
 
 
@@ -225,7 +225,7 @@ def test_the_training_losses_are_those_of_the_embeddings(monkeypatch):
     contrast, words, scale = model(images, tokens, ends, same=same)
     torch.testing.assert_close(contrast, contrastive_loss(*model(images, tokens, ends), same))
     logits = model.word_head(model.vit(images)[:, 1:])
-    torch.testing.assert_close(words, word_loss(named_nowhere(logits, 1), tokens, ends))
+    torch.testing.assert_close(words, word_loss(noisy_or_log_absent(logits, 1), tokens, ends))
     monkeypatch.setattr(vision_encoder, "WORD_LOGITS", 2 * logits[0].numel())
     pieces = model(images, tokens, ends, same=same)[1]
     torch.testing.assert_close(pieces, words)
@@ -510,7 +510,7 @@ def test_every_row_comes_once_an_epoch_with_its_own_caption(tmp_path):
     rows = CaptionRows(manifest, np.arange(24), tokenizer, config, training=True)
     seen = []
     for batch in ResumableDataset(rows, seed=1, batch_size=5):
-        assert batch["images"].dtype == torch.uint8 and batch["weight"] == len(batch["rows"])
+        assert batch["images"].dtype == torch.uint8 and batch["n_targets"] == len(batch["rows"])
         for row, ids, end in zip(batch["rows"], batch["tokens"], batch["ends"], strict=True):
             assert tokenizer.decode(ids[:end].tolist()) == manifest[row]["caption"]
             assert ids[end] == tokenizer.eos_id

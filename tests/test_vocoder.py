@@ -34,7 +34,8 @@ from omni.models.vocoder import (
     split_column,
     to_speecht5_state_dict,
 )
-from omni.train.config import VocoderConfig, load_config
+from omni.stages.vocoder import VocoderConfig
+from omni.train.config import load_config
 
 SIZES = {
     "n_mels": 20, "upsample_rates": [8, 5, 4], "upsample_initial_channel": 32, "resblock_kernel_sizes": [3, 7],
@@ -198,7 +199,7 @@ def test_segments_are_drawn_by_seed_epoch_and_row(tmp_path):
     one, again, later = (rows.batch(np.array([3, 4]), epoch) for epoch in (0, 0, 1))
     assert torch.equal(one["waveform"], again["waveform"]) and not torch.equal(one["waveform"], later["waveform"])
     assert torch.equal(rows.batch(np.array([4]), 0)["waveform"][0], one["waveform"][1])
-    assert one["log_mel"].shape == (2, 5, 20) and one["waveform"].shape == (2, 800) and one["weight"] == 1600
+    assert one["log_mel"].shape == (2, 5, 20) and one["waveform"].shape == (2, 800) and one["n_targets"] == 1600
     whole = clips(tmp_path, training=False).batch(np.array([3]), 0)["waveform"][0]
     starts = {tuple(rows.batch(np.array([3]), epoch)["waveform"][0, :4].tolist()) for epoch in range(200)}
     assert starts == {tuple(whole[i : i + 4].tolist()) for i in range(0, len(whole) - 799, 160)}

@@ -41,8 +41,8 @@ needs_browser = pytest.mark.skipif(
 SLOW = """
 import time, omni.chat.assistant
 _decoded = omni.chat.assistant.Assistant._decoded
-def slow(self, ids, thoughts):
-    for piece in _decoded(self, ids, thoughts):
+def slow(self, ids, answer_states):
+    for piece in _decoded(self, ids, answer_states):
         time.sleep(0.02)
         yield piece
 omni.chat.assistant.Assistant._decoded = slow
@@ -275,7 +275,7 @@ def test_a_stopped_answer_ends_and_stays_and_a_new_chat_forgets(site):
 class Stub:
     """An assistant that answers at once, and a speaker that says a second of noise for each sentence."""
 
-    folder, ctx_len, metrics, hears = Path("stub"), 1000, {}, False
+    folder, ctx_len, metrics, uses_thinker_states = Path("stub"), 1000, {}, False
     max_frames, code_s, spec = 100, 1.0, SimpleNamespace(sample_rate=1000)
 
     def __init__(self) -> None:
@@ -287,7 +287,7 @@ class Stub:
     def prompt(self, messages: list, max_new_tokens: int) -> list:
         return messages
 
-    def answer(self, prompt: list, thoughts, **sampling):
+    def answer(self, prompt: list, answer_states, **sampling):
         self.events.append("answered")
         yield "yes"
 

@@ -23,8 +23,8 @@ from omni.models.ocr import Ocr, load_ocr, read_text
 from omni.models.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
 from omni.models.thinker import Thinker, load_thinker
 from omni.models.vocoder import load_vocoder_for
+from omni.stages.omni import SftConfig
 from omni.train.checkpoint import load_stage, step_files
-from omni.train.config import SftConfig
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
 UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
@@ -176,16 +176,18 @@ class Assistant:
             return self.thinker.generate(inputs_embeds=embeds, **sampling)
         return self.thinker.generate(prompt, **sampling)
 
-    def answer(self, prompt: list[int] | Encoded, thoughts: "Thoughts | None" = None, **sampling) -> Iterator[str]:
+    def answer(
+        self, prompt: list[int] | Encoded, answer_states: "AnswerStates | None" = None, **sampling
+    ) -> Iterator[str]:
         """The text that follows ``prompt``, in pieces, each as soon as it is known; as ``generate``.
 
         Args:
-            thoughts: gets what the Thinker thinks meanwhile.
+            answer_states: gets what the Thinker thinks meanwhile.
         """
-        if thoughts is None:
+        if answer_states is None:
             return self._decoded(self.generate(prompt, **sampling), [])
-        thoughts.tokenizer = self.tokenizer
-        return self._decoded(self.generate(prompt, states=thoughts.states, **sampling), thoughts.ids)
+        answer_states.tokenizer = self.tokenizer
+        return self._decoded(self.generate(prompt, states=answer_states.states, **sampling), answer_states.ids)
 
     def _decoded(self, ids: Iterator[int], seen: list[int]) -> Iterator[str]:
         decoder = StreamDecoder(self.tokenizer, skip_special=True)
@@ -195,7 +197,7 @@ class Assistant:
         yield decoder.flush()
 
 
-class Thoughts:
+class AnswerStates:
     """What the Thinker thinks while it writes an answer, for a talker that has learnt to hear it."""
 
     def __init__(self) -> None:
@@ -307,14 +309,16 @@ def load_speaker(
         facts = merged.components["talker"]
         if vocoder_ckpt is not None:
             vocoder = load_vocoder_for(source, speaker.spec, vocoder_ckpt, device)
-            speaker = Speaker(speaker.talker, speaker.codec, vocoder, hears=speaker.hears)
-        speaker.hears = speaker.hears and talker_ckpt is None  # another export's hears another Thinker
+            speaker = Speaker(speaker.talker, speaker.codec, vocoder, uses_thinker_states=speaker.uses_thinker_states)
+        speaker.uses_thinker_states = (
+            speaker.uses_thinker_states and talker_ckpt is None
+        )  # another export's hears another Thinker
     else:
         speaker = Speaker.load(source, vocoder_ckpt, device)
         facts = load_stage(source, "talker", "talker", "talker.pt")
         own = assistant.omni.models.talker if assistant is not None and assistant.omni is not None else None
         if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
-            speaker = Speaker(own, speaker.codec, speaker.vocoder, hears=True)
+            speaker = Speaker(own, speaker.codec, speaker.vocoder, uses_thinker_states=True)
     perplexity = facts["metrics"].get("code_perplexity")
     judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
     return speaker, f"{source}: talker of step {facts['step']}, {judged}"
@@ -344,7 +348,7 @@ def spoken(
     texts: list[str],
     what: str,
     on_cut: Callable[[str], None],
-    thoughts: Thoughts | None = None,
+    answer_states: AnswerStates | None = None,
     **sampling,
 ) -> Iterator[np.ndarray]:
     """The sound of one text after the other, with ``PAUSE_S`` of silence between, (S,) float32 pieces as they come.
@@ -352,7 +356,7 @@ def spoken(
     Args:
         what: whose texts they are, for messages.
         on_cut: called with a text of which more than ``MAX_SECONDS`` would have been said.
-        thoughts: of the answer that the texts are the sentences of.
+        answer_states: of the answer that the texts are the sentences of.
         sampling: as in ``Speaker.stream``.
 
     Raises:
@@ -363,8 +367,8 @@ def spoken(
     pause = np.zeros(round(PAUSE_S * speaker.spec.sample_rate), np.float32)
     longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
     silent, heard = True, None
-    if thoughts is not None and speaker.hears:
-        heard = thoughts.of(texts)
+    if answer_states is not None and speaker.uses_thinker_states:
+        heard = answer_states.of(texts)
     for number, text in enumerate(texts):
         said = 0
         for piece in speaker.stream(text, thinker_states=heard and [heard[number]], **sampling):

@@ -38,8 +38,11 @@ class Speaker:
         hears: whether the talker has learnt, in stage E, to hear the Thinker whose answers it speaks.
     """
 
-    def __init__(self, talker: Talker, codec: Codec, vocoder: Generator | None = None, *, hears: bool = False) -> None:
-        self.talker, self.codec, self.vocoder, self.hears = talker, codec, vocoder, hears
+    def __init__(
+        self, talker: Talker, codec: Codec, vocoder: Generator | None = None, *, uses_thinker_states: bool = False
+    ) -> None:
+        self.talker, self.codec, self.vocoder = talker, codec, vocoder
+        self.uses_thinker_states = uses_thinker_states
         self.spec = mel_spec(codec.arch)
         if vocoder is not None:
             refuse_other_mels("the vocoder", vocoder.config, "the codec", self.spec)
@@ -139,7 +142,7 @@ class Speaker:
 # Listening
 
 
-class Listener:
+class Recognizer:
     """The recogniser of stage B, asked what it hears.
 
     Args:
@@ -202,7 +205,7 @@ def read_recordings(
 
 
 def prepare_references(
-    run: Run, speaker: Speaker, listener: Listener, manifest: Manifest, rows: Sequence[int]
+    run: Run, speaker: Speaker, recognizer: Recognizer, manifest: Manifest, rows: Sequence[int]
 ) -> dict[str, float]:
     """Word error rates of the recordings and of what codec and vocoder make of them, kept in ``save_dir``."""
 
@@ -212,23 +215,23 @@ def prepare_references(
         versions = [speaker.versions(recording) for *_, recording in read]
         counts = {}
         for kind in ("recordings", "vocoded", "codec"):
-            heard = listener.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
+            heard = recognizer.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
             counts[kind] = word_errors([text for _, text, _ in read], heard)
         rates = word_error_rates(counts)
         run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
         return rates
 
-    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "listener": listener.model}
+    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "recognizer": recognizer.model}
     belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
     belongs_to |= {"data": manifest.sha256, "rows": len(rows), "files": files_digest(manifest, rows, "wav")}
-    return run.remember("references.json", belongs_to, make)
+    return run.cached_json("references.json", belongs_to, make)
 
 
 class TalkerScore:
-    """Judges a talker: its perplexity on the true codes, and what the listener gets wrong when it speaks.
+    """Judges a talker: its perplexity on the true codes, and what the recognizer gets wrong when it speaks.
 
     Args:
-        listener: None: it speaks, and nobody counts its words.
+        recognizer: None: it speaks, and nobody counts its words.
         sentences: how many it says in each process.
         show: called with the step, the number of the sentence, its recording's name, and the waveform of what is said.
         shown: for how many of them.
@@ -237,12 +240,18 @@ class TalkerScore:
     def __init__(
         self,
         speaker: Speaker,
-        listener: Listener | None,
+        recognizer: Recognizer | None,
         sentences: int,
         show: Callable[[int, int, str, Tensor], None] | None = None,
         shown: int = 2,
     ) -> None:
-        self.speaker, self.listener, self.sentences, self.show, self.shown = speaker, listener, sentences, show, shown
+        self.speaker, self.recognizer, self.sentences, self.show, self.shown = (
+            speaker,
+            recognizer,
+            sentences,
+            show,
+            shown,
+        )
         self.said = 0
 
     def sums(self, model: Talker, batch: dict) -> dict[str, Tensor]:
@@ -253,8 +262,8 @@ class TalkerScore:
             for number, (wav, waveform) in enumerate(zip(batch["wavs"], waveforms, strict=False), start=self.said):
                 if self.show is not None and number < self.shown:
                     self.show(batch["step"], number, wav, waveform)
-            if self.listener is not None:
-                errors, words = word_errors(texts, self.listener.transcribe(waveforms, self.speaker.spec.sample_rate))
+            if self.recognizer is not None:
+                errors, words = word_errors(texts, self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate))
                 totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}
             self.said += len(texts)
         return totals
@@ -262,6 +271,6 @@ class TalkerScore:
     def metrics(self, totals: dict) -> dict[str, float]:
         self.said = 0
         metrics = talker_metrics(totals)
-        if self.listener is not None:
+        if self.recognizer is not None:
             metrics |= word_error_rates({"talker": (totals["word_errors"], totals["words"])})
         return metrics

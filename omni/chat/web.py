@@ -19,8 +19,8 @@ import gradio.utils
 import numpy as np
 
 from omni.chat.assistant import (
+    AnswerStates,
     Assistant,
-    Thoughts,
     check_text_length,
     clean,
     message,
@@ -127,12 +127,12 @@ class Page:
                 if not text.strip() and not any(part["type"] == "audio" for part in attached):
                     raise UserError("expected a question: a text or a recording")
                 messages, max_new_tokens = [*talk.messages, message(attached, text)], int(max_new_tokens)
-                thoughts = Thoughts()
+                answer_states = AnswerStates()
                 sampling = {
                     "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": None if seed < 0 else seed,
                     "top_p": top_p if temperature and top_p < 1 else None,
                 }  # fmt: skip
-                pieces = await self.turns.compute(self.answer, messages, thoughts, sampling)
+                pieces = await self.turns.compute(self.answer, messages, answer_states, sampling)
                 contents = [{"path": path} for path in files] + [text] * bool(text.strip())
                 shown = talk.shown + [{"role": "user", "content": content} for content in contents]
                 shown, answer = shown[-MAX_SHOWN:], {"role": "assistant", "content": ""}
@@ -149,7 +149,9 @@ class Page:
                 if aloud and self.speaker is not None:
                     texts = sentences(answer["content"])
                     try:
-                        async for heard in self.speech(session, run, request, texts, "the answer", thoughts=thoughts):
+                        async for heard in self.speech(
+                            session, run, request, texts, "the answer", answer_states=answer_states
+                        ):
                             yield gr.skip(), gr.skip(), *heard
                     except UserError as error:  # the answer stands
                         warn(str(error))
@@ -167,10 +169,10 @@ class Page:
             return [self.assistant.image(path)]
         return [self.assistant.sound(path)]
 
-    def answer(self, messages: list[dict], thoughts: Thoughts, sampling: dict) -> Iterator[str]:
+    def answer(self, messages: list[dict], answer_states: AnswerStates, sampling: dict) -> Iterator[str]:
         """Pieces of the answer; ``messages`` loses the turns that no longer fit."""
         prompt = self.assistant.prompt(messages, sampling["max_new_tokens"])
-        return self.assistant.answer(prompt, thoughts, **sampling)
+        return self.assistant.answer(prompt, answer_states, **sampling)
 
     async def say(
         self, session: Session, text: str, temperature: float, seed: int, request: gr.Request

@@ -25,10 +25,9 @@ from omni.common.errors import UserError
 from omni.common.files import file_sha256, file_stat, open_sealed_json, read_sealed_json, write_sealed_json
 from omni.data.index import hold_cache
 from omni.data.records import other_encoding
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.train.run import Run
 
-IGNORE = -100  # target value that the loss leaves out
 _VERSION = 2
 _CHUNK_BYTES = 16 << 20
 _PIECE_BYTES = 64 << 10
@@ -392,16 +391,20 @@ class PackedTokens:
         a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then the batch's ``weight``."""
         if self._array is None:
             self._array = self.tokens.open()
-        window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE, dtype=np.int64)
+        window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE_INDEX, dtype=np.int64)
         for line, row in zip(window, rows, strict=False):
             piece = self._array[row * self.ctx_len : (row + 1) * self.ctx_len + 1]
             line[: len(piece)] = piece
         window = torch.from_numpy(window)
         tokens, targets = window[:, :-1].clamp(min=0), window[:, 1:].contiguous()
-        batch = {"tokens": tokens, "targets": targets, "weight": int((targets != IGNORE).sum())}
+        batch = {"tokens": tokens, "targets": targets, "n_targets": int((targets != IGNORE_INDEX).sum())}
         if self.context_weight != 1.0:
             weights = torch.where(in_answers(tokens, *self.answer_ids), 1.0, self.context_weight)
-            batch |= {"weights": weights, "weight": float(weights[targets != IGNORE].sum()), "units": batch["weight"]}
+            batch |= {
+                "weights": weights,
+                "n_targets": float(weights[targets != IGNORE_INDEX].sum()),
+                "n_tokens": batch["n_targets"],
+            }
         return batch
 
 

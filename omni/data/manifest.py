@@ -534,8 +534,8 @@ def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[
     return found
 
 
-class Rows:
-    """Some rows of a manifest as samples and micro-batches: a ``Source`` (see omni/data/order.py). Stages subclass it.
+class ManifestDataset:
+    """Some rows of a manifest as samples and micro-batches: a ``BatchSource`` that stages subclass.
 
     Args:
         rows: (N,) row numbers in the manifest.
@@ -586,8 +586,8 @@ class Rows:
             sample_rows, samples = map(list, zip(*found, strict=True))
             return self.collate(samples) | {"bad_rows": bad, "sample_rows": sample_rows}
         if self.training and not bad and (filler := self._sample(0, epoch, bad)) is not None:
-            return self.collate([filler]) | {"weight": 0, "bad_rows": bad}
-        return {"weight": 0, "bad_rows": bad}
+            return self.collate([filler]) | {"n_targets": 0, "bad_rows": bad}
+        return {"n_targets": 0, "bad_rows": bad}
 
     def _sample(self, row: int, epoch: int, bad: dict[str, str]):
         """The sample of ``row``, or of the next row that has one; None outside training, or after many bad ones."""

@@ -33,7 +33,7 @@ _POOL_STEPS = 64  # among whose samples those of similar length are put together
 # The order
 
 
-def mix(value: np.ndarray) -> np.ndarray:
+def splitmix64(value: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al. 2014): a bijection of 64-bit words with good avalanche."""
     value = np.asarray(value, dtype=np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
@@ -57,13 +57,13 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
     """
     half_bits = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
     half_mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    round_keys = mix(np.arange(_FEISTEL_ROUNDS, dtype=np.uint64) ^ mix(np.uint64(key)))
+    round_keys = splitmix64(np.arange(_FEISTEL_ROUNDS, dtype=np.uint64) ^ splitmix64(np.uint64(key)))
     values = np.array(positions, dtype=np.uint64)
     pending = np.ones(values.shape, dtype=bool)
     while pending.any():
         left, right = values[pending] >> half_bits, values[pending] & half_mask
         for round_key in round_keys:
-            left, right = right, left ^ (mix(right ^ round_key) & half_mask)
+            left, right = right, left ^ (splitmix64(right ^ round_key) & half_mask)
         values[pending] = (left << half_bits) | right
         pending = values >= size
     return values.astype(np.int64)
@@ -73,7 +73,7 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 # The dataset
 
 
-class Source(Protocol):
+class BatchSource(Protocol):
     """Rows that can be read in any order. What a stage brings."""
 
     def __len__(self) -> int: ...
@@ -107,7 +107,7 @@ class ResumableDataset(IterableDataset):
 
     def __init__(
         self,
-        source: Source,
+        source: BatchSource,
         *,
         seed: int,
         batch_size: int,
@@ -178,7 +178,7 @@ class ResumableDataset(IterableDataset):
             yield batch | {"rows": rows.tolist(), "notes": notes}
 
 
-def training_set(run: Run, source: Source) -> ResumableDataset:
+def training_set(run: Run, source: BatchSource) -> ResumableDataset:
     """``source`` in random order, in steps as the run's config says, dealt out to its processes."""
     config = run.config
     return ResumableDataset(
@@ -192,7 +192,7 @@ def training_set(run: Run, source: Source) -> ResumableDataset:
     )
 
 
-def held_out_set(run: Run, source: Source, batch_size: int | None = None) -> ResumableDataset:
+def held_out_set(run: Run, source: BatchSource, batch_size: int | None = None) -> ResumableDataset:
     """``source`` in its own order, dealt out to the run's processes; ``batch_size``: the config's if None."""
     size = batch_size or run.config.batch_size
     return ResumableDataset(source, seed=0, batch_size=size, rank=run.rank, world=run.world, shuffle=False)

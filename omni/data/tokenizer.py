@@ -20,6 +20,7 @@ from omni.common.errors import UserError
 from omni.common.files import parse_json, read_text, replace_file
 from omni.common.media import quoted
 
+IGNORE_INDEX = -100  # target of a position that has no loss
 END_OF_TEXT = "<|endoftext|>"
 END = "<|end|>"
 SPECIAL_TOKENS = (  # the position is the id, in every vocabulary that is trained here

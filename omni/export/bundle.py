@@ -24,6 +24,7 @@ from omni.common.errors import RunError, UserError
 from omni.common.files import OwnFiles, file_sha256, fsync, open_regular, parse_json, read_json
 from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer
+from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.codec import Codec
 from omni.models.ocr import Ocr
@@ -32,17 +33,11 @@ from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
 from omni.models.vocoder import Generator, fold_weight_norm
+from omni.stages.omni import SftConfig
+from omni.stages.talker import TalkerConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train.checkpoint import build, understood
-from omni.train.config import (
-    AudioEncoderArchitecture,
-    CodecArchitecture,
-    OcrArchitecture,
-    SftConfig,
-    TalkerConfig,
-    ThinkerArchitecture,
-    VocoderConfig,
-    read_sizes,
-)
+from omni.train.config import read_sizes
 from omni.train.run import FolderLock
 
 FORMAT = 1
@@ -419,5 +414,7 @@ class Merged:
         """What says texts: talker, codec and, if there is one, vocoder."""
         vocoder = self.part("vocoder", device) if self.has("vocoder") else None
         with understood(self.folder / CONFIG):
-            hears = "talker" in ((self.config["omni"] or {}).get("parts") or {})
-        return Speaker(self.part("talker", device), self.part("rvq", device), vocoder, hears=hears)
+            uses_thinker_states = "talker" in ((self.config["omni"] or {}).get("parts") or {})
+        return Speaker(
+            self.part("talker", device), self.part("rvq", device), vocoder, uses_thinker_states=uses_thinker_states
+        )

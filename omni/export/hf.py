@@ -10,11 +10,11 @@ from omni.data.audio import MelSpec
 from omni.data.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 from omni.export.bundle import CONFIG, TOKENIZER, WEIGHTS, audio_architecture, rounded, write_json, write_weights
 from omni.export.model_card import Part
+from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import mel_spec as audio_mel_spec
 from omni.models.audio_encoder import parakeet_config, to_parakeet_state_dict
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.ctc import CtcTokenizer
-from omni.train.config import ThinkerArchitecture
 
 
 def write_model(

@@ -11,29 +11,21 @@ from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import BUILD, TOKENIZER, weights_sha256
 from omni.export.model_card import Part, figures
+from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
 from omni.models.codec import fingerprint
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.ctc import CtcTokenizer
 from omni.models.omni_model import VIT_SIZES, load_omni
 from omni.models.vocoder import Generator, fold_weight_norm, refuse_other_mels
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.ocr import OcrConfig
+from omni.stages.omni import SftConfig
+from omni.stages.talker import CodecConfig, TalkerConfig
+from omni.stages.text import TextConfig
+from omni.stages.vision import VisionConfig
+from omni.stages.vocoder import VocoderConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import (
-    AudioEncoderArchitecture,
-    AudioEncoderConfig,
-    CodecArchitecture,
-    CodecConfig,
-    OcrArchitecture,
-    OcrConfig,
-    SftConfig,
-    StageConfig,
-    TalkerConfig,
-    TextConfig,
-    ThinkerArchitecture,
-    VisionConfig,
-    VocoderConfig,
-    refuse_others,
-    sizes_of,
-)
+from omni.train.config import StageConfig, check_compatible, sizes_of
 
 # part -> stage in the checkpoint, prefix of its step files, final file, its config, what of that are sizes
 STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None]] = {
@@ -102,7 +94,7 @@ def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokeniz
             raise UserError(
                 f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
-        refuse_others(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
+        check_compatible(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
         if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
             raise UserError(
                 f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their weights differ. "
@@ -124,7 +116,7 @@ def gather_hearing(
             say("no --audio_ckpt: the audio encoder is exported without its text units, so not for ParakeetForCTC")
         return None
     recogniser, tokenizer = load_part("audio_encoder", args.audio_ckpt), CtcTokenizer.load(args.audio_ckpt / TOKENIZER)
-    if adopt("audio_encoder", recogniser, args.audio_ckpt, args, parts, sft):
+    if add_encoder("audio_encoder", recogniser, args.audio_ckpt, args, parts, sft):
         measured = figures("audio_encoder", recogniser.metrics) or "not measured"
         origin = f"{recogniser.file}, step {recogniser.step}: {measured}"
         parts["audio_encoder"].notes.append(f"audio_encoder/ has stage B's, which writes down speech ({origin})")
@@ -134,10 +126,10 @@ def gather_hearing(
 def gather_seeing(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
     if args.vision_ckpt is not None:
         vit = load_part("vision_encoder", args.vision_ckpt)
-        adopt("vision_encoder", vit, args.vision_ckpt, args, parts, sft)
+        add_encoder("vision_encoder", vit, args.vision_ckpt, args, parts, sft)
 
 
-def adopt(
+def add_encoder(
     name: str, encoder: Part, folder: Path, args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
 ) -> bool:
     """Add the encoder of stage B or C to ``parts``; one that stage E has brought must have been made of it.
@@ -153,7 +145,7 @@ def adopt(
             encoder.notes.append("stage E had no use for it, so it is not connected to the Thinker")
         parts[name] = encoder
         return False
-    refuse_others(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, ("dropout", "max_mel_length"))
+    check_compatible(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, ("dropout", "max_mel_length"))
     changed = weights_sha256(parts[name].module.state_dict()) != weights_sha256(encoder.module.state_dict())
     if changed and sft.freeze_encoders:
         raise UserError(
@@ -173,7 +165,7 @@ def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftCo
         say("no --talker_ckpt: this export does not speak")
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
-    refuse_others(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
+    check_compatible(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
     if "talker" in parts:  # stage E's, which hears the Thinker
         if sft.origins["codec"] != fingerprint(codec.module):
             raise UserError(

@@ -5,7 +5,7 @@ two vectors agree. What is maximised is the likelihood of the text over all mono
 ("forward-sum", Badlani et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest way gives the durations.
 """
 
-# B utterances, T mel frames, M mel channels, S slots of speech, L text bytes, W model width
+# B utterances, T mel frames, M mel channels, S alignment frames of speech, L text bytes, W model width
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from omni.common.text import audible
 from omni.data.manifest import Manifest
 from omni.models.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
 from omni.models.ctc import ctc_nll
-from omni.models.ops import rounded_up
+from omni.models.ops import round_up
+from omni.stages.talker import AlignerConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import AlignerConfig, TalkerConfig
-from omni.train.precompute import Ragged, RowsWith, precompute
+from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
 from omni.train.run import Run
 
 TEXT_END = 256  # the symbol after the last byte of a text
@@ -50,24 +50,26 @@ def read_symbols(row: dict) -> list[int]:
     return symbols
 
 
-def check_fits(symbols: list[int], slots: int, seconds: float) -> None:
+def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> None:
     """
     Raises:
-        BadRow: more bytes than slots to speak them in.
+        BadRow: more bytes than alignment frames to speak them in.
     """
-    if slots < len(symbols):
-        raise BadRow(f"expected a text of at most {slots - 1} bytes for {seconds:.2f} s, found {len(symbols) - 1}")
+    if alignment_frames < len(symbols):
+        raise BadRow(
+            f"expected a text of at most {alignment_frames - 1} bytes for {seconds:.2f} s, found {len(symbols) - 1}"
+        )
 
 
 class Aligner(nn.Module):
-    """Text and speech -> how likely each byte is spoken in each slot. A slot is a part of a code's time, see
-    ``slots_per_code``."""
+    """Text and speech -> how likely each byte is spoken in each frame. A frame is a part of a code's time, see
+    ``alignment_frames_per_code``."""
 
     def __init__(self, config: AlignerConfig):
         super().__init__()
         self.config = config
         width, layers = config.aligner_d_model, config.aligner_layers
-        self.per_slot = config.frames_per_code // config.slots_per_code  # mel frames
+        self.per_slot = config.frames_per_code // config.alignment_frames_per_code  # mel frames
         self.register_buffer("mel_mean", torch.zeros(config.n_mels))
         self.register_buffer("mel_std", torch.ones(config.n_mels))
         self.embed_text = nn.Embedding(TEXT_SYMBOLS, width)
@@ -92,59 +94,59 @@ class Aligner(nn.Module):
             keys = layer(keys, read[..., None].to(keys.dtype))
         spoken = torch.arange(log_mels.shape[1], device=device) < lengths[:, None]  # (B, T)
         normalised = ((log_mels - self.mel_mean) / self.mel_std) * spoken[..., None]
-        slots = self.slots(lengths)
+        alignment_frames = self.alignment_frames(lengths)
         queries = self.patch_in(normalised.unflatten(1, (-1, self.per_slot)).flatten(2))  # (B, S, W)
-        heard = torch.arange(queries.shape[1], device=device) < slots[:, None]  # (B, S)
+        heard = torch.arange(queries.shape[1], device=device) < alignment_frames[:, None]  # (B, S)
         for layer in self.speech_layers:
             queries = layer(queries, heard[..., None].to(queries.dtype))
         scores = self.query_proj(queries) @ self.key_proj(keys).transpose(1, 2) / keys.shape[-1] ** 0.5
-        scores = scores.float() + diagonal_prior(slots, text_lengths, *scores.shape[1:])
+        scores = scores.float() + diagonal_prior(alignment_frames, text_lengths, *scores.shape[1:])
         return scores.masked_fill(~read[:, None], _NEVER)
 
     @torch.no_grad()
     def align_one(self, symbols: list[int], log_mels: Tensor) -> Tensor:
-        """The durations (L,) in slots of one text's ``text_symbols``, spoken in log-mels (T, M).
+        """The durations (L,) in alignment frames of one text's ``text_symbols``, spoken in log-mels (T, M).
 
         Raises:
-            BadRow: more bytes than slots.
+            BadRow: more bytes than alignment frames.
         """
         device, T = self.mel_mean.device, len(log_mels)
         lengths, text_lengths = torch.tensor([T], device=device), torch.tensor([len(symbols)], device=device)
-        slots = self.slots(lengths)
-        check_fits(symbols, int(slots), T * self.config.frame_hop / self.config.sample_rate)
+        alignment_frames = self.alignment_frames(lengths)
+        check_fits(symbols, int(alignment_frames), T * self.config.frame_hop / self.config.sample_rate)
         log_mels = nn.functional.pad(log_mels.to(device), (0, 0, 0, -T % self.config.frames_per_code))
         scores = self(torch.tensor([symbols], device=device), text_lengths, log_mels[None], lengths)
-        return torch.from_numpy(likeliest_durations(scores, slots, text_lengths)[0].astype(np.int64))
+        return torch.from_numpy(likeliest_durations(scores, alignment_frames, text_lengths)[0].astype(np.int64))
 
-    def slots(self, lengths: Tensor) -> Tensor:
+    def alignment_frames(self, lengths: Tensor) -> Tensor:
         """Slots of recordings of ``lengths`` (B,) frames: those of whole codes."""
         per_code = self.config.frames_per_code
-        return (lengths + per_code - 1) // per_code * self.config.slots_per_code
+        return (lengths + per_code - 1) // per_code * self.config.alignment_frames_per_code
 
 
-def diagonal_prior(slots: Tensor, text_lengths: Tensor, S: int, L: int) -> Tensor:
+def diagonal_prior(alignment_frames: Tensor, text_lengths: Tensor, S: int, L: int) -> Tensor:
     """(B, S, L): a text is read at a fairly steady pace, which spares the aligner a long search for where to begin.
 
     A Gaussian about the diagonal, in the place of the beta-binomial of Badlani et al.
     """
-    times = (torch.arange(S, device=slots.device) + 0.5) / slots[:, None]  # (B, S)
-    places = (torch.arange(L, device=slots.device) + 0.5) / text_lengths[:, None]  # (B, L)
+    times = (torch.arange(S, device=alignment_frames.device) + 0.5) / alignment_frames[:, None]  # (B, S)
+    places = (torch.arange(L, device=alignment_frames.device) + 0.5) / text_lengths[:, None]  # (B, L)
     return -((times[:, :, None] - places[:, None]) ** 2) / (2 * _PRIOR_STD**2)
 
 
-def aligner_nats(model: nn.Module, slots: Tensor, batch: dict) -> Tensor:
+def aligner_nats(model: nn.Module, alignment_frames: Tensor, batch: dict) -> Tensor:
     """(B,) negative log-likelihood of each text over all monotonic alignments with its recording."""
     scores = model(batch["symbols"], batch["text_lengths"], batch["log_mels"], batch["lengths"])
     B, S, L = scores.shape
     scores = torch.cat((scores, scores.new_full((B, S, 1), _BLANK)), dim=-1)
     # each byte of a text is a class of its own, so this sums over the alignments of just this text
     targets = torch.arange(L, device=scores.device).expand(B, -1)
-    return ctc_nll(scores, slots, targets, batch["text_lengths"])
+    return ctc_nll(scores, alignment_frames, targets, batch["text_lengths"])
 
 
 def aligner_sums(model: Aligner, batch: dict) -> dict[str, Tensor]:
     return {
-        "nats": aligner_nats(model, model.slots(batch["lengths"]), batch).sum(),
+        "nats": aligner_nats(model, model.alignment_frames(batch["lengths"]), batch).sum(),
         "symbols": batch["text_lengths"].sum(),
     }
 
@@ -153,46 +155,46 @@ def aligner_metrics(totals: dict[str, float]) -> dict[str, float]:
     return {"nats_per_byte": totals["nats"] / totals["symbols"]}
 
 
-def likeliest_durations(scores: Tensor, slots: Tensor, text_lengths: Tensor) -> list[np.ndarray]:
-    """How many slots each byte takes on the likeliest way on which the bytes follow one another, each at least one.
+def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: Tensor) -> list[np.ndarray]:
+    """How many alignment frames each byte takes, at least one, on the likeliest way through the text.
 
     The search is that of Kim et al. 2020, "Glow-TTS" (monotonic alignment search).
 
     Args:
-        scores: (B, S, L) of ``Aligner``; every text has no more bytes than its recording has slots.
+        scores: (B, S, L) of ``Aligner``; every text has no more bytes than its recording has alignment frames.
 
     Returns:
-        For each utterance (its bytes,) uint16, whose sum is its slots.
+        For each utterance (its bytes,) uint16, whose sum is its alignment frames.
     """
     log_probs = scores.log_softmax(dim=-1).cpu().numpy()
-    slots, text_lengths = slots.cpu().numpy(), text_lengths.cpu().numpy()
+    alignment_frames, text_lengths = alignment_frames.cpu().numpy(), text_lengths.cpu().numpy()
     B, S, L = log_probs.shape
-    best = np.full((B, L), -np.inf, np.float32)  # of all ways that are at this byte in this slot
+    best = np.full((B, L), -np.inf, np.float32)  # of all ways that are at this byte in this frame
     best[:, 0] = log_probs[:, 0, 0]
     moved = np.zeros((B, S, L), bool)  # whether the best way has come from the byte before
     nowhere = np.full((B, 1), -np.inf, np.float32)
-    for slot in range(1, S):
+    for frame in range(1, S):
         from_before = np.concatenate((nowhere, best[:, :-1]), axis=1)
-        moved[:, slot] = from_before > best
-        best = np.maximum(best, from_before) + log_probs[:, slot]
+        moved[:, frame] = from_before > best
+        best = np.maximum(best, from_before) + log_probs[:, frame]
     durations, rows, place = np.zeros((B, L), np.uint16), np.arange(B), text_lengths - 1
-    for slot in range(S - 1, -1, -1):
-        inside = slot < slots
+    for frame in range(S - 1, -1, -1):
+        inside = frame < alignment_frames
         durations[rows, place] += inside
-        place = place - (inside & moved[rows, slot, place])
+        place = place - (inside & moved[rows, frame, place])
     return [one[:length] for one, length in zip(durations, text_lengths, strict=True)]
 
 
 def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig, step: int = 1) -> Tensor:
     """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
 
-    L is that of the longest text, rounded up to a multiple of ``step``, or under ``use_compile`` the slots of
-    ``n_frames`` mel frames: so the recordings' static lengths are the texts' too, and no text that fits has more bytes.
+    L is that of the longest text, rounded up to a multiple of ``step``, or under ``use_compile`` the alignment frames
+    of ``n_frames`` mel frames: so the recordings' static lengths are the texts' too, and no text that fits has more bytes.
     """
     padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
-    L = rounded_up(padded.shape[1], step)
+    L = round_up(padded.shape[1], step)
     if config.use_compile:
-        L = n_frames // config.frames_per_code * config.slots_per_code
+        L = n_frames // config.frames_per_code * config.alignment_frames_per_code
     return nn.functional.pad(padded, (0, L - padded.shape[1]))
 
 
@@ -201,8 +203,8 @@ class SpokenTexts(SpeechClips):
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[list[int], Tensor]:
         symbols, log_mels = read_symbols(row), super().read(row, rng)
-        slots = -(-len(log_mels) // self.per_code) * self.slots_per_code
-        check_fits(symbols, slots, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
+        alignment_frames = -(-len(log_mels) // self.per_code) * self.alignment_frames_per_code
+        check_fits(symbols, alignment_frames, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
         return symbols, log_mels
 
     def collate(self, samples: list[tuple[list[int], Tensor]]) -> dict:
@@ -213,11 +215,11 @@ class SpokenTexts(SpeechClips):
         return batch | {
             "symbols": pad_bytes([torch.tensor(text) for text in texts], batch["log_mels"].shape[1], self.config),
             "text_lengths": text_lengths,
-            "weight": int(text_lengths.sum()),
+            "n_targets": int(text_lengths.sum()),
         }
 
 
-def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str) -> Ragged:
+def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
     """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
@@ -230,7 +232,7 @@ def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str)
             batch[key].to(run.device) for key in ("symbols", "text_lengths", "log_mels", "lengths")
         )
         scores = aligner(symbols, text_lengths, log_mels, lengths)
-        return likeliest_durations(scores, aligner.slots(lengths), text_lengths)
+        return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
 
     belongs_to = {"aligner": fingerprint(aligner)}
     return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
@@ -238,7 +240,7 @@ def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str)
 
 def prepare_speech(
     run: Run, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
-) -> tuple[RowsWith, np.ndarray]:
+) -> tuple[ManifestWithColumns, np.ndarray]:
     """The manifest with the columns ``codes`` and ``durations``, of all its recordings that are not too long; and how
     long each recording is, in codes, by its header."""
     lengths = count_codes(run, manifest, config)
@@ -247,7 +249,7 @@ def prepare_speech(
     clips, texts = (of(manifest, rows, config, training=False) for of in (SpeechClips, SpokenTexts))
     codes = prepare_codes(run, codec, clips, name)
     durations = prepare_durations(run, aligner, texts, name)
-    return RowsWith(manifest, {"codes": codes, "durations": durations}), lengths
+    return ManifestWithColumns(manifest, {"codes": codes, "durations": durations}), lengths
 
 
 def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:

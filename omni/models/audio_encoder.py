@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.data.audio import MelSpec
+from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.ctc import CtcTokenizer, collapse, prefix_beam_search
 from omni.models.ops import attention, linear
+from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import AudioEncoderArchitecture, AudioEncoderConfig
 
 BATCH_NORM_EPS = 1e-5
 # rms of a * sigmoid(b) for two independent standard normals: how much a gated linear unit quietens

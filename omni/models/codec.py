@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from omni.common.caches import require_finite
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
-from omni.data.manifest import Manifest, Rows, files_digest, read_some, spread
+from omni.data.manifest import Manifest, ManifestDataset, files_digest, read_some, spread
+from omni.models.architectures import CodecArchitecture, SpeechFrames
 from omni.models.layers import RMSNorm
 from omni.models.ops import true_float32
 from omni.stages.asr import measure_samples, static_lengths
+from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import AlignerConfig, CodecArchitecture, CodecConfig, SpeechFrames, TalkerConfig
-from omni.train.precompute import Ragged, precompute
+from omni.train.precompute import RaggedArray, precompute
 from omni.train.run import Run
 
 SILENCE = -11.5  # log-mel of digital silence, see omni.data.audio
@@ -294,7 +295,7 @@ class Codec(nn.Module):
 
 def codec_loss(model: nn.Module, batch: dict, commitment_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the normalised log-mels, plus the weighted commitment loss."""
-    lengths = batch["lengths"] if batch["weight"] else torch.zeros_like(batch["lengths"])  # a filler teaches nothing
+    lengths = batch["lengths"] if batch["n_targets"] else torch.zeros_like(batch["lengths"])  # a filler teaches nothing
     truth, decoded, _, commitment = model(batch["log_mels"], lengths)
     frame = torch.arange(truth.shape[1], device=truth.device) < lengths[:, None]
     mse = masked_mean((decoded.float() - truth).square(), frame)
@@ -365,7 +366,7 @@ def mel_spec(arch: SpeechFrames) -> MelSpec:
     )
 
 
-class SpeechClips(Rows):
+class SpeechClips(ManifestDataset):
     """Recordings as log-mels, from a manifest with the columns text and wav. A sample is a (T, M) tensor."""
 
     def __init__(
@@ -373,7 +374,7 @@ class SpeechClips(Rows):
     ) -> None:
         super().__init__(manifest, rows, **others)
         self.config, self.mel = config, mel_spec(config)
-        self.per_code, self.slots_per_code = config.frames_per_code, config.slots_per_code
+        self.per_code, self.alignment_frames_per_code = config.frames_per_code, config.alignment_frames_per_code
         self.max_frames = config.max_mel_length * self.per_code
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Tensor:
@@ -387,7 +388,7 @@ class SpeechClips(Rows):
         log_mels = torch.zeros(len(samples), n_codes * self.per_code, self.mel.n_mels)
         for index, sample in enumerate(samples):
             log_mels[index, : lengths[index]] = sample
-        return {"log_mels": log_mels, "lengths": torch.tensor(lengths), "weight": sum(lengths)}
+        return {"log_mels": log_mels, "lengths": torch.tensor(lengths), "n_targets": sum(lengths)}
 
 
 def padded_codes(longest: int, config: CodecConfig | AlignerConfig | TalkerConfig) -> int:
@@ -434,7 +435,7 @@ def mel_statistics_of(
 
     some = spread(rows, count)
     belongs_to = {"data": manifest.sha256, "mel": asdict(spec), "clips": len(rows)}
-    return run.remember("mel_statistics.json", belongs_to | {"files": files_digest(manifest, some, "wav")}, make)
+    return run.cached_json("mel_statistics.json", belongs_to | {"files": files_digest(manifest, some, "wav")}, make)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -445,7 +446,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> Ragged:
+def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> RaggedArray:
     """The codes (N, Q) uint16 of all recordings, computed once and kept in ``save_dir`` under ``name``.
 
     Args:

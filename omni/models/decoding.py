@@ -40,7 +40,7 @@ class _Layer:
 
 
 @torch.no_grad()
-def one_token_reader(thinker, cache: KVCache) -> Callable[..., Tensor]:
+def decode_step(thinker, cache: KVCache) -> Callable[..., Tensor]:
     """A function that reads one more token of each sequence: ``hidden_states`` of the ids, up to rounding.
 
     The weights are copied: it is right until they change.

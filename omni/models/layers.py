@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omni.models.architectures import ThinkerArchitecture
 from omni.models.ops import attention, linear, matmul_dtype, norm_and_rotate, rms_norm, silu_gate
-from omni.train.config import ThinkerArchitecture
 
 
 class RMSNorm(nn.Module):
@@ -171,7 +171,7 @@ _grouped_linear_loop.register_autograd(_grouped_linear_backward, setup_context=_
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """Rows sorted by expert, each times the weight of its expert: one matmul per expert, not per token.
+    """ManifestDataset sorted by expert, each times the weight of its expert: one matmul per expert, not per token.
 
     Args:
         rows: (R, in), those of expert 0 first.

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from omni.common.errors import BadRow
 from omni.common.text import clean_text
 from omni.data.images import load_image, normalise
-from omni.data.manifest import Manifest, Rows
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.tokenizer import IGNORE_INDEX
+from omni.models.architectures import OcrArchitecture, ThinkerArchitecture
 from omni.models.ctc import ctc_nll
 from omni.models.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.models.ops import attention, linear
 from omni.models.vision_encoder import ViT
+from omni.stages.ocr import OcrConfig
 from omni.train import checkpoint
-from omni.train.config import OcrArchitecture, OcrConfig, ThinkerArchitecture
 
-IGNORED = -100  # a target that has no loss
 INIT_STD = 0.02
 END = 0  # the symbol after the last character; the characters are 1 to C
 
@@ -268,7 +269,7 @@ def ocr_loss(model: nn.Module, batch: dict, ctc_weight: float) -> tuple[Tensor, 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over the targets that count, in float32. logits (B, T, 1 + C), targets (B, T) -> ()."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def column_loss(columns: Tensor, targets: Tensor) -> Tensor:
@@ -284,14 +285,14 @@ def column_loss(columns: Tensor, targets: Tensor) -> Tensor:
     lengths = torch.where(fits, lengths, 0)
     frames = torch.full_like(lengths, columns.shape[1])
     nll = ctc_nll(columns, frames, (targets - 1).clamp(min=0), lengths)  # (B,)
-    return (nll * fits).sum() / (targets != IGNORED).sum()
+    return (nll * fits).sum() / (targets != IGNORE_INDEX).sum()
 
 
 def ocr_sums(model: Ocr, batch: dict) -> dict[str, Tensor]:
     """Counts that add up over batches and processes: of the loss under teacher forcing, and of reading freely."""
     read = read_text(model, batch["images"])
     counted = jiwer.process_characters(list(batch["texts"]), read)
-    targets = (batch["targets"] != IGNORED).sum()
+    targets = (batch["targets"] != IGNORE_INDEX).sum()
     logits, _ = model(batch["images"], batch["symbols"])
     return {
         "nats": cross_entropy(logits, batch["targets"]) * targets,
@@ -325,7 +326,7 @@ def load_ocr(folder: str | Path, device: torch.device | str) -> Ocr:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows
+# ManifestDataset
 
 
 def text_length(manifest: Manifest, row: int) -> int:
@@ -353,16 +354,16 @@ def encode_texts(texts: Sequence[str], arch: OcrArchitecture, pad_to: int | None
     characters = {character: symbol for symbol, character in enumerate(arch.characters, start=1)}
     start, unknown = start_symbol(arch), start_symbol(arch) + 1
     length = pad_to or max(map(len, texts)) + 1
-    symbols, targets = torch.full((len(texts), length), END), torch.full((len(texts), length), IGNORED)
+    symbols, targets = torch.full((len(texts), length), END), torch.full((len(texts), length), IGNORE_INDEX)
     for line, text in enumerate(texts):
         written = [characters.get(character, unknown) for character in text]
         symbols[line, : len(text) + 1] = torch.tensor([start, *written])
-        targets[line, : len(text) + 1] = torch.tensor([IGNORED if s == unknown else s for s in written] + [END])
+        targets[line, : len(text) + 1] = torch.tensor([IGNORE_INDEX if s == unknown else s for s in written] + [END])
     return symbols, targets
 
 
-class OcrRows(Rows):
-    """Pictures of lines with their texts, see ``Rows``. A sample is a uint8 picture (3, height, width) and its text."""
+class OcrRows(ManifestDataset):
+    """Pictures of lines with their texts. A sample is a uint8 picture (3, height, width) and its text."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, config: OcrConfig, **keys) -> None:
         super().__init__(manifest, rows, **keys)
@@ -382,4 +383,4 @@ class OcrRows(Rows):
         images, texts = zip(*samples, strict=True)
         symbols, targets = encode_texts(texts, self.config, self.pad_to)
         batch = {"images": torch.stack(images), "symbols": symbols, "targets": targets, "texts": texts}
-        return batch | {"weight": int((targets != IGNORED).sum())}
+        return batch | {"n_targets": int((targets != IGNORE_INDEX).sum())}

@@ -25,26 +25,22 @@ from omni.common.media import Media, quoted
 from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features
 from omni.data.images import load_image, normalise
-from omni.data.tokenizer import ROLES, SPECIAL_TOKENS, Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, ROLES, SPECIAL_TOKENS, Tokenizer
+from omni.models.architectures import AudioEncoderArchitecture, ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
 from omni.models.codec import fingerprint, load_codec
 from omni.models.ctc import ctc_nll, frames_needed
-from omni.models.decoding import one_token_reader
+from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
-from omni.models.ops import rounded_up, true_float32
+from omni.models.ops import round_up, true_float32
 from omni.models.talker import Talker, Utterance, collate_utterances, talker_loss
-from omni.models.thinker import IGNORED, Thinker, load_thinker
-from omni.models.vision_encoder import ViT, named_nowhere
+from omni.models.thinker import Thinker, load_thinker
+from omni.models.vision_encoder import ViT, noisy_or_log_absent
+from omni.stages.omni import SftConfig
+from omni.stages.talker import TalkerConfig
+from omni.stages.vision import VisionConfig
 from omni.train.checkpoint import build, load_stage, load_weights, saved_config, understood
-from omni.train.config import (
-    AudioEncoderArchitecture,
-    SftConfig,
-    TalkerConfig,
-    ThinkerArchitecture,
-    VisionConfig,
-    read_sizes,
-    sizes_of,
-)
+from omni.train.config import read_sizes, sizes_of
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
@@ -58,16 +54,16 @@ VIT_SIZES = ("img_size", "patch", "d_model", "n_layers", "n_heads", "d_ff", "dro
 @dataclass
 class Encoded:
     """One conversation as the Thinker reads it. ``images`` and ``sounds`` are its attachments with the position at
-    which the placeholders of each begin; ``spoken`` is what each recording says in tokens, [] if that is unknown."""
+    which the placeholders of each begin; ``transcript_ids`` are the tokens of each recording's text, [] if unknown."""
 
     ids: list[int]  # with one placeholder for each position of an attachment
     targets: list[int]  # what follows each position; -100 outside the assistant's answers
     images: list[tuple[int, Tensor]] = field(default_factory=list)  # (3, H, W) uint8; if kept, (N, K) patches
     sounds: list[tuple[int, Tensor]] = field(default_factory=list)  # (F, M) features; if kept, (U, K) frames
-    spoken: list[list[int]] = field(default_factory=list)
+    transcript_ids: list[list[int]] = field(default_factory=list)
     prompt: int = 0  # positions up to the last <|assistant|>, with it: what its answer follows
     utterance: Utterance | None = None  # how its last answer sounds
-    uttered: list[int] = field(default_factory=list)  # the position of each of its bytes; -1: of the end
+    speech_token_index: list[int] = field(default_factory=list)  # the position of each of its bytes; -1: of the end
 
 
 class Inputs:
@@ -78,7 +74,7 @@ class Inputs:
     """
 
     def __init__(self, tokenizer: Tokenizer, config: SftConfig):
-        self.tokenizer, self.prompt, self.kept = tokenizer, config.prompt, config.keep_features
+        self.tokenizer, self.prompt, self.cached = tokenizer, config.prompt, config.cache_features
         self.ctx_len = config.parts["thinker"]["ctx_len"]
         audio, vision = config.parts.get("audio_encoder"), config.parts.get("vision_encoder")
         self.audio = self.mel = self.img_size = None
@@ -134,7 +130,7 @@ class Inputs:
     def sound_positions(self, sound: Tensor) -> int:
         """Positions of a recording, its start and end token aside: one for each frame of the encoder, of which the
         model may leave some out."""
-        return len(sound) if self.kept else output_frames(len(sound), self.audio["downsample_time"])
+        return len(sound) if self.cached else output_frames(len(sound), self.audio["downsample_time"])
 
     # Conversations
 
@@ -173,7 +169,7 @@ class Inputs:
                     positions = self.sound_positions(part["audio"])
                     encoded.sounds.append((len(ids) + 1, part["audio"]))
                     spoken = tokenizer.encode(part["text"], allow_special=False)
-                    encoded.spoken.append(spoken if frames_needed(spoken) <= positions else [])
+                    encoded.transcript_ids.append(spoken if frames_needed(spoken) <= positions else [])
                     ids += self._placeholders("audio", positions)
             if is_answer and not (asks and len(ids) == encoded.prompt):
                 ids.append(end_id)
@@ -191,7 +187,7 @@ class Inputs:
         counts = self.tokenizer.byte_counts(self.tokenizer.encode(answer, allow_special=False))
         token = [index for index, count in enumerate(counts) for _ in range(count)]
         encoded.utterance = utterance
-        encoded.uttered = [encoded.prompt + token[byte] for byte in spoken_bytes(answer)] + [-1]
+        encoded.speech_token_index = [encoded.prompt + token[byte] for byte in spoken_bytes(answer)] + [-1]
         return encoded
 
     def encode_text(self, text: str) -> Encoded:
@@ -225,7 +221,7 @@ class Inputs:
             if part["type"] == "image":
                 return {"type": "image", "image": None}  # all take the same room
             frames = mel_frames(part)
-            positions = output_frames(frames, self.audio["downsample_time"]) if self.kept else frames
+            positions = output_frames(frames, self.audio["downsample_time"]) if self.cached else frames
             return {"type": "audio", "audio": range(positions), "text": ""}
 
         try:
@@ -250,7 +246,7 @@ class Inputs:
         return [start, *[placeholder] * count, end]
 
     def _finished(self, encoded: Encoded, ids: list[int], learnt: set[int], asks: bool) -> Encoded:
-        encoded.targets = [ids[i] if i in learnt else IGNORED for i in range(1, len(ids))] + [IGNORED] * asks
+        encoded.targets = [ids[i] if i in learnt else IGNORE_INDEX for i in range(1, len(ids))] + [IGNORE_INDEX] * asks
         encoded.ids = ids if asks else ids[:-1]  # nothing follows the last token of a training row
         if len(encoded.ids) > self.ctx_len:
             raise TooLong(f"takes {len(encoded.ids)} positions, expected at most ctx_len {self.ctx_len}")
@@ -268,17 +264,17 @@ class Inputs:
             If there are pictures: ``images`` (I, 3, H, W) uint8, or what was kept of them, ``patches`` (I, N, K);
             ``image_at`` (I * P,), the places of their positions, counted over the flattened batch.
 
-            If answers are spoken: what ``collate_utterances`` makes of them, as ``said_symbols`` and so on;
-            ``said_rows`` (S,), which samples they are, and ``said_at`` (S, L), see ``Encoded.uttered``.
+            If answers are spoken: what ``collate_utterances`` makes of them, as ``speech_symbols`` and so on;
+            ``speech_rows`` (S,), which samples they are, and ``speech_at`` (S, L), see ``Encoded.speech_token_index``.
 
             If there are recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,), or what was kept of them,
             ``frames`` (A, U, K), zero likewise; ``n_frames`` (A,), how many each has; ``sound_at`` (R,), and
-            ``sound_from`` (R,): which of all A * U padded frames stands there; ``spoken`` (A, L) and
-            ``spoken_lengths`` (A,), what they say.
+            ``sound_from`` (R,): which of all A * U padded frames stands there; ``transcript_ids`` (A, L) and
+            ``transcript_lengths`` (A,), what they say.
         """
-        T = self.pad_to or min(rounded_up(max(len(sample.ids) for sample in samples)), self.ctx_len)
+        T = self.pad_to or min(round_up(max(len(sample.ids) for sample in samples)), self.ctx_len)
         tokens = torch.full((len(samples), T), self.tokenizer.eos_id)
-        targets = torch.full((len(samples), T), IGNORED)
+        targets = torch.full((len(samples), T), IGNORE_INDEX)
         for row, sample in enumerate(samples):
             tokens[row, : len(sample.ids)] = torch.tensor(sample.ids)
             targets[row, : len(sample.ids)] = torch.tensor(sample.targets)
@@ -287,25 +283,28 @@ class Inputs:
             "targets": targets,
             "prompts": torch.tensor([sample.prompt for sample in samples]),
             "sizes": torch.tensor([len(sample.ids) for sample in samples]),
-            "weight": int((targets != IGNORED).sum()),
+            "n_targets": int((targets != IGNORE_INDEX).sum()),
         }
         images = [(row * T + at, image) for row, sample in enumerate(samples) for at, image in sample.images]
         if images:
             starts = torch.tensor([at for at, _ in images])
-            batch["patches" if self.kept else "images"] = torch.stack([image for _, image in images])
+            batch["patches" if self.cached else "images"] = torch.stack([image for _, image in images])
             batch["image_at"] = (starts[:, None] + torch.arange(self.image_positions)).flatten()
         said = [row for row, sample in enumerate(samples) if sample.utterance is not None]
         if said:
             utterances = collate_utterances([samples[row].utterance for row in said], self.talker, step=8)
-            batch |= {f"said_{key}": value for key, value in utterances.items() if isinstance(value, Tensor)}
-            batch["said_rows"], at = torch.tensor(said), [torch.tensor(samples[row].uttered) for row in said]
+            batch |= {f"speech_{key}": value for key, value in utterances.items() if isinstance(value, Tensor)}
+            batch["speech_rows"], at = (
+                torch.tensor(said),
+                [torch.tensor(samples[row].speech_token_index) for row in said],
+            )
             padded = nn.utils.rnn.pad_sequence(at, batch_first=True, padding_value=-1)
-            batch["said_at"] = F.pad(padded, (0, batch["said_symbols"].shape[1] - padded.shape[1]), value=-1)
+            batch["speech_at"] = F.pad(padded, (0, batch["speech_symbols"].shape[1] - padded.shape[1]), value=-1)
         sounds = [(row * T + at, sound) for row, sample in enumerate(samples) for at, sound in sample.sounds]
         if sounds:
             starts, found = [at for at, _ in sounds], [sound for _, sound in sounds]
-            if self.kept:
-                width = rounded_up(max(map(len, found)))
+            if self.cached:
+                width = round_up(max(map(len, found)))
                 batch["frames"] = torch.stack([F.pad(frames, (0, 0, 0, width - len(frames))) for frames in found])
             else:
                 batch |= self.pad_sounds(found)
@@ -314,8 +313,8 @@ class Inputs:
             batch["n_frames"] = torch.tensor(counts)
             batch["sound_at"] = torch.cat([at + torch.arange(n) for at, n in zip(starts, counts, strict=True)])
             batch["sound_from"] = torch.cat([index * width + torch.arange(n) for index, n in enumerate(counts)])
-            texts = [ids for sample in samples for ids in sample.spoken]
-            batch["spoken"], batch["spoken_lengths"] = self._padded(texts)
+            texts = [ids for sample in samples for ids in sample.transcript_ids]
+            batch["transcript_ids"], batch["transcript_lengths"] = self._padded(texts)
         return batch
 
     def pad_sounds(self, sounds: list[Tensor]) -> dict:
@@ -341,8 +340,7 @@ def _parts(message: dict) -> list[dict]:
 
 
 def spoken_bytes(text: str) -> list[int]:
-    """Which bytes of a text the talker reads (``omni.models.aligner.text_symbols``, its end left out): of blanks between
-    words only the last one."""
+    """The bytes of a text that the talker reads (``text_symbols`` without the end): of blanks the last."""
     characters, end = [], 0  # each that is heard, with its bytes in the text
     for character in text:
         start, end = end, end + len(character.encode())
@@ -369,10 +367,11 @@ class Projection(nn.Module):
 
     Args:
         named: width of what the units are named from, if the head that does it is no part of the encoder; 0: it is.
-        side: of the square of positions that every picture takes; where each of them is, is learnt too (``places``).
+        side: of the square of positions that every picture takes; where each of them is, is learnt too
+            (``position_embeddings``).
     """
 
-    no_decay = ("places",)
+    no_decay = ("position_embeddings",)
 
     def __init__(self, width: int, d_ff: int, d_model: int, units: int = 0, named: int = 0, side: int = 0):
         super().__init__()
@@ -380,15 +379,15 @@ class Projection(nn.Module):
         self.fc1 = nn.Linear(width, d_ff)
         self.fc2 = nn.Linear(d_ff, d_model)
         self.units = nn.Parameter(torch.zeros(units, d_model)) if units else None
-        self.namer = nn.Linear(named, units).requires_grad_(False) if units and named else None
-        self.places = nn.Parameter(torch.zeros(side * side, d_model)) if side else None
+        self.word_head = nn.Linear(named, units).requires_grad_(False) if units and named else None
+        self.position_embeddings = nn.Parameter(torch.zeros(side * side, d_model)) if side else None
 
     def forward(self, x: Tensor, named: Tensor | None = None) -> Tensor:
         """(..., K), and of an encoder that names units their probabilities (..., units), -> (..., D)."""
         y = self.fc2(F.gelu(self.fc1(self.norm(x))))
         if self.units is not None:
             y = y + named.to(y.dtype) @ self.units.to(y.dtype)
-        return y if self.places is None else y + self.places.to(y.dtype)
+        return y if self.position_embeddings is None else y + self.position_embeddings.to(y.dtype)
 
     @torch.no_grad()
     def start_from_units(self, embeddings: Tensor) -> None:
@@ -401,10 +400,10 @@ class Projection(nn.Module):
     def start_from_places(self, left: Tensor, right: Tensor, top: Tensor, bottom: Tensor) -> None:
         """Begin with the words (D,) for where a position is, half as loud as what is named there: whose neighbour is on
         its left, then reads like text, too."""
-        side = math.isqrt(len(self.places))
+        side = math.isqrt(len(self.position_embeddings))
         at = torch.linspace(0, 1, side, device=left.device)[:, None]  # from one edge to the other
         rows, columns = torch.lerp(top, bottom, at), torch.lerp(left, right, at)  # (side, D)
-        self.places.copy_((rows[:, None] + columns).flatten(0, 1) / 2)
+        self.position_embeddings.copy_((rows[:, None] + columns).flatten(0, 1) / 2)
 
     @torch.no_grad()
     def start_as_loud_as(self, embeddings: Tensor) -> None:
@@ -430,8 +429,8 @@ class Losses(NamedTuple):
 
     nats: Tensor  # mean cross-entropy of the answers' tokens
     balance: Tensor  # the experts' load balancing
-    misspelling: Tensor  # how badly recordings spell their texts
-    misspeaking: Tensor  # how badly the talker says answers
+    ctc_alignment_loss: Tensor  # how badly recordings spell their texts
+    talker_loss: Tensor  # how badly the talker says answers
 
 
 class OmniModel(nn.Module):
@@ -491,30 +490,32 @@ class OmniModel(nn.Module):
         """Losses of a batch of ``Inputs.collate``."""
         embeds, targets, dropped, sounds = self.embed(batch)
         nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
-        misspelling, count = nats.new_zeros(()), (batch["targets"] != IGNORED).sum()
-        if sounds is not None and batch["spoken"].shape[1]:  # there are recordings, and of some the text is known
-            misspelling = self._misspelling(sounds, batch) / count
-        misspeaking = nats.new_zeros(())
-        if "said_rows" in batch:
+        ctc_alignment_loss, count = nats.new_zeros(()), (batch["targets"] != IGNORE_INDEX).sum()
+        if (
+            sounds is not None and batch["transcript_ids"].shape[1]
+        ):  # there are recordings, and of some the text is known
+            ctc_alignment_loss = self._ctc_alignment_loss(sounds, batch) / count
+        speech_loss = nats.new_zeros(())
+        if "speech_rows" in batch:
             speech = self.speech(batch, embeds)
             weight = self.talker.config.duration_weight
             loss, _ = talker_loss(self.talker, speech, frame_dropout=0.0, duration_weight=weight)
-            misspeaking = loss * speech["weight"] / count
+            speech_loss = loss * speech["n_targets"] / count
         elif self.talker is not None and self.training:
-            misspeaking = 0.0 * self.talker.thinker_proj.weight.sum()  # as in ``embed``: a gradient in every step
-        return Losses(nats, balance, misspelling, misspeaking)
+            speech_loss = 0.0 * self.talker.thinker_proj.weight.sum()  # as in ``embed``: a gradient in every step
+        return Losses(nats, balance, ctc_alignment_loss, speech_loss)
 
     def speech(self, batch: dict, embeds: Tensor) -> dict:
         """What the talker learns from and is judged by, as ``collate_utterances`` gives it, with ``thinker_states``:
         what the Thinker, reading ``embeds`` (B, T, D), thinks at the token of each byte of a spoken answer. It has
         no part in the talker's loss. Spoken answers follow texts alone, so that nothing has moved their positions."""
-        rows, at = batch["said_rows"], batch["said_at"]
+        rows, at = batch["speech_rows"], batch["speech_at"]
         with torch.no_grad():
             hidden = self.thinker.hidden_states(inputs_embeds=embeds[rows])  # (S, T, D)
         states = hidden.gather(1, at.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
-        speech = {key.removeprefix("said_"): value for key, value in batch.items() if key.startswith("said_")}
+        speech = {key.removeprefix("speech_"): value for key, value in batch.items() if key.startswith("speech_")}
         codes = speech["lengths"].sum() * self.talker.codebooks + len(rows)
-        return speech | {"thinker_states": states.masked_fill((at < 0)[..., None], 0.0), "weight": codes}
+        return speech | {"thinker_states": states.masked_fill((at < 0)[..., None], 0.0), "n_targets": codes}
 
     def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The first two of ``forward``. A dialogue is several times as long as a recording, so rows of similar length
@@ -523,11 +524,11 @@ class OmniModel(nn.Module):
             return self.thinker(inputs_embeds=embeds, targets=targets)
         nats, balance = [], []
         for rows in lengths.argsort(stable=True).split(ROWS_TOGETHER):
-            T = min(rounded_up(int(lengths[rows].max())), embeds.shape[1])
+            T = min(round_up(int(lengths[rows].max())), embeds.shape[1])
             sums = self.thinker(inputs_embeds=embeds[rows, :T], targets=targets[rows, :T], reduction="sum")
             nats.append(sums[0])
             balance.append(sums[1] * len(rows) / len(lengths))
-        return sum(nats) / (targets != IGNORED).sum().clamp(min=1), sum(balance)
+        return sum(nats) / (targets != IGNORE_INDEX).sum().clamp(min=1), sum(balance)
 
     @property
     def ragged(self) -> bool:
@@ -560,17 +561,17 @@ class OmniModel(nn.Module):
         # what is left out goes to the end, where it is padding
         order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
         if self.ragged:
-            order = order[:, : rounded_up(int((batch["sizes"] - dropped).max()))]
+            order = order[:, : round_up(int((batch["sizes"] - dropped).max()))]
         targets = targets.gather(1, order)  # nothing is to be learnt where a recording stands
         x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
         return Sequences(x, targets, dropped, sounds)
 
-    def see(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Pictures (I, 3, H, W) uint8 as their patches (I, N, K), row by row, CLS left out."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.vision_encoder(normalise(images))[:, 1:]
 
-    def hear(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_audio(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Recordings (A, F, M) of ``lengths`` (A,) as frames (A, U, K), zero beyond their number, and that (A,)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             frames, counts = self.audio_encoder.encode(features, lengths)
@@ -578,27 +579,31 @@ class OmniModel(nn.Module):
 
     def _pictures(self, batch: dict) -> Tensor:
         """A batch's pictures as (I, P, D)."""
-        patches = batch["patches"].float() if "patches" in batch else self.see(batch["images"])  # (I, N, K)
+        patches = batch["patches"].float() if "patches" in batch else self.encode_images(batch["images"])  # (I, N, K)
         s = self.image_stack
         side = self.vision_encoder.img_size[0] // self.vision_encoder.patch_size[0] // s
         # (I, rows, columns, s, s, K), then (I, P, s * s, K)
         grid = patches.unflatten(1, (side, s, side, s)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        if self.proj_v.namer is None:
+        if self.proj_v.word_head is None:
             return self.proj_v(grid.flatten(2))
-        named = -torch.expm1(named_nowhere(self.proj_v.namer(grid.detach()), dim=2))  # (I, P, words): by one of s * s
+        named = -torch.expm1(
+            noisy_or_log_absent(self.proj_v.word_head(grid.detach()), dim=2)
+        )  # (I, P, words): by one of s * s
         return self.proj_v(grid.flatten(2), named)
 
     def _sounds(self, batch: dict) -> tuple[Tensor, Tensor]:
         """A batch's recordings as (A, U, D), padded; and (A, U), true where the CTC head hears a token, and not the
         same as in the frame before."""
         kept = "frames" in batch
-        frames = batch["frames"].float() if kept else self.hear(batch["features"], batch["lengths"])[0]  # (A, U, K)
+        frames = (
+            batch["frames"].float() if kept else self.encode_audio(batch["features"], batch["lengths"])[0]
+        )  # (A, U, K)
         logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.n_tokens
         heard = logits.argmax(dim=-1)
         units = logits.float().softmax(dim=-1)
         return self.proj_a(frames, units), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
 
-    def _misspelling(self, sounds: Tensor, batch: dict) -> Tensor:
+    def _ctc_alignment_loss(self, sounds: Tensor, batch: dict) -> Tensor:
         """How far the positions of recordings are from the token embeddings of what they say: () float32, a sum.
 
         CTC (Graves et al. 2006) whose units are the Thinker's tokens, whose scores are cosines with their embeddings,
@@ -609,9 +614,9 @@ class OmniModel(nn.Module):
         with true_float32(sounds.device):  # in less, near cosines would be equal
             logits = COSINE_SCALE * F.normalize(sounds.float(), dim=-1) @ table.T  # (A, U, V)
         logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
-        units = batch["spoken"] - (batch["spoken"] > blank).long()
-        nll = ctc_nll(logits, batch["n_frames"], units, batch["spoken_lengths"])
-        return torch.where(batch["spoken_lengths"] > 0, nll, 0.0).sum()
+        units = batch["transcript_ids"] - (batch["transcript_ids"] > blank).long()
+        nll = ctc_nll(logits, batch["n_frames"], units, batch["transcript_lengths"])
+        return torch.where(batch["transcript_lengths"] > 0, nll, 0.0).sum()
 
     def _blank(self, like: Tensor) -> dict:
         """A black picture and a moment of silence, which take no place."""
@@ -690,7 +695,7 @@ class OmniModel(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
         cache = KVCache(self.thinker.arch, B, longest + limit, device, dtype)
         hidden = self.thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])[:, -1]  # (B, D)
-        read = one_token_reader(self.thinker, cache)
+        read = decode_step(self.thinker, cache)
         stops = torch.tensor(stop_ids, device=device)
         ended, written = torch.zeros(B, dtype=torch.bool, device=device), []
         for _ in range(limit):
@@ -761,10 +766,10 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     for name, module in modules.items():
         getattr(model, name).load_state_dict(module.state_dict())
     embeddings = model.thinker.embed_tokens.weight
-    if model.proj_v is not None and model.proj_v.namer is None:
+    if model.proj_v is not None and model.proj_v.word_head is None:
         model.proj_v.start_as_loud_as(embeddings)
     elif model.proj_v is not None:
-        load_weights(model.proj_v.namer, words, config.vision_ckpt)
+        load_weights(model.proj_v.word_head, words, config.vision_ckpt)
         model.proj_v.start_from_units(embeddings_of(captions.units, tokenizer, embeddings))
     if model.proj_v is not None:
         left, right, *more = embeddings_of(PLACES, tokenizer, embeddings)
@@ -820,7 +825,7 @@ def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Toke
     """
     saved, path = load_stage(folder, "omni", prefix="omni", final="omni_final.pt"), Path(folder) / "tokenizer.json"
     # one padded length is for compiled training; and what was kept of training's files is not at hand
-    config = saved_config(SftConfig, saved, use_compile=False, keep_features=False)
+    config = saved_config(SftConfig, saved, use_compile=False, cache_features=False)
     tokenizer = Tokenizer.load(path)
     with understood(saved["path"]):
         vocab_size = config.parts["thinker"]["vocab_size"]

@@ -21,7 +21,7 @@ RMS_EPS = 1e-6
 _QUERIES = 128  # of causal attention, computed together: they need no key beyond the last of them
 
 
-def by_hand(x: Tensor) -> bool:
+def use_cpu_kernels(x: Tensor) -> bool:
     """Whether what follows is written out for ``x``: in training on a CPU, where nothing is compiled."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -49,7 +49,7 @@ def true_float32(device: torch.device) -> Iterator[None]:
         settings.fp32_precision = before
 
 
-def rounded_up(length: int, step: int = 16) -> int:
+def round_up(length: int, step: int = 16) -> int:
     """To a multiple of ``step``. On a CPU, oneDNN makes a kernel for each shape of a product when it first meets it,
     which takes as long as several products, and keeps a thousand. So lengths should be few."""
     return -(-length // step) * step
@@ -88,7 +88,7 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
 
     Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
     """
-    if by_hand(x):
+    if use_cpu_kernels(x):
         return _RMSNorm.apply(x, weight.float())
     x32, weight = x.float(), weight.float()
     if x.is_cuda:  # one kernel there; on the CPU it is slower than its parts
@@ -147,7 +147,7 @@ def norm_and_rotate(
     Returns:
         (B, H, T, K) and (B, G, T, K).
     """
-    if by_hand(heads):
+    if use_cpu_kernels(heads):
         n_keys = heads.shape[2] - n_heads
         weight = torch.cat((q_weight.float().expand(n_heads, -1), k_weight.float().expand(n_keys, -1)))
         return _NormAndRotate.apply(heads, weight, cos[:, None], sin[:, None], n_heads)
@@ -185,7 +185,7 @@ class _NormAndRotate(torch.autograd.Function):
 
 def silu_gate(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, of gate and up side by side: (..., 2F) -> (..., F). Shazeer 2020, "GLU Variants"."""
-    if by_hand(gate_up):
+    if use_cpu_kernels(gate_up):
         return _SiluGate.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -7,7 +7,7 @@ added: that is how the talker speaks a reply as the Thinker meant it.
 """
 
 # B utterances, L text bytes, T frames (one code of each codebook), D model width, K head width
-# Q codebooks, V codes in each, W width of the depth decoder, P slots in a frame (see omni.models.aligner)
+# Q codebooks, V codes in each, W width of the depth decoder, P alignment frames in a frame (see omni.models.aligner)
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,19 +21,20 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow
 from omni.data.audio import load_speech
-from omni.data.manifest import Rows
+from omni.data.manifest import ManifestDataset
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
+from omni.models.architectures import TalkerArchitecture
 from omni.models.codec import ConvNeXtBlock, mel_spec, padded_codes
 from omni.models.layers import KVCache, RMSNorm, SwiGLU, rope_tables
-from omni.models.ops import rounded_up
+from omni.models.ops import round_up
 from omni.models.thinker import INIT_STD, Block
+from omni.stages.talker import TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import TalkerArchitecture, TalkerConfig
-from omni.train.precompute import RowsWith
+from omni.train.precompute import ManifestWithColumns
 
-IGNORED = -100  # a target that has no loss
 _KERNEL = 7  # bytes that a layer sees at a time
-_MAX_LOG_SLOTS = 6.0  # no byte sounds longer than 400 slots
+_MAX_LOG_DURATION = 6.0  # no byte sounds longer than 400 alignment frames
 _OVERTIME_S = 1.0  # an utterance whose text has been over for so long is cut
 
 
@@ -103,7 +104,7 @@ class Talker(nn.Module):
     def __init__(self, config: TalkerConfig):
         super().__init__()
         self.config, self.codebooks, self.codebook_size = config, config.codebooks, config.codebook_size
-        self.slots_per_frame = config.slots_per_code
+        self.alignment_frames_per_code = config.alignment_frames_per_code
         self.blocks_arch = config.blocks
         D = config.d_model
         self.embed_text = nn.Embedding(TEXT_SYMBOLS, D)
@@ -111,7 +112,7 @@ class Talker(nn.Module):
         # what the Thinker thought when it wrote a token; absent where a text is given
         self.thinker_proj = nn.Linear(config.thinker_d_model, D, bias=False) if config.thinker_d_model else None
         self.duration_head = nn.Linear(D, 1)
-        self.text_proj = nn.Linear(self.slots_per_frame * D, D, bias=False)
+        self.text_proj = nn.Linear(self.alignment_frames_per_code * D, D, bias=False)
         self.embed_codes = nn.Embedding(self.codebooks * self.codebook_size, D)
         self.start = nn.Parameter(torch.empty(D))
         self.layers = nn.ModuleList(Block(self.blocks_arch, n, config.use_flash) for n in range(config.n_layers))
@@ -150,19 +151,23 @@ class Talker(nn.Module):
         return x
 
     def log_durations(self, text: Tensor) -> Tensor:
-        """(B, L, D) of ``encode_text`` -> (B, L) float32, the logarithms of the bytes' durations in slots."""
+        """(B, L, D) of ``encode_text`` -> (B, L) float32, the logarithms of the bytes' durations."""
         return self.duration_head(text).squeeze(-1).float()
 
-    def lay_out(self, text: Tensor, lengths: Tensor, durations: Tensor, n_frames: int) -> Tensor:
+    def length_regulator(self, text: Tensor, lengths: Tensor, durations: Tensor, n_frames: int) -> Tensor:
         """What is to be said in each of the first ``n_frames`` frames, (B, n_frames, D).
 
         Args:
             text: (B, L, D) of ``encode_text``; lengths: (B,).
-            durations: (B, L) whole slots, zero beyond ``lengths``. What comes after the last is like its last slot.
+            durations: (B, L) whole alignment frames, zero beyond ``lengths``. The last one goes on after its end.
         """
         ends = durations.cumsum(dim=1)
-        slots = torch.arange(n_frames * self.slots_per_frame, device=text.device).expand(len(text), -1).contiguous()
-        byte = torch.minimum(torch.searchsorted(ends, slots, right=True), lengths[:, None] - 1)
+        alignment_frames = (
+            torch.arange(n_frames * self.alignment_frames_per_code, device=text.device)
+            .expand(len(text), -1)
+            .contiguous()
+        )
+        byte = torch.minimum(torch.searchsorted(ends, alignment_frames, right=True), lengths[:, None] - 1)
         spoken = text.gather(1, byte[..., None].expand(-1, -1, text.shape[-1]))  # (B, T * P, D)
         return self.text_proj(spoken.unflatten(1, (n_frames, -1)).flatten(2))
 
@@ -186,7 +191,7 @@ class Talker(nn.Module):
         Args:
             symbols: (B, L), see ``omni.models.aligner.text_symbols``; text_lengths: (B,).
             codes: (B, T, Q); what follows an utterance's end has no effect on what comes before it.
-            durations: see ``lay_out``.
+            durations: see ``length_regulator``.
             thinker_states: see ``encode_text``.
             frame_dropout: (B, T), true where the input must not show the frame.
 
@@ -200,7 +205,7 @@ class Talker(nn.Module):
         if frame_dropout is not None:
             frames = frames.masked_fill(frame_dropout[..., None], 0.0)
         before = torch.cat((self.start.to(frames.dtype).expand(len(codes), 1, -1), frames), dim=1)  # (B, T + 1, D)
-        x = before + self.lay_out(text, text_lengths, durations, T + 1)
+        x = before + self.length_regulator(text, text_lengths, durations, T + 1)
         cos, sin = self.rope(T + 1)
         for layer in self.layers:
             x, _ = layer(x, cos, sin, None, None)
@@ -247,9 +252,9 @@ class Talker(nn.Module):
         text = self.encode_text(padded, lengths, thinker_states)
         durations = self.choose_durations(text, lengths)
         overtime = int(_OVERTIME_S * 1000 / self.config.frame_ms)
-        limits = (durations.sum(dim=1) // self.slots_per_frame + 1 + overtime).clamp(max=max_frames)  # (B,)
+        limits = (durations.sum(dim=1) // self.alignment_frames_per_code + 1 + overtime).clamp(max=max_frames)  # (B,)
         n_frames = int(limits.max())
-        spoken = self.lay_out(text, lengths, durations, n_frames)
+        spoken = self.length_regulator(text, lengths, durations, n_frames)
         cos, sin = self.rope(n_frames)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.start.dtype
@@ -268,10 +273,9 @@ class Talker(nn.Module):
             before = self.embed_frames(codes[:, None])
 
     def choose_durations(self, text: Tensor, lengths: Tensor) -> Tensor:
-        """(B, L) whole slots, at least one for each byte; the fractions that rounding takes from one byte go to the
-        next."""
+        """(B, L) whole alignment frames, at least one a byte; what rounding takes from one byte goes to the next."""
         read = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
-        durations = self.log_durations(text).clamp(max=_MAX_LOG_SLOTS).exp().clamp(min=1.0) * read
+        durations = self.log_durations(text).clamp(max=_MAX_LOG_DURATION).exp().clamp(min=1.0) * read
         return durations.cumsum(dim=1).round().long().diff(dim=1, prepend=lengths.new_zeros(len(text), 1))
 
     def _draw_frame(
@@ -310,7 +314,7 @@ def frame_targets(codes: Tensor, lengths: Tensor, codebook_size: int) -> Tensor:
     T = codes.shape[1]
     place = torch.arange(T + 1, device=codes.device)
     targets = F.pad(codes, (0, 0, 0, 1))
-    targets = targets.masked_fill((place >= lengths[:, None])[..., None], IGNORED)
+    targets = targets.masked_fill((place >= lengths[:, None])[..., None], IGNORE_INDEX)
     targets[..., 0] = torch.where(place == lengths[:, None], codebook_size, targets[..., 0])
     return targets
 
@@ -318,7 +322,7 @@ def frame_targets(codes: Tensor, lengths: Tensor, codebook_size: int) -> Tensor:
 def talker_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target, float32, 0 where there is none: (B, T + 1, Q)."""
     return F.cross_entropy(
-        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     ).view(targets.shape)
 
 
@@ -341,10 +345,10 @@ def talker_loss(
     logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"), hidden)
     targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
     nats = talker_nats(logits, targets)
-    first = nats[..., 0].sum() / (targets[..., 0] != IGNORED).sum()
+    first = nats[..., 0].sum() / (targets[..., 0] != IGNORE_INDEX).sum()
     durations = duration_nats(log_durations, batch).sum()
     # both over the number of codes: it is by codes that the loop weighs micro-batches
-    loss = (nats.sum() + duration_weight * durations) / (targets != IGNORED).sum()
+    loss = (nats.sum() + duration_weight * durations) / (targets != IGNORE_INDEX).sum()
     return loss, {"first_codebook": first, "duration": durations / batch["text_lengths"].sum()}
 
 
@@ -416,10 +420,10 @@ class Utterance:
     wav: str = ""  # the recording's name in the manifest
 
 
-class CodedSpeech(Rows):
-    """Texts with the codes and durations of their recordings, from ``RowsWith`` the columns codes and durations."""
+class CodedSpeech(ManifestDataset):
+    """Texts with the codes and durations of their recordings, two columns of ``ManifestWithColumns``."""
 
-    def __init__(self, manifest: RowsWith, rows: np.ndarray, config: TalkerConfig, **others) -> None:
+    def __init__(self, manifest: ManifestWithColumns, rows: np.ndarray, config: TalkerConfig, **others) -> None:
         super().__init__(manifest, rows, **others)
         self.config = config
 
@@ -444,7 +448,7 @@ def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig, step:
     """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
     ``texts``, ``wavs``. L and T are multiples of ``step``; under ``use_compile`` a few static lengths."""
     lengths = [len(sample.codes) for sample in samples]
-    n_codes = padded_codes(rounded_up(max(lengths), step), config)
+    n_codes = padded_codes(round_up(max(lengths), step), config)
     n_frames = n_codes * config.frames_per_code
     return {
         "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config, step),
@@ -454,5 +458,5 @@ def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig, step:
         "lengths": torch.tensor(lengths),
         "texts": [sample.text for sample in samples],
         "wavs": [sample.wav for sample in samples],
-        "weight": sum(sample.codes.numel() + 1 for sample in samples),
+        "n_targets": sum(sample.codes.numel() + 1 for sample in samples),
     }

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omni.common.errors import UserError
-from omni.data.tokenizer import Tokenizer
-from omni.models.decoding import one_token_reader
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
+from omni.models.architectures import ThinkerArchitecture
+from omni.models.decoding import decode_step
 from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
-from omni.models.ops import RMS_EPS, rounded_up
+from omni.models.ops import RMS_EPS, round_up
+from omni.stages.text import TextConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import TextConfig, ThinkerArchitecture
 
-IGNORED = -100  # a target that has no loss
 INIT_STD = 0.02
 LOSS_CHUNK = 8192  # tokens whose logits are in memory at a time
 
@@ -184,11 +184,11 @@ class Thinker(nn.Module):
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
-        weights = (targets != IGNORED).float() * (1.0 if weights is None else weights)
+        weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
         hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
         if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
-            counted = (targets != IGNORED).nonzero().flatten()
-            missing = rounded_up(len(counted), 64) - len(counted)  # so many more, without weight
+            counted = (targets != IGNORE_INDEX).nonzero().flatten()
+            missing = round_up(len(counted), 64) - len(counted)  # so many more, without weight
             weights = F.pad(weights[counted], (0, missing))
             counted = F.pad(counted, (0, missing))
             hidden, targets = hidden[counted], targets[counted]
@@ -202,7 +202,7 @@ class Thinker(nn.Module):
         return nats / weights.sum().clamp(min=1e-6) if reduction == "mean" else nats
 
     def _nats(self, hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        nats = F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORED, reduction="none")
+        nats = F.cross_entropy(self.head(hidden).float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
         return (nats * weights).sum()
 
     def generate(
@@ -246,7 +246,7 @@ class Thinker(nn.Module):
         self.eval()
         try:
             prompt = None if inputs_embeds is not None else torch.tensor([list(prompt_ids)], device=device)
-            read, next_id = one_token_reader(self, cache), None
+            read, next_id = decode_step(self, cache), None
             for _ in range(max_new_tokens):
                 with torch.inference_mode():  # not around the yield: the caller's code would run in it
                     if next_id is None:

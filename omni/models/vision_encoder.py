@@ -17,8 +17,8 @@ from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
 from omni.models.ops import attention, linear, true_float32
 from omni.models.thinker import Thinker, load_thinker
+from omni.stages.vision import VisionConfig
 from omni.train.checkpoint import build, load_stage, saved_config, understood
-from omni.train.config import VisionConfig
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02  # of the CLS token and the positions
@@ -268,12 +268,12 @@ class PictureTextModel(nn.Module):
         return self._pooled(self.vit(images)[:, 1:])
 
     def _named_nowhere(self, patches: Tensor) -> Tensor:
-        """(B, P, D) -> (B, V), see ``named_nowhere``. Logits of many patches and a large vocabulary are the largest
-        tensor of a step: some pictures at a time, and made again in the backward."""
+        """(B, P, D) -> (B, V), see ``noisy_or_log_absent``. Logits of many patches and a large vocabulary are a step's
+        largest tensor: some pictures at a time, and made again in the backward."""
         together = max(1, WORD_LOGITS // (patches.shape[1] * self.word_head.out_features))
 
         def of(some: Tensor) -> Tensor:
-            return named_nowhere(self.word_head(some), dim=1)
+            return noisy_or_log_absent(self.word_head(some), dim=1)
 
         if len(patches) <= together:
             return of(patches)
@@ -340,7 +340,7 @@ def word_loss(log_absent: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     Each token counts by its rarity, so that "a" and "the" count for little.
 
     Args:
-        log_absent: (B, V) float32, see ``named_nowhere``.
+        log_absent: (B, V) float32, see ``noisy_or_log_absent``.
         tokens, ends: (B, T) and (B,), see ``PictureTextModel.embed_captions``.
 
     Returns:
@@ -354,7 +354,7 @@ def word_loss(log_absent: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     return (nats * counts).sum() / present.sum().clamp(min=1)
 
 
-def named_nowhere(logits: Tensor, dim: int) -> Tensor:
+def noisy_or_log_absent(logits: Tensor, dim: int) -> Tensor:
     """Log-probability, float32, that none of the patches along ``dim`` shows a token, of each patch's log-odds."""
     return -F.softplus(logits.float()).sum(dim=dim)
 

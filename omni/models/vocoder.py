@@ -22,9 +22,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from omni.data.audio import MelSpec, griffin_lim, load_audio, log_mel, reflect
-from omni.data.manifest import Manifest, Rows
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
-from omni.train.config import VocoderConfig, refuse_others
+from omni.train.config import check_compatible
 
 SLOPE = 0.1  # of the leaky ReLUs
 LAST_SLOPE = 0.01  # of the one before the waveform: an oversight of the original that all its checkpoints have
@@ -47,7 +48,7 @@ def refuse_other_mels(vocoder: Path | str, config: VocoderConfig, codec: Path | 
     Raises:
         UserError: ``vocoder``, of ``config``, reads other log-mels than ``codec`` writes: each difference.
     """
-    refuse_others(vocoder, asdict(mel_spec(config)), codec, asdict(spec), what="its log-mels do")
+    check_compatible(vocoder, asdict(mel_spec(config)), codec, asdict(spec), what="its log-mels do")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows
+# ManifestDataset
 
 
 def split_column(path: str) -> str:
@@ -378,8 +379,8 @@ def segment_log_mel(waveform: Tensor, start: int, frames: int, spec: MelSpec) ->
     return log_mel(piece, spec)[start - first : start - first + frames]
 
 
-class Clips(Rows):
-    """Recordings with their log-mels, see ``Rows``: random segments in training, else whole clips.
+class Clips(ManifestDataset):
+    """Recordings with their log-mels, see ``ManifestDataset``: random segments in training, else whole clips.
 
     Args:
         codec: turns log-mels (B, T, M) into what the codec makes of them; None: they stay as they are.
@@ -414,7 +415,7 @@ class Clips(Rows):
             "waveform": nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
             "frames": frames,
         }
-        return batch | {"weight": int(frames.sum()) * self.config.hop_length}
+        return batch | {"n_targets": int(frames.sum()) * self.config.hop_length}
 
 
 def load_codec_of(config: VocoderConfig) -> nn.Module | None:

@@ -23,11 +23,11 @@ from omni.data.audio import (
     resampled_length,
     spec_augment,
 )
-from omni.data.manifest import Manifest, Rows, measure_rows
+from omni.data.manifest import Manifest, ManifestDataset, measure_rows
 from omni.models.audio_encoder import greedy_texts, mel_spec, output_frames
 from omni.models.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
-from omni.models.ops import rounded_up
-from omni.train.config import AudioEncoderConfig
+from omni.models.ops import round_up
+from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.train.run import Run
 
 COLUMNS = ("wav", "text")
@@ -104,12 +104,12 @@ class Utterance:
     text: str  # normalised
 
 
-class Utterances(Rows):
+class Utterances(ManifestDataset):
     """Recordings with their texts, from a manifest with the columns wav and text.
 
     Args:
         config: feature sizes, augmentation; ``use_compile`` pads to a few static shapes, else in steps of 32 frames.
-        others: see ``Rows``.
+        others: see ``ManifestDataset``.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Utterances(Rows):
         with no target, and no text."""
         lengths = [len(sample.features) for sample in samples]
         target_lengths = [len(sample.tokens) for sample in samples]
-        missing, frames = 0, rounded_up(max(lengths), 32)
+        missing, frames = 0, round_up(max(lengths), 32)
         if self.config.use_compile:
             missing = self.config.batch_size - len(samples)
             frames = next(length for length in static_lengths(self.config.max_mel_length) if length >= max(lengths))
@@ -175,7 +175,7 @@ class Utterances(Rows):
             "targets": targets,
             "target_lengths": torch.tensor(target_lengths + [0] * missing),
             "texts": [sample.text for sample in samples],
-            "weight": sum(target_lengths),
+            "n_targets": sum(target_lengths),
         }
 
 
@@ -185,22 +185,22 @@ def static_lengths(max_mel_length: int) -> list[int]:
     return [8 * -(-length // 8) for length in quarters]
 
 
-class HeldOut:
+class EvalSets:
     """Several sources one after the other, each scored by itself. A batch has its parts under ``name/key``."""
 
-    def __init__(self, sources: dict[str, Rows]) -> None:
+    def __init__(self, sources: dict[str, ManifestDataset]) -> None:
         self.sources = sources
 
     def __len__(self) -> int:
         return sum(len(source) for source in self.sources.values())
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        merged, first = {"weight": 0, "bad_rows": {}}, 0
+        merged, first = {"n_targets": 0, "bad_rows": {}}, 0
         for name, source in self.sources.items():
             own = rows[(rows >= first) & (rows < first + len(source))] - first
             first += len(source)
             part = source.batch(own, epoch)
-            merged["weight"] += part.pop("weight")
+            merged["n_targets"] += part.pop("n_targets")
             merged["bad_rows"] |= part.pop("bad_rows")
             merged |= {f"{name}/{key}": value for key, value in part.items()}
         return merged
@@ -219,7 +219,7 @@ def ctc_loss(model: nn.Module, batch: dict) -> Tensor:
 
 
 def score_sums(model: nn.Module, batch: dict, tokenizer: CtcTokenizer) -> dict[str, Tensor]:
-    """What adds up over the batches of a ``HeldOut``: nats and tokens, word and character errors, of each source.
+    """What adds up over the batches of a ``EvalSets``: nats and tokens, word and character errors, of each source.
 
     Greedy decoding. A text that no path of its recording can spell has no likelihood, so only its errors count.
     """

@@ -14,11 +14,11 @@ from torch import Tensor
 from omni.common.errors import BadRow
 from omni.common.text import visible
 from omni.data.images import load_image, normalise
-from omni.data.manifest import Manifest, Rows, measure_rows
+from omni.data.manifest import Manifest, ManifestDataset, measure_rows
 from omni.data.tokenizer import Tokenizer
 from omni.models.vision_encoder import PictureTextModel, contrastive_loss, similarities
+from omni.stages.vision import VisionConfig
 from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
-from omni.train.config import VisionConfig
 from omni.train.run import Run
 
 GROUP = 64  # captions among which a picture must find its own
@@ -29,10 +29,10 @@ MAX_SHIFT = 1 / 32  # of the picture's side, either way
 MAX_BRIGHTER = 0.1
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rows
+# ManifestDataset
 
 
-class CaptionRows(Rows):
+class CaptionRows(ManifestDataset):
     """Rows with ``image`` and ``caption``, and perhaps ``groups``, as samples.
 
     Args:
@@ -71,7 +71,7 @@ class CaptionRows(Rows):
             "ends": ends,
             "same": (keys[:, None] == keys[None]).any(dim=-1),
             "labels": torch.tensor([sample["labels"] for sample in samples]),
-            "weight": len(samples),
+            "n_targets": len(samples),
         }
 
 

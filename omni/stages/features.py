@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from omni.common.errors import BadRow
-from omni.data.manifest import Manifest, Rows
+from omni.data.manifest import Manifest, ManifestDataset
 from omni.models.omni_model import Inputs, OmniModel
 from omni.stages.asr import measure_samples
-from omni.train.precompute import Ragged, precompute
+from omni.train.precompute import RaggedArray, precompute
 from omni.train.run import Run
 
 
-class PictureFiles(Rows):
+class PictureFiles(ManifestDataset):
     """The pictures of a manifest with the column image, as the vision encoder reads them."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs, root: str | None) -> None:
@@ -25,10 +25,10 @@ class PictureFiles(Rows):
         return self.inputs.pixels(self.manifest.file(row["image"], self.root))
 
     def collate(self, samples: list[Tensor]) -> dict:
-        return {"images": torch.stack(samples), "weight": len(samples)}
+        return {"images": torch.stack(samples), "n_targets": len(samples)}
 
 
-class SoundFiles(Rows):
+class SoundFiles(ManifestDataset):
     """The recordings of a manifest with the column wav, as the audio encoder reads them."""
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs) -> None:
@@ -39,28 +39,28 @@ class SoundFiles(Rows):
         return self.inputs.mels(self.manifest.file(row["wav"]))
 
     def collate(self, samples: list[Tensor]) -> dict:
-        return self.inputs.pad_sounds(samples) | {"weight": len(samples)}
+        return self.inputs.pad_sounds(samples) | {"n_targets": len(samples)}
 
 
 def features_of_pictures(
     run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray, root: str | None
-) -> Ragged:
+) -> RaggedArray:
     """(N, K) float16 of each picture in ``rows`` of a manifest, kept in ``save_dir``; nothing of a broken one."""
 
     def make(batch: dict) -> list[np.ndarray]:
         with torch.no_grad(), run.autocast():
-            return list(model.see(batch["images"].to(run.device)).half().cpu().numpy())
+            return list(model.encode_images(batch["images"].to(run.device)).half().cpu().numpy())
 
     files = PictureFiles(manifest, rows, inputs, root)
     return _keep(run, "vision_encoder", files, make, "image", root, note="looking at pictures")
 
 
-def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray) -> Ragged:
+def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Manifest, rows: np.ndarray) -> RaggedArray:
     """(U, K) float16 of each recording in ``rows`` of a manifest, kept in ``save_dir``; nothing of a broken one."""
 
     def make(batch: dict) -> list[np.ndarray]:
         with torch.no_grad(), run.autocast():
-            frames, lengths = model.hear(batch["features"].to(run.device), batch["lengths"].to(run.device))
+            frames, lengths = model.encode_audio(batch["features"].to(run.device), batch["lengths"].to(run.device))
         found = frames.half().cpu().numpy()
         return [one[:length] for one, length in zip(found, lengths.tolist(), strict=True)]
 
@@ -70,13 +70,13 @@ def features_of_sounds(run: Run, model: OmniModel, inputs: Inputs, manifest: Man
     return _keep(run, "audio_encoder", files, make, "wav", None, note="listening to recordings")
 
 
-def _keep(run: Run, part: str, rows: Rows, make, column: str, root: str | None, note: str) -> Ragged:
+def _keep(run: Run, part: str, rows: ManifestDataset, make, column: str, root: str | None, note: str) -> RaggedArray:
     depends_on = {"encoder": run.config.origins[part], "sizes": run.config.parts[part]}
     name = f"{part}-{rows.manifest.sha256[:12]}"
     return precompute(run, name, rows, column, depends_on, make, root=root, note=note)
 
 
-def kept(found: np.ndarray, path, read) -> Tensor:
+def cached_or_read(found: np.ndarray, path, read) -> Tensor:
     """What was kept of a file.
 
     Raises:

@@ -25,20 +25,20 @@ from omni.data.audio import audio_length, resampled_length
 from omni.data.conversations import read_conversation
 from omni.data.corpus import line_spans, read_chunks
 from omni.data.index import prepare_index, save_array
-from omni.data.manifest import Manifest, Rows, account_for_rows, measure_rows, prepare_manifest, split_rows
+from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, measure_rows, prepare_manifest, split_rows
 from omni.data.order import permute
 from omni.data.records import decode
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import load_aligner, prepare_speech
 from omni.models.codec import leave_out_long, load_codec
 from omni.models.ctc import normalise_text
 from omni.models.omni_model import Encoded, Inputs, OmniModel
 from omni.models.talker import CodedSpeech, talker_metrics, talker_sums
-from omni.models.thinker import IGNORED
 from omni.stages.asr import measure_samples
-from omni.stages.features import features_of_pictures, features_of_sounds, kept
+from omni.stages.features import cached_or_read, features_of_pictures, features_of_sounds
+from omni.stages.omni import SftConfig
 from omni.synthetic import world
-from omni.train.config import SftConfig
-from omni.train.precompute import RowsWith
+from omni.train.precompute import ManifestWithColumns
 from omni.train.run import Run
 
 CAPTION_PROMPTS = ("Describe the picture.", "What does the picture show?", "What do you see?")
@@ -65,12 +65,12 @@ _WORDINGS = zlib.crc32(
 # Tasks: rows as conversations
 
 
-class TaskRows(Rows):
+class TaskDataset(ManifestDataset):
     """Rows of one task. A sample is (sequence, right answers); these are normalised, none for what is not judged.
 
     Args:
         inputs: how conversations become sequences.
-        others: see ``Rows``.
+        others: see ``ManifestDataset``.
     """
 
     def __init__(self, manifest: Manifest, rows: np.ndarray, inputs: Inputs, config: SftConfig, **others) -> None:
@@ -128,7 +128,7 @@ class TaskRows(Rows):
         return self.inputs.collate([encoded for encoded, _ in samples])
 
     def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, set[str]] | None:
-        """The sample of ``row``, in training perhaps of one after it, and in ``bad`` what was wrong; see ``Rows``."""
+        """The sample of ``row``, in training perhaps of one after it, and in ``bad`` what was wrong."""
         return self._sample(row, epoch, bad)
 
     image_root = property(lambda self: self.config.image_root)
@@ -137,7 +137,7 @@ class TaskRows(Rows):
         """The row's picture as a part of a message, to be read."""
         return {"type": "image", "row": row}
 
-    def sound(self, row: dict, manifest: Manifest | RowsWith | None = None) -> dict:
+    def sound(self, row: dict, manifest: Manifest | ManifestWithColumns | None = None) -> dict:
         """The row's recording, or that of a row of another manifest, as a part of a message, to be read."""
         return {"type": "audio", "row": row, "manifest": manifest or self.manifest}
 
@@ -152,14 +152,14 @@ class TaskRows(Rows):
         row = part["row"]
         path = self.manifest.file(row["image"], self.image_root)
         if "patches" in row:
-            return {"type": "image", "image": kept(row["patches"], path, self.inputs.pixels)}
+            return {"type": "image", "image": cached_or_read(row["patches"], path, self.inputs.pixels)}
         return self.inputs.image(path)
 
     def _read_sound(self, part: dict) -> dict:
         row = part["row"]
         path, text = part["manifest"].file(row["wav"]), visible(row.get("text", "")).strip()
         if "frames" in row:
-            return {"type": "audio", "audio": kept(row["frames"], path, self.inputs.mels), "text": text}
+            return {"type": "audio", "audio": cached_or_read(row["frames"], path, self.inputs.mels), "text": text}
         return self.inputs.sound(path, text)
 
     def _mel_frames(self, part: dict) -> int:
@@ -192,7 +192,7 @@ def one_of(choices, rng: np.random.Generator | None):
     return choices[0 if rng is None else int(rng.integers(len(choices)))]
 
 
-class Dialogues(TaskRows):
+class Dialogues(TaskDataset):
     """Lines of a text file. What is no dialogue is learnt as a whole, and not judged."""
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
@@ -233,7 +233,7 @@ def parse_dialogue(line: str) -> list[dict]:
     return messages
 
 
-class PictureQuestions(TaskRows):
+class PictureQuestions(TaskDataset):
     """Pictures with ``questions``, a list of [question, answer]: several in training, one in validation."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
@@ -302,7 +302,7 @@ class SpokenPictureQuestions(PictureQuestions):
         )
 
 
-class Captions(TaskRows):
+class Captions(TaskDataset):
     """Pictures to describe. If ``groups`` say what one shows, all of the world's captions of it are right; else there
     is no end of right wordings, and it is not judged."""
 
@@ -323,14 +323,14 @@ def scene_captions(groups) -> set[str]:
         return set()
 
 
-class Transcripts(TaskRows):
+class Transcripts(TaskDataset):
     """Recordings to write down."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         return turn(visible(row["text"]).strip(), self.sound(row), one_of(TRANSCRIPTION_PROMPTS, rng))
 
 
-class SpokenQuestions(TaskRows):
+class SpokenQuestions(TaskDataset):
     """Recordings of questions: answered by the column ``answer``, or by what is known of the world."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
@@ -340,7 +340,7 @@ class SpokenQuestions(TaskRows):
         return turn(answer.strip(), self.sound(row))
 
 
-class Signs(TaskRows):
+class Signs(TaskDataset):
     """Pictures of a line of text to read."""
 
     image_root = None
@@ -349,14 +349,16 @@ class Signs(TaskRows):
         return turn(clean_text(row["text"]), self.picture(row), one_of(SIGN_PROMPTS, rng))
 
 
-class SpokenAnswers(TaskRows):
+class SpokenAnswers(TaskDataset):
     """Answers that are spoken: what is known of the world, else a text to be said as it is.
 
     Args:
         manifest: with the columns that ``omni.models.aligner.prepare_speech`` adds.
     """
 
-    def __init__(self, manifest: RowsWith, rows: np.ndarray, inputs: Inputs, config: SftConfig, **others) -> None:
+    def __init__(
+        self, manifest: ManifestWithColumns, rows: np.ndarray, inputs: Inputs, config: SftConfig, **others
+    ) -> None:
         super().__init__(manifest, rows, inputs, config, **others)
         self.speech = CodedSpeech(manifest, rows, inputs.talker, training=False)
 
@@ -369,7 +371,7 @@ class SpokenAnswers(TaskRows):
         return self.inputs.encode_spoken(messages, self.speech.read(row, None))
 
 
-class Conversations(TaskRows):
+class Conversations(TaskDataset):
     """JSON or JSONL rows of conversations, as ``omni.data.conversations`` reads them."""
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
@@ -523,7 +525,7 @@ class Recordings:
 
 def prepare_tasks(
     run: Run, config: SftConfig, inputs: Inputs
-) -> tuple[dict[str, TaskRows], dict[str, TaskRows], dict[str, str]]:
+) -> tuple[dict[str, TaskDataset], dict[str, TaskDataset], dict[str, str]]:
     """The tasks that the config's files have rows for.
 
     Returns:
@@ -532,12 +534,12 @@ def prepare_tasks(
     Raises:
         UserError: a file cannot be read, or no task has a row to train on.
     """
-    sides: tuple[dict[str, TaskRows], dict[str, TaskRows]] = {}, {}
+    sides: tuple[dict[str, TaskDataset], dict[str, TaskDataset]] = {}, {}
     digests: dict[str, list[str]] = {"train": [], "validation": []}
     recordings: list[Recordings | None] = [None, None]
     too_long: list[str] = []  # files without a row that fits
 
-    def add(side: int, name: str, manifest: Manifest | RowsWith, rows: np.ndarray, **others) -> None:
+    def add(side: int, name: str, manifest: Manifest | ManifestWithColumns, rows: np.ndarray, **others) -> None:
         if len(rows) and config.task_weights.get(name, 1.0) > 0:
             keys = {"seed": config.seed, "training": side == 0}
             task = TASKS[name][0](manifest, rows, inputs, config, **keys, **others)
@@ -600,12 +602,12 @@ def prepare_tasks(
     return *sides, joined
 
 
-def account_for_tasks(run: Run, sides: tuple[dict[str, TaskRows], dict[str, TaskRows]]) -> None:
+def account_for_tasks(run: Run, sides: tuple[dict[str, TaskDataset], dict[str, TaskDataset]]) -> None:
     """Log where the rows of each file went, one of which may serve several tasks."""
     used: dict[Path, tuple[Manifest, tuple[list[np.ndarray], list[np.ndarray]]]] = {}
     for side, tasks in enumerate(sides):
         for task in tasks.values():
-            manifest = task.manifest.manifest if isinstance(task.manifest, RowsWith) else task.manifest
+            manifest = task.manifest.manifest if isinstance(task.manifest, ManifestWithColumns) else task.manifest
             used.setdefault(manifest.path, (manifest, ([], [])))[1][side].append(task.row_numbers)
     for manifest, found in used.values():
         train, held_out = (np.unique(np.concatenate([np.zeros(0, np.int64), *rows])) for rows in found)
@@ -618,7 +620,7 @@ def account_for_tasks(run: Run, sides: tuple[dict[str, TaskRows], dict[str, Task
         account_for_rows(run, manifest, to_train_on=train, held_out=held_out)
 
 
-def keep_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs, tasks: list[TaskRows]) -> None:
+def cache_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs, tasks: list[TaskDataset]) -> None:
     """Put beside the rows of all tasks what the frozen encoders make of their pictures and recordings."""
     for encoder in model.encoders:
         encoder.eval()  # as in training, where they are frozen
@@ -634,17 +636,17 @@ def keep_features(run: Run, config: SftConfig, model: OmniModel, inputs: Inputs,
         rows = np.unique(np.concatenate([reader.row_numbers for reader in readers]))
         patches = features_of_pictures(run, model, inputs, readers[0].manifest, rows, root)
         for reader in readers:
-            reader.manifest = RowsWith(reader.manifest, {"patches": patches})
+            reader.manifest = ManifestWithColumns(reader.manifest, {"patches": patches})
     for readers in heard.values():
         rows = np.unique(np.concatenate([reader.row_numbers for reader in readers]))
         frames = features_of_sounds(run, model, inputs, readers[0].manifest, rows)
         for reader in readers:
-            reader.manifest = RowsWith(reader.manifest, {"frames": frames})
+            reader.manifest = ManifestWithColumns(reader.manifest, {"frames": frames})
 
 
 def prepare_answers(
     run: Run, config: SftConfig, inputs: Inputs, manifest: Manifest, rows: np.ndarray
-) -> tuple[RowsWith, np.ndarray]:
+) -> tuple[ManifestWithColumns, np.ndarray]:
     """The manifest with what stage D's codec and aligner make of its recordings; ``rows`` without too long ones."""
     codec, aligner = (load(config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
     name = "train" if manifest.path == Path(config.speech_csv) else "validation"
@@ -677,18 +679,18 @@ def with_answer(run: Run, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     return kept
 
 
-def with_room(run: Run, name: str, task: TaskRows) -> np.ndarray:
+def with_room(run: Run, name: str, task: TaskDataset) -> np.ndarray:
     """The row numbers of a task without rows that are too long for ``ctx_len`` even without all turns after the first;
     says how many these are, and how many lose turns. Kept beside the index. Rows that cannot be read stay: reading
     them says why."""
-    manifest = task.manifest.manifest if isinstance(task.manifest, RowsWith) else task.manifest
+    manifest = task.manifest.manifest if isinstance(task.manifest, ManifestWithColumns) else task.manifest
     inputs, rows = task.inputs, task.row_numbers
     depends_on = [
         name,
         inputs.tokenizer.fingerprint,
         inputs.ctx_len,
         inputs.prompt,
-        inputs.kept,
+        inputs.cached,
         _WORDINGS,
     ]
     depends_on += [inputs.audio, inputs.img_size and inputs.image_positions]
@@ -726,8 +728,8 @@ def count_recorded(run: Run, manifest: Manifest, recordings: Recordings) -> np.n
 # The mix
 
 
-class Mix:
-    """Tasks in fixed shares of every epoch: a ``Source`` for ``ResumableDataset``.
+class TaskMixture:
+    """Tasks in fixed shares of every epoch: a ``BatchSource`` for ``ResumableDataset``.
 
     An epoch has as many samples as the tasks have rows. Each sample has a slot; the slots are shared out by weight, and
     a task goes through all of its rows, each time in another order, as its slots come up, over the epochs' ends. So
@@ -737,7 +739,7 @@ class Mix:
         tasks: by name; weights: relative, 1 for a task that is not in it.
     """
 
-    def __init__(self, tasks: dict[str, TaskRows], weights: dict[str, float], inputs: Inputs, seed: int) -> None:
+    def __init__(self, tasks: dict[str, TaskDataset], weights: dict[str, float], inputs: Inputs, seed: int) -> None:
         self.names, self.tasks, self.inputs, self.seed = list(tasks), list(tasks.values()), inputs, seed
         shares = np.array([weights.get(name, 1.0) for name in self.names])
         size = sum(len(task) for task in self.tasks)
@@ -766,16 +768,16 @@ class Mix:
             task, row, passed = self.place(int(slot), epoch)
             sample = self.tasks[task].sample(row, passed, bad)
             if sample is None:
-                return {"weight": 0, "bad_rows": bad}
+                return {"n_targets": 0, "bad_rows": bad}
             samples.append(sample[0])
         batch = self.inputs.collate(samples) | {"bad_rows": bad}
-        return batch if len(rows) else batch | {"weight": 0}
+        return batch if len(rows) else batch | {"n_targets": 0}
 
 
-class HeldOutItems:
-    """Up to ``limit`` rows of each task, evenly spread, one task after the other: a ``Source`` for validation."""
+class EvalItems:
+    """Up to ``limit`` rows of each task, evenly spread, one task after the other: a ``BatchSource`` for validation."""
 
-    def __init__(self, tasks: dict[str, TaskRows], inputs: Inputs, limit: int) -> None:
+    def __init__(self, tasks: dict[str, TaskDataset], inputs: Inputs, limit: int) -> None:
         self.tasks, self.inputs = tasks, inputs
         self.items = [
             (name, int(row))
@@ -792,7 +794,7 @@ class HeldOutItems:
         found = [(name, self.tasks[name].sample(row, 0, bad)) for name, row in (self.items[int(i)] for i in rows)]
         found = [(name, *sample) for name, sample in found if sample is not None]
         if not found:
-            return {"weight": 0, "bad_rows": bad}
+            return {"n_targets": 0, "bad_rows": bad}
         names, encoded, right = zip(*found, strict=True)
         return self.inputs.collate(list(encoded)) | {"task": names, "right": right, "bad_rows": bad}
 
@@ -816,8 +818,8 @@ class AnswerScore:
     def sums(self, model: OmniModel, batch: dict) -> dict[str, Tensor]:
         embeds, targets, dropped, *_ = model.embed(batch)
         nats, _ = model.thinker.loss(None, targets, "sum", inputs_embeds=embeds)
-        totals = {"nats": nats, "targets": (targets != IGNORED).sum()}
-        if "said_rows" in batch:
+        totals = {"nats": nats, "targets": (targets != IGNORE_INDEX).sum()}
+        if "speech_rows" in batch:
             speech = model.speech(batch, embeds)
             for name, heard in (("heard", speech), ("read", speech | {"thinker_states": None})):
                 totals |= {f"{name}/{key}": value for key, value in talker_sums(model.talker, heard).items()}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from omni.common.errors import Interrupted, RunError, UserError
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader, from_the_start
 from omni.train import checkpoint
-from omni.train.config import StageConfig, drift
+from omni.train.config import StageConfig, config_diff
 from omni.train.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.train.progress import Progress, read_validated, write_validated
 from omni.train.run import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
@@ -75,7 +75,7 @@ def train(
     files: dict[str, str] | None = None,
     validation: Validation | None = None,
     summary: dict[str, float] | None = None,
-    made_of_it: tuple[Stage, ...] = (),
+    downstream: tuple[Stage, ...] = (),
 ) -> dict[str, float]:
     """Train to ``max_steps`` (or ``max_epochs``), from wherever ``save_dir`` says the run stands.
 
@@ -85,7 +85,7 @@ def train(
         files: digests of the files in ``save_dir`` that the model is of no use without, such as its tokenizer; whoever
             loads the model compares them.
         summary: facts to keep beside the metrics in the final file.
-        made_of_it: of a ``Run.part``, those whose models are made of this one's: once one of them has a file, a
+        downstream: of a ``Run.part``, those whose models are made of this one's: once one of them has a file, a
             finished training takes no more steps.
 
     Returns:
@@ -96,12 +96,12 @@ def train(
         RunError: losses that are not finite, a full disk, checkpoints all damaged.
         Interrupted: asked to stop; everything is saved.
     """
-    parts = run, phases, dataset, fingerprint, files or {}, validation, summary or {}, made_of_it
+    parts = run, phases, dataset, fingerprint, files or {}, validation, summary or {}, downstream
     return _Training(*parts).run_to_the_end()
 
 
 class _Training:
-    def __init__(self, run, phases, dataset, fingerprint, files, validation, summary, made_of_it) -> None:
+    def __init__(self, run, phases, dataset, fingerprint, files, validation, summary, downstream) -> None:
         self.run: Run = run
         self.config: StageConfig = run.config
         self.phases: list[Phase] = phases
@@ -112,7 +112,7 @@ class _Training:
         self.files: dict[str, str] = files
         self.validation: Validation | None = validation
         self.summary = summary
-        self.made_of_it: tuple[Stage, ...] = made_of_it
+        self.downstream: tuple[Stage, ...] = downstream
         self.progress = Progress()
         self.total_steps = self.config.max_steps or self.config.max_epochs * dataset.steps_per_epoch
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=run.amp_dtype == torch.float16)
@@ -180,16 +180,16 @@ class _Training:
         run, world = self.run, self.run.world
         for batch in micro_batches:
             self._note_bad_rows(batch)
-            if batch["rows"] and not batch["weight"]:
+            if batch["rows"] and not batch["n_targets"]:
                 where, why = list(batch["bad_rows"].items())[-1]
                 # only this process knows of it, and what a user gave wrong is printed by the first one alone
                 error = UserError if run.is_main else RunError
                 raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
-        sums = [(batch["weight"], batch.get("units", batch["weight"])) for batch in micro_batches]
+        sums = [(batch["n_targets"], batch.get("n_tokens", batch["n_targets"])) for batch in micro_batches]
         total, units = run.sum_over_ranks(torch.tensor(sums, dtype=torch.float64).sum(dim=0)).tolist()
-        shares = [batch["weight"] / total for batch in micro_batches]
+        shares = [batch["n_targets"] / total for batch in micro_batches]
         micro_batches = [to_device(batch, run.device) | {"step": self.progress.step} for batch in micro_batches]
         finite = torch.ones((), device=run.device)
         phases = self.begun_phases()
@@ -305,7 +305,7 @@ class _Training:
                 if stopping := run.stop_agreed(batch is None):
                     break
                 self._note_bad_rows(batch)
-                if not batch["weight"]:
+                if not batch["n_targets"]:
                     continue
                 batch = to_device(batch, run.device) | {"step": progress.step}
                 with run.autocast():
@@ -483,7 +483,7 @@ class _Training:
                 return self._resume_from_final()
             return []
         path = checkpoint.step_path(run.save_dir, run.stage.prefix, payload["step"])
-        harmless = self._refuse_drift(path, payload)
+        harmless = self._check_resumable(path, payload)
         for phase in self.phases:
             saved = payload["phases"][phase.name]
             checkpoint.load_weights(phase.module, saved["module"], path)
@@ -545,7 +545,7 @@ class _Training:
                 f"to {self.total_steps}. Use a new save_dir"
             )
         self.progress.step = done
-        return self._refuse_drift(self.final_path, final)
+        return self._check_resumable(self.final_path, final)
 
     def _refuse_to_extend(self) -> None:
         """
@@ -555,7 +555,7 @@ class _Training:
         run, key = self.run, f"{self.run.stage.name}_steps"
 
         def made() -> str:
-            files = sorted(file.name for stage in self.made_of_it for file in run.save_dir.glob(f"{stage.prefix}*.pt"))
+            files = sorted(file.name for stage in self.downstream for file in run.save_dir.glob(f"{stage.prefix}*.pt"))
             return files[0] if files and self._metrics_of_final() else ""
 
         if self.progress.step < self.total_steps and (found := run.from_main(made)):
@@ -564,7 +564,7 @@ class _Training:
                 f"{key} cannot be {self.total_steps}. Use a new save_dir, or put {key} back to {self.progress.step}"
             )
 
-    def _refuse_drift(self, path, payload: dict) -> list[str]:
+    def _check_resumable(self, path, payload: dict) -> list[str]:
         """
         Raises:
             UserError: the checkpoint belongs to another training; the message lists each key, old and new.
@@ -575,7 +575,7 @@ class _Training:
         for name, digest in payload.get("files", {}).items():
             if self.files.get(name) != digest:
                 raise UserError(f"{run.save_dir / name}: {checkpoint.not_sealed(path)}")
-        refused, harmless = drift(type(self.config), payload["config"], self.config.model_dump())
+        refused, harmless = config_diff(type(self.config), payload["config"], self.config.model_dump())
         per_step, batch_size = payload.get("samples_per_step"), payload["config"]["batch_size"]
         if per_step not in (None, self.dataset.samples_per_step):  # None: a final file
             refused.append(f"samples per step: {per_step} -> {self.dataset.samples_per_step}")

@@ -28,7 +28,7 @@ from omni.common.caches import (
 from omni.common.errors import RunError
 from omni.common.files import json_sha256, remove_temporary
 from omni.common.media import Inline
-from omni.data.manifest import Manifest, Rows, file_facts
+from omni.data.manifest import Manifest, ManifestDataset, file_facts
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader
 from omni.train.run import Run
 
@@ -39,7 +39,7 @@ _SEAL_BYTES = 16  # hexadecimal digits at the beginning of a line of a journal
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedArray:
     """One array per row, of different lengths, mapped from disk.
 
     ``values`` (N, ...): all of them, one after the other. ``spans`` (rows, 2): where each row's begin and end; the same
@@ -58,14 +58,14 @@ class Ragged:
 def precompute(
     run: Run,
     name: str,
-    rows: Rows,
+    rows: ManifestDataset,
     column: str,
     belongs_to: dict,
     make: Callable[[dict], list[np.ndarray]],
     *,
     root: str | None = None,
     note: str,
-) -> Ragged:
+) -> RaggedArray:
     """``make(batch)`` gives one array for each row of a batch; those of all ``rows``, as ``save_dir/codes/name``.
 
     They are made again when they are damaged, when ``belongs_to`` changes, or a file with another content stands under
@@ -93,7 +93,7 @@ def precompute(
                     run.log(f"{problem}: made again")
                 _make(run, path, rows, files, belongs_to, make, note)
     arrays, sha256 = open_arrays(path)
-    return Ragged(arrays["values"], arrays["spans"], sha256)
+    return RaggedArray(arrays["values"], arrays["spans"], sha256)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,9 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
     return ""
 
 
-def _make(run: Run, path: Path, rows: Rows, files: Files, belongs_to: dict, make: Callable, note: str) -> None:
+def _make(
+    run: Run, path: Path, rows: ManifestDataset, files: Files, belongs_to: dict, make: Callable, note: str
+) -> None:
     """Compute the arrays of all rows and seal them, going on where a kill came."""
     unseal(path)
     key = json_sha256(belongs_to | {"files": hashlib.sha256(files.facts.tobytes()).hexdigest()})
@@ -292,14 +294,14 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
-class RowsWith:
+class ManifestWithColumns:
     """A manifest whose rows bring along what was computed of them.
 
     Args:
         computed: the name of a further column -> its values.
     """
 
-    def __init__(self, manifest: Manifest, computed: dict[str, Ragged]) -> None:
+    def __init__(self, manifest: Manifest, computed: dict[str, RaggedArray]) -> None:
         self.manifest, self.computed = manifest, computed
         digests = [manifest.sha256, *(computed[name].sha256 for name in sorted(computed))]
         self.sha256 = hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -319,5 +321,7 @@ def computed_digests(*sides: dict) -> dict[str, str]:
     sources = [
         source for tasks in sides for task in tasks.values() for source in (task, getattr(task, "recordings", None))
     ]
-    found = [source.manifest.sha256 for source in sources if source and isinstance(source.manifest, RowsWith)]
+    found = [
+        source.manifest.sha256 for source in sources if source and isinstance(source.manifest, ManifestWithColumns)
+    ]
     return {"computed": hashlib.sha256(" ".join(found).encode()).hexdigest()} if found else {}

@@ -506,7 +506,7 @@ class Run:
                 self.lock.release()
 
     @contextlib.contextmanager
-    def part(self, config: StageConfig, stage: Stage):
+    def sub_stage(self, config: StageConfig, stage: Stage):
         """Inside the block, the run is another training in the same folder, with step files, a final file and rows of
         metrics.jsonl of its own: for a stage that trains one model after the other."""
         whole = self.config, self.stage, self._is_part
@@ -517,7 +517,7 @@ class Run:
         finally:
             self.config, self.stage, self._is_part = whole
 
-    def adopt(self, folder: str, stage: Stage, sizes: type[BaseModel]) -> dict[str, float]:
+    def import_stage(self, folder: str, stage: Stage, sizes: type[BaseModel]) -> dict[str, float]:
         """Put the final file of ``stage`` from another folder into ``save_dir``, in the place of training it.
 
         Returns:
@@ -662,7 +662,7 @@ class Run:
         if self.is_main:
             self.barrier(self._patient)
 
-    def remember(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
+    def cached_json(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
         """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data
         or is damaged.
 

@@ -1,0 +1,373 @@
+"""What each model is built from: its sizes, checked. Configs have the same keys; checkpoints and exports keep them."""
+
+import math
+from typing import Annotated, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ListedSize = Annotated[int, Field(le=65_536)]
+
+
+class ThinkerArchitecture(BaseModel):
+    """The sizes of the Thinker: Qwen3 (``use_moe`` false) or Qwen3-MoE (true)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a small corpus may fill less")
+    ctx_len: int = Field(512, ge=8, le=1_048_576, description="tokens per training sequence, and the longest context")
+    n_layers: int = Field(8, ge=1, le=1000)
+    d_model: int = Field(512, ge=8, le=1_000_000)
+    n_heads: int = Field(8, ge=1, le=1_024)
+    head_dim: int | None = Field(None, ge=2, le=16_384, description="default: d_model / n_heads")
+    d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches, in training only")
+    rope_theta: float = Field(10000.0, gt=0)
+    tie_embeddings: bool = Field(True, description="the output head is the input embedding")
+    use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
+    kv_groups: int = Field(2, ge=1, le=1_024, description="key/value heads under use_gqa")
+    use_moe: bool = False
+    num_experts: int = Field(8, ge=2, le=4_096)
+    num_experts_per_tok: int = Field(2, ge=1, le=4_096)
+    moe_d_ff: int | None = Field(None, ge=8, le=1_000_000, description="inner width of one expert; default: d_ff")
+    router_aux_loss_coef: float = Field(0.01, ge=0, description="weight of the load-balancing loss")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.kv_groups if self.use_gqa else self.n_heads
+
+    @property
+    def d_head(self) -> int:
+        return self.head_dim or self.d_model // self.n_heads
+
+    @property
+    def d_expert(self) -> int:
+        return self.moe_d_ff or self.d_ff
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(f'key "d_model": expected a multiple of n_heads {self.n_heads}, found {self.d_model}')
+        if self.d_head % 2:
+            raise ValueError(f'key "head_dim": expected an even number (rotary pairs), found {self.d_head}')
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f'key "kv_groups": expected a divisor of n_heads {self.n_heads}, found {self.kv_groups}')
+        if self.use_moe and self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f'key "num_experts_per_tok": expected at most num_experts {self.num_experts}, '
+                f"found {self.num_experts_per_tok}"
+            )
+        return self
+
+
+class AudioEncoderArchitecture(BaseModel):
+    """The sizes of the audio encoder, a FastConformer, and of the log-mels that it reads."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    mel_bins: int = Field(80, ge=8, le=1_024, description="mel channels")
+    frame_hop: int = Field(160, ge=16, le=65_536, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
+    downsample_time: int = Field(8, description="mel frames per output frame: 8 or 4")
+    subsampling_channels: int = Field(
+        128, ge=1, le=1_000_000, description="channels of the convolutions that shorten the time"
+    )
+    n_layers: int = Field(8, ge=1, le=1000)
+    d_model: int = Field(256, ge=8, le=1_000_000)
+    n_heads: int = Field(4, ge=1, le=1_024)
+    d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the feed-forward modules")
+    conv_kernel_size: int = Field(9, ge=1, le=1_024, description="width of the depthwise convolution, in output frames")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    ctc_vocab_size: int = Field(
+        512, ge=2, le=1_048_576, description="upper bound of the BPE vocabulary; few texts may fill less"
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.downsample_time not in (4, 8):
+            raise ValueError(f'key "downsample_time": expected 4 or 8, found {self.downsample_time}')
+        if self.mel_bins % self.downsample_time:
+            raise ValueError(
+                f'key "mel_bins": expected a multiple of downsample_time {self.downsample_time}, found {self.mel_bins}'
+            )
+        if self.frame_win < self.frame_hop:
+            raise ValueError(f'key "frame_win": expected at least frame_hop {self.frame_hop}, found {self.frame_win}')
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f'key "d_model": expected an even multiple of n_heads {self.n_heads}, found {self.d_model}'
+            )
+        if self.conv_kernel_size % 2 == 0:
+            raise ValueError(f'key "conv_kernel_size": expected an odd number, found {self.conv_kernel_size}')
+        return self
+
+
+class VisionArchitecture(BaseModel):
+    """The sizes of the vision encoder, a ViT."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    img_size: int = Field(224, ge=8, le=16_384, description="pixels; pictures are stretched to a square of this side")
+    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels")
+    d_model: int = Field(384, ge=8, le=1_000_000)
+    n_layers: int = Field(8, ge=1, le=1000)
+    n_heads: int = Field(6, ge=1, le=1_024)
+    d_ff: int = Field(1536, ge=8, le=1_000_000)
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches of both towers, in training only")
+
+    @model_validator(mode="after")
+    def _vit_sizes_fit(self) -> Self:
+        if self.img_size % self.patch:
+            raise ValueError(f'key "img_size": expected a multiple of patch {self.patch}, found {self.img_size}')
+        if self.d_model % self.n_heads:
+            raise ValueError(f'key "d_model": expected a multiple of n_heads {self.n_heads}, found {self.d_model}')
+        return self
+
+
+class SpeechFrames(BaseModel):
+    """The log-mels of stage D, and the times that it reckons in: mel frames, alignment_frames, codes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    n_fft: int = Field(1024, ge=16, le=65_536, description="samples of a mel frame's transform")
+    frame_hop: int = Field(160, ge=16, le=65_536, description="samples from one mel frame to the next")
+    frame_win: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
+    n_mels: int = Field(80, ge=8, le=1_024, description="mel channels")
+    frame_ms: int = Field(80, ge=10, le=1_000, description="milliseconds of speech in one code of each codebook")
+
+    @property
+    def frames_per_code(self) -> int:
+        return self.frame_ms * self.sample_rate // (1000 * self.frame_hop)
+
+    @property
+    def alignment_frames_per_code(self) -> int:
+        """Slots are what the durations of a text's bytes are counted in: whole mel frames, a quarter of a code's time
+        (20 of 80 ms) or as little less as divides it evenly."""
+        frames = self.frames_per_code
+        return next(
+            alignment_frames for alignment_frames in range(min(4, frames), frames + 1) if frames % alignment_frames == 0
+        )
+
+    @model_validator(mode="after")
+    def _frames_fit(self) -> Self:
+        if self.frame_ms * self.sample_rate % (1000 * self.frame_hop):
+            hop_ms = 1000 * self.frame_hop / self.sample_rate
+            raise ValueError(f'key "frame_ms": expected a multiple of {hop_ms:g} (frame_hop), found {self.frame_ms}')
+        if not self.frame_hop <= self.frame_win <= self.n_fft:
+            sizes = f"{self.frame_hop}, {self.frame_win} and {self.n_fft}"
+            raise ValueError(f'key "frame_win": expected frame_hop <= frame_win <= n_fft, found {sizes}')
+        return self
+
+
+class CodecArchitecture(SpeechFrames):
+    """The sizes of the speech codec."""
+
+    codebooks: int = Field(8, ge=1, le=64, description="codes per frame, each finer than the one before")
+    codebook_size: int = Field(256, ge=2, le=65_536)
+    codec_d_model: int = Field(512, ge=8, le=1_000_000)
+    codec_d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the codec's blocks")
+    codec_layers: int = Field(6, ge=1, le=1000, description="blocks of the encoder, and of the decoder")
+    codec_kernel_size: int = Field(5, ge=1, le=1_024, description="width of their convolutions, in frames of frame_ms")
+    codec_smoother_layers: int = Field(2, ge=0, le=1000, description="blocks after the decoder, at the mels' own rate")
+    codec_latent: int = Field(64, ge=1, le=1_000_000, description="width of what is quantised")
+    quantizer_dropout: float = Field(0.25, ge=0, le=1, description="share of clips coded with fewer codebooks")
+    ema_decay: float = Field(0.98, gt=0, lt=1, description="of the codebooks' moving averages, per step")
+
+    @model_validator(mode="after")
+    def _codec_sizes_fit(self) -> Self:
+        if self.codec_kernel_size % 2 == 0:
+            raise ValueError(f'key "codec_kernel_size": expected an odd number, found {self.codec_kernel_size}')
+        return self
+
+
+class AlignerArchitecture(SpeechFrames):
+    """The sizes of the aligner."""
+
+    aligner_d_model: int = Field(128, ge=8, le=1_000_000)
+    aligner_layers: int = Field(
+        2,
+        ge=0,
+        le=1000,
+        description="convolutions over the text, and over the speech; one hears 5 bytes or alignment frames",
+    )
+
+
+class TalkerArchitecture(BaseModel):
+    """The sizes of the talker."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    d_model: int = Field(512, ge=8, le=1_000_000)
+    n_layers: int = Field(8, ge=1, le=1000)
+    n_heads: int = Field(8, ge=1, le=1_024)
+    d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    rope_theta: float = Field(10000.0, gt=0)
+    use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
+    kv_groups: int = Field(2, ge=1, le=1_024, description="key/value heads under use_gqa")
+    text_layers: int = Field(3, ge=0, le=1000, description="convolutions over the bytes of the text")
+    depth_d_model: int = Field(
+        256, ge=8, le=1_000_000, description="width of what chooses a frame's codes one after the other"
+    )
+    depth_layers: int = Field(2, ge=1, le=1000)
+    depth_d_ff: int = Field(768, ge=8, le=1_000_000)
+    thinker_d_model: int | None = Field(
+        None, ge=8, le=1_000_000, description="width of the Thinker whose states may be heard"
+    )
+
+    @property
+    def blocks(self) -> ThinkerArchitecture:
+        """The sizes of the blocks as ``omni.models.layers`` wants them."""
+        return ThinkerArchitecture(
+            n_layers=self.n_layers,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            d_ff=self.d_ff,
+            dropout=self.dropout,
+            rope_theta=self.rope_theta,
+            use_gqa=self.use_gqa,
+            kv_groups=self.kv_groups,
+        )
+
+    @model_validator(mode="after")
+    def _talker_sizes_fit(self) -> Self:
+        if self.d_model % (2 * self.n_heads):
+            raise ValueError(
+                f'key "d_model": expected an even multiple of n_heads {self.n_heads}, found {self.d_model}'
+            )
+        if self.use_gqa and self.n_heads % self.kv_groups:
+            raise ValueError(f'key "kv_groups": expected a divisor of n_heads {self.n_heads}, found {self.kv_groups}')
+        return self
+
+
+class OcrArchitecture(BaseModel):
+    """The sizes of the OCR model: ViT encoder, character decoder."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    img_size: int = Field(
+        224, ge=8, le=16_384, description="side of the picture in pixels, where height or width is not given"
+    )
+    img_height: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
+    img_width: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
+    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels, where height or width is not given")
+    patch_height: int | None = Field(None, ge=1, le=4_096, description="default: patch")
+    patch_width: int | None = Field(None, ge=1, le=4_096, description="default: patch")
+    vision_d_model: int = Field(256, ge=8, le=1_000_000)
+    vision_layers: int = Field(6, ge=1, le=1000)
+    vision_heads: int = Field(4, ge=1, le=1_024)
+    vision_d_ff: int = Field(1024, ge=8, le=1_000_000)
+    conv_stem: bool = Field(False, description="three small convolutions make the patches' tokens, not a linear map")
+    decoder_d_model: int = Field(256, ge=8, le=1_000_000)
+    decoder_layers: int = Field(4, ge=1, le=1000)
+    decoder_heads: int = Field(4, ge=1, le=1_024)
+    decoder_d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
+    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    max_text_length: int = Field(
+        256, ge=1, le=65_536, description="characters; a row with a longer text is left out and named"
+    )
+    ctc_weight: float = Field(0.0, ge=0, description="of an auxiliary CTC loss on the columns of patches; 0: none")
+    characters: str | None = Field(
+        None, min_length=1, description="what the model can write; default: the characters of the training texts"
+    )
+
+    @property
+    def height(self) -> int:
+        return self.img_height or self.img_size
+
+    @property
+    def width(self) -> int:
+        return self.img_width or self.img_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch_height or self.patch, self.patch_width or self.patch
+
+    @property
+    def decoder(self) -> ThinkerArchitecture:
+        """The decoder's sizes as ``omni.models.layers`` wants them."""
+        return ThinkerArchitecture(
+            ctx_len=max(8, self.max_text_length + 1),
+            n_layers=self.decoder_layers,
+            d_model=self.decoder_d_model,
+            n_heads=self.decoder_heads,
+            d_ff=self.decoder_d_ff,
+            dropout=self.dropout,
+        )
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        for side, pixels, patch in zip(("height", "width"), (self.height, self.width), self.patch_size, strict=True):
+            if pixels % patch:
+                raise ValueError(f'key "img_{side}": expected a multiple of {patch} (a patch), found {pixels}')
+        for part in ("vision", "decoder"):
+            d_model, heads = getattr(self, f"{part}_d_model"), getattr(self, f"{part}_heads")
+            if d_model % heads:
+                raise ValueError(f'key "{part}_d_model": expected a multiple of {part}_heads {heads}, found {d_model}')
+        if self.conv_stem and self.vision_d_model % 16:
+            raise ValueError(
+                f'key "vision_d_model": expected a multiple of 16 (conv_stem), found {self.vision_d_model}'
+            )
+        if self.decoder_d_model // self.decoder_heads % 2:
+            width = self.decoder_d_model // self.decoder_heads
+            raise ValueError(f'key "decoder_d_model": expected an even width per head (rotary pairs), found {width}')
+        return self
+
+
+class VocoderArchitecture(BaseModel):
+    """The sizes of the vocoder, the generator of HiFi-GAN, and of the log-mels that it reads."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    # Log-mels: those of the codec
+    sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
+    n_mels: int = Field(80, ge=8, le=1_024, description="mel channels")
+    n_fft: int = Field(1024, ge=16, le=65_536)
+    win_length: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
+    hop_length: int = Field(160, ge=4, le=65_536, description="samples from one mel frame to the next")
+
+    # Generator
+    upsample_rates: list[ListedSize] = Field([5, 4, 4, 2], description="their product is hop_length")
+    upsample_kernel_sizes: list[ListedSize] | None = Field(
+        None, description="default: twice the rates, made even with them"
+    )
+    upsample_initial_channel: int = Field(512, ge=2, le=65_536, description="halved by every upsampling")
+    resblock_kernel_sizes: list[ListedSize] = [3, 7, 11]
+    resblock_dilation_sizes: list[list[ListedSize]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
+
+    @property
+    def kernel_sizes(self) -> list[int]:
+        """Of the upsampling: as given, or by default about two inputs wide."""
+        return self.upsample_kernel_sizes or [2 * rate + rate % 2 for rate in self.upsample_rates]
+
+    @model_validator(mode="after")
+    def _generator_sizes_fit(self) -> Self:
+        rates, hop, stages = self.upsample_rates, self.hop_length, len(self.upsample_rates)
+        if not rates or min(rates) < 1 or math.prod(rates) != hop:
+            raise ValueError(f'key "upsample_rates": expected numbers whose product is hop_length {hop}, found {rates}')
+        fits = [
+            kernel >= rate and (kernel - rate) % 2 == 0 for kernel, rate in zip(self.kernel_sizes, rates, strict=False)
+        ]
+        if len(self.kernel_sizes) != stages or not all(fits):
+            raise ValueError(
+                f'key "upsample_kernel_sizes": expected {stages} numbers, each larger than its rate in {rates} by an '
+                f"even number, found {self.upsample_kernel_sizes}"
+            )
+        if self.upsample_initial_channel % 2**stages:
+            raise ValueError(
+                f'key "upsample_initial_channel": expected a multiple of {2**stages} (halved {stages} times), '
+                f"found {self.upsample_initial_channel}"
+            )
+        kernels, dilations = self.resblock_kernel_sizes, self.resblock_dilation_sizes
+        if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+            raise ValueError(f'key "resblock_kernel_sizes": expected odd numbers, found {kernels}')
+        if len(dilations) != len(kernels) or any(not row or min(row) < 1 for row in dilations):
+            raise ValueError(
+                f'key "resblock_dilation_sizes": expected {len(kernels)} lists (one for each of '
+                f"resblock_kernel_sizes) of positive numbers, found {dilations}"
+            )
+        if not hop <= self.win_length <= self.n_fft:
+            raise ValueError(
+                f'key "win_length": expected hop_length {hop} to n_fft {self.n_fft}, found {self.win_length}'
+            )
+        return self

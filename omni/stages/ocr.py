@@ -1,0 +1,14 @@
+"""Stage G: its config."""
+
+from omni.models.architectures import OcrArchitecture
+from omni.train.config import OCR_HINT, StageConfig, input_file, resumable
+
+
+class OcrConfig(OcrArchitecture, StageConfig):
+    """Stage G, ``train_ocr.py``."""
+
+    train_csv: str = input_file(hint=OCR_HINT, description="CSV with the columns image and text")
+    val_csv: str | None = input_file(
+        None, hint=OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
+    )
+    image_root: str | None = resumable(None, description="folder of the images; default: that of the CSV")
