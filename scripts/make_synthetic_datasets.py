@@ -10,8 +10,8 @@ images: data/images/annotations.json ([{"image", "caption", "questions", "groups
 ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
-combination that training never shows (omni/synthetic/world.py lists them); asr.val_voices.csv has voices that asr.csv has not,
-ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
+combination that training never shows (omni/synthetic/world.py lists them). asr.val_voices.csv has voices that asr.csv
+has not, ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
 """

@@ -12,7 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import reliability  # noqa: E402
 from stages import STAGES  # noqa: E402
 
-from omni import allocator  # noqa: E402
+from omni.common import allocator  # noqa: E402
 
 os.environ |= allocator.settings()  # or each script that a test runs would start twice
 

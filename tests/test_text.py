@@ -106,7 +106,8 @@ def test_disk_full_in_preparation_is_one_line_and_goes_on(tmp_path):
     reference.finish()
     training = TEXT.training(tmp_path, max_steps=4, cache_dir=str(tmp_path / "cache"))
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (13_000, 13_000))\n"
-    limit += "from omni.data.tokenizer import Tokenizer; Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
+    limit += "from omni.data.tokenizer import Tokenizer\n"
+    limit += "Tokenizer.save = lambda *_: open('unused', 'wb').write(bytes(20_000))\n"
     process = training.run(prelude=limit)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "File too large" in process.stderr

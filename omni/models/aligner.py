@@ -188,8 +188,8 @@ def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: 
 def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig, step: int = 1) -> Tensor:
     """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
 
-    L is that of the longest text, rounded up to a multiple of ``step``, or under ``use_compile`` the alignment frames
-    of ``n_frames`` mel frames: so the recordings' static lengths are the texts' too, and no text that fits has more bytes.
+    L is that of the longest text, rounded up to a multiple of ``step``. Under ``use_compile`` it is the number of
+    alignment frames in ``n_frames`` mel frames: so recordings and texts have the same static lengths.
     """
     padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
     L = round_up(padded.shape[1], step)
