@@ -18,15 +18,14 @@ from omni.common.errors import UserError
 from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import Tokenizer
 from omni.models.omni_model import Inputs, assemble
-from omni.stages.omni import SftConfig
+from omni.stages.omni import STAGE, SftConfig
 from omni.stages.sft import AnswerScore, EvalItems, TaskMixture, cache_features, prepare_tasks
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.precompute import computed_digests
-from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.run import Run, launch, parse_stage_args
 
 BESIDE = ("ctc_alignment_loss", "talker_loss")  # losses beside that of the answers, see omni_model.Losses
-STAGE = Stage(name="omni", prefix="omni", final="omni_final.pt", unit="tokens", best_metric="loss")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

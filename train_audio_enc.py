@@ -29,13 +29,12 @@ from omni.stages.asr import (
     static_lengths,
     usable_rows,
 )
-from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.audio_encoder import STAGE, AudioEncoderConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.run import Run, launch, parse_stage_args
 
 USES = {"train": "to_train_on", "val": "held_out", "unseen_voices": "of_unseen_voices"}
-STAGE = Stage(name="audio_enc", prefix="audio_enc", final="audio_enc.pt", unit="tokens", best_metric="wer")
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -21,12 +21,10 @@ from omni.common.text import clean_text
 from omni.data.manifest import Manifest, account_for_split, measure_rows, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.models.ocr import Ocr, OcrRows, ocr_loss, ocr_metrics, ocr_sums, text_length
-from omni.stages.ocr import OcrConfig
+from omni.stages.ocr import STAGE, OcrConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
-
-STAGE = Stage(name="ocr", prefix="ocr", final="ocr.pt", unit="characters", best_metric="cer")
+from omni.train.run import Run, launch, parse_stage_args
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -47,15 +47,12 @@ from omni.models.codec import (
 from omni.models.talker import CodedSpeech, Talker, talker_loss
 from omni.models.vocoder import load_vocoder_for
 from omni.stages.asr import static_lengths
-from omni.stages.talker import TalkerConfig
+from omni.stages.talker import ALIGNER, CODEC, STAGE, TalkerConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.run import Run, launch, parse_stage_args
 from omni.train.samples import save_samples
 
-CODEC = Stage("codec", prefix="rvq_codec", final="rvq_codec.pt", unit="frames", best_metric="reconstruction_mse")
-ALIGNER = Stage("aligner", prefix="aligner", final="aligner.pt", unit="bytes", best_metric="nats_per_byte")
-STAGE = Stage("talker", prefix="talker", final="talker.pt", unit="codes", best_metric="code_perplexity")
 COLUMNS = ("text", "wav")
 MADE_OF = {"codec": (ALIGNER, STAGE), "aligner": (STAGE,)}  # part -> those that another one would not fit to
 PARTS = (SpeechClips, SpokenTexts)  # what the codec learns from, and the aligner

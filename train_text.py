@@ -17,12 +17,10 @@ from omni.data.corpus import PackedTokens, prepare_corpus, sample_lines
 from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.thinker import Thinker
-from omni.stages.text import TextConfig
+from omni.stages.text import STAGE, TextConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
-
-STAGE = Stage(name="text", prefix="thinker", final="thinker.pt", unit="tokens", best_metric="loss")
+from omni.train.run import Run, launch, parse_stage_args
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

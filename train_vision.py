@@ -22,12 +22,11 @@ from omni.data.tokenizer import Tokenizer
 from omni.models.thinker import load_thinker
 from omni.models.vision_encoder import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
-from omni.stages.vision import VisionConfig
+from omni.stages.vision import STAGE, VisionConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.run import Run, launch, parse_stage_args
 
-STAGE = Stage(name="vision", prefix="vision", final="vision.pt", unit="pictures", best_metric="loss")
 COLUMNS = ("image", "caption")
 TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters
 

@@ -34,13 +34,12 @@ from omni.models.vocoder import (
     read_clip,
     split_column,
 )
-from omni.stages.vocoder import VocoderConfig
+from omni.stages.vocoder import STAGE, VocoderConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, Stage, launch, parse_stage_args
+from omni.train.run import Run, launch, parse_stage_args
 from omni.train.samples import save_samples
 
-STAGE = Stage(name="vocoder", prefix="hifigan", final="hifigan.pt", unit="samples", best_metric="mel_l1")
 BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory
 STATISTICS_CLIPS = 64
 COLUMNS = ("wav",)

@@ -21,7 +21,8 @@ from omni.data.manifest import ManifestDataset, load_manifest, measure_rows
 from omni.models.codec import mel_statistics_of
 from omni.stages.text import TextConfig
 from omni.train.precompute import precompute
-from omni.train.run import Run, Stage
+from omni.train.run import Run
+from omni.train.stage import Stage
 
 ROWS, BATCHES = 100, 4  # of 32 rows
 NAME = "made"

@@ -12,7 +12,8 @@ from test_distributed import finish_pair, free_port, start_pair
 
 from omni.common.errors import UserError
 from omni.stages.text import TextConfig
-from omni.train.run import Run, Stage
+from omni.train.run import Run
+from omni.train.stage import Stage
 
 
 def only_in(rank: int, prelude: str) -> str:

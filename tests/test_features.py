@@ -15,7 +15,8 @@ from omni.common.errors import BadRow
 from omni.models.omni_model import Inputs, OmniModel, assemble
 from omni.stages import sft
 from omni.stages.omni import SftConfig
-from omni.train.run import Run, Stage
+from omni.train.run import Run
+from omni.train.stage import Stage
 
 
 def prepared(config: SftConfig) -> tuple[OmniModel, dict, dict]:
@@ -58,7 +59,7 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     expected = [model(batch) for batch in batches(tasks)]
     _, kept, _ = prepared(small_config(tmp_path, **keys, save_dir=str(tmp_path / "b"), cache_features=True))
     assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
-    for name in ("see", "hear"):  # never again
+    for name in ("encode_images", "encode_audio"):  # never again
         monkeypatch.setattr(model, name, None)
     monkeypatch.setattr("omni.models.omni_model.load_image", None)
     monkeypatch.setattr("omni.models.omni_model.load_speech", None)
@@ -72,8 +73,8 @@ def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys
     config = small_config(tmp_path, **mix, cache_features=True)
     prepared(config)
     assert "looking at pictures" in capsys.readouterr().out
-    monkeypatch.setattr(OmniModel, "see", None)
-    monkeypatch.setattr(OmniModel, "hear", None)
+    monkeypatch.setattr(OmniModel, "encode_images", None)
+    monkeypatch.setattr(OmniModel, "encode_audio", None)
     _, tasks, val_tasks = prepared(config)
     assert "looking at pictures" not in capsys.readouterr().out
     assert batches(tasks) and batches(val_tasks)

@@ -40,7 +40,8 @@ from omni.stages.omni import SftConfig
 from omni.synthetic import world
 from omni.train.checkpoint import load, load_weights, save
 from omni.train.optim import build_adamw
-from omni.train.run import Run, Stage
+from omni.train.run import Run
+from omni.train.stage import Stage
 
 CPU = torch.device("cpu")
 SHAPES = {"single": {}, "stacked": {"image_stack": 2, "drop_blanks": False}, "prompted": {"prompt": "one two"}}

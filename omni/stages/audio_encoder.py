@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.train.config import ASR_HINT, StageConfig, input_file
+from omni.train.stage import Stage
 
 
 class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
@@ -40,3 +41,15 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         if self.val_voices_csv and not self.val_csv and not self.val_split:
             raise ValueError('key "val_voices_csv": expected val_csv or val_split beside it, found neither')
         return self
+
+
+STAGE = Stage(
+    name="audio_enc",
+    prefix="audio_enc",
+    final="audio_enc.pt",
+    unit="tokens",
+    best_metric="wer",
+    letter="B",
+    script="train_audio_enc.py",
+    config=AudioEncoderConfig,
+)

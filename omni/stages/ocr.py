@@ -2,6 +2,7 @@
 
 from omni.models.architectures import OcrArchitecture
 from omni.train.config import OCR_HINT, StageConfig, input_file, resumable
+from omni.train.stage import Stage
 
 
 class OcrConfig(OcrArchitecture, StageConfig):
@@ -12,3 +13,15 @@ class OcrConfig(OcrArchitecture, StageConfig):
         None, hint=OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
     )
     image_root: str | None = resumable(None, description="folder of the images; default: that of the CSV")
+
+
+STAGE = Stage(
+    name="ocr",
+    prefix="ocr",
+    final="ocr.pt",
+    unit="characters",
+    best_metric="cer",
+    letter="G",
+    script="train_ocr.py",
+    config=OcrConfig,
+)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from omni.common.errors import UserError
 from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
+from omni.train.stage import Stage
 
 
 class SftConfig(StageConfig):
@@ -16,6 +17,10 @@ class SftConfig(StageConfig):
     The keys of the mix may also stand in an object ``sft_mix``; one at the top wins, so that ``--set`` can change it.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "keep_features": "cache_features",
+        "spelling_weight": "ctc_alignment_weight",
+    }
     TASKS: ClassVar[tuple[str, ...]] = (
         "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "sign",
         "spoken_answer", "conversation",
@@ -143,3 +148,15 @@ class SftConfig(StageConfig):
             for file in files if folder is not None else ():
                 if not os.path.isfile(os.path.join(folder, file)):
                     raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
+
+
+STAGE = Stage(
+    name="omni",
+    prefix="omni",
+    final="omni_final.pt",
+    unit="tokens",
+    best_metric="loss",
+    letter="E",
+    script="sft_omni.py",
+    config=SftConfig,
+)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 from omni.common.errors import UserError
 from omni.models.architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
 from omni.train.config import TTS_HINT, ConfigType, StageConfig, input_file, resumable
+from omni.train.stage import Stage
 
 
 class SpeechManifest(BaseModel):
@@ -87,3 +88,35 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
             folder = getattr(self, key)
             if folder is not None and not os.path.isfile(os.path.join(folder, file)):
                 raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
+
+
+CODEC = Stage(
+    name="codec",
+    prefix="rvq_codec",
+    final="rvq_codec.pt",
+    unit="frames",
+    best_metric="reconstruction_mse",
+    letter="D",
+    script="train_talker.py",
+    config=CodecConfig,
+)
+ALIGNER = Stage(
+    name="aligner",
+    prefix="aligner",
+    final="aligner.pt",
+    unit="bytes",
+    best_metric="nats_per_byte",
+    letter="D",
+    script="train_talker.py",
+    config=AlignerConfig,
+)
+STAGE = Stage(
+    name="talker",
+    prefix="talker",
+    final="talker.pt",
+    unit="codes",
+    best_metric="code_perplexity",
+    letter="D",
+    script="train_talker.py",
+    config=TalkerConfig,
+)

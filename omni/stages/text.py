@@ -6,6 +6,7 @@ from pydantic import Field
 
 from omni.models.architectures import ThinkerArchitecture
 from omni.train.config import TEXT_HINT, StageConfig, input_file
+from omni.train.stage import Stage
 
 
 class TextConfig(ThinkerArchitecture, StageConfig):
@@ -23,3 +24,15 @@ class TextConfig(ThinkerArchitecture, StageConfig):
     context_weight: float = Field(
         1.0, gt=0, le=1, description="weight, in training, of what is not an assistant's answer, beside 1 for answers"
     )
+
+
+STAGE = Stage(
+    name="text",
+    prefix="thinker",
+    final="thinker.pt",
+    unit="tokens",
+    best_metric="loss",
+    letter="A",
+    script="train_text.py",
+    config=TextConfig,
+)

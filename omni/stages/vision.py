@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from omni.common.errors import UserError
 from omni.models.architectures import ThinkerArchitecture, VisionArchitecture
 from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
+from omni.train.stage import Stage
 
 
 class VisionConfig(VisionArchitecture, StageConfig):
@@ -79,3 +80,15 @@ class VisionConfig(VisionArchitecture, StageConfig):
             d_ff=self.text_d_ff,
             dropout=self.dropout,
         )
+
+
+STAGE = Stage(
+    name="vision",
+    prefix="vision",
+    final="vision.pt",
+    unit="pictures",
+    best_metric="loss",
+    letter="C",
+    script="train_vision.py",
+    config=VisionConfig,
+)

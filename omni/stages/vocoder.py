@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from omni.common.errors import UserError
 from omni.models.architectures import ListedSize, VocoderArchitecture
 from omni.train.config import TTS_HINT, StageConfig, input_file, resumable
+from omni.train.stage import Stage
 
 
 class VocoderConfig(VocoderArchitecture, StageConfig):
@@ -77,3 +78,15 @@ class VocoderConfig(VocoderArchitecture, StageConfig):
                 f'key "codec_ckpt": expected a folder with rvq_codec.pt, found none at {self.codec_ckpt}. '
                 "Train stage D first (train_talker.py)"
             )
+
+
+STAGE = Stage(
+    name="vocoder",
+    prefix="hifigan",
+    final="hifigan.pt",
+    unit="samples",
+    best_metric="mel_l1",
+    letter="F",
+    script="train_vocoder.py",
+    config=VocoderConfig,
+)

@@ -28,6 +28,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from omni.common.errors import RunError, UserError
 from omni.common.files import file_sha256, replace_file
 from omni.common.media import quoted
+from omni.train.config import with_new_names
 from omni.train.progress import read_validated
 
 FORMAT_VERSION = 1
@@ -257,6 +258,7 @@ class _Saved(BaseModel):
 
     stage: str
     config: dict[str, Any]
+    architecture: dict[str, Any] = {}
     step: int
     metrics: dict[str, float]
     model: dict[str, Tensor]
@@ -328,7 +330,7 @@ def saved_config(cls: type[ConfigType], saved: dict, **changes) -> ConfigType:
         UserError: it is of another version; the message names file and key.
     """
     with understood(saved["path"]):
-        return cls.model_validate(saved["config"] | changes)
+        return cls.model_validate(with_new_names(cls, saved["config"]) | changes)
 
 
 @contextlib.contextmanager

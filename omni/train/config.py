@@ -48,6 +48,9 @@ class StageConfig(BaseModel):
         "shuffle_buffer_size": "every epoch is a full permutation of the rows, no buffer is needed",
     }
 
+    # Keys that have another name now: accepted, and the new name is told, once.
+    RENAMED: ClassVar[dict[str, str]] = {}
+
     about: str | list[str] = resumable("", description="free text: what this config is for, what it costs")
     save_dir: str = resumable(min_length=1, description="folder for checkpoints, logs and the final file")
     cache_dir: str | None = resumable(None, description="folder for prepared data; default: beside the data file")
@@ -207,6 +210,8 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         except (ValueError, RecursionError):
             raw[key] = value
     notices = [f'{path}: key "{key}" has no effect: {cls.OBSOLETE[key]}' for key in raw if key in cls.OBSOLETE]
+    notices += [f'{path}: key "{key}" is called "{cls.RENAMED[key]}" now' for key in raw if key in cls.RENAMED]
+    raw = with_new_names(cls, raw)
     try:
         config = cls.model_validate({k: v for k, v in raw.items() if k not in cls.OBSOLETE})
         config.check_files()
@@ -217,6 +222,12 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config, notices
+
+
+def with_new_names(cls: type[StageConfig], keys: dict) -> dict:
+    """Keys of an older config or checkpoint under their present names; where both stand, the present one counts."""
+    renamed = {cls.RENAMED[key]: value for key, value in keys.items() if key in cls.RENAMED}
+    return renamed | {key: value for key, value in keys.items() if key not in cls.RENAMED}
 
 
 def _describe(cls: type[StageConfig], detail: dict) -> str:
@@ -243,6 +254,7 @@ def config_diff(cls: type[StageConfig], saved: dict, current: dict) -> tuple[lis
     Returns:
         Two lists of ``key: old -> new`` lines: changes that make it another training, and harmless ones.
     """
+    saved = with_new_names(cls, saved)
     keys = [key for key in current if key in saved and saved[key] != current[key]]
     lines = {key: f"{key}: {json.dumps(saved[key])} -> {json.dumps(current[key])}" for key in keys}
     resumable_keys = cls.resumable_keys()

@@ -26,7 +26,8 @@ from omni.train import checkpoint
 from omni.train.config import StageConfig, config_diff
 from omni.train.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.train.progress import Progress, read_validated, write_validated
-from omni.train.run import Run, Stage, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
+from omni.train.run import Run, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
+from omni.train.stage import Stage
 
 _NOTES_SHOWN = 20  # on rows that are used but odd; all are counted
 
@@ -452,6 +453,7 @@ class _Training:
                 "format": checkpoint.FORMAT_VERSION,
                 "stage": run.stage.name,
                 "config": self.config.model_dump(),
+                "architecture": _architecture(self.phases[-1].module),
                 "data": self.fingerprint,
                 "files": self.files,
                 "world": run.world,
@@ -628,6 +630,7 @@ class _Training:
                 "format": checkpoint.FORMAT_VERSION,
                 "stage": run.stage.name,
                 "config": self.config.model_dump(),
+                "architecture": _architecture(phase.module),
                 "files": self.files,
                 "step": step,
                 "metrics": metrics,
@@ -651,6 +654,11 @@ class _Training:
             return progress.step, progress.metrics
         phase.module.load_state_dict(best["phases"][phase.name]["module"])
         return progress.best_step, progress.best_metrics
+
+
+def _architecture(module: nn.Module) -> dict:
+    """What the module was built from, as plain data."""
+    return module.architecture.model_dump() if hasattr(module, "architecture") else {}
 
 
 class _Meter:

@@ -25,7 +25,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,18 +43,7 @@ from omni.common.files import file_sha256, read_sealed_json, remove_temporary, r
 from omni.common.media import visible
 from omni.train import checkpoint
 from omni.train.config import StageConfig, load_config
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What distinguishes a stage to its surroundings: names and units, no behaviour."""
-
-    name: str  # "text": stands in the checkpoint, so that another stage's file is refused
-    prefix: str  # step files are <prefix>_step_<N>.pt
-    final: str  # the final file
-    unit: str  # what the throughput counts beside samples: "tokens"
-    best_metric: str  # the validation metric that chooses the best checkpoint; smaller is better
-
+from omni.train.stage import Stage
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

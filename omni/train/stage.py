@@ -1,0 +1,55 @@
+"""A stage: its row in the table of stages (``omni.stages.STAGES``), and how the model that it left is opened again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from omni.train import checkpoint
+from omni.train.config import StageConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Names, units and types of a stage, and nothing that happens in it."""
+
+    name: str  # in checkpoints, metrics.jsonl and results: "text"
+    prefix: str  # step files are <prefix>_step_<N>.pt
+    final: str  # the final file
+    unit: str  # what the throughput counts beside samples: "tokens"
+    best_metric: str  # the validation metric that chooses the best checkpoint; smaller is better
+    letter: str = ""
+    script: str = ""  # "train_text.py"
+    config: type[StageConfig] | None = None
+    architecture: type[BaseModel] | None = None
+    model: Callable[[BaseModel], nn.Module] | None = None  # from its architecture
+    files: tuple[str, ...] = ()  # in the same folder: what the model is of no use without, such as a tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage's model, opened."""
+
+    model: nn.Module  # float32, in evaluation mode
+    architecture: BaseModel
+    config: dict  # keys of the training that made it
+    step: int
+    metrics: dict[str, float]
+    path: Path  # the file that was read
+
+
+def load(stage: Stage, folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """The model that ``stage`` left in ``folder``: of its final file, or while it still trains of its newest step file.
+
+    Raises:
+        UserError: nothing there, damaged, of another stage or of another version.
+    """
+    saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
+    with checkpoint.understood(saved["path"]):
+        architecture = stage.architecture.model_validate(saved["architecture"])
+    model = checkpoint.build(lambda: stage.model(architecture), saved["model"], saved["path"])
+    model = model.to(device).eval()
+    return Loaded(model, architecture, saved["config"], saved["step"], saved["metrics"], saved["path"])
