@@ -63,11 +63,14 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED":
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help=f"make the digests the reference, {REFERENCE.name}")
+    parser.add_argument(
+        "--only", nargs="*", choices=RUNS, metavar="STAGE", help="of thinker, audio_enc, ... these alone"
+    )
     parser.add_argument("--keep", metavar="DIR", help="work there, and leave it: default: a temporary folder")
     args = parser.parse_args()
     with contextlib.ExitStack() as stack:
         folder = args.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="omni_golden_"))
-        found = {"processor": processor()} | digests(Path(folder).resolve())
+        found = {"processor": processor()} | digests(Path(folder).resolve(), args.only)
     for name, value in found.items():
         print(f"{name:24} {value}")
     if args.write:
@@ -77,6 +80,8 @@ def main() -> int:
     if expected["processor"] != found["processor"]:
         print(f"the reference is of another processor ({expected['processor']}): nothing to compare with")
         return 0
+    if args.only:
+        expected = {name: value for name, value in expected.items() if name in found}
     changed = [name for name in expected | found if expected.get(name) != found.get(name)]
     print(
         f"changed: {', '.join(changed)}" if changed else f"all {len(found) - 1} digests are those of {REFERENCE.name}"
@@ -84,19 +89,24 @@ def main() -> int:
     return 1 if changed else 0
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """Run everything below ``folder``: what is compared, by name."""
+def digests(folder: Path, only: list[str] | None = None) -> dict[str, str]:
+    """Run everything, or ``only`` some stages and what they need, below ``folder``: what is compared, by name."""
     if not (ROOT / "data" / "text" / "tiny_corpus.txt").exists():
         run("scripts/make_synthetic_datasets.py")
     found = {}
+    wanted = needed(only) if only else set(RUNS)
     for row in ROWS:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda name: train(name, folder), row))
+            list(pool.map(lambda name: train(name, folder), [name for name in row if name in wanted]))
     for name in RUNS:
+        if name not in wanted:
+            continue
         found[f"{name} losses"] = of_metrics(folder / name / "metrics.jsonl")
         for path in sorted((folder / name).glob("*.pt")):
             if "_step_" not in path.name:
                 found[f"{name}/{path.name}"] = of_weights(torch.load(path, weights_only=True)["model"])
+    if only:
+        return found
     export = folder / "export"
     options = {"thinker": "thinker", "audio": "audio_enc", "vision": "vision", "talker": "talker"}
     options |= {"vocoder": "vocoder", "ocr": "ocr", "omni": "omni"}
@@ -117,6 +127,14 @@ def digests(folder: Path) -> dict[str, str]:
     said = folder / "said.wav"
     run("infer_chat.py", "--ckpt_dir", export, "--say", "Anna is reading.", "--audio_out", said)
     found["spoken sentence"] = sha(np.ascontiguousarray(soundfile.read(said, dtype="int16")[0]).tobytes())
+    return found
+
+
+def needed(names: Iterable[str]) -> set[str]:
+    """These stages, and those whose folders they name."""
+    found = set(names)
+    for name in names:
+        found |= needed(other for other in RUNS if any(f"{{{other}}}" in override for override in RUNS[name][2]))
     return found
 
 
