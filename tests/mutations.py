@@ -370,7 +370,7 @@ MUTATIONS = [
         '.lstrip("\\ufeff")', "", "tests/test_config.py::test_a_byte_order_mark_is_no_part_of_a_config",
     ),
     Mutation(
-        "bad config", "a vocabulary may have any size", "omni/train/config.py",
+        "bad config", "a vocabulary may have any size", "omni/models/architectures.py",
         'vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a', 
         'vocab_size: int = Field(8192, ge=272, description="upper bound; a',
         "tests/test_config.py::test_no_size_is_without_an_upper_bound",
