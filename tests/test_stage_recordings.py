@@ -12,11 +12,12 @@ from stages import AUDIO_ENC, SMALL_CODEC, TEXT
 from omni.common.errors import BadRow, note
 from omni.data.audio import MelSpec
 from omni.data.order import ResumableDataset
+from omni.data.recordings import LENGTH, row_length, samples_at
 from omni.models.codec import SpeechClips
 from omni.models.ctc import CtcTokenizer
 from omni.models.omni_model import Inputs
 from omni.models.vocoder import Clips
-from omni.stages.asr import LENGTH, Utterances, row_length, samples_at
+from omni.stages.asr import Utterances
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.talker import CodecConfig
 from omni.stages.vocoder import VocoderConfig

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from omni.common.caches import require_finite
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
 from omni.data.manifest import Manifest, ManifestDataset, files_digest, read_some, spread
+from omni.data.recordings import measure_samples
 from omni.models.architectures import CodecArchitecture, SpeechFrames
 from omni.models.layers import RMSNorm
 from omni.models.ops import true_float32
-from omni.stages.asr import measure_samples, static_lengths
+from omni.stages.asr import static_lengths
 from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
 from omni.train.precompute import RaggedArray, precompute

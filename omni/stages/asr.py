@@ -14,16 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
-from omni.data.audio import (
-    audio_length,
-    load_speech,
-    log_mel,
-    normalise_features,
-    perturb_speed,
-    resampled_length,
-    spec_augment,
-)
+from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
 from omni.data.manifest import Manifest, ManifestDataset, measure_rows
+from omni.data.recordings import measure_samples
 from omni.models.audio_encoder import greedy_texts, mel_spec, output_frames
 from omni.models.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
 from omni.models.ops import round_up
@@ -31,7 +24,6 @@ from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.train.run import Run
 
 COLUMNS = ("wav", "text")
-LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
 _STATIC_LENGTHS = 4  # shapes that torch.compile has to know
 
 
@@ -49,21 +41,6 @@ def read_text(row: dict) -> str:
     if not text:
         raise BadRow(f'expected words in "text", found "{row["text"][:40]}"')
     return text
-
-
-def measure_samples(run: Run, manifest: Manifest, sample_rate: int) -> np.ndarray:
-    """(rows,) int64 samples of each recording at ``sample_rate``, as many as ``load_audio`` gives; 0 for one that
-    cannot be read. The lengths of the files are kept beside the index."""
-    return samples_at(measure_rows(run, manifest, "lengths", row_length, LENGTH, column="wav"), sample_rate)
-
-
-def row_length(manifest: Manifest, row: int) -> tuple[int, int]:
-    return audio_length(manifest.file(manifest[row]["wav"]))
-
-
-def samples_at(lengths: np.ndarray, sample_rate: int) -> np.ndarray:
-    """(rows,) ``LENGTH`` -> int64 samples at ``sample_rate``."""
-    return resampled_length(lengths["samples"], np.maximum(lengths["rate"], 1).astype(np.int64), sample_rate)
 
 
 def usable_rows(

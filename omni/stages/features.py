@@ -8,8 +8,8 @@ from torch import Tensor
 
 from omni.common.errors import BadRow
 from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.recordings import measure_samples
 from omni.models.omni_model import Inputs, OmniModel
-from omni.stages.asr import measure_samples
 from omni.train.precompute import RaggedArray, precompute
 from omni.train.run import Run
 

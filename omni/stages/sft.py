@@ -27,6 +27,7 @@ from omni.data.corpus import line_spans, read_chunks
 from omni.data.index import prepare_index, save_array
 from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, measure_rows, prepare_manifest, split_rows
 from omni.data.order import permute
+from omni.data.recordings import measure_samples
 from omni.data.records import decode
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import load_aligner, prepare_speech
@@ -34,7 +35,6 @@ from omni.models.codec import leave_out_long, load_codec
 from omni.models.ctc import normalise_text
 from omni.models.omni_model import Encoded, Inputs, OmniModel
 from omni.models.talker import CodedSpeech, talker_metrics, talker_sums
-from omni.stages.asr import measure_samples
 from omni.stages.features import cached_or_read, features_of_pictures, features_of_sounds
 from omni.stages.omni import SftConfig
 from omni.synthetic import world
