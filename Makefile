@@ -63,7 +63,7 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 bench: .venv/.installed-dev
-	$(BIN)/python scripts/bench.py --page docs/speed.md
+	$(BIN)/python benchmarks/bench.py --page docs/speed.md
 
 web: .venv/.installed-web
 

@@ -23,7 +23,18 @@ from pathlib import Path
 from reliability import ROOT, commit, machine
 
 TOGETHER = 2  # trees that are worked on at a time
-COPIED = ("*.py", "omni", "scripts", "tests", "configs", "pyproject.toml", "README.md", "Makefile", ".gitignore")
+COPIED = (
+    "*.py",
+    "omni",
+    "scripts",
+    "benchmarks",
+    "tests",
+    "configs",
+    "pyproject.toml",
+    "README.md",
+    "Makefile",
+    ".gitignore",
+)
 
 
 @dataclass(frozen=True)

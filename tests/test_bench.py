@@ -1,20 +1,16 @@
-"""scripts/bench.py: what it compares is the same computation, and every part runs and leaves its figures."""
+"""benchmarks/bench.py: what it compares is the same computation, and every part runs and leaves its figures."""
 
 import json
-import sys
 
 import pytest
 import torch
-from harness import ROOT
 from stages import AUDIO_ENC, OCR, OMNI, TALKER, TEXT, VISION, VOCODER
 
 from omni.common.errors import UserError
 
 pytest.importorskip("transformers")
-sys.path.insert(0, str(ROOT / "scripts"))
 
-import bench
-import bench_pairs
+from benchmarks import bench, bench_pairs
 
 CASES = {
     "thinker": TEXT, "audio_enc": AUDIO_ENC, "vision": VISION, "talker": TALKER, "omni_sft": OMNI, "vocoder": VOCODER,

@@ -201,7 +201,7 @@ def test_many_in_a_row_stop_the_run(stage, tmp_path):
 @pytest.mark.loop
 def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
     # what an older GPU does, on the CPU: overflow makes the scaler skip updates, and its scale is part of the state
-    fp16 = "import omni.train.run, torch\nomni.runtime.pick_amp_dtype = lambda use_amp, device: torch.float16\n"
+    fp16 = "import omni.train.run, torch\nomni.train.run.pick_amp_dtype = lambda use_amp, device: torch.float16\n"
     reference = stage.training(tmp_path, save_dir="reference", use_amp=True)
     reference.prelude = fp16
     reference.finish()

@@ -127,7 +127,7 @@ def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
     text = " One red  cat\nnear — a 🙂 dog "
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == ours.encode(text)
-    expected = omni.models.thinker(ids)
+    expected = omni.thinker(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=0)
     stage_a, _, _ = load_thinker(folders["thinker"], CPU)
     assert (stage_a(ids) - expected).abs().max() > 0.1, "stage E has changed it, so that the difference would be seen"

@@ -1,4 +1,4 @@
-"""scripts/scaling.py: it runs to the end on little data, and a resumed run reads no more rows than it may."""
+"""benchmarks/scaling.py: it runs to the end on little data, and a resumed run reads no more rows than it may."""
 
 import subprocess
 import sys
@@ -6,14 +6,14 @@ import sys
 import pytest
 from harness import ROOT
 
-pytest.importorskip("transformers")  # of scripts/bench.py
+pytest.importorskip("transformers")  # of benchmarks/bench.py
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("scaling") / "page.md"
     arguments = ["--lines", "10000", "--rows", "1000", "--repeats", "1", "--out", str(path)]
-    command = [sys.executable, str(ROOT / "scripts/scaling.py"), *arguments]
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == path.read_text() + "\n"
@@ -56,6 +56,6 @@ def test_the_page_has_a_figure_in_every_place(page):
 
 
 def test_too_little_data_is_refused():
-    command = [sys.executable, str(ROOT / "scripts/scaling.py"), "--lines", "10"]
+    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--lines", "10"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "at least --lines 10000" in result.stderr and result.stderr.count("\n") == 1

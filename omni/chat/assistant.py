@@ -21,9 +21,9 @@ from omni.export.bundle import Merged, is_merged
 from omni.models.codec import fingerprint
 from omni.models.ocr import Ocr, load_ocr, read_text
 from omni.models.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
-from omni.models.thinker import Thinker, load_thinker
 from omni.models.vocoder import load_vocoder_for
 from omni.stages.omni import SftConfig
+from omni.thinker import Thinker, load_thinker
 from omni.train.checkpoint import load_stage, step_files
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
@@ -75,10 +75,10 @@ class Assistant:
             if merged.config["omni"] is None:
                 return cls(folder, merged.part("thinker", device), tokenizer, metrics)
             omni, config = merged.omni(device)
-            return cls(folder, omni.models.thinker, tokenizer, metrics, omni, config)
+            return cls(folder, omni.thinker, tokenizer, metrics, omni, config)
         if (folder / "omni_final.pt").exists() or step_files(folder, "omni"):
             omni, tokenizer, config = load_omni(folder, device)
-            return cls(folder, omni.models.thinker, tokenizer, {}, omni, config)
+            return cls(folder, omni.thinker, tokenizer, {}, omni, config)
         return cls(folder, *load_thinker(folder, device))
 
     # Attachments: parts of a message
@@ -316,7 +316,7 @@ def load_speaker(
     else:
         speaker = Speaker.load(source, vocoder_ckpt, device)
         facts = load_stage(source, "talker", "talker", "talker.pt")
-        own = assistant.omni.models.talker if assistant is not None and assistant.omni is not None else None
+        own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
         if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
             speaker = Speaker(own, speaker.codec, speaker.vocoder, uses_thinker_states=True)
     perplexity = facts["metrics"].get("code_perplexity")

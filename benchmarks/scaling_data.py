@@ -1,4 +1,4 @@
-"""What scripts/scaling.py measures: made-up data of any size, and the stages' scripts that read them."""
+"""What benchmarks/scaling.py measures: made-up data of any size, and the stages' scripts that read them."""
 
 import itertools
 import json

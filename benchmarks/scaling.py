@@ -1,7 +1,7 @@
 """What preparing data and resuming cost as the data grow: 10 million lines of text, a million rows of a manifest.
 
-    python scripts/scaling.py --out docs/scaling.md            about a quarter of an hour on 2 cores, 2 GB in TMPDIR
-    python scripts/scaling.py --lines 20000 --rows 2000        half a minute: whether it runs, not how fast
+    python benchmarks/scaling.py --out docs/scaling.md            about a quarter of an hour on 2 cores, 2 GB in TMPDIR
+    python benchmarks/scaling.py --lines 20000 --rows 2000        half a minute: whether it runs, not how fast
 
 The stages' own scripts run on data that are made for it, up to where training would begin. The page is printed; with
 --out it is written as well. On Linux, which says how much memory a process has had.
@@ -26,13 +26,12 @@ from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from scaling_data import CASES, SETTINGS, Case
-from scaling_page import Cost, Figures, Order, Start, page
 
+from benchmarks.scaling_data import CASES, SETTINGS, Case
+from benchmarks.scaling_page import Cost, Figures, Order, Start, page
 from omni.common.errors import UserError
 from omni.data.corpus import PackedTokens
 from omni.data.manifest import Manifest
@@ -180,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     from bench import machine  # last, since it imports what would be in the memory of every fork
 
     facts = machine()
-    made = f"`python scripts/scaling.py --lines {args.lines} --rows {args.rows}`, {time.strftime('%Y-%m-%d')}, "
+    made = f"`python benchmarks/scaling.py --lines {args.lines} --rows {args.rows}`, {time.strftime('%Y-%m-%d')}, "
     made += f"{facts['cpu']}, {facts['cpus']} CPUs (load {load:.1f} before), torch {facts['torch']}."
     text = page(made, base_mb, figures, [order(10**n) for n in (3, 6, 9, 12)])
     print(text)

@@ -1,7 +1,7 @@
 """Speed, as ratios: each figure is measured beside its reference in the same process, medians of alternating runs.
 
-    python scripts/bench.py                  all of it, about ten minutes on 2 cores
-    python scripts/bench.py train resume     some parts
+    python benchmarks/bench.py                  all of it, about ten minutes on 2 cores
+    python benchmarks/bench.py train resume     some parts
 
 What is measured is printed, one table line a figure, and written to --json, where figures of parts that were not run
 stay if they are of the same machine and versions. All at the sizes of the demo configs; the parts loop and speak also
@@ -26,17 +26,16 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import omni.train.loop
+from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
 from omni.chat.speaker import Speaker
 from omni.common import allocator
 from omni.common.errors import UserError
@@ -558,7 +557,7 @@ def main(argv: list[str] | None = None) -> None:
         PARTS[name](bench)
         write_figures(args.json, bench.figures)
     if args.page is not None:
-        command = " ".join(["python scripts/bench.py", *sys.argv[1:]])
+        command = " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
         args.page.write_text(page(json.loads(args.json.read_text()), command), encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""The page that scripts/scaling.py writes: its figures as tables, and what they come to at a billion rows."""
+"""The page that benchmarks/scaling.py writes: its figures as tables, and what they come to at a billion rows."""
 
 from dataclasses import dataclass, field
 

@@ -258,7 +258,7 @@ def mixed_pair(configs: Path) -> Pair:
     speed. Projections, encoders (whose features are kept) and talker are on neither side.
     """
     config, omni = STAGES["E"].read(configs), omni_of_text(configs)
-    B, T, vocab_size = config.batch_size, omni.models.thinker.arch.ctx_len, omni.models.thinker.arch.vocab_size
+    B, T, vocab_size = config.batch_size, omni.thinker.arch.ctx_len, omni.thinker.arch.vocab_size
     sizes = torch.linspace(T / 8, T, B).long().clamp(max=T)
     sizes[: 3 * B // 4] = torch.linspace(T / 8, T / 2, 3 * B // 4).long()
     tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)
@@ -271,7 +271,7 @@ def mixed_pair(configs: Path) -> Pair:
         inputs = {"inputs_embeds": model.get_input_embeddings()(tokens), "attention_mask": mask.long()}
         return model(**inputs, labels=targets, shift_labels=targets, use_cache=False).loss
 
-    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(omni.models.thinker))
+    theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(omni.thinker))
     return Pair("E", "thinker", config, omni, lambda model: model(batch).nats, theirs, their_loss, equal=True)
 
 
