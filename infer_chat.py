@@ -17,37 +17,18 @@ have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt`
 """
 
 import argparse
-import io
 import itertools
-import os
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-import soundfile
-
-from omni.chat.assistant import (
-    CHARACTERS_PER_TOKEN,
-    MAX_SPOKEN_BYTES,
-    AnswerStates,
-    Assistant,
-    check_text_length,
-    clean,
-    load_reader,
-    load_speaker,
-    media_named,
-    message,
-    read_picture,
-    sentences,
-    spoken,
-    without_controls,
-)
-from omni.chat.speaker import MAX_SECONDS, Speaker
+from omni.chat.assistant import AnswerStates, Assistant
+from omni.chat.ocr import load_reader, read_picture
+from omni.chat.speaker import Speaker
+from omni.chat.speech import MAX_SPOKEN_BYTES, load_speaker, sentences, wav_target, write_speech
+from omni.chat.terminal import Conversation, converse
+from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
-from omni.common.files import replace_file
-from omni.common.media import Media, quoted, visible
+from omni.common.media import quoted
 from omni.train.run import OneLineErrors, launch, pick_device
 
 
@@ -119,7 +100,7 @@ def check_args(args: argparse.Namespace) -> None:
     elif args.ocr_ckpt is not None:
         raise UserError("--ocr_ckpt: expected --ocr beside it")
     if args.audio_out is not None:
-        written_to(args.audio_out)
+        wav_target(args.audio_out)
     for name in ("talker_ckpt", "vocoder_ckpt"):
         if getattr(args, name) is not None and args.audio_out is None:
             raise UserError(f"--{name}: expected --audio_out beside it, for what --say or an answer speaks")
@@ -143,261 +124,44 @@ def without_effect(args: argparse.Namespace, mode: str, *names: str) -> None:
             raise UserError(f"--{name}: has no effect on {mode}")
 
 
-def written_to(path: Path) -> Path:
-    """Where the sound for ``--audio_out`` is written: what a link leads to, so that the link stays one.
-
-    Raises:
-        UserError: a folder, a pipe or a device stands there, which the file would replace; it has no folder; it
-            is to be of another format.
-    """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise UserError(f"--audio_out {path}: expected a file, or a name for a new one; found a folder, pipe or device")
-    if not target.parent.is_dir():
-        raise UserError(f"--audio_out {path}: expected a file in a folder that exists")
-    if any(name.suffix.lower() not in ("", ".wav") or name.name in ("", ".wav") for name in (path, target)):
-        raise UserError(f"--audio_out {path}: expected a name that ends in .wav, the format that is written")
-    return target
+# --- Answers, speech, pictures of text -------------------------------------------------------------------------------
 
 
-# --- Answering -------------------------------------------------------------------------------------------------------
-
-
-def answer(assistant: Assistant, answer_states: AnswerStates, prompt, args: argparse.Namespace) -> Iterator[str]:
-    """Yield the pieces of text that follow ``prompt``, token ids or what ``Assistant.prompt`` returns."""
-    yield from assistant.answer(
-        prompt,
-        answer_states,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-
-
-def respond(assistant: Assistant, prompt, args: argparse.Namespace, *, may_stop: bool) -> tuple[str, AnswerStates]:
-    """Print the answer on stdout, piece by piece on a terminal, and return it. ``may_stop``: Ctrl-C ends it."""
-    streaming = sys.stdout.isatty()
-    pieces, answer_states = [], AnswerStates()
-    try:
-        for piece in answer(assistant, answer_states, prompt, args):
-            pieces.append(piece)
-            if streaming:
-                print(without_controls(piece), end="", flush=True)
-    except KeyboardInterrupt:
-        if not may_stop:
-            raise
-    print("" if streaming else without_controls("".join(pieces)), flush=True)
-    return "".join(pieces), answer_states
-
-
-def frames_of(assistant: Assistant, path: Media, count: int | None) -> list[dict]:
-    """A video as parts of a message; how much of it is seen is told on stderr."""
-    frames, total = assistant.video(path, count)
-    print(f"{quoted(path)}: {len(frames)} of {total} frames", file=sys.stderr)
-    return frames
-
-
-def answer_once(assistant: Assistant, args: argparse.Namespace) -> None:
-    text = clean(args.text or "")
-    if args.complete:
-        prompt = continued(assistant, text)
-    else:
-        attached = [assistant.image(media_named(name)) for name in args.image]
-        for name in args.video:
-            attached += frames_of(assistant, media_named(name), args.video_frames)
-        attached += [assistant.sound(media_named(name)) for name in args.audio_in]
-        prompt = assistant.prompt([*system_message(args), message(attached, text)], args.max_new_tokens)
-    speaker = prepare(assistant, args)
-    text, answer_states = respond(assistant, prompt, args, may_stop=False)
-    if speaker is not None:
-        speak(speaker, sentences(text), args.audio_out, "the answer", answer_states=answer_states)
-
-
-def prepare(assistant: Assistant, args: argparse.Namespace) -> Speaker | None:
-    """Who speaks the answers, if anyone is to; what should be known of the model is told on stderr."""
+def chat(args: argparse.Namespace) -> None:
+    """Answer ``--text`` or a recorded question, else hold a conversation; with ``--audio_out``, speak the answers."""
+    assistant = Assistant.load(args.ckpt_dir, pick_device(args.device))
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    conversation = Conversation(assistant, sampling, complete=args.complete, system=args.system)
+    once = args.text is not None or bool(args.audio_in)
+    for command, names in (("/image", args.image), ("/video", args.video), ("/audio", args.audio_in)):
+        for name in names:
+            conversation.attach(command, name, args.video_frames)
     speaker = None if args.audio_out is None else find_speaker(args, assistant)
     if assistant.metrics.get("dialogue_share") == 0 and not args.complete:
         print(f"{quoted(args.ckpt_dir)}: trained on text without dialogues; try --complete", file=sys.stderr)
-    return speaker
+    numbers = itertools.count(1)
 
+    def speak(answer: str, states: AnswerStates) -> None:
+        if speaker is not None:
+            out = args.audio_out
+            path = out if once else out.with_stem(f"{out.stem}_{next(numbers)}")
+            write_speech(speaker, sentences(answer), path, "the answer", answer_states=states)
 
-class Conversation:
-    """What was said so far, and what is attached to the next message."""
-
-    def __init__(self, assistant: Assistant, args: argparse.Namespace) -> None:
-        self.assistant, self.args = assistant, args
-        self.reset()
-
-    def reset(self) -> None:
-        self.messages = system_message(self.args)
-        self.drop()
-
-    def drop(self) -> None:
-        self.attached = []
-        self.heard = False  # a recording is attached, which may ask without a text
-        self.missing, self.waiting = [], None  # what could not be attached, and the question that waits for it
-
-    def attach(self, command: str, name: str) -> None:
-        """Carry out ``/image``, ``/audio`` or ``/video``.
-
-        Raises:
-            UserError: it cannot be read. The next question waits, as it is about what is missing.
-        """
-        try:
-            if not name:
-                raise UserError(f"{command}: expected a file after it")
-            path = media_named(name)
-            if command == "/video":
-                self.attached += frames_of(self.assistant, path, None)
-            else:
-                self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
-        except UserError:
-            self.missing, self.waiting = [*self.missing, f"{command} {name}".strip()], None
-            raise
-        self.heard = self.heard or command == "/audio"
-        self.missing, self.waiting = [], None  # it was attached after all
-
-    def ask(self, text: str) -> tuple[str, AnswerStates]:
-        """Print and return the answer to ``text`` and what is attached.
-
-        Raises:
-            UserError: it is too long, or something could not be attached to it; the conversation and what is attached
-                stay as they were.
-        """
-        if self.missing and text != self.waiting:
-            self.waiting = text
-            missing = ", ".join(quoted(name) for name in self.missing)
-            raise UserError(
-                f"{missing}: not attached, so the question waits. Attach it, or go on without: /drop, or the same "
-                f"question again"
-            )
-        self.missing, self.waiting = [], None
-        if self.args.complete:
-            return respond(self.assistant, continued(self.assistant, text), self.args, may_stop=True)
-        self.messages.append(message(self.attached, text))
-        try:
-            prompt = self.assistant.prompt(self.messages, self.args.max_new_tokens)
-            said, answer_states = respond(self.assistant, prompt, self.args, may_stop=True)
-        except UserError:
-            del self.messages[-1:]
-            raise
-        self.messages.append({"role": "assistant", "content": said})
-        self.drop()
-        return said, answer_states
-
-
-def converse(assistant: Assistant, args: argparse.Namespace) -> None:
-    """Answer line after line of the input. What is wrong with one of them is told, and the conversation goes on."""
-    speaker = prepare(assistant, args)
-    print(f"{quoted(args.ckpt_dir)}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
-    conversation, spoken = Conversation(assistant, args), itertools.count(1)
-    longest = assistant.ctx_len * CHARACTERS_PER_TOKEN
-    while (line := read_line(longest)) is not None and line.strip() != "/quit":
-        command, *name = line.split(maxsplit=1) or [""]
-        try:
-            if command in ("/reset", "/drop") and not name:
-                conversation.reset() if command == "/reset" else conversation.drop()
-            elif command in ("/image", "/audio", "/video") and not args.complete:
-                conversation.attach(command, "".join(name).strip())
-            elif line.strip() or conversation.heard:
-                text, answer_states = conversation.ask(line)
-                if speaker is not None:
-                    file = args.audio_out.with_stem(f"{args.audio_out.stem}_{next(spoken)}")
-                    speak(speaker, sentences(text), file, "the answer", answer_states=answer_states)
-        except UserError as error:
-            print(f"error: {visible(str(error))}", file=sys.stderr)
-
-
-def system_message(args: argparse.Namespace) -> list[dict]:
-    return [{"role": "system", "content": clean(args.system)}] if args.system else []
-
-
-def continued(assistant: Assistant, text: str) -> list[int]:
-    """The prompt of --complete: in training, a text follows the end of the one before it."""
-    check_text_length(text, assistant.ctx_len)
-    return [assistant.tokenizer.eos_id, *assistant.tokenizer.encode(text)]
-
-
-def read_line(longest: int) -> str | None:
-    """The user's next line; None at the end of the input. Ctrl-C clears the line.
-
-    Args:
-        longest: in characters; of a longer line only as much as shows that it is one.
-    """
-    if sys.stdin is None:
-        raise UserError("expected --text, or a conversation on stdin; found it closed")
-    while True:
-        try:
-            if sys.stdin.isatty() and sys.stdout.isatty():
-                return clean(input("you> "))
-            print("you> ", end="", file=sys.stderr, flush=True)
-            return read_line_of(sys.stdin.buffer, longest)
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-        except EOFError:
-            print(file=sys.stderr)
-            return None
-
-
-def read_line_of(file: BinaryIO, longest: int) -> str:
-    """
-    Raises:
-        EOFError: there is no more line.
-    """
-    line = file.readline(4 * longest + 8)  # a character has up to four bytes
-    if not line:
-        raise EOFError
-    end = line
-    while end and not end.endswith(b"\n"):
-        end = file.readline(1 << 20)
-    return line.decode("utf-8", "replace").rstrip("\r\n")
-
-
-# --- Speaking and reading --------------------------------------------------------------------------------------------
+    if once:
+        speak(*conversation.ask(clean(args.text or ""), may_stop=False))
+    else:
+        print(f"{quoted(args.ckpt_dir)}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
+        converse(conversation, speak)
 
 
 def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -> Speaker:
     device = pick_device(args.device)
-    speaker, who = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
-    print(f"{who}{', which hears the Thinker' if speaker.uses_thinker_states and assistant else ''}", file=sys.stderr)
+    speaker, origin = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
+    states = ", conditioned on the Thinker's states" if speaker.uses_thinker_states and assistant else ""
+    print(f"{origin}{states}", file=sys.stderr)
     if speaker.vocoder is None:
-        print("no vocoder (--vocoder_ckpt): the sound is made by Griffin-Lim, at once in the end", file=sys.stderr)
+        print("no vocoder (--vocoder_ckpt): Griffin-Lim makes the sound of a whole sentence at a time", file=sys.stderr)
     return speaker
-
-
-def speak(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling) -> None:
-    """Speak one text after the other into a WAV file, piece by piece; how fast that went is told on stderr.
-
-    Raises:
-        UserError: there is nothing to say, or the file cannot be written.
-    """
-    target = written_to(path)
-    started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
-
-    def cut(text: str) -> None:
-        print(f"{quoted(path)}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
-
-    sound = spoken(speaker, texts, what, cut, **sampling)
-    first = next(sound)
-    first_s = time.perf_counter() - started
-
-    whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
-    with soundfile.SoundFile(whole, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
-        for piece in itertools.chain([first], sound):
-            samples += len(piece)
-            wav.write(piece)
-    try:
-        replace_file(target, lambda file: file.write(whole.getbuffer()))
-    except OSError as error:
-        raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
-    took, lasts = time.perf_counter() - started, samples / rate
-    print(
-        f"{quoted(path)}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
-        f"first sound after {1000 * first_s:.0f} ms",
-        file=sys.stderr,
-    )
 
 
 def say(args: argparse.Namespace) -> None:
@@ -405,7 +169,7 @@ def say(args: argparse.Namespace) -> None:
     sampling = {"temperature": args.temperature, "top_k": args.top_k}
     if args.seed is not None:
         sampling["seed"] = args.seed
-    speak(find_speaker(args), sentences(clean(args.say)), args.audio_out, "--say", **sampling)
+    write_speech(find_speaker(args), sentences(clean(args.say)), args.audio_out, "--say", **sampling)
 
 
 def read(args: argparse.Namespace) -> None:
@@ -417,13 +181,8 @@ def read(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.say is not None:
-        say(args)
-    elif args.ocr:
-        read(args)
-    else:
-        once = args.text is not None or args.audio_in
-        (answer_once if once else converse)(Assistant.load(args.ckpt_dir, pick_device(args.device)), args)
+    run = say if args.say is not None else read if args.ocr else chat
+    run(args)
 
 
 if __name__ == "__main__":

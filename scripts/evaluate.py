@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from omni.chat.assistant import without_controls
 from omni.chat.speaker import Recognizer, Speaker, read_recordings, word_error_rates, word_errors
+from omni.chat.text import without_controls
 from omni.common.errors import BadRow, RunError, UserError, reading_row
 from omni.common.files import replace_file
 from omni.common.media import visible

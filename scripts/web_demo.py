@@ -24,10 +24,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1"}
 
-from omni.chat.assistant import Assistant, has_part, load_reader, load_speaker
+from omni.chat.assistant import Assistant
+from omni.chat.ocr import load_reader
 from omni.chat.server import Folder, Guard, names_of, own_folder
+from omni.chat.speech import load_speaker
 from omni.common.errors import UserError
 from omni.common.media import quoted
+from omni.export.bundle import has_part
 from omni.synthetic import pictures, signs, speech
 from omni.train.run import OneLineErrors, launch, pick_device
 

@@ -496,7 +496,7 @@ MUTATIONS = [
         "sentences(clean(args.say))", "[clean(args.say)]", "tests/test_speaking.py -k forty",
     ),
     Mutation(
-        "speech", "a long sentence is one utterance", "omni/chat/assistant.py",
+        "speech", "a long sentence is one utterance", "omni/chat/speech.py",
         "while len(sentence.encode()) > UTTERANCE_BYTES:", "while False:", "tests/test_speaking.py",
     ),
     # pictures, films and chat
@@ -551,17 +551,17 @@ MUTATIONS = [
         "tests/test_infer_omni.py::test_a_line_of_any_length_is_refused_before_it_is_tokenised",
     ),
     Mutation(
-        "hostile input", "a model's control characters reach the terminal", "omni/chat/assistant.py",
+        "hostile input", "a model's control characters reach the terminal", "omni/chat/text.py",
         'return _CONTROLS.sub("", text)', "return text",
         "tests/test_infer_omni.py::test_nothing_that_a_model_or_a_name_says_moves_the_cursor",
     ),
     Mutation(
-        "conversation", "a question is answered without what could not be attached", "infer_chat.py",
+        "conversation", "a question is answered without what could not be attached", "omni/chat/terminal.py",
         "if self.missing and text != self.waiting:", "if False:",
         "tests/test_infer_omni.py::test_a_question_about_what_was_not_attached_waits",
     ),
     Mutation(
-        "conversation", "a dragged name stays quoted", "omni/chat/assistant.py",
+        "conversation", "a dragged name stays quoted", "omni/chat/text.py",
         "            names += words\n", "            pass\n",
         "tests/test_infer_omni.py::test_a_name_is_understood_as_programs_write_it",
     ),
@@ -573,8 +573,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the page stays up", "speech is made in one piece before others have their turn", "omni/chat/web.py",
-        "self.turns.slices(spoken(self.speaker, texts, what, cut, **sampling))",
-        "self.turns.slices(iter(list(spoken(self.speaker, texts, what, cut, **sampling))))",
+        "self.turns.slices(synthesize(self.speaker, texts, what, cut, **sampling))",
+        "self.turns.slices(iter(list(synthesize(self.speaker, texts, what, cut, **sampling))))",
         "tests/test_web_demo.py -k long_speech",
     ),
     Mutation(
@@ -625,7 +625,7 @@ MUTATIONS = [
         "tests/test_web_demo.py -k broken_ones_leave_nothing --timeout 60",
     ),
     Mutation(
-        "the page stays up", "half of a surrogate pair reaches the tokenizer", "omni/chat/assistant.py",
+        "the page stays up", "half of a surrogate pair reaches the tokenizer", "omni/chat/text.py",
         "[\\ud800-\\udc7f\\udd00-\\udfff]", "[]x]",
         "tests/test_web_demo.py -k surrogate_pair",
     ),

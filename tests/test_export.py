@@ -16,7 +16,9 @@ from stages import OCR, OMNI, TALKER, VOCODER, WORDS
 from test_config import only_error
 
 import export
-from omni.chat.assistant import Assistant, load_reader, load_speaker
+from omni.chat.assistant import Assistant
+from omni.chat.ocr import load_reader
+from omni.chat.speech import load_speaker
 from omni.common.errors import RunError, UserError
 from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, make_mix, save_m
 from test_config import only_error
 
 import export
+from omni.chat.speech import load_speaker
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, read_json, read_sealed_json, write_sealed_json
 from omni.data.tokenizer import Tokenizer
@@ -194,7 +195,7 @@ def test_an_altered_export_is_one_line_or_the_same_model(merged, tmp_path, file)
                     for part in ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "ocr"):
                         opened.part(part, CPU)
                     opened.omni(CPU)
-                    opened.speaker(CPU)
+                    load_speaker(folder, None, None, CPU)
                     opened.tokenizer()
                 except UserError as error:
                     one_line(error, str(folder))

@@ -18,7 +18,10 @@ from test_video import clip, film, reds
 
 import export
 import infer_chat
-from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, clean, media_named
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length
+from omni.chat.speech import sentences
+from omni.chat.terminal import read_line
+from omni.chat.text import clean, media_named
 from omni.common.errors import UserError
 from omni.models.aligner import text_symbols
 
@@ -61,13 +64,13 @@ class Chat:
 
     def __init__(self, monkeypatch, capsys):
         self.monkeypatch, self.capsys, self.prompts = monkeypatch, capsys, []
-        real = infer_chat.answer
+        real = Assistant.answer
 
-        def spy(assistant, tokenizer, prompt, args):
+        def spy(assistant, prompt, answer_states, **sampling):
             self.prompts.append(prompt)
-            yield from real(assistant, tokenizer, prompt, args)
+            yield from real(assistant, prompt, answer_states, **sampling)
 
-        monkeypatch.setattr(infer_chat, "answer", spy)
+        monkeypatch.setattr(Assistant, "answer", spy)
 
     def __call__(self, folder: Path, *arguments: str, lines: list[str] = ()) -> tuple[str, str]:
         typed = "".join(f"{line}\n" for line in lines).encode()
@@ -161,7 +164,7 @@ def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_pa
     assert out.count("\n") == 5
     spoken = sorted(path.name for path in tmp_path.glob("said*.wav"))
     assert set(spoken) <= {f"said_{number}.wav" for number in range(1, 6)}
-    assert len(spoken) + err.count("had nothing to say") == 5
+    assert len(spoken) + err.count("made no sound") == 5
 
 
 def test_a_question_about_what_was_not_attached_waits(merged, media, chat):
@@ -234,7 +237,7 @@ def test_a_line_of_any_length_is_refused_before_it_is_tokenised(merged, chat, mo
 
 def test_nothing_that_a_model_or_a_name_says_moves_the_cursor(merged, chat, monkeypatch, tmp_path):
     controls = "".join(chr(i) for i in (*range(32), *range(127, 160), 0xD800, 0xDFFF))
-    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A", controls, "Z"]))
+    monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A", controls, "Z"]))
     out, _ = chat(merged, "--text", "red")
     assert out == "A\t\nZ\n"
     for option in ("--image", "--video"):
@@ -253,12 +256,12 @@ def test_what_is_typed_may_be_anything(merged, chat, monkeypatch):
             return super().readline(size)
 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(Typed(b"\xff\xfe red\r\nlast")))
-    assert [infer_chat.read_line(99) for _ in range(3)] == ["\ufffd\ufffd red", "last", None]
+    assert [read_line(99) for _ in range(3)] == ["\ufffd\ufffd red", "last", None]
     assert clean("a\udcc3\udca4 \ud800 \udfff \udcff") == "aä \ufffd \ufffd \ufffd"
     chat(merged, "--text", "red \ud800 \udcff")
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(UserError, match="--text"):
-        infer_chat.read_line(99)
+        read_line(99)
 
 
 def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
@@ -299,7 +302,7 @@ def test_an_answer_is_spoken(folders, merged, chat, tmp_path):
         try:
             out, err = chat(folder, *arguments)
         except UserError as error:  # so short a training may fall silent, but then always
-            assert "nothing to say" in str(error)
+            assert "made no sound" in str(error)
             sounds[name] = b""
             continue
         assert "\n" not in out.strip() and "first sound" in err and ("Griffin-Lim" in err) == (name == "Griffin-Lim")
@@ -326,7 +329,7 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
     text = " Ja, grün.\n  Ist 你 da?"
     answer_states.ids = assistant.tokenizer.encode(text)
     answer_states.states = list(torch.arange(1.0, len(answer_states.ids))[:, None])  # the last token's is not known
-    texts = infer_chat.sentences(text)
+    texts = sentences(text)
     heard = [states[:, 0].tolist() for states in answer_states.of(texts)]
     assert [len(states) for states in heard] == [len(text_symbols(part)) for part in texts]
     assert [states[-1] for states in heard] == [0, 0]
@@ -343,7 +346,7 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
 
 
 def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):
-    assert infer_chat.sentences(" One. Two?  Three 1.5 four!\nfive ") == ["One.", "Two?", "Three 1.5 four!", "five"]
+    assert sentences(" One. Two?  Three 1.5 four!\nfive ") == ["One.", "Two?", "Three 1.5 four!", "five"]
     asked = []
 
     def stream(self, text, **sampling):
@@ -351,7 +354,7 @@ def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp
         yield np.full(1600, 0.1 * len(asked), np.float32)
 
     monkeypatch.setattr("omni.chat.speaker.Speaker.stream", stream)
-    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A ca", "t. Two do", "gs."]))
+    monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A ca", "t. Two do", "gs."]))
     out, _ = chat(merged, "--text", "red", "--audio_out", str(tmp_path / "said.wav"))
     assert out == "A cat. Two dogs.\n" and asked == ["A cat.", "Two dogs."]
     samples, _ = soundfile.read(tmp_path / "said.wav")
@@ -373,7 +376,7 @@ def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path
 
 def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, chat, monkeypatch, tmp_path):
     monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
-    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
+    monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A cat."]))
     link, target = tmp_path / "link.wav", tmp_path / "elsewhere" / "said.wav"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -394,7 +397,7 @@ def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, c
 
 def test_a_conversation_replaces_nothing_but_files_either(merged, chat, monkeypatch, tmp_path):
     monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
-    monkeypatch.setattr(infer_chat, "answer", lambda *_: iter(["A cat."]))
+    monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A cat."]))
     os.mkfifo(tmp_path / "said_1.wav")
     out, err = chat(merged, "--audio_out", str(tmp_path / "said.wav"), lines=["red", "cat"])
     assert out == "A cat.\n" * 2 and "said_1.wav: expected a file" in err

@@ -9,8 +9,8 @@ import torch
 from stages import SMALL_CODEC, SMALL_TALKER
 
 import infer_chat
-from omni.chat.assistant import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, spoken
 from omni.chat.speaker import Speaker
+from omni.chat.speech import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, synthesize
 from omni.common.errors import UserError
 from omni.models.codec import Codec
 from omni.models.talker import Talker
@@ -57,7 +57,7 @@ def test_a_text_that_is_too_long_is_one_line_before_anything_is_loaded(say, spea
         with pytest.raises(UserError, match=r"--say: expected a text of 1 to 32,768 bytes"):
             infer_chat.parse_args(["--ckpt_dir", "-", "--say", text, "--audio_out", "a.wav"])
         with pytest.raises(UserError, match="the answer: .* bytes are too long to be spoken, expected at most 32,768"):
-            next(spoken(speaker, sentences(text), "the answer", on_cut=print))
+            next(synthesize(speaker, sentences(text), "the answer", on_cut=print))
 
 
 @pytest.mark.parametrize("seed", range(30))

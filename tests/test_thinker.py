@@ -508,15 +508,15 @@ def test_chat_refuses_another_runs_tokenizer(stage_a, tmp_path, monkeypatch, cap
 
 
 def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monkeypatch, capsys):
-    import infer_chat
+    from omni.chat.assistant import Assistant
 
-    prompts, real = [], infer_chat.answer
+    prompts, real = [], Assistant.answer
 
-    def spy(assistant, answer_states, ids, args):
+    def spy(assistant, ids, answer_states, **sampling):
         prompts.append(assistant.tokenizer.decode(ids))
-        yield from real(assistant, answer_states, ids, args)
+        yield from real(assistant, ids, answer_states, **sampling)
 
-    monkeypatch.setattr(infer_chat, "answer", spy)
+    monkeypatch.setattr(Assistant, "answer", spy)
     flags = ["--ckpt_dir", str(stage_a), "--max_new_tokens", "6", "--system", "sys"]
     lines = ["the one", "", "the two", "/reset", "the three", "cat " * 99, *(f"mat {i:02}" for i in range(14))]
     out, err = chat(monkeypatch, capsys, flags, [*lines, "/quit", "not read"])
@@ -531,13 +531,13 @@ def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monke
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_program(stage_a, monkeypatch, capsys):
-    import infer_chat
+    from omni.chat.assistant import Assistant
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         yield "half an "
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(infer_chat, "answer", interrupted)
+    monkeypatch.setattr(Assistant, "answer", interrupted)
     out, _ = chat(monkeypatch, capsys, ["--ckpt_dir", str(stage_a)], ["one", "two"])
     assert out == "half an \nhalf an \n"
     with pytest.raises(KeyboardInterrupt):
@@ -545,9 +545,9 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(stage_a, monkeypatch, capsys
 
 
 def test_complete_continues_the_text_as_it_stands(stage_a, monkeypatch, capsys):
-    import infer_chat
+    from omni.chat.assistant import Assistant
 
     prompts = []
-    monkeypatch.setattr(infer_chat, "answer", lambda thinker, tokenizer, ids, args: prompts.append(ids) or iter(()))
+    monkeypatch.setattr(Assistant, "answer", lambda assistant, ids, *_, **__: prompts.append(ids) or iter(()))
     chat(monkeypatch, capsys, ["--ckpt_dir", str(stage_a), "--complete", "--text", "the cat"])
     assert prompts[0][0] == 0 and min(prompts[0][1:]) >= 16

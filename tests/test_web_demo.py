@@ -28,7 +28,7 @@ from test_media_kinds import MADE
 
 import export
 import infer_chat
-from omni.chat.assistant import clean
+from omni.chat.text import clean
 from omni.common.errors import UserError
 
 NEEDED = (("gradio", "pip install --no-deps -r requirements-web.txt"), ("playwright", "pip install playwright"))

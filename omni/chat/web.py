@@ -18,18 +18,12 @@ import gradio.route_utils
 import gradio.utils
 import numpy as np
 
-from omni.chat.assistant import (
-    AnswerStates,
-    Assistant,
-    check_text_length,
-    clean,
-    message,
-    read_picture,
-    sentences,
-    spoken,
-)
+from omni.chat.assistant import AnswerStates, Assistant, check_text_length, message
+from omni.chat.ocr import read_picture
 from omni.chat.server import Turns
 from omni.chat.speaker import MAX_SECONDS, Speaker
+from omni.chat.speech import sentences, synthesize
+from omni.chat.text import clean
 from omni.common.errors import BadRow, UserError
 from omni.common.media import kind_of
 from omni.models.ocr import Ocr
@@ -201,7 +195,7 @@ class Page:
         def cut(text: str) -> None:
             warn(f"cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on")
 
-        async for some in self.turns.slices(spoken(self.speaker, texts, what, cut, **sampling)):
+        async for some in self.turns.slices(synthesize(self.speaker, texts, what, cut, **sampling)):
             if session.run != run:
                 return
             for piece in some:

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from omni.chat.speaker import Speaker
 from omni.common.errors import RunError, UserError
 from omni.common.files import OwnFiles, file_sha256, fsync, open_regular, parse_json, read_json
 from omni.common.media import quoted
@@ -36,7 +35,7 @@ from omni.models.vocoder import Generator, fold_weight_norm
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
 from omni.stages.vocoder import VocoderConfig
-from omni.train.checkpoint import build, understood
+from omni.train.checkpoint import build, step_files, understood
 from omni.train.config import read_sizes
 from omni.train.run import FolderLock
 
@@ -410,11 +409,9 @@ class Merged:
         model = build(lambda: OmniModel(config), weights, self.folder / WEIGHTS, sizes)
         return model.to(device).eval(), config
 
-    def speaker(self, device: torch.device) -> Speaker:
-        """What says texts: talker, codec and, if there is one, vocoder."""
-        vocoder = self.part("vocoder", device) if self.has("vocoder") else None
-        with understood(self.folder / CONFIG):
-            uses_thinker_states = "talker" in ((self.config["omni"] or {}).get("parts") or {})
-        return Speaker(
-            self.part("talker", device), self.part("rvq", device), vocoder, uses_thinker_states=uses_thinker_states
-        )
+
+def has_part(folder: Path, part: str) -> bool:
+    """Whether a stage's folder or an export holds a ``talker`` or an ``ocr``, damaged or not."""
+    if is_merged(folder):
+        return Merged(folder).has(part)
+    return (folder / f"{part}.pt").exists() or bool(step_files(folder, part))

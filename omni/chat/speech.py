@@ -1,0 +1,183 @@
+"""Speech for answers and texts: the speaker that a folder holds, texts cut into sentences, sound piece by piece."""
+
+import io
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from omni.chat.assistant import AnswerStates, Assistant
+from omni.chat.speaker import MAX_SECONDS, Speaker
+from omni.common.errors import UserError
+from omni.common.files import replace_file
+from omni.common.media import quoted
+from omni.export.bundle import CONFIG, INFO, Merged, has_part, is_merged
+from omni.models.codec import fingerprint
+from omni.models.vocoder import load_vocoder_for
+from omni.train.checkpoint import load_stage, understood
+
+MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
+UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
+PAUSE_S = 0.2  # between utterances
+_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
+
+
+def load_speaker(
+    folder: Path,
+    talker_ckpt: Path | None,
+    vocoder_ckpt: Path | None,
+    device: torch.device,
+    assistant: Assistant | None = None,
+) -> tuple[Speaker, str]:
+    """The speaker of ``talker_ckpt`` (stage D), else of ``folder``, which is stage D's or an export.
+
+    Args:
+        vocoder_ckpt: stage F; None: the export's own, else Griffin-Lim.
+        assistant: gives the answers to speak; if it comes from stage E with a talker, that talker is used, with the
+            codec found here.
+
+    Returns:
+        The speaker, and a line with its origin and its measured quality.
+
+    Raises:
+        UserError: there is none, it is damaged, or the vocoder reads other log-mels than the codec writes.
+    """
+    source = talker_ckpt or folder
+    if talker_ckpt is None and not is_merged(folder) and not has_part(folder, "talker"):
+        raise UserError(f"{folder}: expected talker.pt, found none. Give the folder of stage D as --talker_ckpt")
+    if is_merged(source):
+        export = Merged(source)
+        talker, codec, facts = export.part("talker", device), export.part("rvq", device), export.components["talker"]
+        vocoder = export.part("vocoder", device) if export.has("vocoder") else None
+        with understood(source / CONFIG):
+            uses_thinker_states = "talker" in ((export.config["omni"] or {}).get("parts") or {})
+        speaker = Speaker(talker, codec, vocoder, uses_thinker_states=uses_thinker_states)
+        if vocoder_ckpt is not None:
+            speaker.vocoder = load_vocoder_for(source, speaker.spec, vocoder_ckpt, device)
+        if talker_ckpt is not None:  # another export's talker has learnt from another Thinker's states
+            speaker.uses_thinker_states = False
+    else:
+        speaker = Speaker.load(source, vocoder_ckpt, device)
+        facts = load_stage(source, "talker", "talker", "talker.pt")
+        own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
+        if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
+            speaker = Speaker(own, speaker.codec, speaker.vocoder, uses_thinker_states=True)
+    with understood(source / INFO):
+        perplexity = facts["metrics"].get("code_perplexity")
+        judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
+        return speaker, f"{source}: talker of step {facts['step']}, {judged}"
+
+
+def sentences(text: str) -> list[str]:
+    """Split a text into what the talker speaks at a time: sentences, or pieces of one longer than ``UTTERANCE_BYTES``.
+
+    Each is a substring of the text, in its order; what lies between them is white space.
+    """
+    return [piece for sentence in _ENDS.split(text) for piece in _pieces(sentence.strip()) if piece]
+
+
+def _pieces(sentence: str) -> Iterator[str]:
+    """Cut a sentence after commas and the like; where there is none, at blanks; else anywhere."""
+    while len(sentence.encode()) > UTTERANCE_BYTES:
+        head = sentence.encode()[:UTTERANCE_BYTES].decode(errors="ignore")
+        comma = re.match(r".*([,;:–—](?=\s)|[，、；：])", head, re.DOTALL)
+        cut = comma.end() if comma else head.rfind(" ") if " " in head else len(head)
+        yield head[:cut].strip()
+        sentence = sentence[cut:].strip()
+    yield sentence
+
+
+def synthesize(
+    speaker: Speaker,
+    texts: list[str],
+    what: str,
+    on_cut: Callable[[str], None],
+    answer_states: AnswerStates | None = None,
+    **sampling,
+) -> Iterator[np.ndarray]:
+    """Yield the sound of the texts in turn, ``PAUSE_S`` of silence between them, in (S,) float32 pieces as they come.
+
+    Args:
+        what: name of the texts in messages.
+        on_cut: called with each text whose speech was cut after ``MAX_SECONDS``.
+        answer_states: those of the answer whose ``sentences`` the texts are.
+        sampling: as in ``Speaker.stream``.
+
+    Raises:
+        UserError: the texts exceed ``MAX_SPOKEN_BYTES``, or the talker made no sound.
+    """
+    if (size := sum(len(text.encode()) for text in texts)) > MAX_SPOKEN_BYTES:
+        raise UserError(f"{what}: {size:,} bytes are too long to be spoken, expected at most {MAX_SPOKEN_BYTES:,}")
+    pause = np.zeros(round(PAUSE_S * speaker.spec.sample_rate), np.float32)
+    longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
+    silent, states = True, None
+    if answer_states is not None and speaker.uses_thinker_states:
+        states = answer_states.of(texts)
+    for number, text in enumerate(texts):
+        samples = 0
+        for piece in speaker.stream(text, thinker_states=states and [states[number]], **sampling):
+            if not samples and not silent:
+                yield pause
+            samples, silent = samples + len(piece), False
+            yield piece
+        if samples >= longest:
+            on_cut(text)
+        yield np.zeros(0, np.float32)  # lets callers that take turns yield after each text
+    if silent:
+        raise UserError(f"{what}: the talker made no sound for it")
+
+
+def wav_target(path: Path) -> Path:
+    """The file that ``--audio_out`` names; of a link the file it leads to, so that the link stays one.
+
+    Raises:
+        UserError: a folder, pipe or device has this name; its folder does not exist; its suffix is not .wav.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise UserError(f"--audio_out {path}: expected a file, or a name for a new one; found a folder, pipe or device")
+    if not target.parent.is_dir():
+        raise UserError(f"--audio_out {path}: expected a file in a folder that exists")
+    if any(name.suffix.lower() not in ("", ".wav") or name.name in ("", ".wav") for name in (path, target)):
+        raise UserError(f"--audio_out {path}: expected a name that ends in .wav, the format that is written")
+    return target
+
+
+def write_speech(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling) -> None:
+    """Write the speech of the texts to a WAV file, and its speed to stderr; arguments as in ``synthesize``.
+
+    Raises:
+        UserError: the talker made no sound, or the file cannot be written.
+    """
+    target = wav_target(path)
+    started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
+
+    def cut(text: str) -> None:
+        print(f"{quoted(path)}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
+
+    sound = synthesize(speaker, texts, what, cut, **sampling)
+    first = next(sound)
+    first_s = time.perf_counter() - started
+
+    whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
+    with soundfile.SoundFile(whole, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
+        for piece in itertools.chain([first], sound):
+            samples += len(piece)
+            wav.write(piece)
+    try:
+        replace_file(target, lambda file: file.write(whole.getbuffer()))
+    except OSError as error:
+        raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
+    took, lasts = time.perf_counter() - started, samples / rate
+    print(
+        f"{quoted(path)}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
+        f"first sound after {1000 * first_s:.0f} ms",
+        file=sys.stderr,
+    )

@@ -1,0 +1,156 @@
+"""A conversation in the terminal: answers on stdout and nothing else, everything else on stderr."""
+
+import sys
+from collections.abc import Callable
+from typing import BinaryIO
+
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, message
+from omni.chat.text import clean, media_named, without_controls
+from omni.common.errors import UserError
+from omni.common.media import quoted, visible
+
+
+class Conversation:
+    """The messages so far, and the attachments of the next one.
+
+    Args:
+        sampling: as in ``Assistant.answer``.
+        complete: continue each text as it stands, without chat tokens.
+        system: a system message to begin with.
+    """
+
+    def __init__(
+        self, assistant: Assistant, sampling: dict, *, complete: bool = False, system: str | None = None
+    ) -> None:
+        self.assistant, self.sampling, self.complete, self.system = assistant, sampling, complete, system
+        self.reset()
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": clean(self.system)}] if self.system else []
+        self.drop()
+
+    def drop(self) -> None:
+        self.attached = []
+        self.has_recording = False  # which may ask without a text
+        self.missing, self.waiting = [], None  # what could not be attached, and the question that waits for it
+
+    def attach(self, command: str, name: str, video_frames: int | None = None) -> None:
+        """Carry out ``/image``, ``/audio`` or ``/video``.
+
+        Raises:
+            UserError: it cannot be read. The next question waits, as it is about what is missing.
+        """
+        try:
+            if not name:
+                raise UserError(f"{command}: expected a file after it")
+            path = media_named(name)
+            if command == "/video":
+                frames, total = self.assistant.video(path, video_frames)
+                print(f"{quoted(path)}: {len(frames)} of {total} frames", file=sys.stderr)
+                self.attached += frames
+            else:
+                self.attached.append(self.assistant.image(path) if command == "/image" else self.assistant.sound(path))
+        except UserError:
+            self.missing, self.waiting = [*self.missing, f"{command} {name}".strip()], None
+            raise
+        self.has_recording = self.has_recording or command == "/audio"
+        self.missing, self.waiting = [], None  # it was attached after all
+
+    def ask(self, text: str, *, may_stop: bool = True) -> tuple[str, AnswerStates]:
+        """Print and return the answer to ``text`` and the attachments.
+
+        Args:
+            may_stop: Ctrl-C ends the answer, and not the program.
+
+        Raises:
+            UserError: it is too long, or an attachment is missing; the conversation and its attachments stay as they
+                were.
+        """
+        if self.missing and text != self.waiting:
+            self.waiting = text
+            missing = ", ".join(quoted(name) for name in self.missing)
+            raise UserError(
+                f"{missing}: not attached, so the question waits. Attach it, or go on without: /drop, or the same "
+                f"question again"
+            )
+        self.missing, self.waiting = [], None
+        if self.complete:
+            check_text_length(text, self.assistant.ctx_len)
+            tokenizer = self.assistant.tokenizer
+            # in training, each text follows the end of another
+            return self._print_answer([tokenizer.eos_id, *tokenizer.encode(text)], may_stop)
+        self.messages.append(message(self.attached, text))
+        try:
+            prompt = self.assistant.prompt(self.messages, self.sampling["max_new_tokens"])
+            answer, answer_states = self._print_answer(prompt, may_stop)
+        except UserError:
+            del self.messages[-1:]
+            raise
+        self.messages.append({"role": "assistant", "content": answer})
+        self.drop()
+        return answer, answer_states
+
+    def _print_answer(self, prompt, may_stop: bool) -> tuple[str, AnswerStates]:
+        """Print the answer on stdout, piece by piece on a terminal, and return it."""
+        streaming, pieces, answer_states = sys.stdout.isatty(), [], AnswerStates()
+        try:
+            for piece in self.assistant.answer(prompt, answer_states, **self.sampling):
+                pieces.append(piece)
+                if streaming:
+                    print(without_controls(piece), end="", flush=True)
+        except KeyboardInterrupt:
+            if not may_stop:
+                raise
+        print("" if streaming else without_controls("".join(pieces)), flush=True)
+        return "".join(pieces), answer_states
+
+
+def converse(conversation: Conversation, answered: Callable[[str, AnswerStates], None]) -> None:
+    """Answer the input line by line, and call ``answered`` with each answer. An error ends its line only."""
+    longest = conversation.assistant.ctx_len * CHARACTERS_PER_TOKEN
+    while (line := read_line(longest)) is not None and line.strip() != "/quit":
+        command, *name = line.split(maxsplit=1) or [""]
+        try:
+            if command in ("/reset", "/drop") and not name:
+                conversation.reset() if command == "/reset" else conversation.drop()
+            elif command in ("/image", "/audio", "/video") and not conversation.complete:
+                conversation.attach(command, "".join(name).strip())
+            elif line.strip() or conversation.has_recording:
+                answered(*conversation.ask(line))
+        except UserError as error:
+            print(f"error: {visible(str(error))}", file=sys.stderr)
+
+
+def read_line(longest: int) -> str | None:
+    """The user's next line; None at the end of the input. Ctrl-C clears the line.
+
+    Args:
+        longest: in characters; a longer line is cut where it shows that it is one.
+    """
+    if sys.stdin is None:
+        raise UserError("expected --text, or a conversation on stdin; found it closed")
+    while True:
+        try:
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                return clean(input("you> "))
+            print("you> ", end="", file=sys.stderr, flush=True)
+            return _read_bounded(sys.stdin.buffer, longest)
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+
+
+def _read_bounded(file: BinaryIO, longest: int) -> str:
+    """
+    Raises:
+        EOFError: there is no more line.
+    """
+    line = file.readline(4 * longest + 8)  # a character has up to four bytes
+    if not line:
+        raise EOFError
+    end = line
+    while end and not end.endswith(b"\n"):
+        end = file.readline(1 << 20)
+    return line.decode("utf-8", "replace").rstrip("\r\n")
