@@ -92,12 +92,12 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {name: part.sizes for name, part in parts.items()}
         write_json(folder / CONFIG, about | {"parts": sizes, "omni": sizes_of(SftConfig, sft) if sft else None})
         write_json(folder / "preprocessor_config.json", preprocessing(parts))
-        write_language(folder, thinker.arch, tokenizer, template)
+        write_language(folder, thinker.architecture, tokenizer, template)
 
         # --- Its parts once more, under the names of other tools -----------------------------------------------------
-        qwen3 = qwen3_config(thinker.arch, tokenizer.vocab_size, tokenizer.end_id)
+        qwen3 = qwen3_config(thinker.architecture, tokenizer.vocab_size, tokenizer.end_id)
         write_model(folder / "thinker", qwen3, to_qwen3_state_dict(thinker.state_dict()), dtype)
-        write_language(folder / "thinker", thinker.arch, tokenizer, template)
+        write_language(folder / "thinker", thinker.architecture, tokenizer, template)
         if "vision_encoder" in parts:
             vit = parts["vision_encoder"].module
             write_model(folder / "vision_encoder", vit_config(vit), to_vit_state_dict(vit.state_dict()), dtype)

@@ -6,18 +6,14 @@ The corpus is UTF-8 text, one sample a line. The first run trains a tokenizer an
 memory-mapped cache beside it; every run after that starts at once.
 """
 
-import math
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor, nn
 
-from omni.common.errors import UserError
-from omni.data.corpus import PackedTokens, prepare_corpus, sample_lines
+from omni.data.corpus import PackedTokens, prepare_corpus
 from omni.data.order import held_out_set, training_set
-from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.thinker import Thinker
-from omni.stages.text import STAGE, TextConfig
+from omni.stages.text import STAGE, TextConfig, prepare_tokenizer, text_metrics, text_sums
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run, launch, parse_stage_args
@@ -44,7 +40,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_set = training_set(run, windows)
 
         # --- Model -----------------------------------------------------------------------------------------------
-        model = run.prepare(Thinker(config, use_flash=config.use_flash))
+        model = run.prepare(Thinker(config.architecture, use_flash=config.use_flash))
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             nats, balance = model(batch["tokens"], targets=batch["targets"], weights=batch.get("weights"))
@@ -77,41 +73,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             # whether chatting with this model makes sense, or only continuing a text
             summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},
         )
-
-
-def text_sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
-    nats, _ = model(batch["tokens"], targets=batch["targets"])
-    targets = (batch["targets"] != IGNORE_INDEX).sum()
-    return {"nats": nats * targets, "targets": targets}
-
-
-def text_metrics(totals: dict[str, float], text_bytes: int) -> dict[str, float]:
-    loss = totals["nats"] / totals["targets"]
-    bits = totals["nats"] / math.log(2)
-    # a diverged model must not end the run here: exp overflows above 709
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / text_bytes}
-
-
-def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:
-    """The tokenizer in ``save_dir``; if there is none, a copy of ``tokenizer_path``, or one trained on the corpus."""
-    path = Path(config.save_dir) / "tokenizer.json"
-    with run.main_process_first():
-        if run.is_main and not path.exists():
-            if config.tokenizer_path:
-                Tokenizer.load(config.tokenizer_path).save(path)
-            else:
-                run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {config.train_text}")
-                lines = sample_lines(run, Path(config.train_text))
-                run.wait_for(lambda: Tokenizer.train(lines, config.vocab_size)).save(path)
-        tokenizer = Tokenizer.load(path)
-    if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"{path}: is another tokenizer than tokenizer_path {config.tokenizer_path}. Use a new save_dir")
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {config.vocab_size}. '
-            "Use a new save_dir, or raise vocab_size"
-        )
-    return tokenizer
 
 
 if __name__ == "__main__":

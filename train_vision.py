@@ -19,9 +19,9 @@ from omni.data.images import normalise
 from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import Tokenizer
-from omni.models.thinker import load_thinker
 from omni.models.vision_encoder import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
+from omni.stages.text import load_thinker
 from omni.stages.vision import STAGE, VisionConfig
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             tokenizer = prepare_tokenizer(run, lambda: thinker_tokenizer)
             if tokenizer.fingerprint != thinker_tokenizer.fingerprint:
                 raise UserError(f"{run.save_dir}: its tokenizer.json is not the Thinker's. Use a new save_dir")
-            sizes = {"ctx_len": min(config.ctx_len, thinker.arch.ctx_len)}
+            sizes = {"ctx_len": min(config.ctx_len, thinker.architecture.ctx_len)}
         else:
             tokenizer = prepare_tokenizer(run, lambda: train_tokenizer(run, manifest, train_rows))
             # the text tower is as large as the vocabulary really is, and the checkpoint says so

@@ -313,7 +313,7 @@ def bench_generate(bench: Bench) -> None:
     theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(thinker))["sdpa"].eval()
     theirs.generation_config.eos_token_id = None  # no answer ends early, on either side
     settings = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    prompts = torch.randint(thinker.arch.vocab_size, (8, bench.sizes.prompt))
+    prompts = torch.randint(thinker.architecture.vocab_size, (8, bench.sizes.prompt))
     lengths = torch.full((8,), bench.sizes.prompt)
     ours = {
         1: lambda: list(thinker.generate(prompts[0].tolist(), max_new_tokens=new)),

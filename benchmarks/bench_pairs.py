@@ -114,7 +114,7 @@ def thinker_pair(configs: Path) -> Pair:
     Unlike in training, each target counts the same (no ``context_weight``).
     """
     config = STAGES["A"].read(configs, dropout=0.0)
-    ours = Thinker(config, use_flash=config.use_flash)
+    ours = Thinker(config.architecture, use_flash=config.use_flash)
     window = torch.randint(config.vocab_size, (config.batch_size, config.ctx_len + 1))
     tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
     return Pair(
@@ -131,7 +131,8 @@ def thinker_pair(configs: Path) -> Pair:
 
 def as_qwen3(thinker: Thinker) -> tuple[dict, dict[str, Tensor]]:
     """Config and weights of an equal Qwen3ForCausalLM."""
-    return qwen3_config(thinker.arch, thinker.arch.vocab_size, eos_id=0), to_qwen3_state_dict(thinker.state_dict())
+    architecture = thinker.architecture
+    return qwen3_config(architecture, architecture.vocab_size, eos_id=0), to_qwen3_state_dict(thinker.state_dict())
 
 
 def audio_encoder_pair(configs: Path) -> Pair:
@@ -258,7 +259,8 @@ def mixed_pair(configs: Path) -> Pair:
     speed. Projections, encoders (whose features are kept) and talker are on neither side.
     """
     config, omni = STAGES["E"].read(configs), omni_of_text(configs)
-    B, T, vocab_size = config.batch_size, omni.thinker.arch.ctx_len, omni.thinker.arch.vocab_size
+    architecture = omni.thinker.architecture
+    B, T, vocab_size = config.batch_size, architecture.ctx_len, architecture.vocab_size
     sizes = torch.linspace(T / 8, T, B).long().clamp(max=T)
     sizes[: 3 * B // 4] = torch.linspace(T / 8, T / 2, 3 * B // 4).long()
     tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)

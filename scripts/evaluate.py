@@ -52,19 +52,19 @@ from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.models.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
 from omni.models.omni_model import Inputs, load_omni
 from omni.models.talker import Utterance, collate_utterances, talker_metrics, talker_sums
-from omni.models.thinker import Thinker, load_thinker
+from omni.models.thinker import Thinker
 from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.stages.asr import COLUMNS, Utterances, error_counts
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
 from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
 from omni.stages.talker import CodecConfig
+from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.train.checkpoint import load_stage, saved_config
 from omni.train.config import StageConfig
 from omni.train.loop import to_device
 from omni.train.run import OneLineErrors, launch, pick_device
 from omni.train.samples import write_sound
-from train_text import text_metrics, text_sums
 
 # those that need no second file, and no folder of another stage
 OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question", "spoken_answer"))
@@ -98,13 +98,13 @@ def evaluate_text(args: argparse.Namespace, device: torch.device) -> EvalResult:
 
 def text_batches(args: argparse.Namespace, thinker: Thinker, tokenizer: Tokenizer) -> Iterator[dict]:
     """The file as packed sequences, as in training: ``<end> line <end> line <end> ...`` cut every ``ctx_len``."""
-    size = args.batch_size * thinker.arch.ctx_len
+    size = args.batch_size * thinker.architecture.ctx_len
     tokens, counts = [tokenizer.eos_id], {"lines": 0, "bytes": 0}
 
     def batch(pieces: list[int]) -> dict:
         window = np.full(size + 1, IGNORE_INDEX)
         window[: len(pieces)] = pieces
-        shape = (args.batch_size, thinker.arch.ctx_len)
+        shape = (args.batch_size, thinker.architecture.ctx_len)
         inputs = torch.from_numpy(window[:-1]).clamp(min=0).view(shape)
         whole = {"tokens": inputs, "targets": torch.from_numpy(window[1:]).view(shape), **counts}
         counts.update(lines=0, bytes=0)
@@ -251,7 +251,7 @@ def save_speech(
 
 def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model = load_ocr(args.ckpt_dir, device)
-    config = model.arch.model_copy(update={"image_root": args.image_root})
+    config = model.architecture.model_copy(update={"image_root": args.image_root})
     manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
     judgement, totals = evaluate_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)

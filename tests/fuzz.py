@@ -56,10 +56,9 @@ from omni.data.tokenizer import Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import INFO, Merged, info_sha256
 from omni.models.ctc import CtcTokenizer
-from omni.models.thinker import load_thinker
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
-from omni.stages.text import TextConfig
+from omni.stages.text import TextConfig, load_thinker
 from omni.stages.vision import VisionConfig
 from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint

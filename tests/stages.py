@@ -142,8 +142,10 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
 
 
 def save_model(path: Path, stage: str, config: StageConfig, model: nn.Module) -> None:
-    """A final file of a model that is as good as chance has made it."""
+    """A final file of a randomly initialised model."""
     payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
+    if hasattr(model, "architecture"):
+        payload["architecture"] = model.architecture.model_dump()
     checkpoint.save(path, payload | {"model": model.state_dict()})
 
 
@@ -272,7 +274,7 @@ def make_mix(folder: Path) -> dict:
         vision = VisionConfig(train_manifest="-", img_size=16, patch=8, **captions, **sizes)
         torch.manual_seed(5)
         for stage, name, config, model in (
-            ("text", "thinker", text, Thinker(text)),
+            ("text", "thinker", text, Thinker(text.architecture)),
             ("audio_enc", "audio_enc", audio, AudioEncoder(audio, ctc_tokenizer.vocab_size)),
             ("vision", "vision", vision, PictureTextModel(vision)),
         ):

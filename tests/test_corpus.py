@@ -297,13 +297,13 @@ def test_perplexity_and_bits_per_byte_are_those_of_the_whole_held_out_text(tmp_p
 
     import torch
 
+    from omni.models.architectures import ThinkerArchitecture
     from omni.models.thinker import Thinker
-    from omni.stages.text import TextConfig
 
     training = TEXT.training(tmp_path, max_steps=6, batch_size=3)
     training.finish()
     final = training.final_file()
-    model = Thinker(TextConfig.model_validate(final["config"])).eval()
+    model = Thinker(ThinkerArchitecture.model_validate(final["architecture"])).eval()
     model.load_state_dict(final["model"])
     (meta,) = tmp_path.glob("*.tokens-*/meta.json")
     count = json.loads(meta.read_text())["val"]

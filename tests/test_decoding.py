@@ -10,7 +10,7 @@ from omni.models.layers import KVCache
 
 def half_read(model, x, dtype=torch.float32, capacity=None) -> KVCache:
     """The cache after all but the last 14 tokens."""
-    cache = KVCache(model.arch, len(x), capacity or x.shape[1], "cpu", dtype)
+    cache = KVCache(model.architecture, len(x), capacity or x.shape[1], "cpu", dtype)
     cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # unwritten places must not be read
     model.hidden_states(x[:, :-14], cache=cache)
     return cache
@@ -33,14 +33,14 @@ def test_hidden_states_are_those_of_the_whole_text(shape):
 def test_nobody_sees_what_is_hidden_from_it(shape):
     model, x = build(shape), tokens(2, 24)
     edited = x.clone()
-    edited[1, :4] = (edited[1, :4] + 1) % model.arch.vocab_size
+    edited[1, :4] = (edited[1, :4] + 1) % model.architecture.vocab_size
     seen = torch.ones(2, 24, dtype=torch.bool)
     seen[1, :4] = False
     causal = torch.ones(10, 10, dtype=torch.bool).tril()
     mask = ((causal & seen[:, None, :10]) | torch.eye(10, dtype=torch.bool))[:, None]  # (B, 1, T, S)
     results = []
     for text in (x, edited):
-        cache = KVCache(model.arch, 2, 24, "cpu", torch.float32)
+        cache = KVCache(model.architecture, 2, 24, "cpu", torch.float32)
         model.hidden_states(text[:, :10], cache=cache, mask=mask)
         read = decode_step(model, cache)
         results.append(torch.stack([read(text[:, at], seen[:, : at + 1]) for at in range(10, 24)], dim=1))

@@ -27,8 +27,8 @@ from omni.models.audio_encoder import load_audio_encoder
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
 from omni.models.omni_model import Inputs, load_omni
-from omni.models.thinker import load_thinker
 from omni.models.vocoder import load_vocoder
+from omni.stages.text import load_thinker
 from omni.train import checkpoint
 
 CPU = torch.device("cpu")

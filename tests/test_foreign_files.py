@@ -27,11 +27,11 @@ from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import Ocr, load_ocr
 from omni.models.omni_model import assemble, load_omni
 from omni.models.talker import load_talker
-from omni.models.thinker import load_thinker
 from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Generator, load_vocoder
 from omni.stages.ocr import OcrConfig
 from omni.stages.omni import SftConfig
+from omni.stages.text import load_thinker
 from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
 

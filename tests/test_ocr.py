@@ -67,7 +67,7 @@ def trained() -> tuple[Ocr, dict]:
     """A model that has overfitted one batch."""
     torch.manual_seed(0)
     model = Ocr(OcrArchitecture(**SIZES, characters="".join(sorted(set("".join(WORDS))))))
-    batch = as_batch(WORDS, model.arch)
+    batch = as_batch(WORDS, model.architecture)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
         optimizer.zero_grad()
@@ -91,7 +91,7 @@ def test_it_overfits_one_batch(trained):
 @pytest.mark.parametrize("keys", [{}, {"decoder_d_model": 48}, STEM], ids=["equal widths", "bridge", "stem"])
 def test_cached_decoding_equals_the_full_forward(keys):
     model = build(**keys)
-    batch = as_batch(WORDS, model.arch)
+    batch = as_batch(WORDS, model.architecture)
     with torch.no_grad():
         logits, _ = model(batch["images"], batch["symbols"])
         image = model.keys_values(model.encoder(normalise(batch["images"])))
@@ -106,7 +106,7 @@ def test_reading_is_the_likeliest_symbol_at_every_step(trained):
     model, batch = trained
     images = batch["images"].flip(3)  # never seen
     read = model.generate(images)  # (B, T)
-    start = torch.full((len(read), 1), 1 + len(model.arch.characters))
+    start = torch.full((len(read), 1), 1 + len(model.architecture.characters))
     with torch.no_grad():
         logits, _ = model(images, torch.cat((start, read[:, :-1]), dim=1))
     alive = (read == END).cumsum(dim=1) - (read == END).int() == 0  # up to the end, and the end itself
@@ -115,7 +115,7 @@ def test_reading_is_the_likeliest_symbol_at_every_step(trained):
 
 def test_what_follows_changes_nothing_before_it():
     model = build()
-    batch = as_batch(WORDS, model.arch)
+    batch = as_batch(WORDS, model.architecture)
     logits, _ = model(batch["images"], batch["symbols"])
     changed = batch["symbols"].clone()
     changed[:, 3:] = 2
@@ -129,7 +129,7 @@ def test_every_pixel_can_be_seen(keys):
     model = build(**keys)
     seen = []
     model.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].requires_grad_()))
-    batch = as_batch(["CAT"], model.arch)
+    batch = as_batch(["CAT"], model.architecture)
     ocr_loss(model, batch, 0.0)[0].backward()
     assert (seen[0].grad.abs().amax(dim=1) > 0).all()
 
@@ -142,7 +142,7 @@ def test_a_line_is_read_alike_in_any_company(trained):
 
 def test_reading_ends_with_the_last_line_and_is_bounded(monkeypatch):
     model = build()
-    images = as_batch(["CAT", "no"], model.arch)["images"]
+    images = as_batch(["CAT", "no"], model.architecture)["images"]
 
     def read(script: list[list[int]]) -> list[list[int]]:
         """What comes of it when the model wants to write ``script``, (lines, steps)."""
@@ -177,7 +177,7 @@ def test_text_as_a_picture_tells_it():
 def test_unknown_characters_are_errors(trained):
     model, batch = trained
     texts = ["CAT", "DÖG 7", *WORDS[2:]]  # as drawn, but the second is meant to hold what the model cannot write
-    symbols, targets = encode_texts(texts, model.arch)
+    symbols, targets = encode_texts(texts, model.architecture)
     sums = ocr_sums(model, batch | {"texts": texts, "symbols": symbols, "targets": targets})
     metrics = ocr_metrics({name: value.item() for name, value in sums.items()})
     assert (int(sums["edits"]), int(sums["exact"])) == (1, 7) and np.isfinite(metrics["loss"])
@@ -215,8 +215,8 @@ def test_the_columns_learn_as_well(tmp_path):
 
 def test_sums_add_up_over_batches(trained):
     model, batch = trained
-    whole = ocr_sums(model, as_batch(["CAT", "DOG 7", "nod", "Exit 7"], model.arch))
-    parts = [ocr_sums(model, as_batch(texts, model.arch)) for texts in (["CAT", "DOG 7"], ["nod", "Exit 7"])]
+    whole = ocr_sums(model, as_batch(["CAT", "DOG 7", "nod", "Exit 7"], model.architecture))
+    parts = [ocr_sums(model, as_batch(texts, model.architecture)) for texts in (["CAT", "DOG 7"], ["nod", "Exit 7"])]
     assert int(whole["edits"]) > 0
     for name, value in whole.items():
         assert torch.allclose(value.float(), (parts[0][name] + parts[1][name]).float()), name
@@ -260,8 +260,9 @@ def test_rows_that_cannot_be_used_are_named_and_the_final_file_reads_alone(tmp_p
     alone.mkdir()
     shutil.copy(training.save_dir / "ocr.pt", alone)
     model = load_ocr(alone, "cpu")
-    assert model.arch.characters == "".join(sorted(set("".join(WORDS)))) and not model.training
-    image = load_image(tmp_path / "lines" / "ocr.csv0.png", model.arch.height, model.arch.width, fit="pad")
+    assert model.architecture.characters == "".join(sorted(set("".join(WORDS)))) and not model.training
+    sizes = model.architecture
+    image = load_image(tmp_path / "lines" / "ocr.csv0.png", sizes.height, sizes.width, fit="pad")
     assert isinstance(read_text(model, image[None])[0], str)
 
 
@@ -285,7 +286,7 @@ omni.models.ocr.OcrRows.read = read
 def test_given_characters_are_kept_and_cannot_change(tmp_path):
     training = stage(tmp_path, train_csv=write_rows(tmp_path, WORDS), val_split=0.0, characters="CATDOG")
     assert "nothing will be validated" in training.finish().stdout
-    assert load_ocr(training.save_dir, "cpu").arch.characters == "ACDGOT"
+    assert load_ocr(training.save_dir, "cpu").architecture.characters == "ACDGOT"
     only_error(training.changed(characters="CATS", max_steps=6).run(), "characters.json", "new save_dir")
 
 

@@ -193,7 +193,7 @@ def test_cached_answers_equal_the_full_forward_and_those_of_a_batch(folder, shap
         one_by_one.append(cached)
     assert model.answers(embeds, prompts, 6, stops) == one_by_one
     # where the context ends, too: prompts that leave less room are answered as if alone
-    room = model.thinker.arch.ctx_len
+    room = model.thinker.architecture.ctx_len
     limits = [list(model.generate(inputs, messages, max_new_tokens=room)) for messages in asked]
     assert model.answers(embeds, prompts, room - 20, stops) == [a[: room - 20] for a in limits]
     assert max(map(len, one_by_one)) > 0
@@ -216,7 +216,7 @@ def test_the_thinker_takes_a_mask_of_its_own(folder):
         hidden = causal.clone()
         hidden[..., 1:, 0] = False
         assert not torch.allclose(model.thinker.hidden_states(inputs_embeds=x, mask=hidden)[:, 4], plain[:, 4])
-        cache = KVCache(model.thinker.arch, 2, 5, CPU, torch.float32)
+        cache = KVCache(model.thinker.architecture, 2, 5, CPU, torch.float32)
         model.thinker.hidden_states(inputs_embeds=x[:, :4], cache=cache)
         last = model.thinker.hidden_states(inputs_embeds=x[:, 4:], cache=cache, mask=causal[..., 4:, :])
         torch.testing.assert_close(last, plain[:, 4:])

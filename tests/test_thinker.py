@@ -51,7 +51,7 @@ def foreign(model: Thinker, folder: Path):
     folder.mkdir(exist_ok=True)
     weights = to_qwen3_state_dict(model.state_dict())
     safetensors.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(qwen3_config(model.arch, V, 0)))
+    (folder / "config.json").write_text(json.dumps(qwen3_config(model.architecture, V, 0)))
     other, report = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
@@ -118,7 +118,7 @@ def test_cached_decoding_equals_the_full_forward(shape, use_flash, chunks):
     expected = model(x)
     for block in model.layers:
         block.self_attn.use_flash = use_flash
-    cache = KVCache(model.arch, 3, 24, "cpu", torch.float32)
+    cache = KVCache(model.architecture, 3, 24, "cpu", torch.float32)
     cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)  # unwritten places must not be read
     parts = [model(part, cache=cache) for part in x.split(chunks, dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
@@ -129,7 +129,7 @@ def test_cached_decoding_equals_the_full_forward(shape, use_flash, chunks):
 
 @torch.no_grad()
 def test_use_flash_false_selects_the_plain_maths(monkeypatch):
-    arch, x, chosen = build().arch, tokens(2, 20), []
+    arch, x, chosen = build().architecture, tokens(2, 20), []
     real = ops._PlainAttention.apply
     monkeypatch.setattr(ops._PlainAttention, "apply", lambda *keys: chosen.append("plain") or real(*keys))
     flash, plain = Thinker(arch).eval(), Thinker(arch, use_flash=False).eval()
@@ -310,7 +310,7 @@ def test_bf16_autocast_stays_close(shape):
         logits = model(x)
         loss, _ = model.loss(x[:, :-1], x[:, 1:])
         generated = list(model.generate(x[0, :5].tolist(), max_new_tokens=4))
-        cache = KVCache(model.arch, 2, 20, "cpu", torch.bfloat16)
+        cache = KVCache(model.architecture, 2, 20, "cpu", torch.bfloat16)
         cached = torch.cat([model(part, cache=cache) for part in x.split([7, 1, 12], dim=1)], dim=1)
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32 and len(generated) == 4
     exact = model(x)
@@ -447,7 +447,7 @@ def stage_a(tmp_path_factory) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     payload = {"stage": "text", "config": config.model_dump(), "step": 1, "metrics": {}}
-    payload["model"] = Thinker(config).state_dict()
+    payload |= {"architecture": config.architecture.model_dump(), "model": Thinker(config.architecture).state_dict()}
     checkpoint.save(folder / "thinker.pt", payload | {"format": checkpoint.FORMAT_VERSION})
     return folder
 

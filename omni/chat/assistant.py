@@ -11,8 +11,9 @@ from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Merged, is_merged
 from omni.models.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
-from omni.models.thinker import Thinker, load_thinker
+from omni.models.thinker import Thinker
 from omni.stages.omni import SftConfig
+from omni.stages.text import load_thinker
 from omni.train.checkpoint import step_files
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
@@ -43,7 +44,7 @@ class Assistant:
         self.folder, self.thinker, self.tokenizer, self.metrics, self.omni = folder, thinker, tokenizer, metrics, omni
         self.inputs = None if omni is None else Inputs(tokenizer, config)
         self.config = config
-        self.ctx_len = thinker.arch.ctx_len
+        self.ctx_len = thinker.architecture.ctx_len
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Assistant":

@@ -30,7 +30,7 @@ def read_picture(reader: Ocr, path: Media) -> str:
         UserError: it cannot be read.
     """
     try:
-        picture = load_image(path, reader.arch.height, reader.arch.width, fit="pad")
+        picture = load_image(path, reader.architecture.height, reader.architecture.width, fit="pad")
     except BadRow as error:
         raise UserError(str(error)) from error
     return read_text(reader, picture[None].to(next(reader.parameters()).device))[0]

@@ -67,7 +67,7 @@ def preprocessing(parts: dict[str, Part]) -> dict:
     if "rvq" in parts:
         settings["rvq"] = log_mels(codec_mel_spec(parts["rvq"].module.arch), per_utterance=False)
     if "ocr" in parts:
-        arch = parts["ocr"].module.arch
+        arch = parts["ocr"].module.architecture
         fit = "keeping the proportions; what is left over, on the right or above and below, is the background's colour"
         settings["ocr"] = image_processor(arch.height, arch.width) | {"do_pad": True, "fit": fit}
     return settings

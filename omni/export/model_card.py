@@ -82,7 +82,7 @@ def loss_of_quality(thinker: Thinker, tokenizer: Tokenizer, dtype: torch.dtype) 
     coarse.load_state_dict(rounded(thinker.state_dict(), dtype, exact=()))
     stop_ids, gaps, logits, agreed, same = (tokenizer.end_id, tokenizer.eos_id), [], [], [], 0
     for question in QUESTIONS:
-        prompt = tokenizer.chat_prompt([{"role": "user", "content": question}])[-(thinker.arch.ctx_len // 2) :]
+        prompt = tokenizer.chat_prompt([{"role": "user", "content": question}])[-(thinker.architecture.ctx_len // 2) :]
         answers = [
             list(model.generate(prompt, max_new_tokens=ANSWER_TOKENS, stop_ids=stop_ids)) for model in (thinker, coarse)
         ]

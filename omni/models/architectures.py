@@ -8,10 +8,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 ListedSize = Annotated[int, Field(le=65_536)]
 
 
-class ThinkerArchitecture(BaseModel):
-    """The sizes of the Thinker: Qwen3 (``use_moe`` false) or Qwen3-MoE (true)."""
+class Architecture(BaseModel):
+    """Everything that a model is built from: sizes only, no paths, no training."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, config: BaseModel, **known) -> Self:
+        """The keys of ``config`` that belong to this architecture; ``known`` ones, such as the size of a trained
+        vocabulary, in the place of the config's."""
+        return cls(**{name: getattr(config, name) for name in cls.model_fields if name not in known} | known)
+
+
+class ThinkerArchitecture(Architecture):
+    """The sizes of the Thinker: Qwen3 (``use_moe`` false) or Qwen3-MoE (true)."""
 
     vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a small corpus may fill less")
     ctx_len: int = Field(512, ge=8, le=1_048_576, description="tokens per training sequence, and the longest context")
@@ -59,10 +69,8 @@ class ThinkerArchitecture(BaseModel):
         return self
 
 
-class AudioEncoderArchitecture(BaseModel):
+class AudioEncoderArchitecture(Architecture):
     """The sizes of the audio encoder, a FastConformer, and of the log-mels that it reads."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
     mel_bins: int = Field(80, ge=8, le=1_024, description="mel channels")
@@ -101,10 +109,8 @@ class AudioEncoderArchitecture(BaseModel):
         return self
 
 
-class VisionArchitecture(BaseModel):
+class VisionArchitecture(Architecture):
     """The sizes of the vision encoder, a ViT."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     img_size: int = Field(224, ge=8, le=16_384, description="pixels; pictures are stretched to a square of this side")
     patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels")
@@ -123,10 +129,8 @@ class VisionArchitecture(BaseModel):
         return self
 
 
-class SpeechFrames(BaseModel):
+class SpeechFrames(Architecture):
     """The log-mels of stage D, and the times that it reckons in: mel frames, alignment_frames, codes."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")
     n_fft: int = Field(1024, ge=16, le=65_536, description="samples of a mel frame's transform")
@@ -192,10 +196,8 @@ class AlignerArchitecture(SpeechFrames):
     )
 
 
-class TalkerArchitecture(BaseModel):
+class TalkerArchitecture(Architecture):
     """The sizes of the talker."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     d_model: int = Field(512, ge=8, le=1_000_000)
     n_layers: int = Field(8, ge=1, le=1000)
@@ -240,10 +242,8 @@ class TalkerArchitecture(BaseModel):
         return self
 
 
-class OcrArchitecture(BaseModel):
+class OcrArchitecture(Architecture):
     """The sizes of the OCR model: ViT encoder, character decoder."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     img_size: int = Field(
         224, ge=8, le=16_384, description="side of the picture in pixels, where height or width is not given"
@@ -314,10 +314,8 @@ class OcrArchitecture(BaseModel):
         return self
 
 
-class VocoderArchitecture(BaseModel):
+class VocoderArchitecture(Architecture):
     """The sizes of the vocoder, the generator of HiFi-GAN, and of the log-mels that it reads."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     # Log-mels: those of the codec
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")

@@ -21,7 +21,7 @@ class _Layer:
     """The matrices of one block, and its part of the cache."""
 
     def __init__(self, block, thinker, cache: KVCache, layer: int):
-        attention, mlp, arch = block.self_attn, block.mlp, thinker.arch
+        attention, mlp, arch = block.self_attn, block.mlp, thinker.architecture
         dtype, heads = cache.keys.dtype, arch.n_heads + arch.n_kv_heads
         qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
         gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
@@ -49,7 +49,7 @@ def decode_step(thinker, cache: KVCache) -> Callable[..., Tensor]:
         ``read(ids, seen=None)``: ids (B,), the token after those that ``cache`` holds, and seen (B, S) bool, true where
         a sequence may look, default everywhere -> the last, normalised hidden states (B, D).
     """
-    arch = thinker.arch
+    arch = thinker.architecture
     if arch.use_moe:
 
         def read_with_experts(ids: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -129,7 +129,7 @@ class Ocr(nn.Module):
 
     def __init__(self, arch: OcrArchitecture, *, use_flash: bool = True):
         super().__init__()
-        self.arch = arch
+        self.architecture = arch
         # The symbols that can be written come first, so that the tied head is the first rows of the embedding.
         self.n_written = 1 + len(arch.characters)
         self.encoder = ViT(
@@ -164,7 +164,7 @@ class Ocr(nn.Module):
         # along the line sooner than with random positions.
         with torch.no_grad():
             rows, columns = self.encoder.n_patches // self.n_columns, self.n_columns
-            width = self.arch.vision_d_model
+            width = self.architecture.vision_d_model
             grid = sinusoids(rows, width)[:, None] + sinusoids(columns, width)  # (rows, columns, width)
             self.encoder.position_embeddings[0, 1:] = 0.1 * grid.flatten(0, 1)
             length, width = self.embed_positions.weight.shape
@@ -222,9 +222,9 @@ class Ocr(nn.Module):
             (B, T) symbols; after a line's end, only ``END``.
         """
         image = self.keys_values(self.encoder(normalise(images)))
-        B, limit = len(images), self.arch.max_text_length
+        B, limit = len(images), self.architecture.max_text_length
         cache = KVCache(self.decoder_arch, B, limit, images.device, image[0][0].dtype)
-        symbols = torch.full((B, 1), start_symbol(self.arch), device=images.device)
+        symbols = torch.full((B, 1), start_symbol(self.architecture), device=images.device)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=images.device)
         written = []
         for _ in range(limit):
@@ -249,7 +249,7 @@ def read_text(model: Ocr, images: Tensor) -> list[str]:
         images: (B, 3, height, width) uint8, from ``load_image(..., fit="pad")``.
     """
     lines = model.generate(images).tolist()
-    return ["".join(model.arch.characters[symbol - 1] for symbol in line if symbol != END) for line in lines]
+    return ["".join(model.architecture.characters[symbol - 1] for symbol in line if symbol != END) for line in lines]
 
 
 def ocr_loss(model: nn.Module, batch: dict, ctc_weight: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -34,10 +34,11 @@ from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
 from omni.models.ops import round_up, true_float32
 from omni.models.talker import Talker, Utterance, collate_utterances, talker_loss
-from omni.models.thinker import Thinker, load_thinker
+from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT, noisy_or_log_absent
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
+from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig
 from omni.train.checkpoint import build, load_stage, load_weights, saved_config, understood
 from omni.train.config import read_sizes, sizes_of
@@ -669,10 +670,10 @@ class OmniModel(nn.Module):
         Returns:
             B lists of ids, the stop ids left out.
         """
-        room = self.thinker.arch.ctx_len - max_new_tokens
+        room = self.thinker.architecture.ctx_len - max_new_tokens
         together = (prompts <= room).nonzero().flatten().tolist()
         # one whose prompt leaves less room ends where ctx_len does, whatever stands beside it
-        groups = [([row], self.thinker.arch.ctx_len - int(prompts[row])) for row in range(len(prompts))]
+        groups = [([row], self.thinker.architecture.ctx_len - int(prompts[row])) for row in range(len(prompts))]
         groups = [group for group in groups if group[0][0] not in together]
         groups += [(together, max_new_tokens)] if together else []
         found: list[list] = [[] for _ in range(len(prompts))]
@@ -693,7 +694,7 @@ class OmniModel(nn.Module):
         mask = (causal & there[:, None, :]) | torch.eye(longest, dtype=torch.bool, device=device)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
-        cache = KVCache(self.thinker.arch, B, longest + limit, device, dtype)
+        cache = KVCache(self.thinker.architecture, B, longest + limit, device, dtype)
         hidden = self.thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])[:, -1]  # (B, D)
         read = decode_step(self.thinker, cache)
         stops = torch.tensor(stop_ids, device=device)
@@ -732,8 +733,8 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     """
     cpu = torch.device("cpu")
     thinker, tokenizer, _ = load_thinker(config.thinker_ckpt, cpu)
-    sizes = {name: getattr(thinker.arch, name) for name in ThinkerArchitecture.model_fields}
-    sizes |= {"dropout": config.dropout, "ctx_len": config.ctx_len or thinker.arch.ctx_len}
+    sizes = {name: getattr(thinker.architecture, name) for name in ThinkerArchitecture.model_fields}
+    sizes |= {"dropout": config.dropout, "ctx_len": config.ctx_len or thinker.architecture.ctx_len}
     parts, modules = {"thinker": sizes}, {"thinker": thinker}
     if config.audio_ckpt is not None:
         modules["audio_encoder"], audio_tokenizer, trained = load_audio_encoder(config.audio_ckpt, cpu)
@@ -759,7 +760,7 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
             )
     origins = {name: fingerprint(module) for name, module in modules.items()}
     if config.speech_csv is not None:
-        parts["talker"], modules["talker"] = _listening_talker(config.talker_ckpt, thinker.arch.d_model)
+        parts["talker"], modules["talker"] = _listening_talker(config.talker_ckpt, thinker.architecture.d_model)
         origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(load_codec(config.talker_ckpt, cpu))}
     config = config.model_copy(update={"parts": parts, "origins": origins})
     model = OmniModel(config, **flash)

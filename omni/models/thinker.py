@@ -3,21 +3,17 @@
 # B batch, T new tokens, D model width, V vocabulary, E experts
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.common.errors import UserError
-from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.decoding import decode_step
 from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
 from omni.models.ops import RMS_EPS, round_up
-from omni.stages.text import TextConfig
-from omni.train.checkpoint import build, load_stage, saved_config
 
 INIT_STD = 0.02
 LOSS_CHUNK = 8192  # tokens whose logits are in memory at a time
@@ -54,13 +50,13 @@ class Thinker(nn.Module):
     Departures: none in evaluation. In training, dropout on the two residual branches of a block, off by default.
 
     Args:
-        arch: the sizes; ``vocab_size`` is the tokenizer's real one.
+        architecture: its ``vocab_size`` is the tokenizer's real one.
         use_flash: fused attention; False: the plain maths, to compare with or for hardware without it.
     """
 
-    def __init__(self, arch: ThinkerArchitecture, *, use_flash: bool = True):
+    def __init__(self, architecture: ThinkerArchitecture, *, use_flash: bool = True):
         super().__init__()
-        self.arch = arch
+        self.architecture = arch = architecture
         self.embed_tokens = nn.Embedding(arch.vocab_size, arch.d_model)
         self.layers = nn.ModuleList(Block(arch, layer, use_flash) for layer in range(arch.n_layers))
         self.norm = RMSNorm(arch.d_model)
@@ -74,7 +70,7 @@ class Thinker(nn.Module):
     def _initialise(self) -> None:
         """Normal with std 0.02; what writes into the residual stream is scaled down by its 2 n_layers terms, so
         that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
-        residual_std = INIT_STD / (2 * self.arch.n_layers) ** 0.5
+        residual_std = INIT_STD / (2 * self.architecture.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 writes_residual = "o_proj" in name or "down_proj" in name
@@ -145,8 +141,8 @@ class Thinker(nn.Module):
         x = self.embed_tokens(token_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
         T = x.shape[1]
         start = 0 if cache is None else cache.position
-        if start + T > self.arch.ctx_len:
-            raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.arch.ctx_len}")
+        if start + T > self.architecture.ctx_len:
+            raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.architecture.ctx_len}")
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         if mask is None and start > 0 and T > 1:
             positions = torch.arange(start + T, device=x.device)
@@ -233,15 +229,15 @@ class Thinker(nn.Module):
             states: gets the hidden state (D,) of each id that was yielded, once it has been read to find the next.
         """
         prompt_length = len(prompt_ids) if inputs_embeds is None else inputs_embeds.shape[1]
-        if not 0 < prompt_length <= self.arch.ctx_len:
-            raise ValueError(f"expected a prompt of 1 to {self.arch.ctx_len} tokens, found {prompt_length}")
+        if not 0 < prompt_length <= self.architecture.ctx_len:
+            raise ValueError(f"expected a prompt of 1 to {self.architecture.ctx_len} tokens, found {prompt_length}")
         device = self.embed_tokens.weight.device
         generator = torch.Generator(device=device)
         generator.seed() if seed is None else generator.manual_seed(seed)
-        max_new_tokens = min(max_new_tokens, self.arch.ctx_len - prompt_length)
+        max_new_tokens = min(max_new_tokens, self.architecture.ctx_len - prompt_length)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.embed_tokens.weight.dtype
-        cache = KVCache(self.arch, 1, prompt_length + max_new_tokens, device, dtype)
+        cache = KVCache(self.architecture, 1, prompt_length + max_new_tokens, device, dtype)
         was_training = self.training
         self.eval()
         try:
@@ -283,23 +279,6 @@ def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Te
         before = likeliest.cumsum(dim=0) - likeliest  # the likeliest has 0 before it, so it always stays
         probabilities = torch.zeros_like(probabilities).scatter(0, order, likeliest.where(before < top_p, 0))
     return probabilities  # multinomial scales them to sum to 1
-
-
-def load_thinker(folder: str | Path, device: torch.device) -> tuple[Thinker, Tokenizer, dict[str, float]]:
-    """What stage A left in ``folder``: the model in evaluation mode, its tokenizer, and the metrics it was saved with.
-
-    Raises:
-        UserError: a file is missing or damaged, or the two are not of one run.
-    """
-    saved, path = load_stage(folder, "text", prefix="thinker", final="thinker.pt"), Path(folder) / "tokenizer.json"
-    config, tokenizer = saved_config(TextConfig, saved), Tokenizer.load(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(
-            f"{path}: expected {config.vocab_size} entries as in the model, found {tokenizer.vocab_size}. "
-            "The two files are not of one run"
-        )
-    thinker = build(lambda: Thinker(config, use_flash=config.use_flash), saved["model"], saved["path"])
-    return thinker.to(device).eval(), tokenizer, saved["metrics"]
 
 
 def to_qwen3_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

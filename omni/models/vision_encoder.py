@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
 from omni.models.ops import attention, linear, true_float32
-from omni.models.thinker import Thinker, load_thinker
+from omni.models.thinker import Thinker
+from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig
 from omni.train.checkpoint import build, load_stage, saved_config, understood
 
@@ -226,7 +227,7 @@ class PictureTextModel(nn.Module):
             arch = config.text_tower
             self.text = Thinker(arch, use_flash=config.use_flash)
         else:
-            arch = thinker.arch
+            arch = thinker.architecture
             self._frozen = [thinker.requires_grad_(False).eval()]  # in a list, so that it is no submodule
             self.register_buffer("thinker_sha256", thinker_digest(thinker))
         self.picture_proj = nn.Linear(2 * config.d_model, config.embed_dim, bias=False)

@@ -1,12 +1,21 @@
-"""Stage A: its config."""
+"""Stage A: config, tokenizer, metrics, and how its model is opened."""
 
+import math
+from pathlib import Path
 from typing import ClassVar
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
+from omni.common.errors import UserError
+from omni.data.corpus import sample_lines
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.architectures import ThinkerArchitecture
+from omni.models.thinker import Thinker
 from omni.train.config import TEXT_HINT, StageConfig, input_file
-from omni.train.stage import Stage
+from omni.train.run import Run
+from omni.train.stage import Stage, load
 
 
 class TextConfig(ThinkerArchitecture, StageConfig):
@@ -25,6 +34,10 @@ class TextConfig(ThinkerArchitecture, StageConfig):
         1.0, gt=0, le=1, description="weight, in training, of what is not an assistant's answer, beside 1 for answers"
     )
 
+    @property
+    def architecture(self) -> ThinkerArchitecture:
+        return ThinkerArchitecture.of(self)
+
 
 STAGE = Stage(
     name="text",
@@ -35,4 +48,59 @@ STAGE = Stage(
     letter="A",
     script="train_text.py",
     config=TextConfig,
+    architecture=ThinkerArchitecture,
+    model=Thinker,
+    switches=("use_flash",),
+    files=("tokenizer.json",),
 )
+
+
+def load_thinker(folder: str | Path, device: torch.device | str) -> tuple[Thinker, Tokenizer, dict[str, float]]:
+    """The model of ``folder`` in evaluation mode, its tokenizer, and the metrics it was saved with.
+
+    Raises:
+        UserError: a file is missing or damaged, or the two are not of one run.
+    """
+    loaded, path = load(STAGE, folder, device), Path(folder) / "tokenizer.json"
+    tokenizer, size = Tokenizer.load(path), loaded.architecture.vocab_size
+    if tokenizer.vocab_size != size:
+        raise UserError(
+            f"{path}: expected {size} entries as in the model, found {tokenizer.vocab_size}. "
+            "The two files are not of one run"
+        )
+    return loaded.model, tokenizer, loaded.metrics
+
+
+def text_sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:
+    nats, _ = model(batch["tokens"], targets=batch["targets"])
+    targets = (batch["targets"] != IGNORE_INDEX).sum()
+    return {"nats": nats * targets, "targets": targets}
+
+
+def text_metrics(totals: dict[str, float], text_bytes: int) -> dict[str, float]:
+    loss = totals["nats"] / totals["targets"]
+    bits = totals["nats"] / math.log(2)
+    # a diverged model must not end the run here: exp overflows above 709
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits / text_bytes}
+
+
+def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:
+    """The tokenizer in ``save_dir``; if there is none, a copy of ``tokenizer_path``, or one trained on the corpus."""
+    path = Path(config.save_dir) / "tokenizer.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            if config.tokenizer_path:
+                Tokenizer.load(config.tokenizer_path).save(path)
+            else:
+                run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {config.train_text}")
+                lines = sample_lines(run, Path(config.train_text))
+                run.wait_for(lambda: Tokenizer.train(lines, config.vocab_size)).save(path)
+        tokenizer = Tokenizer.load(path)
+    if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{path}: is another tokenizer than tokenizer_path {config.tokenizer_path}. Use a new save_dir")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {config.vocab_size}. '
+            "Use a new save_dir, or raise vocab_size"
+        )
+    return tokenizer

@@ -25,7 +25,8 @@ class Stage:
     script: str = ""  # "train_text.py"
     config: type[StageConfig] | None = None
     architecture: type[BaseModel] | None = None
-    model: Callable[[BaseModel], nn.Module] | None = None  # from its architecture
+    model: Callable[..., nn.Module] | None = None  # from its architecture, and its switches
+    switches: tuple[str, ...] = ()  # keys of the config that choose how it computes, and change no weight: use_flash
     files: tuple[str, ...] = ()  # in the same folder: what the model is of no use without, such as a tokenizer
 
 
@@ -50,6 +51,7 @@ def load(stage: Stage, folder: str | Path, device: torch.device | str = "cpu") -
     saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
     with checkpoint.understood(saved["path"]):
         architecture = stage.architecture.model_validate(saved["architecture"])
-    model = checkpoint.build(lambda: stage.model(architecture), saved["model"], saved["path"])
+        switches = {name: saved["config"][name] for name in stage.switches}
+    model = checkpoint.build(lambda: stage.model(architecture, **switches), saved["model"], saved["path"])
     model = model.to(device).eval()
     return Loaded(model, architecture, saved["config"], saved["step"], saved["metrics"], saved["path"])
