@@ -1,0 +1,135 @@
+"""docs/extending.md is carried out: its files are written into a copy of the tree, and its commands are run."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from harness import ROOT
+
+PAGE = ROOT / "docs" / "extending.md"
+# a fenced block, with the name of its file in the line before it if it has one
+BLOCK = re.compile(r"^(?:`(?P<file>[^`\n]+)`\n\n)?```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class Example:
+    files: dict[str, str] = field(default_factory=dict)  # name -> text
+    diffs: dict[str, str] = field(default_factory=dict)
+    commands: list[list[str]] = field(default_factory=list)
+
+
+def read_page() -> dict[str, Example]:
+    """Heading -> what stands below it."""
+    sections = re.split(r"^## (.+)$", PAGE.read_text(), flags=re.MULTILINE)
+    examples = {}
+    for heading, text in zip(sections[1::2], sections[2::2], strict=True):
+        example = examples[heading] = Example()
+        for block in BLOCK.finditer(text):
+            if block["kind"] == "bash":
+                example.commands += [shlex.split(line) for line in block["text"].splitlines()]
+            else:
+                assert block["file"], f"no file name before the block {block['text'][:60]!r}"
+                (example.diffs if block["kind"] == "diff" else example.files)[block["file"]] = block["text"]
+    return examples
+
+
+def patched(text: str, diff: str) -> str:
+    """``text`` after ``diff``: lines with ``-`` and a blank go, ``+`` and a blank stay; ``@@`` stands between hunks."""
+    for hunk in diff.split("@@\n"):
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] in " -")
+        new = "".join(line[1:] for line in lines if line[0] in " +")
+        assert text.count(old) == 1, f"not once in the file:\n{old}"
+        text = text.replace(old, new)
+    return text
+
+
+@dataclass
+class Tree:
+    """A copy of the repository with an example's files in it."""
+
+    folder: Path
+
+    def add(self, example: Example) -> None:
+        for name, text in example.files.items():
+            path = self.folder / name
+            assert not path.exists(), name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        for name, diff in example.diffs.items():
+            path = self.folder / name
+            path.write_text(patched(path.read_text(), diff))
+
+    def start(self, command: list[str], *more: str) -> subprocess.Popen:
+        python, *rest = command
+        assert python == "python", command
+        return subprocess.Popen(
+            [sys.executable, *rest, *more],
+            cwd=self.folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, command: list[str], *more: str) -> str:
+        process = self.start(command, *more)
+        output = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, output
+        return output
+
+
+@pytest.fixture
+def tree(tmp_path) -> Tree:
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in ("omni", "configs", "scripts"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, folder)
+    return Tree(folder)
+
+
+def test_a_new_stage(tree):
+    """It trains, is killed and resumed to the same bits, opens by its row of the table, and can be judged."""
+    example = read_page()["A new stage"]
+    tree.add(example)
+    train, evaluate = example.commands
+    config = json.loads(example.files["configs/language_demo.json"])
+    longer = ("--set", "max_steps=300")  # time enough to kill it
+    whole, killed = tree.folder / config["save_dir"], tree.folder / "killed"
+
+    tree.run(train, *longer)
+    other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=1")
+    process = tree.start(train, *other)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("language_step_*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert "resumed at step" in tree.run(train, *other)
+    weights = [torch.load(folder / "language.pt", weights_only=True)["model"] for folder in (whole, killed)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    judged = tree.run(evaluate)
+    accuracy = float(re.search(r"'accuracy': ([\d.]+)", judged)[1])
+    assert accuracy > 0.9, judged
+
+
+def test_every_block_of_the_page_is_used():
+    """A section without a test here would be no more than a promise."""
+    tested = {"A new stage"}
+    assert set(read_page()) == tested
