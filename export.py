@@ -42,8 +42,8 @@ from omni.models.thinker import qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import to_vit_state_dict, vit_config
 from omni.models.vocoder import speecht5_config, to_speecht5_state_dict
 from omni.stages.omni import SftConfig
+from omni.train.cli import OneLineErrors, launch
 from omni.train.config import sizes_of
-from omni.train.run import OneLineErrors, launch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

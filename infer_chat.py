@@ -29,7 +29,8 @@ from omni.chat.terminal import Conversation, converse
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
 from omni.common.media import quoted
-from omni.train.run import OneLineErrors, launch, pick_device
+from omni.train.cli import OneLineErrors, launch
+from omni.train.device import pick_device
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

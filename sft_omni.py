@@ -20,10 +20,11 @@ from omni.data.tokenizer import Tokenizer
 from omni.models.omni_model import Inputs, assemble
 from omni.stages.omni import STAGE, SftConfig
 from omni.stages.sft import AnswerScore, EvalItems, TaskMixture, cache_features, prepare_tasks
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.precompute import computed_digests
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 
 BESIDE = ("ctc_alignment_loss", "talker_loss")  # losses beside that of the answers, see omni_model.Losses
 

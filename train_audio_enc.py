@@ -30,9 +30,10 @@ from omni.stages.asr import (
     usable_rows,
 )
 from omni.stages.audio_encoder import STAGE, AudioEncoderConfig
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 
 USES = {"train": "to_train_on", "val": "held_out", "unseen_voices": "of_unseen_voices"}
 

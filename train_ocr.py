@@ -22,9 +22,10 @@ from omni.data.manifest import Manifest, account_for_split, measure_rows, prepar
 from omni.data.order import held_out_set, training_set
 from omni.models.ocr import Ocr, OcrRows, ocr_loss, ocr_metrics, ocr_sums, text_length
 from omni.stages.ocr import STAGE, OcrConfig
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

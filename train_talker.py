@@ -48,9 +48,10 @@ from omni.models.talker import CodedSpeech, Talker, talker_loss
 from omni.models.vocoder import load_vocoder_for
 from omni.stages.asr import static_lengths
 from omni.stages.talker import ALIGNER, CODEC, STAGE, TalkerConfig
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 from omni.train.samples import save_samples
 
 COLUMNS = ("text", "wav")

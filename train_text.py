@@ -16,7 +16,7 @@ from omni.models.thinker import Thinker
 from omni.stages.text import STAGE, TextConfig, prepare_tokenizer, text_metrics, text_sums
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:

@@ -23,9 +23,10 @@ from omni.models.vision_encoder import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
 from omni.stages.text import load_thinker
 from omni.stages.vision import STAGE, VisionConfig
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 
 COLUMNS = ("image", "caption")
 TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters

@@ -35,9 +35,10 @@ from omni.models.vocoder import (
     split_column,
 )
 from omni.stages.vocoder import STAGE, VocoderConfig
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
-from omni.train.run import Run, launch, parse_stage_args
+from omni.train.run import Run
 from omni.train.samples import save_samples
 
 BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory

@@ -44,9 +44,10 @@ from omni.models.codec import Codec, load_codec
 from omni.models.talker import Talker, load_talker
 from omni.models.vocoder import Generator, fold_weight_norm, load_vocoder
 from omni.train import checkpoint
+from omni.train.cli import OneLineErrors, launch
 from omni.train.config import StageConfig
+from omni.train.device import pick_amp_dtype
 from omni.train.optim import build_adamw
-from omni.train.run import OneLineErrors, launch, pick_amp_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")

@@ -36,7 +36,8 @@ from omni.common.errors import UserError
 from omni.data.corpus import PackedTokens
 from omni.data.manifest import Manifest
 from omni.data.order import ResumableDataset, build_loader, permute
-from omni.train.run import OneLineErrors, Run, launch
+from omni.train.cli import OneLineErrors, launch
+from omni.train.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (0.0, 0.01, 0.5, 0.99)  # of an epoch, where a run is resumed

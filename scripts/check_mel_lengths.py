@@ -29,8 +29,8 @@ from omni.models.ctc import CtcTokenizer, frames_needed
 from omni.stages.asr import COLUMNS, read_text
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.talker import TalkerConfig
+from omni.train.cli import OneLineErrors, launch
 from omni.train.config import load_config, read_keys
-from omni.train.run import OneLineErrors, launch
 
 _NAMED = 5  # rows that are named; all are counted
 _PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 99.9, 100)

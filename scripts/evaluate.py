@@ -61,9 +61,9 @@ from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
 from omni.stages.talker import CodecConfig
 from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.train.checkpoint import load_stage, saved_config
+from omni.train.cli import OneLineErrors, launch
 from omni.train.config import StageConfig
-from omni.train.loop import to_device
-from omni.train.run import OneLineErrors, launch, pick_device
+from omni.train.device import pick_device, to_device
 from omni.train.samples import write_sound
 
 # those that need no second file, and no folder of another stage

@@ -28,7 +28,7 @@ from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.asr import COLUMNS, error_counts, read_text
 from omni.synthetic import world
-from omni.train.run import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch
 
 SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
 DISCOUNT = 0.5  # taken from every bigram's count, for those that were never seen

@@ -32,7 +32,8 @@ from omni.common.errors import UserError
 from omni.common.media import quoted
 from omni.export.bundle import has_part
 from omni.synthetic import pictures, signs, speech
-from omni.train.run import OneLineErrors, launch, pick_device
+from omni.train.cli import OneLineErrors, launch
+from omni.train.device import pick_device
 
 CONNECTIONS = 512  # a visitor has about three
 

@@ -109,7 +109,7 @@ MUTATIONS = [
         f"{SAVES}::test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk[text]",
     ),
     Mutation(
-        "atomic save", "leftovers of a killed save stay", "omni/train/run.py",
+        "atomic save", "leftovers of a killed save stay", "omni/common/lock.py",
         "        remove_temporary(folder)\n", "",
         "tests/test_signals.py::test_a_partial_file_of_a_killed_save_is_cleared",
     ),
@@ -155,7 +155,7 @@ MUTATIONS = [
         "tests/test_environment.py::test_file_times_do_not_decide_which_checkpoint_is_newest",
     ),
     Mutation(
-        "environment", "a run with a fault in a data worker waits for its workers", "omni/train/run.py",
+        "environment", "a run with a fault in a data worker waits for its workers", "omni/train/cli.py",
         "workers = multiprocessing.active_children()", "workers = []",
         "tests/test_environment.py::test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback"
         " -k 'audio_enc and KeyError' --timeout 60",
@@ -172,7 +172,7 @@ MUTATIONS = [
     ),
     Mutation(
         "environment", "loader workers run out of open files", "omni/train/run.py",
-        "            _open_files_for_workers()\n", "            pass\n",
+        "            raise_open_file_limit()\n", "            pass\n",
         "tests/test_signals.py -k 'few_open_files_for_workers and text'",
     ),
     Mutation(
@@ -186,12 +186,12 @@ MUTATIONS = [
         "tests/test_signals.py::test_no_worker_outlives_a_killed_run -k 'text and fork'",
     ),
     Mutation(
-        "lock", "no lock is taken", "omni/train/run.py",
+        "lock", "no lock is taken", "omni/common/lock.py",
         "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass",
         "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first",
     ),
     Mutation(
-        "lock", "workers inherit the lock", "omni/train/run.py",
+        "lock", "workers inherit the lock", "omni/common/lock.py",
         "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first"
@@ -233,7 +233,7 @@ MUTATIONS = [
     ),
     Mutation(
         "progress", "the bar of a resumed run begins at 0", "omni/train/loop.py",
-        "run.start_bar(self.total_steps, progress.step)", "run.start_bar(self.total_steps, 0)",
+        "run.logs.start_bar(self.total_steps, progress.step)", "run.logs.start_bar(self.total_steps, 0)",
         "tests/test_resume.py::test_progress_of_a_resumed_run[text]",
     ),
     Mutation(
@@ -258,8 +258,8 @@ MUTATIONS = [
         "tests/test_distributed.py::test_two_processes_agree_with_one[text]",
     ),
     Mutation(
-        "torchrun", "only the process that got the signal stops", "omni/train/run.py",
-        "return bool(self._all_reduce(flag, dist.ReduceOp.MAX))", "return bool(flag)",
+        "torchrun", "only the process that got the signal stops", "omni/train/processes.py",
+        "return bool(self._all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX)) if", "return flag if",
         "tests/test_distributed.py::test_a_signal_to_one_of_two_stops_both[text] --timeout 60",
     ),
     Mutation(
@@ -746,7 +746,7 @@ MUTATIONS = [
         "tests/test_foreign_files.py::test_a_tokenizer_that_does_more_than_ours_is_refused",
     ),
     Mutation(
-        "hostile input", "a lock follows links", "omni/train/run.py",
+        "hostile input", "a lock follows links", "omni/common/lock.py",
         "os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW", "os.O_RDWR | os.O_CREAT",
         "tests/test_files.py::test_a_lock_is_no_one_else_s_file",
     ),
@@ -885,7 +885,7 @@ MUTATIONS = [
         "tests/test_validation.py -k another_file_of_the_same_step",
     ),
     Mutation(
-        "a step that was made is kept", "the row of a validation that is made again stays", "omni/train/run.py",
+        "a step that was made is kept", "the row of a validation that is made again stays", "omni/train/logs.py",
         'step + (validated or row["kind"] != "val")', "step + 1",
         "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
     ),
@@ -895,7 +895,7 @@ MUTATIONS = [
         "tests/test_validation.py::test_what_is_not_finite_is_said_and_never_best -k text",
     ),
     Mutation(
-        "elastic", "a restarted process calls those that are dead", "omni/train/run.py",
+        "elastic", "a restarted process calls those that are dead", "omni/train/processes.py",
         'if os.environ.get("LOCAL_WORLD_SIZE") == str(world):', "if False:",
         "tests/test_elastic.py::test_torchrun_restarts_after_a_kill --timeout 60",
     ),
@@ -907,11 +907,11 @@ MUTATIONS = [
     ),
     Mutation(
         "elastic", "a process that hangs is waited for", "omni/train/run.py",
-        "self._meet(backend, datetime.timedelta(seconds=seconds))", "self._meet(backend, datetime.timedelta(days=2))",
+        "self.meet(self.device, max(processes.EXCHANGE_S,", "self.meet(self.device, max(1e5,",
         "tests/test_elastic.py::test_one_of_two_hangs_and_the_other_says_so -k text --timeout 60",
     ),
     Mutation(
-        "elastic", "that another process has ended is a traceback", "omni/train/run.py",
+        "elastic", "that another process has ended is a traceback", "omni/train/cli.py",
         'isinstance(error, dist.DistError) or "gloo" in reason', "False",
         "tests/test_elastic.py::test_one_of_two_is_killed_and_the_other_ends_by_itself -k 'text and 0' --timeout 60",
     ),
@@ -921,8 +921,8 @@ MUTATIONS = [
         "tests/test_elastic.py::test_one_process_two_and_one_again_have_the_same_samples_in_each_step -k text",
     ),
     Mutation(
-        "elastic", "folders that are not shared are not noticed", "omni/train/run.py",
-        "            if blind:\n", "            if False:\n",
+        "elastic", "folders that are not shared are not noticed", "omni/train/processes.py",
+        "        if blind:\n", "        if False:\n",
         "tests/test_elastic.py::test_a_folder_that_not_all_processes_see_is_refused --timeout 60",
     ),
     Mutation(
@@ -932,7 +932,7 @@ MUTATIONS = [
         " -k 'text and signal and training' --timeout 60",
     ),
     Mutation(
-        "signals", "before the end, workers are waited for", "omni/train/run.py",
+        "signals", "before the end, workers are waited for", "omni/train/cli.py",
         "            held.append(error)\n", "            pass\n",
         "tests/test_signals.py::test_a_worker_that_hangs_is_noticed_and_the_step_is_saved -k 'text and signal'",
     ),
@@ -942,7 +942,7 @@ MUTATIONS = [
         "tests/test_elastic.py::test_one_of_two_has_no_batch_and_both_save_and_stop -k text --timeout 60",
     ),
     Mutation(
-        "signals", "a hangup ends the run unsaved", "omni/train/run.py",
+        "signals", "a hangup ends the run unsaved", "omni/common/host.py",
         "(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)", "(signal.SIGINT, signal.SIGTERM)",
         "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
     ),
@@ -952,7 +952,7 @@ MUTATIONS = [
         "tests/test_signals.py::test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it -k text",
     ),
     Mutation(
-        "environment", "closed streams stay closed", "omni/train/run.py",
+        "environment", "closed streams stay closed", "omni/train/cli.py",
         "    streams.secure()\n", "", "tests/test_signals.py::test_a_run_needs_no_streams -k text",
     ),
     # downloads and fuzzing
@@ -1001,7 +1001,7 @@ MUTATIONS = [
         "tests/test_optim.py -k 'kernels_and_embeddings and vision'",
     ),
     Mutation(
-        "numerics", "near distances are compared in TF32", "omni/models/ops.py",
+        "numerics", "near distances are compared in TF32", "omni/common/numerics.py",
         'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
     ),
     Mutation(
@@ -1014,7 +1014,7 @@ MUTATIONS = [
         "beside = [stage for stage in ready if not stage.alone]", "beside = ready", "tests/test_demo.py -k alone",
     ),
     Mutation(
-        "speed", "scripts start without the allocator's settings", "omni/train/run.py",
+        "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # this program is the process's own\n", "    if False:\n", "tests/test_allocator.py",
     ),
 ]  # fmt: skip

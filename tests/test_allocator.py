@@ -14,12 +14,12 @@ VARIABLE = "GLIBC_TUNABLES"
 WITHOUT = {name: value for name, value in os.environ.items() if name != VARIABLE}
 PROGRAM = f"""
 import os, sys
-from omni.train import run as runtime
+from omni.train import cli
 from omni.stages.text import TextConfig
 def main():
-    runtime.load_config = lambda *_: (print(os.environ.get({VARIABLE!r}), sys.argv, flush=True), os._exit(0))
-    runtime.parse_stage_args(TextConfig, "")
-runtime.launch(main)
+    cli.load_config = lambda *_: (print(os.environ.get({VARIABLE!r}), sys.argv, flush=True), os._exit(0))
+    cli.parse_stage_args(TextConfig, "")
+cli.launch(main)
 """
 
 pytestmark = pytest.mark.skipif(not allocator._is_glibc(), reason="the settings are glibc's")

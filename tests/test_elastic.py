@@ -44,7 +44,9 @@ def test_one_of_two_is_killed_and_the_other_ends_by_itself(stage, tmp_path, rank
 def test_one_of_two_hangs_and_the_other_says_so(stage, tmp_path):
     training = stage.training(tmp_path, loader_timeout_s=1)
     hangs = kill_at("omni.train.loop:_Training._train_step", 6).replace("SIGKILL", "SIGSTOP")
-    pair = start_pair(training, "import omni.train.run\nomni.train.run._EXCHANGE_S = 3\n" + only_in(1, hangs))
+    pair = start_pair(
+        training, "import omni.train.processes\nomni.train.processes.EXCHANGE_S = 3\n" + only_in(1, hangs)
+    )
     assert pair[0].wait().returncode == 1
     assert "process 0: another process of this run hangs" in pair[0].stderr and pair[0].stderr.count("\n") == 1
     pair[1].kill()

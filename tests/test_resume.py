@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import SLOW, TRACE, differences, kill_at, kill_at_random_instants
 
-from omni.train.run import pick_amp_dtype
+from omni.train.device import pick_amp_dtype
 
 GRID = [
     {"num_workers": workers, "gradient_accumulation_steps": accumulation}
@@ -258,12 +258,12 @@ def test_progress_of_a_resumed_run(stage, tmp_path):
     killed = reference.changed(save_dir="killed")
     assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
     bar = """
-import omni.train.run, sys
-class Bar(omni.train.run.tqdm):
+import omni.train.logs, sys
+class Bar(omni.train.logs.tqdm):
     def __init__(self, *args, **kwargs):
         print("BAR", kwargs["initial"], kwargs["total"], flush=True)
         super().__init__(*args, **kwargs)
-omni.train.run.tqdm = Bar
+omni.train.logs.tqdm = Bar
 sys.stderr.isatty = lambda: True
 """
     process = killed.finish(prelude=bar)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, note
 from omni.common.media import Media, quoted
+from omni.common.numerics import true_float32
 from omni.data.sound_files import open_sound
-from omni.models.ops import true_float32
 
 # A waveform's amplitude is 1 at full scale. 1e-5 lies below the steps of 16 bit (3e-5), so the logarithm of digital
 # silence is finite and quieter than anything recorded.

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, file_stat, open_sealed_json, read_sealed_json, write_sealed_json
+from omni.common.host import Host
 from omni.data.index import hold_cache
 from omni.data.records import other_encoding
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
-from omni.train.run import Run
 
 _VERSION = 2
 _CHUNK_BYTES = 16 << 20
@@ -121,7 +121,7 @@ def split_samples(chunk: bytes, path: Path, first_row: int) -> Iterator[bytes]:
             yield line
 
 
-def sample_lines(run: Run, path: Path) -> Iterator[str]:
+def sample_lines(run: Host, path: Path) -> Iterator[str]:
     """Lines to train a tokenizer on: the whole file, or of a large one the beginning of each chunk."""
     share = _TOKENIZER_SAMPLE_BYTES / max(1, path.stat().st_size)
     row = 1
@@ -162,7 +162,7 @@ class TokenCache:
     dialogues: int  # samples in the chat format
 
 
-def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
+def prepare_corpus(run: Host, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
     """Tokenise ``path`` once; later calls open what is there.
 
     The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while
@@ -187,7 +187,7 @@ def prepare_corpus(run: Run, path: str, tokenizer: Tokenizer, *, val_split: floa
     return cache
 
 
-def _prepare(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+def _prepare(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
     """Make the cache if need be. Only who holds the folder's lock writes in it."""
     reason, copied = _why_stale(corpus, folder)
     if reason is not None:
@@ -263,7 +263,7 @@ def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
     return None, meta | {"corpus": file_stat(corpus)} if copied or any(touched.values()) else None
 
 
-def _tokenise(run: Run, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
+def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
     """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` says which bytes are safely done."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     stat = file_stat(corpus)

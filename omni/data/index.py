@@ -13,7 +13,7 @@ import numpy as np
 
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, file_stat, open_sealed_json, replace_file, write_sealed_json
-from omni.train.run import FolderLock
+from omni.common.lock import FolderLock
 
 _DIGEST_BYTES = 32
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 from omni.common.caches import ABSENT, arrays_problem, facts_of_row, open_arrays, write_arrays
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.files import file_stat, write_sealed_json
+from omni.common.host import Host
 from omni.common.media import Inline, is_data_uri, parse_data_uri, quoted
 from omni.data.index import hold_cache, prepare_index, save_array
 from omni.data.records import MAX_ROW_BYTES, Record, json_records, line_of, line_records, other_encoding, parse
-from omni.train.run import Run
 
 T = TypeVar("T")
 _VERSION = 2
@@ -193,7 +193,7 @@ def _folded(name: str) -> str:
 # The index
 
 
-def prepare_manifest(run: Run, path: str, columns: tuple[str, ...], key: str) -> Manifest:
+def prepare_manifest(run: Host, path: str, columns: tuple[str, ...], key: str) -> Manifest:
     """``load_manifest`` inside a run: rank 0 makes the index while the others wait."""
     with run.main_process_first():
         return load_manifest(path, columns, key, cache_dir=run.config.cache_dir, log=run.log, check_stop=run.check_stop)
@@ -374,7 +374,7 @@ def _read_header(path: Path, record: Record | None, columns: tuple[str, ...]) ->
 
 
 def measure_rows(
-    run: Run,
+    run: Host,
     manifest: Manifest,
     name: str,
     function: Callable[[Manifest, int], float],
@@ -409,7 +409,7 @@ def _measure_problem(path: Path, belongs_to: dict, facts: dict[str, np.ndarray])
     return ""
 
 
-def _measure_again(run: Run, manifest: Manifest, path: Path, belongs_to: dict, facts: dict, function, dtype) -> None:
+def _measure_again(run: Host, manifest: Manifest, path: Path, belongs_to: dict, facts: dict, function, dtype) -> None:
     """Measure what has changed, or all if what was measured cannot be used. The caller holds the folder's lock."""
     problem = _measure_problem(path, belongs_to, facts)
     if not problem:  # another process has measured before this one got the lock
@@ -429,7 +429,7 @@ def _measure_again(run: Run, manifest: Manifest, path: Path, belongs_to: dict, f
     write_arrays(path, belongs_to, values=values, **facts)
 
 
-def file_facts(run: Run, manifest: Manifest, column: str, root: str | None = None) -> np.ndarray:
+def file_facts(run: Host, manifest: Manifest, column: str, root: str | None = None) -> np.ndarray:
     """(rows,) uint64 of size and times of the files that a column names, as they are when first asked for in a run."""
     if (column, root) not in manifest.facts:
         starts = range(0, len(manifest), _ROWS_A_THREAD)
@@ -487,7 +487,7 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def account_for_rows(run: Run, manifest: Manifest, **uses: np.ndarray) -> None:
+def account_for_rows(run: Host, manifest: Manifest, **uses: np.ndarray) -> None:
     """Log in one line where every row of a manifest went: a use of it, or left out, for which reasons.
 
     Args:
@@ -504,7 +504,7 @@ def account_for_rows(run: Run, manifest: Manifest, **uses: np.ndarray) -> None:
 
 
 def account_for_split(
-    run: Run, manifest: Manifest, train_rows: np.ndarray, held_out: Manifest, held_out_rows: np.ndarray
+    run: Host, manifest: Manifest, train_rows: np.ndarray, held_out: Manifest, held_out_rows: np.ndarray
 ) -> None:
     """``account_for_rows`` of a manifest for training and of that of the held-out rows, which may be the same."""
     if manifest is held_out:

@@ -19,8 +19,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.common.errors import GivenUp, UserError, collected_notes
+from omni.common.host import STOP_SIGNALS, Host
 from omni.train.config import StageConfig
-from omni.train.run import STOP_SIGNALS, Run
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
@@ -178,7 +178,7 @@ class ResumableDataset(IterableDataset):
             yield batch | {"rows": rows.tolist(), "notes": notes}
 
 
-def training_set(run: Run, source: BatchSource) -> ResumableDataset:
+def training_set(run: Host, source: BatchSource) -> ResumableDataset:
     """``source`` in random order, in steps as the run's config says, dealt out to its processes."""
     config = run.config
     return ResumableDataset(
@@ -192,7 +192,7 @@ def training_set(run: Run, source: BatchSource) -> ResumableDataset:
     )
 
 
-def held_out_set(run: Run, source: BatchSource, batch_size: int | None = None) -> ResumableDataset:
+def held_out_set(run: Host, source: BatchSource, batch_size: int | None = None) -> ResumableDataset:
     """``source`` in its own order, dealt out to the run's processes; ``batch_size``: the config's if None."""
     size = batch_size or run.config.batch_size
     return ResumableDataset(source, seed=0, batch_size=size, rank=run.rank, world=run.world, shuffle=False)

@@ -2,14 +2,14 @@
 
 import numpy as np
 
+from omni.common.host import Host
 from omni.data.audio import audio_length, resampled_length
 from omni.data.manifest import Manifest, measure_rows
-from omni.train.run import Run
 
 LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
 
 
-def measure_samples(run: Run, manifest: Manifest, sample_rate: int) -> np.ndarray:
+def measure_samples(run: Host, manifest: Manifest, sample_rate: int) -> np.ndarray:
     """(rows,) int64 samples of each recording at ``sample_rate``, as many as ``load_audio`` gives; 0 for one that
     cannot be read. The lengths of the files are kept beside the index."""
     return samples_at(measure_rows(run, manifest, "lengths", row_length, LENGTH, column="wav"), sample_rate)

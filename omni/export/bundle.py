@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import RunError, UserError
 from omni.common.files import OwnFiles, file_sha256, fsync, open_regular, parse_json, read_json
+from omni.common.lock import FolderLock
 from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer
 from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
@@ -37,7 +38,6 @@ from omni.stages.talker import TalkerConfig
 from omni.stages.vocoder import VocoderConfig
 from omni.train.checkpoint import build, step_files, understood
 from omni.train.config import read_sizes
-from omni.train.run import FolderLock
 
 FORMAT = 1
 WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_info.json", "tokenizer.json"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow
+from omni.common.host import Host
 from omni.common.text import audible
 from omni.data.manifest import Manifest
 from omni.models.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
@@ -22,7 +23,6 @@ from omni.models.ops import round_up
 from omni.stages.talker import AlignerConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
 from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
-from omni.train.run import Run
 
 TEXT_END = 256  # the symbol after the last byte of a text
 TEXT_SYMBOLS = 257
@@ -219,7 +219,7 @@ class SpokenTexts(SpeechClips):
         }
 
 
-def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
+def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
     """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
@@ -239,7 +239,7 @@ def prepare_durations(run: Run, aligner: Aligner, texts: SpokenTexts, name: str)
 
 
 def prepare_speech(
-    run: Run, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
+    run: Host, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
 ) -> tuple[ManifestWithColumns, np.ndarray]:
     """The manifest with the columns ``codes`` and ``durations``, of all its recordings that are not too long; and how
     long each recording is, in codes, by its header."""

@@ -19,17 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni.common.caches import require_finite
+from omni.common.host import Host
+from omni.common.numerics import true_float32
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
 from omni.data.manifest import Manifest, ManifestDataset, files_digest, read_some, spread
 from omni.data.recordings import measure_samples
 from omni.models.architectures import CodecArchitecture, SpeechFrames
 from omni.models.layers import RMSNorm
-from omni.models.ops import true_float32
 from omni.stages.asr import static_lengths
 from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
 from omni.train.precompute import RaggedArray, precompute
-from omni.train.run import Run
 
 SILENCE = -11.5  # log-mel of digital silence, see omni.data.audio
 STATISTICS_CLIPS = 256
@@ -399,28 +399,28 @@ def padded_codes(longest: int, config: CodecConfig | AlignerConfig | TalkerConfi
     return next(length for length in static_lengths(config.max_mel_length) if length >= longest)
 
 
-def count_codes(run: Run, manifest: Manifest, config: SpeechFrames) -> np.ndarray:
+def count_codes(run: Host, manifest: Manifest, config: SpeechFrames) -> np.ndarray:
     """Codes in time of every recording; 0 for one that cannot be read."""
     frames = mel_spec(config).frames(measure_samples(run, manifest, config.sample_rate))
     return -(-frames // config.frames_per_code)
 
 
 def leave_out_long(
-    run: Run, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_mel_length: int
+    run: Host, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_mel_length: int
 ) -> np.ndarray:
     """``rows`` without recordings of more than ``max_mel_length`` codes. Unreadable ones stay: reading says why."""
     long = lengths[rows] > max_mel_length
     return manifest.leave_out(rows, long, f"longer than max_mel_length {max_mel_length}", run.log)
 
 
-def prepare_mel_statistics(run: Run, clips: SpeechClips) -> dict[str, list[float]]:
+def prepare_mel_statistics(run: Host, clips: SpeechClips) -> dict[str, list[float]]:
     """``mean`` and ``std`` of each mel channel over some of the training clips, kept in ``save_dir``."""
     read = partial(clips.read, rng=None)
     return mel_statistics_of(run, clips.manifest, clips.row_numbers, clips.mel, read, STATISTICS_CLIPS)
 
 
 def mel_statistics_of(
-    run: Run, manifest: Manifest, rows: np.ndarray, spec: MelSpec, read: Callable[[dict], Tensor], count: int
+    run: Host, manifest: Manifest, rows: np.ndarray, spec: MelSpec, read: Callable[[dict], Tensor], count: int
 ) -> dict[str, list[float]]:
     """``mean`` and ``std`` of each mel channel over ``count`` of the ``rows``, kept in ``save_dir``.
 
@@ -447,7 +447,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def prepare_codes(run: Run, codec: Codec, clips: SpeechClips, name: str) -> RaggedArray:
+def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str) -> RaggedArray:
     """The codes (N, Q) uint16 of all recordings, computed once and kept in ``save_dir`` under ``name``.
 
     Args:

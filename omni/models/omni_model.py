@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow, TooLong, UserError
 from omni.common.media import Media, quoted
+from omni.common.numerics import true_float32
 from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features
 from omni.data.images import load_image, normalise
@@ -32,7 +33,7 @@ from omni.models.codec import fingerprint, load_codec
 from omni.models.ctc import ctc_nll, frames_needed
 from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
-from omni.models.ops import round_up, true_float32
+from omni.models.ops import round_up
 from omni.models.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT, noisy_or_log_absent

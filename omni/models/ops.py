@@ -8,8 +8,8 @@ passes forward, fewer backward, and nothing kept that the backward can do withou
 
 # B batch, T queries, S keys, K head width, H query heads, G key/value heads, D width, F inner width
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 
 import torch
@@ -30,23 +30,6 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would compute in, given ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-@contextmanager
-def true_float32(device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices are made in float32, whatever autocast says and however coarse training is.
-
-    On a GPU training's "float32" is TF32, whose 10 bits of mantissa make near distances and cosines equal: another
-    row of a codebook would be the nearest one than on a CPU. For what is compared, and for what is kept.
-    """
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        settings.fp32_precision = before
 
 
 def round_up(length: int, step: int = 16) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from omni.common.errors import UserError
+from omni.common.numerics import true_float32
 from omni.data.tokenizer import Tokenizer
-from omni.models.ops import attention, linear, true_float32
+from omni.models.ops import attention, linear
 from omni.models.thinker import Thinker
 from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig

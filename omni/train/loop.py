@@ -24,9 +24,10 @@ from omni.common.errors import Interrupted, RunError, UserError
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader, from_the_start
 from omni.train import checkpoint
 from omni.train.config import StageConfig, config_diff
+from omni.train.device import peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
 from omni.train.optim import Muon, load_optimizer, set_lr, warmup_cosine
 from omni.train.progress import Progress, read_validated, write_validated
-from omni.train.run import Run, peak_memory_gb, rng_state, seed_everything, set_rng_state, untouched_rng
+from omni.train.run import Run
 from omni.train.stage import Stage
 
 _NOTES_SHOWN = 20  # on rows that are used but odd; all are counted
@@ -139,7 +140,7 @@ class _Training:
         self._refuse_to_extend()
         run.open_logs(progress.step, validated=progress.validated_step == progress.step)
         self._announce(harmless)
-        run.start_bar(self.total_steps, progress.step)
+        run.logs.start_bar(self.total_steps, progress.step)
         self._tick()
         self._validate_and_save()  # a run that was stopped in its validation takes it up again
         steps = self._steps()  # a name keeps the loader while an error is on its way: to take it apart may take long
@@ -149,8 +150,8 @@ class _Training:
                 self._stop()
             self._train_step(micro_batches)
             progress.step += 1
-            if run.bar is not None:
-                run.bar.update()
+            if run.logs.bar is not None:
+                run.logs.bar.update()
             if progress.step % config.print_freq == 0 or progress.step == self.total_steps:
                 self._report()
             elif run.device.type == "cpu":
@@ -336,7 +337,7 @@ class _Training:
         if improved:
             progress.best_step, progress.best_metrics = progress.step, metrics
         epoch = (progress.step - 1) // self.dataset.steps_per_epoch
-        run.record("val", progress.step, epoch, metrics)
+        run.logs.record("val", progress.step, epoch, metrics)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         run.log(f"step {progress.step}  validation: {shown}" + ("  (best)" if improved else ""))
         if wrong := [key for key, value in metrics.items() if not math.isfinite(value)]:
@@ -373,13 +374,13 @@ class _Training:
         progress.step += 1
         values = averages | lr | rates | {"peak_memory_gb": peak_memory_gb(run.device)}
         counts = {"skipped_updates": progress.skipped_updates, "bad_rows": len(progress.bad_rows)}
-        run.record("train", progress.step, epoch, values | counts)
+        run.logs.record("train", progress.step, epoch, values | counts)
         left = tqdm.format_interval(elapsed / steps * (self.total_steps - progress.step))
         shown = "  ".join(f"{key} {value:.4g}" for key, value in (averages | lr).items())
         speed = f"{rates[f'{run.stage.unit}_per_s']:,.0f} {run.stage.unit}/s  {values['peak_memory_gb']:.2f} GB"
         run.log(f"step {progress.step}/{self.total_steps}  epoch {epoch}  {shown}  {speed}  left {left}")
-        if run.bar is not None:
-            run.bar.set_postfix({key: f"{value:.3g}" for key, value in averages.items() if "loss" in key})
+        if run.logs.bar is not None:
+            run.logs.bar.set_postfix({key: f"{value:.3g}" for key, value in averages.items() if "loss" in key})
 
     def _check_finite(self) -> None:
         progress, limit = self.progress, self.config.max_nonfinite_steps

@@ -31,7 +31,7 @@ def save_samples(run: Run, step: int, index: int, clips: dict[str, Tensor], spec
         write_sound(folder / f"{stem}_{name}.wav", sound, spec.sample_rate)
     picture = draw_log_mels({name: log_mel(sound, spec) for name, sound in sounds.items()}, spec)
     replace_file(folder / f"{stem}.png", lambda file: _write_png(file, picture))
-    run.record_media(step, f"clip_{index}", sounds, spec.sample_rate, picture)
+    run.logs.record_media(step, f"clip_{index}", sounds, spec.sample_rate, picture)
 
 
 def write_sound(path: Path, sound: Tensor, sample_rate: int) -> None:

@@ -1,0 +1,80 @@
+"""The device, and the states of its generators of random numbers."""
+
+import contextlib
+import os
+import random
+import resource
+import sys
+
+import numpy as np
+import torch
+
+from omni.common.errors import UserError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` is the first GPU (under torchrun, this process's own), else the CPU."""
+    if name == "auto":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise UserError(f"--device {name}: expected cpu, cuda or mps")
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        raise UserError(f"--device {name}: expected a device of this machine: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def pick_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
+    """bf16 where the hardware computes in it, fp16 on older GPUs, None (float32) elsewhere."""
+    if not use_amp:
+        return None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else None
+    return None
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict:
+    """State of every generator that training may draw from, as tensors and plain data."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": [name, keys.tolist(), *rest]}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)  # seed and offset live on the host: no wait
+    return state
+
+
+def set_rng_state(state: dict, device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextlib.contextmanager
+def untouched_rng(device: torch.device):
+    """Whatever the block draws, the generators stand afterwards where they stood before."""
+    state = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(state, device)
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of the GPU's allocator, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9  # macOS counts bytes, Linux kibibytes
