@@ -123,7 +123,7 @@ def resume(result: Start, run: Run, dataset: ResumableDataset, reads, repeats: i
         resumed = copy.copy(dataset)  # with nothing computed yet
         resumed.skip_samples = int(part * dataset.steps_per_epoch) * dataset.samples_per_step
         seen, started = reads.value, time.perf_counter()
-        loader = build_loader(resumed, run.config.model_copy(update={"num_workers": workers}), run.device)
+        loader = build_loader(resumed, workers, run.device)
         batches = iter(loader)
         next(batches)
         if repeat:  # the first one imports and opens what all the others share

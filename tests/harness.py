@@ -23,23 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # One line per step and process: which rows it trained on. Rank and step make a line unique.
 TRACE = """
 import os, omni.train.loop
-_train_step = omni.train.loop._Training._train_step
-def traced(self, micro_batches):
-    rows = [batch["rows"] for batch in micro_batches]
+def trace(run, step, rows):
     with open(os.environ["TRACE"], "a") as file:
-        file.write(f"{self.progress.step} {self.run.rank} {rows}\\n")
-    _train_step(self, micro_batches)
-omni.train.loop._Training._train_step = traced
+        file.write(f"{step} {run.rank} {rows}\\n")
+omni.train.loop.STEP_HOOKS.append(trace)
 """
 
 # Slow enough for kills at random instants to fall into training; a sleep changes no bit.
 SLOW = """
 import time, omni.train.loop
-_slow_step = omni.train.loop._Training._train_step
-def slow(self, micro_batches):
-    time.sleep(0.02)
-    _slow_step(self, micro_batches)
-omni.train.loop._Training._train_step = slow
+omni.train.loop.STEP_HOOKS.append(lambda run, step, rows: time.sleep(0.02))
 """
 
 # A worker of the first epoch stops at its third batch, for ever, and the clock by which it is waited for goes faster.
@@ -58,6 +51,19 @@ omni.data.order.time = types.SimpleNamespace(monotonic=lambda: {speed} * time.mo
 
 def hung_worker(*, shuffle: bool = True, speed: int = 1) -> str:
     return HUNG_WORKER.format(shuffle=shuffle, speed=speed, index=2 if shuffle else 0)
+
+
+def kill_at_step(count: int) -> str:
+    """Prelude: the process SIGKILLs itself when its ``count``-th step begins, before that step is traced."""
+    return f"""
+import os, signal, omni.train.loop
+_begun = []
+def kill(run, step, rows):
+    _begun.append(step)
+    if len(_begun) == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+omni.train.loop.STEP_HOOKS.insert(0, kill)
+"""
 
 
 def kill_at(call: str, count: int, *, after: bool = False) -> str:

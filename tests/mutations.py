@@ -58,20 +58,20 @@ MUTATIONS = [
         "tests/test_resume.py::test_kills_at_boundaries -k 'text and three'",
     ),
     Mutation(
-        "exact resume", "random states are not restored", "omni/train/loop.py",
+        "exact resume", "random states are not restored", "omni/train/resume.py",
         'set_rng_state(payload["rng"][run.rank], run.device)', "pass", RESUME,
     ),
     Mutation(
-        "exact resume", "the optimizer is not restored", "omni/train/loop.py",
+        "exact resume", "the optimizer is not restored", "omni/train/resume.py",
         'load_optimizer(phase.optimizer, saved["optimizer"], path)', "pass", RESUME,
     ),
     Mutation(
-        "exact resume", "running averages are not restored", "omni/train/loop.py",
-        'self.meter.load_state_dict(payload["meter"][run.rank])', "pass", RESUME,
+        "exact resume", "running averages are not restored", "omni/train/resume.py",
+        'training.meter.load_state_dict(payload["meter"][run.rank])', "pass", RESUME,
     ),
     Mutation(
         "boundaries", "a validation that was killed is not taken up again", "omni/train/loop.py",
-        "self._validate_and_save()  # a run that was stopped in its validation takes it up again", "pass",
+        "self.save_and_validate()  # a run that was stopped in its validation takes it up again", "pass",
         "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
     ),
     Mutation(
@@ -135,7 +135,7 @@ MUTATIONS = [
         f"{SAVES}::test_the_best_checkpoint_is_kept_and_becomes_the_final_file[text]",
     ),
     Mutation(
-        "retention", "an older file goes before the new one is there", "omni/train/loop.py",
+        "retention", "an older file goes before the new one is there", "omni/train/resume.py",
         "            checkpoint.save(path, payload)\n            checkpoint.prune(",
         "            (lambda folder, prefix, keep, best: checkpoint.prune(folder, prefix, keep - 1, best)"
         " or checkpoint.save(path, payload))(",
@@ -198,42 +198,42 @@ MUTATIONS = [
         " tests/test_resume.py::test_sigkill_at_random_instants[text]",
     ),
     Mutation(
-        "config config_diff", "another training's checkpoint is taken", "omni/train/loop.py",
+        "config config_diff", "another training's checkpoint is taken", "omni/train/resume.py",
         "        if refused:\n", "        if False:\n",
         "tests/test_config.py::test_another_training_is_refused_with_the_differences -k text",
     ),
     Mutation(
-        "config config_diff", "other data are taken for the same", "omni/train/loop.py",
-        "if self.fingerprint.get(key) != value:", "if False:",
+        "config config_diff", "other data are taken for the same", "omni/train/resume.py",
+        "if training.fingerprint.get(key) != value:", "if False:",
         "tests/test_config.py::test_changed_data_are_refused -k text",
     ),
     Mutation(
-        "bad rows", "they are not counted", "omni/train/loop.py",
+        "bad rows", "they are not counted", "omni/train/report.py",
         'self.new_bad_rows |= batch.get("bad_rows", {})', "pass",
         "tests/test_bad_rows.py::test_bad_rows_are_named_replaced_and_counted -k audio_enc",
     ),
     Mutation(
-        "bad rows", "any number of them is put up with", "omni/train/loop.py",
+        "bad rows", "any number of them is put up with", "omni/train/report.py",
         "        if len(known) > limit:\n", "        if False:\n",
         "tests/test_bad_rows.py::test_too_many_bad_rows_stop_the_run -k audio_enc",
     ),
     Mutation(
         "loss not finite", "the update is made all the same", "omni/train/loop.py",
-        "phase.optimizer.found_inf = 1.0 - ok", "phase.optimizer.found_inf = 0.0 * ok",
+        "optimizer.found_inf = 1.0 - made", "optimizer.found_inf = 0.0 * made",
         "tests/test_environment.py::test_a_loss_that_is_not_finite_makes_no_update_and_is_counted -k text",
     ),
     Mutation(
-        "loss not finite", "any number in a row is put up with", "omni/train/loop.py",
+        "loss not finite", "any number in a row is put up with", "omni/train/report.py",
         "if in_a_row >= limit:", "if False:", "tests/test_environment.py::test_many_in_a_row_stop_the_run",
     ),
     Mutation(
-        "validation", "it leaves its mark in the random states", "omni/train/loop.py",
-        "            untouched_rng(run.device),\n", "",
+        "validation", "it leaves its mark in the random states", "omni/train/validation.py",
+        "        untouched_rng(run.device),\n", "",
         "tests/test_resume.py::test_validation_changes_nothing_in_training[text]",
     ),
     Mutation(
         "progress", "the bar of a resumed run begins at 0", "omni/train/loop.py",
-        "run.logs.start_bar(self.total_steps, progress.step)", "run.logs.start_bar(self.total_steps, 0)",
+        "run.logs.start_bar(training.total_steps, progress.step)", "run.logs.start_bar(training.total_steps, 0)",
         "tests/test_resume.py::test_progress_of_a_resumed_run[text]",
     ),
     Mutation(
@@ -243,8 +243,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a finished run", "it is trained and written again", "omni/train/loop.py",
-        "if progress.step >= self.total_steps and (metrics := run.from_main(self._metrics_of_final)):",
-        "if progress.step >= self.total_steps and (metrics := None):",
+        "if progress.step >= training.total_steps and (metrics := run.from_main(self.checkpoints.finished_metrics)):",
+        "if progress.step >= training.total_steps and (metrics := None):",
         "tests/test_environment.py::test_a_finished_run_rerun_changes_no_file -k text",
     ),
     Mutation(
@@ -488,7 +488,7 @@ MUTATIONS = [
         "< max(1, min_samples):", "< 1:", "tests/test_stage_recordings.py -k as_many_frames",
     ),
     Mutation(
-        "notes", "what was mended is not told", "omni/train/loop.py",
+        "notes", "what was mended is not told", "omni/train/report.py",
         'self.new_notes += batch["notes"]', "pass", "tests/test_stage_recordings.py -k reaches_the_log",
     ),
     Mutation(
@@ -860,21 +860,21 @@ MUTATIONS = [
         "tests/test_caches.py::test_pictures_replaced_in_mid_training_are_another_training",
     ),
     Mutation(
-        "config config_diff", "other lengths are the same order of samples", "omni/train/loop.py",
+        "config config_diff", "other lengths are the same order of samples", "omni/train/training.py",
         "if dataset.lengths is not None:  #", "if False:  #",
         "tests/test_caches.py::test_lengths_that_change_in_mid_training_are_another_training",
     ),
     # steps and processes
     Mutation(
         "a step that was made is kept", "it is judged before it is saved", "omni/train/loop.py",
-        "        if due and self.saved_step != step:\n            self._save()\n            self._tick()\n"
-        "        if judged:\n            self._validate()\n",
-        "        if judged:\n            self._validate()\n"
-        "        if due and self.saved_step != step:\n            self._save()\n            self._tick()\n",
+        "            self.save()\n            self.report.restart_clock()\n        if validates:\n"
+        "            validate(training, self.report, self._give_up, self.stop)\n",
+        "            validates and validate(training, self.report, self._give_up, self.stop)\n            self.save()\n"
+        "        if validates:\n",
         "tests/test_validation.py::test_every_validation_fails_once_and_no_step_is_made_twice -k text",
     ),
     Mutation(
-        "a step that was made is kept", "what its validation found is forgotten", "omni/train/loop.py",
+        "a step that was made is kept", "what its validation found is forgotten", "omni/train/resume.py",
         "return payload | validated", "return payload",
         "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
     ),
@@ -890,7 +890,7 @@ MUTATIONS = [
         "tests/test_validation.py::test_what_a_validation_found_is_of_its_step_or_is_found_again -k text",
     ),
     Mutation(
-        "loss not finite", "a validation that is not finite is the best", "omni/train/loop.py",
+        "loss not finite", "a validation that is not finite is the best", "omni/train/validation.py",
         "math.isfinite(metrics[name]) and not", "not",
         "tests/test_validation.py::test_what_is_not_finite_is_said_and_never_best -k text",
     ),
@@ -900,7 +900,7 @@ MUTATIONS = [
         "tests/test_elastic.py::test_torchrun_restarts_after_a_kill --timeout 60",
     ),
     Mutation(
-        "elastic", "each process chooses what it resumes", "omni/train/loop.py",
+        "elastic", "each process chooses what it resumes", "omni/train/resume.py",
         "payload = checkpoint.load(path)\n                if", "payload = checkpoint.newest(folder, prefix, run.log)\n"
         "                if",
         "tests/test_elastic.py::test_the_first_process_alone_decides_what_is_resumed -k text --timeout 60",
@@ -1005,8 +1005,8 @@ MUTATIONS = [
         'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
     ),
     Mutation(
-        "numerics", "a phase that begins late has the schedule of the first", "omni/train/loop.py",
-        "self.progress.step - phase.first_step,", "self.progress.step,",
+        "numerics", "a phase that begins late has the schedule of the first", "omni/train/training.py",
+        "            step - phase.first_step,", "            step,",
         "tests/test_vocoder.py -k adv_start_step",
     ),
     Mutation(

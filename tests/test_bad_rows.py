@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from harness import TRACE, Training, differences, kill_at
+from harness import TRACE, Training, differences, kill_at_step
 from stages import STAGES, StageCase, write_csv
 from test_config import only_error
 
@@ -73,7 +73,7 @@ def test_resume_is_exact_with_bad_rows(stage, tmp_path):
     reference.finish()
     killed = reference.changed(save_dir="killed")
     for at_step in (6, 9):
-        assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", at_step)).returncode == -9
+        assert killed.run(prelude=kill_at_step(at_step)).returncode == -9
     killed.finish()
     assert differences(killed.state(), reference.state()) == []
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import differences, kill_at
+from harness import differences, kill_at_step
 from stages import AUDIO_ENC, OCR, OMNI, TALKER, VOCODER, StageCase
 
 from omni.common.errors import BadRow, UserError
@@ -368,7 +368,7 @@ def killed_after_caching(stage: StageCase, folder: Path, **keys):
     whole = stage.training(folder, save_dir="whole", **keys)
     whole.finish()
     killed = whole.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 4)).returncode == -9
+    assert killed.run(prelude=kill_at_step(4)).returncode == -9
     return whole, killed
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ROOT, TRACE, count_calls, differences, kill_at, small_disk
+from harness import ROOT, TRACE, count_calls, differences, kill_at, kill_at_step, small_disk
 from stages import TEXT
 
 from omni.common.errors import RunError
@@ -120,7 +120,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_falls_back(stage, 
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
     damaged = reference.changed(save_dir="damaged")
-    assert damaged.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
+    assert damaged.run(prelude=kill_at_step(14)).returncode == -9
     path = damaged.step_path(damaged.steps()[-1])
     path.write_bytes(path.read_bytes()[:-9])
     process = damaged.finish()
@@ -154,16 +154,16 @@ def test_every_damage_to_a_step_file_is_detected(stage, tmp_path):
 # The validation of step 7 is the best.
 BEST_AT_7 = """
 import omni.train.loop
-_validate = omni.train.loop._Training._validate
-def validate(self):
-    metrics = self.validation.metrics
-    name, step = self.run.stage.best_metric, self.progress.step
-    self.validation.metrics = lambda totals: metrics(totals) | {name: float(abs(step - 7))}
+_validate = omni.train.loop.validate
+def validate(training, *args):
+    metrics = training.validation.metrics
+    name, step = training.run.stage.best_metric, training.progress.step
+    training.validation.metrics = lambda totals: metrics(totals) | {name: float(abs(step - 7))}
     try:
-        return _validate(self)
+        _validate(training, *args)
     finally:
-        self.validation.metrics = metrics
-omni.train.loop._Training._validate = validate
+        training.validation.metrics = metrics
+omni.train.loop.validate = validate
 """
 
 
@@ -188,7 +188,7 @@ def test_a_damaged_final_file_is_written_again(stage, tmp_path):
 @pytest.mark.loop
 def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_final(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=BEST_AT_7 + kill_at("omni.train.loop:_Training._finish", 1)).returncode == -9
+    assert training.run(prelude=BEST_AT_7 + kill_at("omni.train.resume:Checkpoints.write_final", 1)).returncode == -9
     damage(training.step_path(7))
     process = training.finish(prelude=BEST_AT_7)
     assert f"{training.step_path(7)}: the best checkpoint cannot be read" in process.stdout
@@ -200,7 +200,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_final(stage
 @pytest.mark.loop
 def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
+    assert training.run(prelude=kill_at_step(14)).returncode == -9
     for step in training.steps():
         damage(training.step_path(step))
     for _ in range(2):
@@ -246,19 +246,17 @@ omni.train.checkpoint.save = save
 # have begun; with ``crowded`` its file of events has none, so that TensorBoard's thread is the first to fail.
 TAKEN_BY_OTHERS = """
 import omni.train.loop
-_full_step = omni.train.loop._Training._train_step
-def train_step(self, micro_batches):
-    if self.progress.step == 6:
-        for path in self.run.save_dir.rglob("events.*") if crowded else ():
+def fill_disk(run, step, rows):
+    if step == 6:
+        for path in run.save_dir.rglob("events.*") if crowded else ():
             path.open("ab").write(bytes(-path.stat().st_size % 4096))
-        with open(self.run.save_dir / "others", "wb", buffering=0) as file:
+        with open(run.save_dir / "others", "wb", buffering=0) as file:
             try:
                 while file.write(bytes(4096)):
                     pass
             except OSError:
                 pass
-    _full_step(self, micro_batches)
-omni.train.loop._Training._train_step = train_step
+omni.train.loop.STEP_HOOKS.append(fill_disk)
 """
 FULL = {
     "by checkpoints": "",

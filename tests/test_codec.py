@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from harness import SLOW, TRACE, Training, differences, kill_at, kill_at_random_instants
+from harness import SLOW, TRACE, Training, differences, kill_at, kill_at_random_instants, kill_at_step
 from stages import TALKER
 from test_environment import snapshot
 
@@ -235,19 +235,19 @@ def all_state(training: Training) -> dict:
 
 
 KILLS = {
-    "first batch": [kill_at("omni.train.loop:_Training._train_step", 1)],
-    "twice in the codec": [kill_at("omni.train.loop:_Training._train_step", n) for n in (14, 5)],
+    "first batch": [kill_at_step(1)],
+    "twice in the codec": [kill_at_step(n) for n in (14, 5)],
     "in the codec's validation": [kill_at("omni.models.codec:codec_metrics", 1)],
-    "before the codec's final file": [kill_at("omni.train.loop:_Training._finish", 1)],
-    "twice in the aligner": [kill_at("omni.train.loop:_Training._train_step", n) for n in (29, 3)],
+    "before the codec's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 1)],
+    "twice in the aligner": [kill_at_step(n) for n in (29, 3)],
     "in the aligner's validation": [kill_at("omni.models.aligner:aligner_metrics", 1)],
-    "before the aligner's final file": [kill_at("omni.train.loop:_Training._finish", 2)],
+    "before the aligner's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 2)],
     "while the recordings are coded": [kill_at("omni.models.codec:Codec.encode", 1, after=True)],
     "while the codes are written": [kill_at("omni.train.precompute:_Unfinished.append", 1, after=True)],
     "between codes and durations": [kill_at("omni.train.precompute:write_arrays", 2, after=True)],
-    "first batch of the talker": [kill_at("omni.train.loop:_Training._train_step", 33)],
+    "first batch of the talker": [kill_at_step(33)],
     "in the talker's validation": [kill_at("omni.models.talker:talker_metrics", 1)],
-    "before the talker's final file": [kill_at("omni.train.loop:_Training._finish", 3)],
+    "before the talker's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 3)],
 }
 
 
@@ -265,23 +265,23 @@ def test_sigkill_at_random_instants_of_all_parts(whole):
 
 
 def test_without_the_codebooks_state_the_comparison_fails(whole, killed):
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
+    assert killed.run(prelude=kill_at_step(14)).returncode == -9
     forget = """
-import omni.train.loop
-_resume = omni.train.loop._Training._resume
+import omni.train.resume
+_resume = omni.train.resume.Checkpoints.resume
 def resume(self):
     lines = _resume(self)
     if self.run.stage.name == "codec":
-        self.phases[0].module.quantizer.counts.mul_(0.5)
+        self.training.phases[0].module.quantizer.counts.mul_(0.5)
     return lines
-omni.train.loop._Training._resume = resume
+omni.train.resume.Checkpoints.resume = resume
 """
     killed.finish(prelude=forget)
     assert differences(all_state(killed)["codec newest"], all_state(whole)["codec newest"]) != []
 
 
 def test_codes_that_are_lost_are_made_again(whole, killed):
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 38)).returncode == -9
+    assert killed.run(prelude=kill_at_step(38)).returncode == -9
     for path in (killed.save_dir / "codes").iterdir():
         path.unlink()
     output = killed.finish().stdout

@@ -4,7 +4,7 @@ import json
 from typing import Annotated
 
 import pytest
-from harness import ROOT, kill_at
+from harness import ROOT, kill_at_step
 from pydantic import TypeAdapter, ValidationError
 from stages import OMNI, STAGES, TALKER
 
@@ -123,7 +123,7 @@ def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
 @pytest.mark.loop
 def test_another_training_is_refused_with_the_differences(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+    assert training.run(prelude=kill_at_step(9)).returncode == -9
     steps = training.steps()
     for key, value in {
         "batch_size": 3,
@@ -140,7 +140,7 @@ def test_another_training_is_refused_with_the_differences(stage, tmp_path):
 
 def test_changed_data_are_refused(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+    assert training.run(prelude=kill_at_step(9)).returncode == -9
     path = tmp_path / training.config[stage.data_key]
     content = path.read_bytes()
     path.write_bytes(content.replace(b"cat", b"dog"))

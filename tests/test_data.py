@@ -9,7 +9,6 @@ from harness import TRACE, losses, trained_weights
 
 from omni.common.errors import UserError
 from omni.data.order import ResumableDataset, build_loader, from_the_start, permute
-from omni.stages.text import TextConfig
 
 
 class ManifestDataset:
@@ -28,13 +27,8 @@ class ManifestDataset:
         return {"n_targets": len(rows)}
 
 
-def loader_config(num_workers: int) -> TextConfig:
-    keys = {"save_dir": "x", "train_text": "x", "max_steps": 1, "num_workers": num_workers}
-    return TextConfig.model_validate(keys)
-
-
 def read(dataset: ResumableDataset, num_workers: int = 0) -> list[list[int]]:
-    return [batch["rows"] for batch in build_loader(dataset, loader_config(num_workers), torch.device("cpu"))]
+    return [batch["rows"] for batch in build_loader(dataset, num_workers, torch.device("cpu"))]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 63, 64, 65, 1000, 4097])
@@ -96,7 +90,7 @@ def test_a_resumed_run_reads_no_skipped_row(tmp_path, workers, part):
     log = tmp_path / "reads"
     dataset = ResumableDataset(ManifestDataset(1_000_000, log), seed=1, batch_size=8)
     dataset.skip_samples = int(part * dataset.steps_per_epoch) * dataset.samples_per_step
-    loader = build_loader(dataset, loader_config(workers), torch.device("cpu"))
+    loader = build_loader(dataset, workers, torch.device("cpu"))
     batches = iter(loader)
     next(batches)
     rows_read = sum(map(int, log.read_text().split()))

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from harness import ROOT, SLOW, TRACE, Training, differences, kill_at, losses, trained_weights
+from harness import ROOT, SLOW, TRACE, Training, differences, kill_at_step, losses, trained_weights
 from stages import STAGES
 
 
@@ -62,7 +62,7 @@ def test_two_processes_resume_exactly(stage, tmp_path):
     finish_pair(reference)
     killed = reference.changed(save_dir="killed")
     for at_step in (6, 5):
-        pair = start_pair(killed, kill_at("omni.train.loop:_Training._train_step", at_step))
+        pair = start_pair(killed, kill_at_step(at_step))
         assert [process.wait().returncode for process in pair] == [-9, -9]
     finish_pair(killed)
     assert killed.trace() == reference.trace()
@@ -86,7 +86,7 @@ def test_a_signal_to_one_of_two_stops_both(stage, tmp_path):
 def test_from_two_processes_to_one_in_mid_run(stage, tmp_path):
     two = stage.training(tmp_path, batch_size=2, gradient_accumulation_steps=1, print_freq=1)
     two.prelude = TRACE
-    pair = start_pair(two, kill_at("omni.train.loop:_Training._train_step", 8))
+    pair = start_pair(two, kill_at_step(8))
     assert [process.wait().returncode for process in pair] == [-9, -9]
     refused = two.run()
     assert refused.returncode == 2 and "samples per step: 4 -> 2" in refused.stderr
@@ -104,7 +104,7 @@ def test_from_one_process_to_two_in_mid_run(stage, tmp_path, halved):
     killed = one.changed(save_dir="killed")
     one.prelude = killed.prelude = TRACE
     one.finish()
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
+    assert killed.run(prelude=kill_at_step(8)).returncode == -9
     resumed_at, trace = killed.steps()[-1], killed.trace()
     killed.trace_path.unlink()
     two = killed.changed(**{halved: 1})
@@ -147,20 +147,19 @@ torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backe
 VALIDATION_COMPILES_NOTHING = """
 import omni.train.loop
 from torch._dynamo.utils import counters
-validate = omni.train.loop._Training._validate
-def watched(self):
+validate = omni.train.loop.validate
+def watched(*args):
     graphs = counters["stats"]["unique_graphs"]
-    improved = validate(self)
+    validate(*args)
     assert graphs and counters["stats"]["unique_graphs"] == graphs
-    return improved
-omni.train.loop._Training._validate = watched
+omni.train.loop.validate = watched
 """
 
 
 @pytest.mark.loop
 def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
     plain = stage.training(tmp_path, max_steps=12)
-    assert plain.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+    assert plain.run(prelude=kill_at_step(9)).returncode == -9
     keys = plain.newest()["phases"]
     compiled = plain.changed(use_compile=True)
     process = compiled.finish(prelude=AOT_EAGER + VALIDATION_COMPILES_NOTHING)
@@ -176,7 +175,7 @@ def test_a_missing_or_extra_weight_is_an_error(stage, tmp_path):
 
     for change in ("missing", "extra"):
         training = stage.training(tmp_path, save_dir=change)
-        assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+        assert training.run(prelude=kill_at_step(9)).returncode == -9
         for step in training.steps():
             payload = checkpoint.load(training.step_path(step))
             module = list(payload["phases"].values())[-1]["module"]

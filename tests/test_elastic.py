@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import ROOT, TRACE, differences, hung_worker, kill_at
+from harness import ROOT, TRACE, differences, hung_worker, kill_at_step
 from stages import STAGES
 from test_distributed import finish_pair, free_port, start_pair
 
@@ -30,7 +30,7 @@ def test_one_of_two_is_killed_and_the_other_ends_by_itself(stage, tmp_path, rank
     reference.prelude = TRACE
     finish_pair(reference)
     killed = reference.changed(save_dir="killed")
-    pair = start_pair(killed, only_in(rank, kill_at("omni.train.loop:_Training._train_step", 6)))
+    pair = start_pair(killed, only_in(rank, kill_at_step(6)))
     codes = [process.wait().returncode for process in pair]
     assert codes[rank] == -9 and codes[1 - rank] == 1
     assert f"process {1 - rank}: another process of this run has ended" in pair[1 - rank].stderr
@@ -43,7 +43,7 @@ def test_one_of_two_is_killed_and_the_other_ends_by_itself(stage, tmp_path, rank
 @pytest.mark.loop(phases=1)
 def test_one_of_two_hangs_and_the_other_says_so(stage, tmp_path):
     training = stage.training(tmp_path, loader_timeout_s=1)
-    hangs = kill_at("omni.train.loop:_Training._train_step", 6).replace("SIGKILL", "SIGSTOP")
+    hangs = kill_at_step(6).replace("SIGKILL", "SIGSTOP")
     pair = start_pair(
         training, "import omni.train.processes\nomni.train.processes.EXCHANGE_S = 3\n" + only_in(1, hangs)
     )
@@ -71,7 +71,7 @@ def test_the_first_process_alone_decides_what_is_resumed(stage, tmp_path):
     reference.prelude = TRACE
     finish_pair(reference)
     killed = reference.changed(save_dir="killed")
-    pair = start_pair(killed, kill_at("omni.train.loop:_Training._train_step", 7))
+    pair = start_pair(killed, kill_at_step(7))
     assert [process.wait().returncode for process in pair] == [-9, -9]
     newest = killed.step_path(killed.steps()[-1])
     before = set(os.listdir(killed.save_dir))
@@ -122,8 +122,8 @@ def test_one_process_two_and_one_again_have_the_same_samples_in_each_step(stage,
     reference.finish()
     assert "samples per step" not in reference.newest()["config"]
     changing = reference.changed(save_dir="changing")
-    assert changing.run(prelude=kill_at("omni.train.loop:_Training._train_step", 5)).returncode == -9
-    pair = start_pair(changing, kill_at("omni.train.loop:_Training._train_step", 8))
+    assert changing.run(prelude=kill_at_step(5)).returncode == -9
+    pair = start_pair(changing, kill_at_step(8))
     assert [process.wait().returncode for process in pair] == [-9, -9], pair[0].stderr
     changing.finish()
     steps = {}
@@ -182,7 +182,7 @@ def test_torchrun_restarts_after_a_kill(tmp_path, rank):
     wrapper.write_text(
         WRAPPER.format(
             trace=str(killed.trace_path), root=str(ROOT), trace_prelude=TRACE, rank=rank,
-            kill=kill_at("omni.train.loop:_Training._train_step", 6), script=str(ROOT / killed.script),
+            kill=kill_at_step(6), script=str(ROOT / killed.script),
         )
     )  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]

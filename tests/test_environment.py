@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SLOW, differences, kill_at
+from harness import SLOW, differences, kill_at, kill_at_step
 from test_config import only_error
 
 
@@ -31,7 +31,7 @@ def test_paths_with_spaces_and_non_ascii_letters(stage, tmp_path):
     folder = tmp_path / "mein Ordner µ 音声"
     folder.mkdir()
     training = stage.training(folder, save_dir="läuft gut", max_steps=8)
-    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 7)).returncode == -9
+    assert training.run(prelude=kill_at_step(7)).returncode == -9
     training.finish()
 
 
@@ -48,7 +48,7 @@ def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path
 @pytest.mark.loop
 def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     training = stage.training(tmp_path)
-    assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 14)).returncode == -9
+    assert training.run(prelude=kill_at_step(14)).returncode == -9
     steps = training.steps()
     for age, step in enumerate(steps):
         os.utime(training.step_path(step), (1e9 - age, 1e9 - age))
@@ -60,7 +60,7 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
     training = stage.training(tmp_path, max_steps=10)
     training.finish()
     longer = training.changed(max_steps=14)
-    assert longer.run(prelude=kill_at("omni.train.loop:_Training._finish", 1)).returncode == -9
+    assert longer.run(prelude=kill_at("omni.train.resume:Checkpoints.write_final", 1)).returncode == -9
     assert longer.final_file()["metrics"]["trained_steps"] == 10
     assert "finished:" in longer.finish().stdout
     assert longer.final_file()["metrics"]["trained_steps"] == 14
@@ -145,9 +145,9 @@ class InfiniteGradient(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         return gradient * float("inf")
-_bad_step = omni.train.loop._Training._train_step
+_bad_step = omni.train.loop.Loop.train_step
 def train_step(self, micro_batches):
-    for phase in self.phases:
+    for phase in self.training.phases:
         if not hasattr(phase, "honest"):
             phase.honest = phase.loss
         honest, calls, bad = phase.honest, [0], {first} <= self.progress.step <= {last}
@@ -159,7 +159,7 @@ def train_step(self, micro_batches):
             return value, scalars
         phase.loss = loss
     _bad_step(self, micro_batches)
-omni.train.loop._Training._train_step = train_step
+omni.train.loop.Loop.train_step = train_step
 """
 
 
@@ -176,7 +176,7 @@ def test_a_loss_that_is_not_finite_makes_no_update_and_is_counted(stage, tmp_pat
             gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         training.prelude = bad_loss(5, 6, kind, micro_batch)
-        assert training.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
+        assert training.run(prelude=kill_at_step(8)).returncode == -9
         process = training.finish()
         assert "no update (2 so far)" in process.stdout + (training.save_dir / "training.log").read_text()
         module = lambda step: torch.load(training.step_path(step), weights_only=True)["phases"]  # noqa: B023, E731
@@ -206,7 +206,7 @@ def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
     reference.prelude = fp16
     reference.finish()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+    assert killed.run(prelude=kill_at_step(9)).returncode == -9
     killed.finish()
     assert killed.newest()["scaler"]["scale"] > 1
     assert differences(killed.state(), reference.state()) == []

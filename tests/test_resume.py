@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from harness import SLOW, TRACE, differences, kill_at, kill_at_random_instants
+from harness import SLOW, TRACE, differences, kill_at, kill_at_random_instants, kill_at_step
 
 from omni.train.device import pick_amp_dtype
 
@@ -87,7 +87,7 @@ def check_partial_steps(stage, tmp_path, keys) -> None:
     finish_in_the_dtype_asked_for(reference)
     killed = reference.changed(save_dir="killed")
     for at_step in (4, 5):
-        assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", at_step)).returncode == -9
+        assert killed.run(prelude=kill_at_step(at_step)).returncode == -9
     killed.finish()
     assert killed.trace() == reference.trace()
     assert differences(killed.state(), reference.state()) == []
@@ -96,42 +96,31 @@ def check_partial_steps(stage, tmp_path, keys) -> None:
 def kill_at_last_step(*, after: bool = False) -> str:
     return f"""
 import os, signal, omni.train.loop
-_last_step = omni.train.loop._Training._train_step
+_last_step = omni.train.loop.Loop.train_step
 def train_step(self, micro_batches):
-    last = self.progress.step == self.total_steps - 1
+    last = self.progress.step == self.training.total_steps - 1
     if not last or {after}:
         _last_step(self, micro_batches)
     if last:
         os.kill(os.getpid(), signal.SIGKILL)
-omni.train.loop._Training._train_step = train_step
+omni.train.loop.Loop.train_step = train_step
 """
 
-
-SECOND_VALIDATION_BATCH = """
-import os, signal, torch, omni.train.loop
-_to_device, _batches = omni.train.loop.to_device, [0]
-def to_device(batch, device):
-    _batches[0] += not torch.is_grad_enabled()
-    if _batches[0] == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return _to_device(batch, device)
-omni.train.loop.to_device = to_device
-"""
 
 BOUNDARIES = {
-    "first batch": [kill_at("omni.train.loop:_Training._train_step", 1)],
-    "after the first batch": [kill_at("omni.train.loop:_Training._train_step", 1, after=True)],
-    "last batch": [kill_at("omni.train.loop:_Training._finish", 1)],
-    "before an epoch's loader": [kill_at("omni.train.loop:build_loader", 3)],
+    "first batch": [kill_at_step(1)],
+    "after the first batch": [kill_at("omni.train.loop:Loop.train_step", 1, after=True)],
+    "last batch": [kill_at("omni.train.resume:Checkpoints.write_final", 1)],
+    "before an epoch's loader": [kill_at("omni.train.loop:build_loader", 2)],
     "during validation": [
-        kill_at("omni.train.loop:_Training._validate", 1),
-        kill_at("omni.train.loop:untouched_rng", 2, after=True),
-        SECOND_VALIDATION_BATCH,
+        kill_at("omni.train.loop:validate", 1),
+        kill_at("omni.train.validation:untouched_rng", 2, after=True),
+        kill_at("omni.train.validation:to_device", 2),  # its second batch
     ],
     "during a save": [kill_at("torch:save", 2), kill_at("torch:save", 2, after=True)],
     "before and after the rename": [kill_at("os:replace", 4), kill_at("os:replace", 5, after=True)],
     "the last training step": [kill_at_last_step(), kill_at_last_step(after=True)],
-    "three times in one epoch": [kill_at("omni.train.loop:_Training._train_step", n) for n in (3, 2, 4)],
+    "three times in one epoch": [kill_at_step(n) for n in (3, 2, 4)],
 }
 
 
@@ -158,8 +147,8 @@ import omni.data.order
 omni.data.order.ResumableDataset.skip_samples = property(lambda self: 0, lambda self, value: None)
 """,
     "random state not restored": """
-import omni.train.loop
-omni.train.loop.set_rng_state = lambda state, device: None
+import omni.train.resume
+omni.train.resume.set_rng_state = lambda state, device: None
 """,
     "optimizer not restored": """
 import torch
@@ -177,7 +166,7 @@ def test_the_comparison_sees_each_broken_mechanism(stage, tmp_path, mutation):
     reference.prelude = TRACE
     reference.finish()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 7)).returncode == -9
+    assert killed.run(prelude=kill_at_step(7)).returncode == -9
     killed.finish(prelude=mutation)
     assert differences(killed.state()["newest"]["phases"], reference.state()["newest"]["phases"]) != []
     if "skip_samples" in mutation:
@@ -193,7 +182,7 @@ def test_another_num_workers_between_runs_changes_nothing(stage, tmp_path):
     killed = reference.changed(save_dir="killed")
     for workers, at_step in ((0, 4), (3, 6), (1, 5)):
         killed.config["num_workers"] = workers
-        assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", at_step)).returncode == -9
+        assert killed.run(prelude=kill_at_step(at_step)).returncode == -9
     killed.config["num_workers"] = 2
     killed.finish()
     assert killed.trace() == reference.trace()
@@ -202,13 +191,12 @@ def test_another_num_workers_between_runs_changes_nothing(stage, tmp_path):
 
 # A validation that draws random numbers, as one that generates samples does.
 DRAWING_VALIDATION = """
-import random, numpy, torch, omni.train.loop
-_to_device = omni.train.loop.to_device
+import random, numpy, torch, omni.train.validation
+_to_device = omni.train.validation.to_device
 def to_device(batch, device):
-    if not torch.is_grad_enabled():
-        torch.rand(1), numpy.random.rand(), random.random()
+    torch.rand(1), numpy.random.rand(), random.random()
     return _to_device(batch, device)
-omni.train.loop.to_device = to_device
+omni.train.validation.to_device = to_device
 """
 
 
@@ -225,19 +213,17 @@ def test_validation_changes_nothing_in_training(stage, tmp_path):
 
 # One line per validation: how many rows are held out, and which were seen.
 VALIDATED_ROWS = """
-import os, torch, omni.train.loop
-_validate, _note, _rows = omni.train.loop._Training._validate, omni.train.loop._Training._note_bad_rows, []
-def note(self, batch):
-    if not torch.is_grad_enabled():
-        _rows.extend(batch["rows"])
-    _note(self, batch)
-def validate(self):
+import os, omni.train.loop, omni.train.validation
+_validate, _to_device, _rows = omni.train.loop.validate, omni.train.validation.to_device, []
+def to_device(batch, device):
+    _rows.extend(batch["rows"])
+    return _to_device(batch, device)
+def validate(training, *args):
     _rows.clear()
-    improved = _validate(self)
+    _validate(training, *args)
     with open(os.environ["TRACE"], "a") as file:
-        file.write(f"{len(self.validation.dataset.source)} {_rows}\\n")
-    return improved
-omni.train.loop._Training._validate, omni.train.loop._Training._note_bad_rows = validate, note
+        file.write(f"{len(training.validation.dataset.source)} {_rows}\\n")
+omni.train.loop.validate, omni.train.validation.to_device = validate, to_device
 """
 
 
@@ -256,7 +242,7 @@ def test_progress_of_a_resumed_run(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", print_freq=1)
     reference.finish()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 8)).returncode == -9
+    assert killed.run(prelude=kill_at_step(8)).returncode == -9
     bar = """
 import omni.train.logs, sys
 class Bar(omni.train.logs.tqdm):

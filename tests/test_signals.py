@@ -10,33 +10,30 @@ from harness import SLOW, differences, hung_worker, kill_at
 from stages import TALKER
 
 SLOW_VALIDATION = """
-import time, omni.train.loop
-_build_loader = omni.train.loop.build_loader
-def build_loader(dataset, config, device):
-    loader = _build_loader(dataset, config, device)
-    if dataset.shuffle:
-        return loader
+import time, omni.train.validation
+_build_loader = omni.train.validation.build_loader
+def build_loader(*args):
+    loader = _build_loader(*args)
     print("validating", flush=True)
     def slowly():
         for batch in loader:
             time.sleep(2)  # a whole validation takes longer than a user has to wait
             yield batch
     return slowly()
-omni.train.loop.build_loader = build_loader
+omni.train.validation.build_loader = build_loader
 """
 
 # Between two micro-batches of one step: the safe point is the step before, and dropout has already drawn numbers.
 SLOW_MICRO_STEP = """
-import time, omni.train.loop
-_to_device, _calls = omni.train.loop.to_device, [0]
-_autocast = omni.train.loop.Run.autocast
+import time, omni.train.run
+_autocast, _calls = omni.train.run.Run.autocast, [0]
 def autocast(self):
     _calls[0] += 1
     if _calls[0] == 8:
         print("second micro-step", flush=True)
         time.sleep(1.0)
     return _autocast(self)
-omni.train.loop.Run.autocast = autocast
+omni.train.run.Run.autocast = autocast
 """
 
 SLOW_SAVE = """
@@ -254,7 +251,7 @@ STREAMS = {
 @pytest.mark.parametrize("prelude", STREAMS.values(), ids=STREAMS.keys())
 def test_a_run_needs_no_streams(stage, tmp_path, prelude):
     training = stage.training(tmp_path, max_steps=8, num_workers=1)
-    stops = kill_at("omni.train.loop:_Training._train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
+    stops = kill_at("omni.train.loop:Loop.train_step", 5, after=True).replace("SIGKILL", "SIGTERM")
     assert training.run(prelude=prelude + stops).returncode == 75
     log = (training.save_dir / "training.log").read_text()
     assert "stopped at step 5, saved in" in log

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import Process, Training, kill_at, run_script
+from harness import Process, Training, kill_at_step, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
@@ -514,7 +514,7 @@ def test_a_part_that_others_were_made_of_takes_no_more_steps(tmp_path):
     training.changed(max_steps=6).finish()  # written again, and only the talker trained on
     assert torch.load(training.save_dir / "rvq_codec.pt", weights_only=True)["metrics"]["trained_steps"] == 4
     alone = TALKER.training(tmp_path, save_dir="alone", **few)
-    alone.changed(prelude=kill_at("omni.train.loop:_Training._train_step", 5)).run()  # the first of the aligner
+    alone.changed(prelude=kill_at_step(5)).run()  # the first of the aligner
     for path in alone.save_dir.glob("*.pt"):
         assert path.name.startswith("rvq_codec")
     alone.changed(codec_steps=6).finish()

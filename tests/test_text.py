@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from harness import ROOT, ForkServer, Process, differences, kill_at
+from harness import ROOT, ForkServer, Process, differences, kill_at_step
 from stages import TEXT
 from test_config import only_error
 
@@ -16,7 +16,7 @@ def test_mixture_of_experts_trains_and_resumes_exactly(tmp_path):
     reference.finish()
     assert {"loss", "cross_entropy", "balance"} <= reference.metrics()[0].keys()
     killed = reference.changed(save_dir="killed")
-    assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 9)).returncode == -9
+    assert killed.run(prelude=kill_at_step(9)).returncode == -9
     killed.finish()
     assert differences(killed.state(), reference.state()) == []
 

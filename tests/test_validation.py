@@ -5,25 +5,25 @@ import os
 import re
 
 import pytest
-from harness import TRACE, differences, kill_at
+from harness import TRACE, differences, kill_at_step
 
 from omni.train import checkpoint
 from omni.train.progress import Progress, read_validated, write_validated
 
 # In the ``FAILS``-th validation of the process, at its first batch.
 FAILING = """
-import os, signal, torch, omni.train.loop
-_validate, _to_device, _validations = omni.train.loop._Training._validate, omni.train.loop.to_device, [0]
-def validate(self):
+import os, signal, torch, omni.train.loop, omni.train.validation
+_validate, _to_device, _validations = omni.train.loop.validate, omni.train.validation.to_device, [0]
+def validate(*args):
     _validations[0] += 1
-    return _validate(self)
+    _validate(*args)
 def to_device(batch, device):
-    if not torch.is_grad_enabled() and _validations[0] == int(os.environ["FAILS"]):
+    if _validations[0] == int(os.environ["FAILS"]):
         if os.environ["HOW"] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise torch.OutOfMemoryError("no memory for validation")
     return _to_device(batch, device)
-omni.train.loop._Training._validate, omni.train.loop.to_device = validate, to_device
+omni.train.loop.validate, omni.train.validation.to_device = validate, to_device
 """
 
 # One line per file that is moved into place.
@@ -102,7 +102,7 @@ def test_what_a_validation_found_is_of_its_step_or_is_found_again(stage, tmp_pat
     reference.finish()
     for name, change in CHANGES.items():
         killed = reference.changed(save_dir=f"killed {name}")
-        assert killed.run(prelude=kill_at("omni.train.loop:_Training._train_step", 7)).returncode == -9
+        assert killed.run(prelude=kill_at_step(7)).returncode == -9
         assert killed.steps()[-1] == 6, "which was validated"
         change(killed)
         process = killed.finish()
@@ -116,16 +116,15 @@ JUDGED_BY = {"audio_enc": "wer", "talker": "code_perplexity", "vocoder": "mel_l1
 
 METRICS = """
 import omni.train.loop
-_validate, _validations = omni.train.loop._Training._validate, [0]
-def validate(self):
+_validate, _validations = omni.train.loop.validate, [0]
+def validate(training, *args):
     _validations[0] += 1
-    metrics, name = self.validation.metrics, self.run.stage.best_metric
+    metrics, name = training.validation.metrics, training.run.stage.best_metric
     if _validations[0] == 1 or {always}:
-        self.validation.metrics = lambda totals: {change}
-    improved = _validate(self)
-    self.validation.metrics = metrics
-    return improved
-omni.train.loop._Training._validate = validate
+        training.validation.metrics = lambda totals: {change}
+    _validate(training, *args)
+    training.validation.metrics = metrics
+omni.train.loop.validate = validate
 """
 
 

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from omni.common.errors import GivenUp, UserError, collected_notes
 from omni.common.host import STOP_SIGNALS, Host
-from omni.train.config import StageConfig
 
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
@@ -198,12 +197,12 @@ def held_out_set(run: Host, source: BatchSource, batch_size: int | None = None) 
     return ResumableDataset(source, seed=0, batch_size=size, rank=run.rank, world=run.world, shuffle=False)
 
 
-def build_loader(dataset: ResumableDataset, config: StageConfig, device: torch.device) -> DataLoader:
+def build_loader(dataset: ResumableDataset, num_workers: int, device: torch.device) -> DataLoader:
     """A fresh loader: its workers copy the dataset, so they see the present ``skip_samples``."""
     return DataLoader(
         dataset,
         batch_size=None,  # the dataset yields whole micro-batches
-        num_workers=config.num_workers,
+        num_workers=num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=partial(_begin_worker, os.getpid()),
         generator=torch.Generator(),  # a loader draws a seed when it starts: not from the generator of the training

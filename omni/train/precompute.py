@@ -161,7 +161,7 @@ def _make(
         def give_up(waited_s: float) -> bool:
             return run.stop_requested or waited_s >= limit
 
-        batches = arriving(build_loader(dataset, run.config, run.device), give_up) if done < total else []
+        batches = arriving(build_loader(dataset, run.config.num_workers, run.device), give_up) if done < total else []
         # a name keeps the loader while an error is on its way: to take it apart may take long
         shown = iter(tqdm(batches, initial=done, total=total, desc=note, unit="batch", disable=None, delay=0.5))
         for batch in shown:
