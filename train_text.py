@@ -14,6 +14,7 @@ from omni.data.corpus import PackedTokens, prepare_corpus
 from omni.data.order import held_out_set, training_set
 from omni.models.thinker import Thinker
 from omni.stages.text import STAGE, TextConfig, prepare_tokenizer, text_metrics, text_sums
+from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run

@@ -48,6 +48,7 @@ from omni.train.cli import OneLineErrors, launch
 from omni.train.config import StageConfig
 from omni.train.device import pick_amp_dtype
 from omni.train.optim import build_adamw
+from omni.train.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -170,7 +171,7 @@ class Enough(Exception):
     """Ends a run whose steps have been timed."""
 
 
-STEPS = omni.train.loop._Training._steps  # as it is before anyone watches
+STEPS = omni.train.loop.Loop.steps  # as it is before anyone watches
 
 
 @dataclass
@@ -192,9 +193,10 @@ class Watch:
     own_overheads: list[float] = field(default_factory=list)  # the same without workers
     waits: list[float] = field(default_factory=list)  # the share of the loop's time that it waits for batches
 
-    def loop(self, training: omni.train.loop._Training) -> Iterator[list[dict]]:
-        """In the place of ``_Training._steps``."""
-        self.stage, steps, kept = training.run.stage.name, STEPS(training), []
+    def steps(self, loop: omni.train.loop.Loop) -> Iterator[list[dict]]:
+        """In the place of ``Loop.steps``."""
+        training = loop.training
+        self.stage, steps, kept = training.run.stage.name, STEPS(loop), []
         for block in range(1 + self.sizes.blocks):
             for _ in range(PREFETCHED * training.config.num_workers):
                 yield next(steps)
@@ -223,17 +225,17 @@ class Watch:
         raise Enough
 
 
-def bare_seconds(training: omni.train.loop._Training, steps: list[list[dict]]) -> float:
+def bare_seconds(training: Training, steps: list[list[dict]]) -> float:
     started = time.perf_counter()
     for micro_batches in steps:
         bare_step(training, micro_batches)
     return time.perf_counter() - started
 
 
-def bare_step(training: omni.train.loop._Training, micro_batches: list[dict]) -> None:
+def bare_step(training: Training, micro_batches: list[dict]) -> None:
     """Forward, backward and optimizer of each phase, and nothing else."""
     micro_batches = [batch | {"step": training.progress.step} for batch in micro_batches]
-    for phase in training.begun_phases():
+    for phase in training.begun_phases(training.progress.step):
         phase.optimizer.zero_grad(set_to_none=True)
         for batch in micro_batches:
             with training.run.autocast():
@@ -293,7 +295,7 @@ def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
     """Run the stage's script in this process, until its steps have been timed."""
     watch, said, script = Watch(sizes), io.StringIO(), importlib.import_module(STAGES[letter].script)
     with (
-        mock.patch.object(omni.train.loop._Training, "_steps", lambda training: watch.loop(training)),
+        mock.patch.object(omni.train.loop.Loop, "steps", lambda loop: watch.steps(loop)),
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
         contextlib.suppress(Enough),
