@@ -1,4 +1,4 @@
-"""Put what was trained into one folder that runs by itself, and whose parts other tools open as they are.
+"""Export the trained models into one folder that runs on its own; other tools open its parts.
 
     python export.py --omni_ckpt checkpoints/omni_sft_tiny --thinker_ckpt checkpoints/thinker_tiny \\
         --audio_ckpt checkpoints/audio_enc_tiny --vision_ckpt checkpoints/vision_tiny \\
@@ -6,11 +6,11 @@
 
     python infer_chat.py --ckpt_dir merged_model
 
-With --omni_ckpt, the Thinker is the one that stage E has made of stage A's, with what it sees and hears through; the
-folders of stages A to C are then compared with it, and the figures of their own training are taken over. What is left
-out, the export cannot do. Inside it, thinker/ opens with transformers' AutoModelForCausalLM, vision_encoder/ with
-ViTModel, audio_encoder/ with ParakeetForCTC and vocoder/ with SpeechT5HifiGan. Two exports of the same checkpoints are
-the same bytes; a killed one leaves nothing that could be taken for an export.
+With --omni_ckpt, the Thinker is stage E's, with encoders and projectors; the folders of stages A to C are then compared
+with it, and the metrics of their own training are taken over. An export lacks the abilities of the stages left out. In
+it, thinker/ opens with transformers' AutoModelForCausalLM, vision_encoder/ with ViTModel, audio_encoder/ with
+ParakeetForCTC and vocoder/ with SpeechT5HifiGan. Two exports of the same checkpoints are the same bytes; a killed
+export leaves nothing that could be taken for one.
 """
 
 import argparse
@@ -19,25 +19,13 @@ from pathlib import Path
 import torch
 
 from omni.common.errors import UserError
-from omni.common.files import file_sha256
+from omni.common.files import file_sha256, write_json
 from omni.data.tokenizer import chat_template
-from omni.export.bundle import (
-    CONFIG,
-    FORMAT,
-    INFO,
-    WEIGHTS,
-    buffers_of,
-    check_target,
-    info_sha256,
-    is_own_file,
-    new_folder,
-    rounded,
-    write_json,
-    write_weights,
-)
+from omni.export.bundle import buffers_of, rounded, write_weights
+from omni.export.folder import CONFIG, FORMAT, INFO, WEIGHTS, check_target, finite, info_sha256, is_own_file, new_folder
 from omni.export.hf import image_processor, preprocessing, write_language, write_model, write_recogniser
 from omni.export.model_card import describe, loss_of_quality, model_card
-from omni.export.parts import gather_answering, gather_hearing, gather_seeing, gather_speaking, load_part
+from omni.export.parts import add_audio_encoder, add_speech, add_vision_encoder, answering_parts, load_part
 from omni.models.thinker import qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import to_vit_state_dict, vit_config
 from omni.models.vocoder import speecht5_config, to_speecht5_state_dict
@@ -50,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--omni_ckpt", type=Path, metavar="DIR", help="stage E: the Thinker that sees and hears")
+    parser.add_argument("--omni_ckpt", type=Path, metavar="DIR", help="stage E: the Thinker, encoders, projectors")
     parser.add_argument("--thinker_ckpt", type=Path, metavar="DIR", help="stage A; beside --omni_ckpt compared with it")
     parser.add_argument("--audio_ckpt", type=Path, metavar="DIR", help="stage B")
     parser.add_argument("--vision_ckpt", type=Path, metavar="DIR", help="stage C")
@@ -62,9 +50,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --output_dir")
     args = parser.parse_args(argv)
     if args.omni_ckpt is None and args.thinker_ckpt is None:
-        raise UserError("--omni_ckpt, --thinker_ckpt: expected one or both, found neither: who else should answer?")
+        raise UserError("--omni_ckpt, --thinker_ckpt: expected one or both, found neither")
     if args.vocoder_ckpt is not None and args.talker_ckpt is None:
-        raise UserError("--vocoder_ckpt: expected --talker_ckpt beside it, whose log-mels it turns into sound")
+        raise UserError("--vocoder_ckpt: expected --talker_ckpt beside it, whose log-mels the vocoder reads")
     return args
 
 
@@ -72,11 +60,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_target(args.output_dir, args.force)
 
-    # --- What was trained, and whether it fits together --------------------------------------------------------------
-    parts, tokenizer, sft = gather_answering(args)
-    recogniser = gather_hearing(args, parts, sft)
-    gather_seeing(args, parts, sft)
-    gather_speaking(args, parts, sft)
+    # --- The trained parts, which must fit together --------------------------------------------------------------
+    parts, tokenizer, sft = answering_parts(args)
+    recogniser = add_audio_encoder(args, parts, sft)
+    add_vision_encoder(args, parts, sft)
+    add_speech(args, parts, sft)
     if args.ocr_ckpt is not None:
         parts["ocr"] = load_part("ocr", args.ocr_ckpt)
     thinker, dtype, template = parts["thinker"].module, DTYPES[args.dtype], chat_template(sft.prompt if sft else "")
@@ -90,18 +78,20 @@ def main(argv: list[str] | None = None) -> None:
         write_weights(folder / WEIGHTS, weights)
         about = {"model_type": "micro_omni", "format": FORMAT, "dtype": args.dtype}
         sizes = {name: part.sizes for name, part in parts.items()}
-        write_json(folder / CONFIG, about | {"parts": sizes, "omni": sizes_of(SftConfig, sft) if sft else None})
-        write_json(folder / "preprocessor_config.json", preprocessing(parts))
+        write_json(
+            folder / CONFIG, about | {"parts": sizes, "omni": sizes_of(SftConfig, sft) if sft else None}, indent=2
+        )
+        write_json(folder / "preprocessor_config.json", preprocessing(parts), indent=2)
         write_language(folder, thinker.architecture, tokenizer, template)
 
-        # --- Its parts once more, under the names of other tools -----------------------------------------------------
+        # --- The parts once more, under the names of other tools -----------------------------------------------------
         qwen3 = qwen3_config(thinker.architecture, tokenizer.vocab_size, tokenizer.end_id)
         write_model(folder / "thinker", qwen3, to_qwen3_state_dict(thinker.state_dict()), dtype)
         write_language(folder / "thinker", thinker.architecture, tokenizer, template)
         if "vision_encoder" in parts:
             vit = parts["vision_encoder"].module
             write_model(folder / "vision_encoder", vit_config(vit), to_vit_state_dict(vit.state_dict()), dtype)
-            write_json(folder / "vision_encoder" / "preprocessor_config.json", image_processor(*vit.img_size))
+            write_json(folder / "vision_encoder" / "preprocessor_config.json", image_processor(*vit.img_size), indent=2)
         if recogniser is not None:
             write_recogniser(folder / "audio_encoder", *recogniser, dtype)
         if "vocoder" in parts:
@@ -109,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             config, statistics = speecht5_config(vocoder.config), buffers_of(vocoder)
             write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)
 
-        # --- What it is, and what every file must be -----------------------------------------------------------------
+        # --- Model card, and the digest of every file ----------------------------------------------------------------
         info = about | {"components": {name: describe(name, part) for name, part in parts.items()}}
         if dtype != torch.float32:
             info["loss_of_quality"] = loss_of_quality(thinker, tokenizer, dtype)
@@ -118,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         files = sorted(path for path in folder.rglob("*") if is_own_file(path.relative_to(folder).as_posix()))
         info["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         info["sha256"] = info_sha256(info)
-        write_json(folder / INFO, info)
+        write_json(folder / INFO, finite(info), indent=2)
         megabytes = sum(path.stat().st_size for path in files) / 1e6
     for name, facts in info["components"].items():
         print(f"{name:<16}{facts['parameters']:>13,} parameters  {facts['source']}, step {facts['step']}")

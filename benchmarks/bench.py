@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import omni.train.loop
-from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
+from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened, read_config
 from omni.chat.speaker import Speaker
 from omni.common import allocator
 from omni.common.errors import UserError
@@ -281,7 +281,7 @@ def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
     keys = {"save_dir": f"{folder}/run", "max_steps": NEVER, "val_freq": NEVER, "checkpoint_freq": NEVER}
     if letter == "D":
         keys |= {"codec_steps": NEVER, "audio_ckpt": None}
-    config = STAGES[letter].read(configs, **keys)
+    config = read_config(letter, configs, **keys)
     if letter == "E":
         sources = ("text_path", "image_manifest", "asr_csv", "question_csv", "speech_csv")
         held_out = {key: path for key in sources if (path := getattr(config, f"val_{key}")) is not None}
@@ -293,7 +293,8 @@ def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
 
 def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
     """Run the stage's script in this process, until its steps have been timed."""
-    watch, said, script = Watch(sizes), io.StringIO(), importlib.import_module(STAGES[letter].script)
+    watch, said = Watch(sizes), io.StringIO()
+    script = importlib.import_module(STAGES[letter].script.removesuffix(".py"))
     with (
         mock.patch.object(omni.train.loop.Loop, "steps", lambda loop: watch.steps(loop)),
         contextlib.redirect_stdout(said),
@@ -301,7 +302,7 @@ def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
         contextlib.suppress(Enough),
     ):
         script.main(["--config", str(config), "--device", "cpu"])
-        raise RuntimeError(f"{STAGES[letter].script}.py ended before its steps were timed:\n{said.getvalue()}")
+        raise RuntimeError(f"{STAGES[letter].script} ended before its steps were timed:\n{said.getvalue()}")
     return watch
 
 

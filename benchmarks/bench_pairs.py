@@ -29,14 +29,9 @@ from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
 from omni.models.vocoder import Generator, mel_loss, mel_spec, speecht5_config
+from omni.stages import STAGES as TABLE
 from omni.stages.asr import ctc_loss
-from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
-from omni.stages.omni import SftConfig
-from omni.stages.talker import TalkerConfig
-from omni.stages.text import TextConfig
-from omni.stages.vision import VisionConfig
-from omni.stages.vocoder import VocoderConfig
 from omni.train.config import StageConfig, sizes_of
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
@@ -44,28 +39,13 @@ ATTENTIONS = ("sdpa", "eager")
 CHARACTERS = string.ascii_letters + string.digits + " -"  # as many as a training set of signs has, about
 
 
-@dataclass(frozen=True)
-class StageSource:
-    """Where a stage comes from."""
-
-    script: str
-    config: str  # without _demo.json
-    cls: type[StageConfig]
-
-    def read(self, configs: Path, **keys) -> StageConfig:
-        """The config in a folder of demo configs, with other ``keys``; whether its files exist is not asked."""
-        return self.cls.model_validate(json.loads((configs / f"{self.config}_demo.json").read_text()) | keys)
+STAGES = {stage.letter: stage for stage in TABLE.values()}  # D: the talker, the last of its three
 
 
-STAGES = {
-    "A": StageSource("train_text", "thinker", TextConfig),
-    "B": StageSource("train_audio_enc", "audio_enc", AudioEncoderConfig),
-    "C": StageSource("train_vision", "vision", VisionConfig),
-    "D": StageSource("train_talker", "talker", TalkerConfig),
-    "E": StageSource("sft_omni", "omni_sft", SftConfig),
-    "F": StageSource("train_vocoder", "vocoder", VocoderConfig),
-    "G": StageSource("train_ocr", "ocr", OcrConfig),
-}
+def read_config(letter: str, configs: Path, **keys) -> StageConfig:
+    """A stage's config in a folder of demo configs, with other ``keys``; whether its files exist is not asked."""
+    stage = STAGES[letter]
+    return stage.config.model_validate(json.loads((configs / f"{stage.config_name}_demo.json").read_text()) | keys)
 
 
 @dataclass
@@ -113,7 +93,7 @@ def thinker_pair(configs: Path) -> Pair:
 
     Unlike in training, each target counts the same (no ``context_weight``).
     """
-    config = STAGES["A"].read(configs, dropout=0.0)
+    config = read_config("A", configs, dropout=0.0)
     ours = Thinker(config.architecture, use_flash=config.use_flash)
     window = torch.randint(config.vocab_size, (config.batch_size, config.ctx_len + 1))
     tokens, targets = window[:, :-1].contiguous(), window[:, 1:].contiguous()
@@ -141,7 +121,7 @@ def audio_encoder_pair(configs: Path) -> Pair:
     Our channel scales are its batch norms in evaluation. In its own training it would compute batch statistics, which
     costs it more than is counted here. The CTC of each is its own.
     """
-    config = STAGES["B"].read(configs, dropout=0.0)
+    config = read_config("B", configs, dropout=0.0)
     ours = AudioEncoder(config, config.ctc_vocab_size, use_flash=config.use_flash)
     # recordings of a batch are of similar length, about half of the longest
     frames = max(8, config.max_mel_length // 2)
@@ -169,7 +149,7 @@ def audio_encoder_pair(configs: Path) -> Pair:
 
 def vit_pair(configs: Path) -> Pair:
     """The ViT and ViTModel without its pooler: the same weights. The loss is a fixed sum over the states."""
-    config = STAGES["C"].read(configs)
+    config = read_config("C", configs)
     ours = ViT(
         config.img_size, config.img_size, config.patch, config.d_model, config.n_layers, config.n_heads, config.d_ff,
         use_flash=config.use_flash,
@@ -193,7 +173,7 @@ def vit_pair(configs: Path) -> Pair:
 
 def pictures_alone(configs: Path) -> Pair:
     """All of stage C's step: both towers, contrast and word loss. No library has this model."""
-    config = STAGES["C"].read(configs, use_thinker_for_text=False)
+    config = read_config("C", configs, use_thinker_for_text=False)
     images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
     tokens = torch.randint(1, config.vocab_size, (config.batch_size, config.ctx_len))
     ends = torch.full((config.batch_size,), config.ctx_len // 2)
@@ -209,7 +189,7 @@ def pictures_alone(configs: Path) -> Pair:
 def talker_pair(configs: Path) -> Pair:
     """The talker's decoder over frames and Qwen3Model: the same weights, the same input vectors. The loss is a fixed
     sum over the states. What comes before and after has no counterpart: text, durations, the codes of a frame."""
-    config = STAGES["D"].read(configs, dropout=0.0)
+    config = read_config("D", configs, dropout=0.0)
     talker, frames = Talker(config), 1 + config.max_mel_length // 2
     ours = nn.ModuleDict({"layers": talker.layers, "norm": talker.norm})
     x = torch.randn(config.batch_size, frames, config.d_model)
@@ -237,7 +217,7 @@ def talker_pair(configs: Path) -> Pair:
 
 def talker_alone(configs: Path) -> Pair:
     """All of the talker's step, with text and durations. No library has this model."""
-    config = STAGES["D"].read(configs)
+    config = read_config("D", configs)
     B, T = config.batch_size, max(2, config.max_mel_length // 2)
     batch = {
         "symbols": torch.randint(TEXT_SYMBOLS, (B, T)),  # about a byte for each code
@@ -258,7 +238,7 @@ def mixed_pair(configs: Path) -> Pair:
     are grouped by length, and have logits at targets. So the gain of that is in the ratio, beside the model's own
     speed. Projections, encoders (whose features are kept) and talker are on neither side.
     """
-    config, omni = STAGES["E"].read(configs), omni_of_text(configs)
+    config, omni = read_config("E", configs), omni_of_text(configs)
     architecture = omni.thinker.architecture
     B, T, vocab_size = config.batch_size, architecture.ctx_len, architecture.vocab_size
     sizes = torch.linspace(T / 8, T, B).long().clamp(max=T)
@@ -279,9 +259,9 @@ def mixed_pair(configs: Path) -> Pair:
 
 def omni_of_text(configs: Path) -> OmniModel:
     """An omni model of stage A's sizes that neither sees nor hears."""
-    thinker = STAGES["A"].read(configs)
+    thinker = read_config("A", configs)
     sizes = sizes_of(ThinkerArchitecture, thinker) | {"dropout": 0.0}
-    config = STAGES["E"].read(configs).model_copy(update={"parts": {"thinker": sizes}})
+    config = read_config("E", configs).model_copy(update={"parts": {"thinker": sizes}})
     return OmniModel(config, use_flash=config.use_flash)
 
 
@@ -291,7 +271,7 @@ def vocoder_pair(configs: Path) -> Pair:
     Under autocast, our last convolution is in float32, since a bf16 waveform is noisy; theirs is not. The
     discriminators have no counterpart.
     """
-    config = STAGES["F"].read(configs)
+    config = read_config("F", configs)
     ours, spec = Generator(config), mel_spec(config)
     theirs = transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**speecht5_config(config)))
     theirs.apply_weight_norm()
@@ -312,7 +292,7 @@ def ocr_pair(configs: Path) -> Pair:
     LayerNorm, GELU and no rotation, and its feed-forward is half as wide again, so that its two matrices have as many
     weights as our three.
     """
-    config = STAGES["G"].read(configs, conv_stem=False, ctc_weight=0.0, dropout=0.0, characters=CHARACTERS)
+    config = read_config("G", configs, conv_stem=False, ctc_weight=0.0, dropout=0.0, characters=CHARACTERS)
     ours = Ocr(config, use_flash=config.use_flash)
     images, symbols, targets = lines_of_text(config)
     decoder = {
@@ -343,7 +323,7 @@ def ocr_pair(configs: Path) -> Pair:
 
 def ocr_alone(configs: Path) -> Pair:
     """All of stage G's step, with stem and CTC. No library has this model."""
-    config = STAGES["G"].read(configs, characters=CHARACTERS)
+    config = read_config("G", configs, characters=CHARACTERS)
     batch = dict(zip(("images", "symbols", "targets"), lines_of_text(config), strict=True))
     ours = Ocr(config, use_flash=config.use_flash)
     return Pair("G", "whole_step", config, ours, lambda model: ocr_loss(model, batch, config.ctc_weight)[0])

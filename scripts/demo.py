@@ -1,4 +1,4 @@
-"""The whole of μOmni on a laptop: make the built-in data, train every stage, judge it, ask it something.
+"""The whole of μOmni on a laptop: make the built-in data, train and evaluate every stage, and ask the models.
 
     python scripts/demo.py            the demo configs, to their targets
     python scripts/demo.py --smoke    the same on a few steps, in a temporary folder: does everything run?
@@ -30,8 +30,10 @@ import torch
 
 from omni.common import allocator
 from omni.common.errors import EXIT_INTERRUPTED
-from omni.common.files import replace_file
+from omni.common.files import write_json
+from omni.stages import STAGES as TABLE
 from omni.train.checkpoint import load
+from omni.train.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"
@@ -39,12 +41,10 @@ RESULTS = ROOT / "checkpoints" / "demo_results.json"
 
 @dataclass(frozen=True)
 class DemoStage:
-    """One row of the demo: a script with its config, and what its final metrics are measured against."""
+    """A stage's demo: its data, and the targets of its final metrics."""
 
     name: str  # in demo_results.json
-    script: str
-    config: str
-    final: str
+    stage: Stage
     metrics: dict[str, str | None]  # name -> target ("< 10", "< another + 0.1"), None: reported only
     data: dict[str, str]  # config key -> file below the data folder, for a smoke run with data of its own
     smoke: tuple[str, ...] = ()  # overrides that make it a matter of seconds
@@ -52,6 +52,10 @@ class DemoStage:
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it wants
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
     alone: bool = False  # it trains beside no other one, on all cores
+
+    @property
+    def config(self) -> str:
+        return f"configs/{self.stage.config_name}_demo.json"
 
     @property
     def folder(self) -> Path:
@@ -71,9 +75,7 @@ TASKS = (  # of stage E
 STAGES = [  # one that can begin does so before those below it: first the one that another waits for, then the longest
     DemoStage(
         name="audio_enc",
-        script="train_audio_enc.py",
-        config="configs/audio_enc_demo.json",
-        final="audio_enc.pt",
+        stage=TABLE["audio_enc"],
         metrics={"wer": "< 0.2", "wer_unseen_voices": "< 0.2", "cer": None},
         data={
             "train_csv": "audio/asr.csv",
@@ -85,18 +87,14 @@ STAGES = [  # one that can begin does so before those below it: first the one th
     ),
     DemoStage(
         name="thinker",
-        script="train_text.py",
-        config="configs/thinker_demo.json",
-        final="thinker.pt",
+        stage=TABLE["text"],
         metrics={"perplexity": "< 10", "bits_per_byte": None},
         data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
         smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
     ),
     DemoStage(
         name="talker",
-        script="train_talker.py",
-        config="configs/talker_demo.json",
-        final="talker.pt",
+        stage=TABLE["talker"],
         metrics={
             "reconstruction_mse": "< 0.05",
             "code_perplexity": "< 15",
@@ -122,9 +120,7 @@ STAGES = [  # one that can begin does so before those below it: first the one th
     ),
     DemoStage(
         name="vision",
-        script="train_vision.py",
-        config="configs/vision_demo.json",
-        final="vision.pt",
+        stage=TABLE["vision"],
         metrics={"top1_of_64": "> 0.7", "zero_shot": "> 0.7"},
         data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
         smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=8"),
@@ -132,9 +128,7 @@ STAGES = [  # one that can begin does so before those below it: first the one th
     ),
     DemoStage(
         name="ocr",
-        script="train_ocr.py",
-        config="configs/ocr_demo.json",
-        final="ocr.pt",
+        stage=TABLE["ocr"],
         metrics={"cer": "< 0.1", "exact": None},
         data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
         smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
@@ -142,18 +136,14 @@ STAGES = [  # one that can begin does so before those below it: first the one th
     ),
     DemoStage(
         name="vocoder",
-        script="train_vocoder.py",
-        config="configs/vocoder_demo.json",
-        final="hifigan.pt",
+        stage=TABLE["vocoder"],
         metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
         data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
         smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
     DemoStage(
         name="sft",
-        script="sft_omni.py",
-        config="configs/omni_sft_demo.json",
-        final="omni_final.pt",
+        stage=TABLE["omni"],
         metrics={"accuracy": "> 0.6"}
         | {f"accuracy_{task}": "> 0.5" for task in TASKS}
         | {"code_perplexity": None, "code_perplexity_of_text": None},
@@ -208,17 +198,17 @@ def demo() -> int:
     run("scripts/make_synthetic_datasets.py")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     minutes = results.setdefault("minutes", {})
-    finished = {stage.name for stage in STAGES if (stage.folder / stage.final).exists()}
+    finished = {stage.name for stage in STAGES if (stage.folder / stage.stage.final).exists()}
 
     def ended(stage: DemoStage, seconds: float, code: int) -> None:
         if stage.name not in finished:  # a run in several parts costs their sum; to see that it is finished, nothing
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
         if not code:
-            metrics = load(stage.folder / stage.final)["metrics"]
+            metrics = load(stage.folder / stage.stage.final)["metrics"]
             results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
-        write_results(results)
+        write_json(RESULTS, results, indent=2)
 
-    train({stage.name: [stage.script, "--config", stage.config] for stage in STAGES}, ended)
+    train({stage.name: [stage.stage.script, "--config", stage.config] for stage in STAGES}, ended)
     ask("checkpoints/thinker_demo", QUESTIONS)
     folders = {stage.name: stage.folder for stage in STAGES}
     for stage in STAGES:
@@ -227,17 +217,13 @@ def demo() -> int:
     export(folders, ROOT / "merged_model")
     ask_exported(ROOT / "merged_model", ROOT / "data", ROOT / "checkpoints")
     minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
-    write_results(results)
+    write_json(RESULTS, results, indent=2)
     print_table(results)
     print(
         "\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir merged_model\n"
         "or in the browser (once: make web):\n  .venv/bin/python scripts/web_demo.py --ckpt_dir merged_model"
     )
     return 0
-
-
-def write_results(results: dict) -> None:
-    replace_file(RESULTS, lambda file: file.write(json.dumps(results, indent=2).encode() + b"\n"))
 
 
 def by_task(figures: dict[str, float]) -> dict:
@@ -260,7 +246,7 @@ def smoke(folder: Path) -> int:
         else:
             overrides += [f"{key}={name}" for key, name in data.items()]
         options = (word for key in overrides for word in ("--set", key))
-        commands[stage.name] = [stage.script, "--config", stage.config, *options]
+        commands[stage.name] = [stage.stage.script, "--config", stage.config, *options]
     train(commands, lambda *_: None)
     ask(str(folder / "thinker"), QUESTIONS[:1])
     folders = {stage.name: folder / stage.name for stage in STAGES}

@@ -1,10 +1,10 @@
 """Talk to a trained model in the browser: ``python scripts/web_demo.py --ckpt_dir merged_model``.
 
-A page for conversations with text, pictures and recordings, whose answers can be heard while they are spoken; for
-texts to say; and for pictures of text to read. What the model cannot do is switched off there, with the reason. It
-needs Gradio (``make web``). Nothing leaves the machine: no telemetry, no share link, and the page may load nothing
-from elsewhere. What is uploaded is deleted after an hour, when the program ends (Ctrl-C), and at the latest when it is
-started again. Visitors take turns at the model; what each may send, and all together may leave on disk, is bounded.
+The page holds conversations about text, pictures and recordings and streams spoken answers; it also speaks texts and
+reads pictures of text. Abilities that the model lacks are switched off, with the reason. It needs Gradio (``make
+web``). Nothing leaves the machine: no telemetry, no share link, and the page loads nothing from elsewhere. Uploads are
+deleted after an hour, when the program ends (Ctrl-C), and at the latest at its next start. Visitors take turns at the
+model; the size of requests and the disk space of all visitors are bounded.
 
     python scripts/web_demo.py --ckpt_dir checkpoints/thinker_demo --talker_ckpt checkpoints/talker_demo --port 8000
 """
@@ -49,7 +49,7 @@ except ImportError as error:  # told by main, as one line
 
 
 def draw_examples(assistant: Assistant, folder: Path) -> tuple[list[dict], Path]:
-    """Questions of the built-in world that the model can be asked, and a sign to read; the files go into ``folder``."""
+    """Example questions that suit the model, and a picture of a sign; their files go into ``folder``."""
     examples = [{"text": "What is the opposite of big?", "files": []}, {"text": "What is your name?", "files": []}]
     image, facts = pictures.picture(9, 1, unseen=True)
     image.save(folder / "picture.png")
@@ -64,7 +64,7 @@ def draw_examples(assistant: Assistant, folder: Path) -> tuple[list[dict], Path]
 
 
 def optional(load: Callable, folder: Path, given: bool, part: str) -> tuple:
-    """What ``load`` returns and "", or None and why nobody can be expected there. What is there and damaged raises."""
+    """``load()`` and "", or None and the reason if the part is absent; a damaged part raises."""
     try:
         return load(), ""
     except UserError as error:
@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
     parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
     parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
-    parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, to read signs")
+    parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, for OCR")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default: this machine only")
     parser.add_argument("--port", type=int, default=7860, help="7860; 0: any that is free")
     parser.add_argument("--max_upload_mb", type=float, default=10, help="largest file that can be uploaded, in MB (10)")
@@ -108,7 +108,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def listen(host: str, port: int) -> tuple[socket.socket, str]:
-    """A socket that listens, and the page's address; what it means that others can reach it is told on stderr.
+    """A listening socket and the page's address; warns on stderr if others can reach it.
 
     Raises:
         UserError: no such address here, or the port is taken.
@@ -129,7 +129,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def clean_up(kept: Folder, ended: threading.Event) -> None:
-    """Gradio deletes the files that it knows of; this, what is left of others."""
+    """Delete old files that Gradio does not know of, until ``ended``."""
     while not ended.wait(CLEANED_S):
         kept.clean()
 

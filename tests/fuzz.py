@@ -54,7 +54,7 @@ from omni.data.images import load_image
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import Tokenizer
 from omni.data.video import load_frames
-from omni.export.bundle import INFO, Merged, info_sha256
+from omni.export.bundle import INFO, Export, info_sha256
 from omni.models.ctc import CtcTokenizer
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
@@ -238,7 +238,7 @@ def make_exports(folder: Path) -> None:
 
 def read_export(path: Path) -> None:
     folder = next(parent for parent in path.parents if (parent / INFO).exists())
-    merged = Merged(folder)
+    merged = Export(folder)
     merged.tokenizer()
     for name in merged.components:
         merged.part(name, "cpu")

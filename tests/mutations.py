@@ -706,22 +706,22 @@ MUTATIONS = [
     ),
     # files, exports and tokenizers
     Mutation(
-        "only ours is replaced", "what else lies in an export is not looked for", "omni/export/bundle.py",
+        "only ours is replaced", "what else lies in an export is not looked for", "omni/export/folder.py",
         "    _refuse_strangers(target, _own_files(listed))\n", "",
         "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one",
     ),
     Mutation(
-        "only ours is replaced", "a changed file is replaced", "omni/export/bundle.py",
+        "only ours is replaced", "a changed file is replaced", "omni/export/folder.py",
         "file_sha256(path) != digest:", "False:",
         "tests/test_export_folder.py::test_a_file_that_was_changed_since_it_was_exported_is_not_replaced",
     ),
     Mutation(
-        "only ours is replaced", "what arrives during the export is not looked for", "omni/export/bundle.py",
+        "only ours is replaced", "what arrives during the export is not looked for", "omni/export/folder.py",
         "check_target(target, replace)  # once more: making the export took a while", "pass",
         "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one -k while",
     ),
     Mutation(
-        "only ours is replaced", "the folder of an unfinished export is believed to be one", "omni/export/bundle.py",
+        "only ours is replaced", "the folder of an unfinished export is believed to be one", "omni/export/folder.py",
         "    _refuse_strangers(partial, UNFINISHED)\n", "",
         "tests/test_export_folder.py::test_what_stands_at_its_temporary_names_is_left_alone -k partial",
     ),

@@ -20,9 +20,11 @@ from omni.chat.assistant import Assistant
 from omni.chat.ocr import load_reader
 from omni.chat.speech import load_speaker
 from omni.common.errors import RunError, UserError
+from omni.common.files import write_json
 from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import Merged, info_sha256, is_merged, is_own_file, write_json
+from omni.export.bundle import Export
+from omni.export.folder import info_sha256, is_export, is_own_file
 from omni.models.audio_encoder import load_audio_encoder
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
@@ -231,7 +233,7 @@ def test_the_chat_template_begins_as_every_conversation_of_stage_e_did(folders, 
 
 def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path):
     moved = shutil.copytree(merged, tmp_path / "elsewhere")
-    opened, whole = Merged(moved), checkpoint.load(folders["omni"] / "omni_final.pt")["model"]
+    opened, whole = Export(moved), checkpoint.load(folders["omni"] / "omni_final.pt")["model"]
     found = opened.weights("thinker", "audio_encoder", "vision_encoder", "proj_a", "proj_v", "talker")
     assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
     prefixes = {name.split(".")[0] for name in load_file(moved / "model.safetensors")}
@@ -271,7 +273,7 @@ def test_what_the_folder_says_of_itself(folders, merged):
     assert not [name for name in files if Path(name).suffix not in (".json", ".safetensors", ".md")], "no pickles"
     assert {name.split("/")[0] for name in files if "/" in name} == set(SUBFOLDERS)
     for name, part in info["components"].items():
-        weights = Merged(merged).part(name, CPU) if not name.startswith("proj") else None
+        weights = Export(merged).part(name, CPU) if not name.startswith("proj") else None
         if weights is not None:
             assert part["parameters"] == sum(parameter.numel() for parameter in weights.parameters())
     saved = checkpoint.load(folders["ocr"] / "ocr.pt")
@@ -297,7 +299,7 @@ def test_two_exports_are_the_same_bytes(folders, merged, tmp_path):
 def test_a_thinker_alone_is_enough(folders, tmp_path, capsys):
     output = tmp_path / "merged"
     export.main(options({"thinker": folders["thinker"]}, output))
-    assert "neither sees nor hears" in capsys.readouterr().err
+    assert "without pictures or recordings" in capsys.readouterr().err
     assert {path.name for path in output.iterdir() if path.is_dir()} == {"thinker"}
     theirs, mine = Assistant.load(folders["thinker"], CPU), Assistant.load(output, CPU)
     chat = [{"role": "user", "content": "red"}]
@@ -305,9 +307,9 @@ def test_a_thinker_alone_is_enough(folders, tmp_path, capsys):
     assert answers[0] == answers[1]
     for part, option in (("talker", "--talker_ckpt"), ("ocr", "--ocr_ckpt"), ("vocoder", "--vocoder_ckpt")):
         with pytest.raises(UserError, match=f"has no {part}.*{option}"):
-            Merged(output).part(part, CPU)
+            Export(output).part(part, CPU)
     with pytest.raises(UserError, match="--omni_ckpt"):
-        Merged(output).omni(CPU)
+        Export(output).omni(CPU)
 
 
 def test_parts_that_stage_e_had_no_use_for_are_exported_and_not_connected(folders, tmp_path):
@@ -317,10 +319,10 @@ def test_parts_that_stage_e_had_no_use_for_are_exported_and_not_connected(folder
 
     other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", blind)
     export.main(options({"omni": other, "vision": folders["vision"]}, tmp_path / "merged"))
-    opened = Merged(tmp_path / "merged")
+    opened = Export(tmp_path / "merged")
     assert "not connected" in opened.components["vision_encoder"]["notes"][0]
     assert opened.has("vision_encoder") and not opened.has("proj_v") and (tmp_path / "merged/vision_encoder").is_dir()
-    with pytest.raises(UserError, match="does not see"):
+    with pytest.raises(UserError, match="takes no pictures"):
         Assistant.load(tmp_path / "merged", CPU).image(picture(tmp_path))
 
 
@@ -333,7 +335,7 @@ def test_an_encoder_that_stage_e_trained_on_is_exported_and_stage_b_s_stays_a_re
 
     other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", unfrozen)
     export.main(options(folders | {"omni": other}, tmp_path / "merged"))
-    opened = Merged(tmp_path / "merged")
+    opened = Export(tmp_path / "merged")
     whole = checkpoint.load(other / "omni_final.pt")["model"]
     for part in ("audio_encoder", "vision_encoder"):
         assert opened.components[part]["source"] == "omni_final.pt" and opened.components[part]["stage"] == "omni"
@@ -376,7 +378,7 @@ def test_a_stage_that_still_trains_is_exported_and_said_to(folders, tmp_path, ca
     export.main(options({"thinker": folders["thinker"], "ocr": half}, tmp_path / "merged"))
     step = max(int(path.stem.split("_")[-1]) for path in half.glob("ocr_step_*.pt"))
     assert f"exporting ocr_step_{step}.pt" in capsys.readouterr().err
-    assert Merged(tmp_path / "merged").components["ocr"]["source"] == f"ocr_step_{step}.pt"
+    assert Export(tmp_path / "merged").components["ocr"]["source"] == f"ocr_step_{step}.pt"
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "model_info.json"])
@@ -402,7 +404,7 @@ def test_another_version_s_folder_is_refused(merged, tmp_path):
     info = json.loads((folder / "model_info.json").read_text()) | {"format": 9}
     write_json(folder / "model_info.json", info | {"sha256": info_sha256(info)})
     with pytest.raises(UserError, match="written in format 9, this version reads format 1"):
-        Merged(folder)
+        Export(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -493,7 +495,7 @@ def test_an_earlier_export_is_replaced_with_force_only(folders, tmp_path):
     refused(options(small | {"ocr": folders["ocr"]}, out), str(out), "--force")
     assert contents(out) == before
     export.main(options(small | {"ocr": folders["ocr"]}, out, "--force"))
-    assert Merged(out).has("ocr") and [path.name for path in tmp_path.iterdir()] == ["merged"]
+    assert Export(out).has("ocr") and [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
 def test_an_export_goes_where_a_link_leads(folders, tmp_path):
@@ -502,7 +504,7 @@ def test_an_export_goes_where_a_link_leads(folders, tmp_path):
     link.symlink_to(tmp_path / "elsewhere" / "merged")
     for more in ([], ["--force"]):
         export.main(options(small, link, *more))
-        assert link.is_symlink() and is_merged(link)
+        assert link.is_symlink() and is_export(link)
         assert {path.name for path in tmp_path.iterdir()} == {"elsewhere", "link"}
         assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["merged"]
 
@@ -516,8 +518,8 @@ def test_an_export_goes_where_a_link_leads(folders, tmp_path):
     [
         ("omni.export.bundle:write_weights", 1, False),
         ("omni.export.bundle:write_weights", 2, True),
-        ("omni.export.bundle:write_json", 5, False),
-        ("omni.export.bundle:_fsync", 4, False),
+        ("omni.common.files:write_json", 5, False),
+        ("omni.export.folder:fsync", 4, False),
         ("os:replace", 3, False),  # the third is that of the folder; the others are those of two tokenizer.json
         ("os:replace", 3, True),
     ],
@@ -535,7 +537,7 @@ def test_killed_at_any_moment_it_is_whole_or_not_there(folders, tmp_path, call, 
     assert contents(out) in ([{}] if not over else [{}, earlier]) + [whole]
     if not after and not (over and call == "os:replace"):
         assert contents(out) == earlier
-    process = run(tmp_path, "export.py", *options(small, out, *(["--force"] if is_merged(out) or over else [])))
+    process = run(tmp_path, "export.py", *options(small, out, *(["--force"] if is_export(out) or over else [])))
     assert process.returncode == 0, process.stderr
     assert contents(out) == whole
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"merged", "reference"}, (
@@ -585,7 +587,7 @@ omni.export.bundle.write_weights = slow
     first.wait_for("writing")
     second = run(tmp_path, "export.py", *options(small, tmp_path / "merged"))
     assert second.returncode == 2 and f"already in use by process {first.pid}" in second.stderr
-    assert first.wait().returncode == 0 and is_merged(tmp_path / "merged")
+    assert first.wait().returncode == 0 and is_export(tmp_path / "merged")
 
 
 def test_the_script_refuses_in_one_line(folders, tmp_path):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from omni.common.errors import UserError
-from omni.common.files import file_sha256
-from omni.export.bundle import FORMAT, INFO, LOCK, info_sha256, is_own_file, new_folder, write_json
+from omni.common.files import file_sha256, write_json
+from omni.export.folder import FORMAT, INFO, LOCK, info_sha256, is_own_file, new_folder
 
 LISTED = ("model.safetensors", "config.json", "README.md", "thinker/config.json", "thinker/model.safetensors")
 

@@ -17,9 +17,10 @@ from test_config import only_error
 import export
 from omni.chat.speech import load_speaker
 from omni.common.errors import UserError
-from omni.common.files import file_sha256, read_json, read_sealed_json, write_sealed_json
+from omni.common.files import file_sha256, read_json, read_sealed_json, write_json, write_sealed_json
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import INFO, Merged, info_sha256, write_json
+from omni.export.bundle import Export
+from omni.export.folder import INFO, info_sha256
 from omni.models.aligner import load_aligner
 from omni.models.audio_encoder import load_audio_encoder
 from omni.models.codec import load_codec
@@ -191,7 +192,7 @@ def test_an_altered_export_is_one_line_or_the_same_model(merged, tmp_path, file)
                     write_json(folder / file, changed(whole, path, new))
                     sealed_again(folder, changed(info, ("files", file), file_sha256(folder / file)))
                 try:
-                    opened = Merged(folder)
+                    opened = Export(folder)
                     for part in ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "ocr"):
                         opened.part(part, CPU)
                     opened.omni(CPU)

@@ -431,14 +431,14 @@ def test_what_the_folder_cannot_do_is_one_line(folders, merged, media, chat, tmp
     capsys.readouterr()
     wav = ("--audio_out", str(tmp_path / "said.wav"))
     for folder in (folders["thinker"], alone):
-        assert "does not see" in chat.refuses(folder, "--image", media["picture"], "--text", "red")
-        assert "does not see" in chat.refuses(folder, "--video", media["film"], "--text", "red")
-        assert "does not hear" in chat.refuses(folder, "--audio_in", media["question"])
+        assert "takes no pictures" in chat.refuses(folder, "--image", media["picture"], "--text", "red")
+        assert "takes no pictures" in chat.refuses(folder, "--video", media["film"], "--text", "red")
+        assert "takes no recordings" in chat.refuses(folder, "--audio_in", media["question"])
         for arguments in (("--text", "red", *wav), ("--say", "red", *wav)):
             assert "--talker_ckpt" in chat.refuses(folder, *arguments)
         assert "--ocr_ckpt" in chat.refuses(folder, "--ocr", "--image", media["picture"])
     assert "thinker.pt" in chat.refuses(tmp_path / "absent", "--text", "red")
-    assert "does not see" in chat(folders["thinker"], lines=[f"/image {media['picture']}", "red"]).err
+    assert "takes no pictures" in chat(folders["thinker"], lines=[f"/image {media['picture']}", "red"]).err
     absent = str(tmp_path / "absent")
     for option, file in (("--vocoder_ckpt", "hifigan.pt"), ("--talker_ckpt", "talker.pt")):
         assert file in chat.refuses(merged, "--text", "red", option, absent, *wav)

@@ -619,14 +619,14 @@ def test_what_the_model_lacks_is_switched_off_with_the_reason(bare, media):
     visitor = bare.visitor()
     components = {part["id"]: part["props"] for part in visitor.client.config["components"]}
     (able,) = [props["value"] for props in components.values() if props.get("elem_id") == "able"]
-    assert all(f"<s>{what}</s>" in able for what in ("sees", "hears", "speaks", "reads signs"))
-    assert "does not see" in able and "--talker_ckpt" in able and "--ocr_ckpt" in able
+    assert all(f"<s>{what}</s>" in able for what in ("pictures", "recordings", "speech", "OCR"))
+    assert "takes no pictures" in able and "--talker_ckpt" in able and "--ocr_ckpt" in able
     (ask,) = [props for props in components.values() if props.get("elem_id") == "ask"]
     assert ask["sources"] == []
     buttons = {props.get("value"): props["interactive"] for props in components.values() if "size" in props}
     assert buttons["Say it"] is buttons["Read it"] is False
-    assert "does not see" in visitor.refused("red", media["picture"])
-    assert "does not hear" in visitor.refused("", media["question"])
+    assert "takes no pictures" in visitor.refused("red", media["picture"])
+    assert "takes no recordings" in visitor.refused("", media["question"])
     assert "ocr.pt" in visitor.refused(media["sign"], api_name="/read")
     with pytest.raises(Exception, match=r"talker\.pt"):
         visitor.client.predict("one", 0, 0, api_name="/say")

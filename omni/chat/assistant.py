@@ -9,12 +9,13 @@ from omni.common.errors import BadRow, UserError
 from omni.common.media import Media, quoted
 from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
-from omni.export.bundle import Merged, is_merged
+from omni.export.bundle import Export
+from omni.export.folder import is_export
 from omni.models.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
 from omni.models.thinker import Thinker
+from omni.stages import STAGES
 from omni.stages.omni import SftConfig
 from omni.stages.text import load_thinker
-from omni.train.checkpoint import step_files
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
@@ -53,14 +54,14 @@ class Assistant:
         Raises:
             UserError: the folder has none, is damaged, or holds files of several runs.
         """
-        if is_merged(folder):
-            merged = Merged(folder)
+        if is_export(folder):
+            merged = Export(folder)
             tokenizer, metrics = merged.tokenizer(), merged.components["thinker"]["metrics"]
             if merged.config["omni"] is None:
                 return cls(folder, merged.part("thinker", device), tokenizer, metrics)
             omni, config = merged.omni(device)
             return cls(folder, omni.thinker, tokenizer, metrics, omni, config)
-        if (folder / "omni_final.pt").exists() or step_files(folder, "omni"):
+        if STAGES["omni"].is_in(folder):
             omni, tokenizer, config = load_omni(folder, device)
             return cls(folder, omni.thinker, tokenizer, {}, omni, config)
         return cls(folder, *load_thinker(folder, device))
@@ -104,10 +105,10 @@ class Assistant:
         """Why it takes no pictures (``vision_encoder``) or recordings (``audio_encoder``); None: it does."""
         if self.omni is not None and getattr(self.omni, encoder) is not None:
             return None
-        does = "see" if encoder == "vision_encoder" else "hear"
+        kind = "pictures" if encoder == "vision_encoder" else "recordings"
         return (
-            f"the model in {self.folder} does not {does}. Expected a folder of stage E that was trained to, or an "
-            f"export of one (export.py --omni_ckpt)"
+            f"the model in {self.folder} takes no {kind}. Expected a folder of stage E that was trained on {kind}, or "
+            f"an export with it (export.py --omni_ckpt)"
         )
 
     def _attach(self, encoder: str, path: Media, read):

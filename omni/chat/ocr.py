@@ -7,7 +7,8 @@ import torch
 from omni.common.errors import BadRow, UserError
 from omni.common.media import Media
 from omni.data.images import load_image
-from omni.export.bundle import Merged, has_part, is_merged
+from omni.export.bundle import Export, source_of
+from omni.export.folder import is_export
 from omni.models.ocr import Ocr, load_ocr, read_text
 
 
@@ -17,10 +18,8 @@ def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Oc
     Raises:
         UserError: there is none, or it is damaged.
     """
-    source = ocr_ckpt or folder
-    if ocr_ckpt is None and not is_merged(folder) and not has_part(folder, "ocr"):
-        raise UserError(f"{folder}: expected ocr.pt, found none. Give the folder of stage G as --ocr_ckpt")
-    return Merged(source).part("ocr", device) if is_merged(source) else load_ocr(source, device)
+    source = source_of("ocr", ocr_ckpt, folder)
+    return Export(source).part("ocr", device) if is_export(source) else load_ocr(source, device)
 
 
 def read_picture(reader: Ocr, path: Media) -> str:

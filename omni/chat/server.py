@@ -1,4 +1,4 @@
-"""What keeps the page up whoever uses it: turns at the model, bounds on what is sent, and a folder of its own.
+"""Protection of the web page: turns at the model, bounds on requests, and a folder of its own.
 
 Needs no Gradio.
 """
@@ -32,9 +32,9 @@ SLICE_S = 0.05  # how long one job computes before the next has its turn, if oth
 
 
 class Turns:
-    """One thread that computes for all visitors, first come, first served, a slice at a time. Who has had a slice and
-    wants another goes to the end of the line, so that nobody waits for the whole of another's job. Beside it, one that
-    reads files in the same order: a large one holds up no answer, and no two are in memory.
+    """One thread that computes for all visitors, round robin, a slice of time each, so that no request waits for the
+    whole of another. A second thread reads files in the same order: a large file delays no answer, and no two files
+    are in memory.
 
     Args:
         most: jobs at a time, those that wait included.
@@ -68,7 +68,7 @@ class Turns:
         return await _run(self._files, function, arguments)
 
     async def slices(self, pieces: Iterator) -> AsyncIterator[list]:
-        """What ``pieces`` yields, as many at a time as one slice makes: one at least."""
+        """Yield the items of ``pieces`` in lists, as many as one slice of time makes, at least one."""
         while slice_ := await self.compute(_slice, pieces):
             yield slice_
 
@@ -96,7 +96,7 @@ _BLOCK = 1 << 16  # bytes that the smallest file counts as, as there must not be
 
 
 class Folder:
-    """Where the page keeps what is uploaded and spoken, up to a sum.
+    """The page's uploads and speech on disk, bounded in sum.
 
     Args:
         max_bytes: of all files.
@@ -108,11 +108,11 @@ class Folder:
         self.own = frozenset()
 
     def keep_what_is_there(self) -> None:
-        """The files that are there now are the page's own."""
+        """Keep the files that are there now for good."""
         self.own = frozenset(path for path, _ in self._files())
 
     def clean(self) -> None:
-        """Delete what is too old, half of an upload included, and count the rest."""
+        """Delete old files, unfinished uploads included, and count the others."""
         used, oldest = 0, time.time() - self.kept_s
         for path, found in self._files():
             if path in self.own:
@@ -126,7 +126,7 @@ class Folder:
             self.used = used
 
     def take(self, size: int) -> bool:
-        """Whether there is room for so many bytes more, which count as used then."""
+        """Reserve ``size`` bytes; False if there is no room for them."""
         with self._lock:
             fits = self.used + size <= self.max_bytes
             self.used += size if fits else 0
@@ -141,7 +141,7 @@ class Folder:
 
 @contextlib.contextmanager
 def own_folder(parent: Path | None = None) -> Iterator[Path]:
-    """A new folder, deleted in the end. Those of pages that were killed before are deleted now.
+    """Yield a new folder, deleted at the end. Folders of killed pages are deleted now.
 
     Each holds a file that says so, locked by its page as long as it lives.
     """
@@ -150,7 +150,7 @@ def own_folder(parent: Path | None = None) -> Iterator[Path]:
         _delete_if_dead(path)
     path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
-        unnamed = path / f"{_OWNER}.new"  # locked before anybody takes it for a dead page's
+        unnamed = path / f"{_OWNER}.new"  # locked before another page takes it for a dead page's
         with unnamed.open("xb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
             owner.write(_MARK + b"%d\n" % os.getpid())
@@ -162,7 +162,7 @@ def own_folder(parent: Path | None = None) -> Iterator[Path]:
 
 
 def _delete_if_dead(path: Path) -> None:
-    """Delete a page's folder whose page is gone; anything else stays."""
+    """Delete ``path`` if it is the folder of a page that no longer runs."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:  # a file, a link, somebody else's
@@ -211,7 +211,7 @@ class Refused(Exception):
 
 
 class Guard:
-    """ASGI: lets through to ``app`` what the page itself sends, of bounded size; adds POLICY to every answer.
+    """ASGI: passes the page's own requests, of bounded size, to ``app``; adds POLICY to every response.
 
     Args:
         names: lower-case host names by which the page may be called. Another one may be a site's that was made to
@@ -244,7 +244,7 @@ class Guard:
         await exchange.end()
 
     def _check(self, scope) -> bool:
-        """Whether it is an upload; refuses what must not be asked."""
+        """Whether the request is an upload; raises ``Refused`` for requests that are not the page's."""
         headers, path = dict(scope["headers"]), scope["path"]
         host, origin = headers.get(b"host", b"").decode("latin-1").lower(), headers.get(b"origin")
         if not self._is_ours(host):
@@ -270,7 +270,7 @@ class Guard:
             return False
 
     async def _make_room(self, exchange: "Exchange") -> None:
-        """Bound what the upload may take of the disk, each part as it comes."""
+        """Bound the disk space of the upload, each part as it comes."""
         await asyncio.to_thread(self.folder.clean)
         arrived = 0
 
@@ -291,7 +291,7 @@ def _too_large(limit: int) -> Refused:
 
 
 class Exchange:
-    """A request and its answer, of which the page gets and gives no more once ``refusal`` is there."""
+    """A request and its response; both end once ``refusal`` is set."""
 
     def __init__(self, receive, send) -> None:
         self._receive, self._send = receive, send
@@ -322,7 +322,7 @@ class Exchange:
         return event
 
     async def read_all(self, most: int) -> None:
-        """Wait for the whole body, so that nothing begins before its size is known."""
+        """Wait for the whole body, so that no work begins before its size is known."""
         body = bytearray()
         while not self._ended:
             body += (await self._next()).get("body", b"")
@@ -339,7 +339,7 @@ class Exchange:
         await self._send(event)
 
     async def end(self) -> None:
-        """Send the refusal, unless an answer has begun, as the page's JavaScript shows it."""
+        """Send the refusal as the page's JavaScript shows it, unless a response has begun."""
         if self.refusal is not None and not self._answered:
             body = json.dumps({"detail": self.refusal.reason}).encode() + b"\n"
             head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -348,7 +348,7 @@ class Exchange:
 
 
 def names_of(host: str, address: str, origins: set[str]) -> set[str]:
-    """Lower-case host names of a page that listens at ``address``, which was given as ``host``."""
+    """Lower-case host names of a page that listens at ``address``, the option's ``host``."""
     names = {"localhost", host.lower()} | {urllib.parse.urlsplit(origin).hostname or "" for origin in origins}
     if not ipaddress.ip_address(address).is_loopback:
         name = socket.gethostname().lower()

@@ -18,9 +18,11 @@ from omni.chat.speaker import MAX_SECONDS, Speaker
 from omni.common.errors import UserError
 from omni.common.files import replace_file
 from omni.common.media import quoted
-from omni.export.bundle import CONFIG, INFO, Merged, has_part, is_merged
+from omni.export.bundle import Export, source_of
+from omni.export.folder import CONFIG, INFO, is_export
 from omni.models.codec import fingerprint
 from omni.models.vocoder import load_vocoder_for
+from omni.stages import STAGES
 from omni.train.checkpoint import load_stage, understood
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
@@ -49,11 +51,9 @@ def load_speaker(
     Raises:
         UserError: there is none, it is damaged, or the vocoder reads other log-mels than the codec writes.
     """
-    source = talker_ckpt or folder
-    if talker_ckpt is None and not is_merged(folder) and not has_part(folder, "talker"):
-        raise UserError(f"{folder}: expected talker.pt, found none. Give the folder of stage D as --talker_ckpt")
-    if is_merged(source):
-        export = Merged(source)
+    source, stage = source_of("talker", talker_ckpt, folder), STAGES["talker"]
+    if is_export(source):
+        export = Export(source)
         talker, codec, facts = export.part("talker", device), export.part("rvq", device), export.components["talker"]
         vocoder = export.part("vocoder", device) if export.has("vocoder") else None
         with understood(source / CONFIG):
@@ -65,7 +65,7 @@ def load_speaker(
             speaker.uses_thinker_states = False
     else:
         speaker = Speaker.load(source, vocoder_ckpt, device)
-        facts = load_stage(source, "talker", "talker", "talker.pt")
+        facts = load_stage(source, stage.name, stage.prefix, stage.final)
         own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
         if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
             speaker = Speaker(own, speaker.codec, speaker.vocoder, uses_thinker_states=True)

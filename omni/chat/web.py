@@ -1,4 +1,4 @@
-"""The web page: what its buttons do, and how it is laid out. ``scripts/web_demo.py`` serves it; it needs Gradio."""
+"""The web page: its functions and its layout. ``scripts/web_demo.py`` serves it; it needs Gradio."""
 
 import asyncio
 import base64
@@ -66,25 +66,25 @@ class Session:
         self.turn = asyncio.Lock()  # one request at a time
 
     def stop(self) -> str:
-        """End what is being written or said; returns the player's silence."""
+        """Stop the answer or speech in progress; returns the value that silences the player."""
         self.run += 1
         return ""
 
     def clear(self) -> tuple:
-        """A new conversation: what the page shows of it."""
+        """Begin a new conversation; returns the values of the page's components."""
         self.talk = Talk()
         return [], None, self.stop(), None
 
 
 class Talk:
-    """A conversation, as the model reads it and as the page shows it."""
+    """A conversation, as the model reads it and as the page displays it."""
 
     def __init__(self) -> None:
         self.messages, self.shown = [], []
 
 
 class Page:
-    """What the page's buttons do. Whatever computes takes turns.
+    """The functions of the page's buttons. Their computations take turns.
 
     Args:
         speaker, reader: each with "", or None with the reason.
@@ -151,7 +151,7 @@ class Page:
                         warn(str(error))
 
     def parts(self, path: str) -> list[dict]:
-        """A file as parts of a message, by its content; where that says nothing, by its name, for the message."""
+        """A file as parts of a message, by its content, or by its name where the content does not tell its kind."""
         try:
             kind = kind_of(path)
         except BadRow as error:
@@ -223,7 +223,7 @@ class Page:
             return await self.turns.read(read_picture, self.reader, path)
 
     async def fetched(self, request: gr.Request) -> None:
-        """Wait until the visitor has fetched most of what was sent: it is kept in memory until then.
+        """Wait until the visitor has fetched most messages, which stay in memory until then.
 
         Raises:
             UserError: that takes too long.
@@ -241,8 +241,8 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def in_the_page(*files: str | None) -> Iterator[None]:
-    """Show what went wrong in the page, to this visitor; uploaded files go by their own names there, without this
-    machine's folders. A fault of the program is printed here, and its kind only is shown there."""
+    """Show errors in the page, to this visitor, with uploaded files under their own names. A fault of the program is
+    printed on stderr, and the page shows its kind only."""
     try:
         yield
     except UserError as error:
@@ -283,7 +283,7 @@ async def _load_nothing(url: str, cache_dir: str) -> str:
 
 
 def bound_gradio(blocks: gr.Blocks, page: Page) -> None:
-    """Bound what Gradio keeps in memory and does on its own for anybody who asks."""
+    """Bound the memory that Gradio uses for visitors, and switch off what it offers beside the page."""
     gradio.route_utils.GradioMultiPartParser = Uploads
     gradio.processing_utils.async_ssrf_protected_download = _load_nothing  # a file's name may be any address
     blocks.state_session_capacity = SESSIONS  # the one that was not used for the longest time goes first
@@ -302,23 +302,24 @@ def bound_gradio(blocks: gr.Blocks, page: Page) -> None:
 
 
 def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
-    """What stands where, and which button does what.
+    """The layout of the page, and the functions of its buttons.
 
     Args:
         name: of the model.
         examples: questions as ``gr.MultimodalTextbox`` takes them.
         sign: a picture of a line of text.
     """
-    assistant, able, absent = page.assistant, ["answers"], []
-    no_eyes, no_ears = assistant.lacks("vision_encoder"), assistant.lacks("audio_encoder")
-    no_mouth, no_reader = page.no_speaker, page.no_reader
-    for what, reason in (("sees", no_eyes), ("hears", no_ears), ("speaks", no_mouth), ("reads signs", no_reader)):
+    assistant, able, absent = page.assistant, ["text"], []
+    no_images, no_audio = assistant.lacks("vision_encoder"), assistant.lacks("audio_encoder")
+    no_speech, no_ocr = page.no_speaker, page.no_reader
+    reasons = {"pictures": no_images, "recordings": no_audio, "speech": no_speech, "OCR": no_ocr}
+    for what, reason in reasons.items():
         able.append(f"<s>{what}</s>" if reason else what)
         absent += [f"<br><small><s>{what}</s>: {html.escape(reason)}</small>"] if reason else []
     if assistant.metrics.get("dialogue_share") == 0:
         absent.append("<br><small>trained on text without dialogues</small>")
-    attach = " or ".join(["a picture", "a film"] * (not no_eyes) + ["a recording"] * (not no_ears))
-    griffin_lim = "" if no_mouth or page.speaker.vocoder else "no vocoder: sentence by sentence"
+    attach = " or ".join(["a picture", "a film"] * (not no_images) + ["a recording"] * (not no_audio))
+    griffin_lim = "" if no_speech or page.speaker.vocoder else "no vocoder: sentence by sentence"
 
     def seed(**more) -> gr.Number:
         return gr.Number(-1, precision=0, minimum=-1, maximum=2**53, label="Seed", info="-1: another each time", **more)
@@ -336,41 +337,41 @@ def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
                 box = gr.MultimodalTextbox(
                     show_label=False, autofocus=True, file_count="multiple",
                     placeholder="Ask something" + (f", or attach {attach}" if attach else ""), elem_id="ask",
-                    sources=["upload"] * bool(attach) + ["microphone"] * (not no_ears), max_plain_text_length=10**6,
+                    sources=["upload"] * bool(attach) + ["microphone"] * (not no_audio), max_plain_text_length=10**6,
                 )  # fmt: skip
                 with gr.Row():
                     stop, new = gr.Button("Stop", size="sm"), gr.Button("New chat", size="sm")
                 gr.Examples([[example] for example in examples], box, label="Examples")
             with gr.Column(scale=1, min_width=260):
                 aloud = gr.Checkbox(
-                    not no_mouth, label="Speak the answer", interactive=not no_mouth, info=no_mouth or griffin_lim
+                    not no_speech, label="Speak the answer", interactive=not no_speech, info=no_speech or griffin_lim
                 )
-                answer_wav = gr.Audio(label="The answer", visible=not no_mouth, elem_id="answer_wav", **wav)
-                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: the likeliest token, always")
+                answer_wav = gr.Audio(label="The answer", visible=not no_speech, elem_id="answer_wav", **wav)
+                temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", info="0: always the most likely token")
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="with a temperature; 1: off")
                 most = assistant.ctx_len - 1
                 max_new_tokens = gr.Slider(1, most, min(128, most), step=1, label="Max new tokens")
                 asked = [session, box, aloud, temperature, top_p, max_new_tokens, seed()]
         with gr.Tab("Say a text"):
-            gr.HTML(html.escape(no_mouth), visible=bool(no_mouth))
-            text = gr.Textbox("Anna is reading at the market.", lines=3, label="Text", interactive=not no_mouth)
+            gr.HTML(html.escape(no_speech), visible=bool(no_speech))
+            text = gr.Textbox("Anna is reading at the market.", lines=3, label="Text", interactive=not no_speech)
             with gr.Row():
-                say_temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", interactive=not no_mouth)
-                say_seed = seed(interactive=not no_mouth)
+                say_temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", interactive=not no_speech)
+                say_seed = seed(interactive=not no_speech)
             with gr.Row():
-                say = gr.Button("Say it", variant="primary", interactive=not no_mouth)
-                hush = gr.Button("Stop", interactive=not no_mouth)
-            say_wav = gr.Audio(label="Speech", visible=not no_mouth, elem_id="say_wav", **wav)
+                say = gr.Button("Say it", variant="primary", interactive=not no_speech)
+                hush = gr.Button("Stop", interactive=not no_speech)
+            say_wav = gr.Audio(label="Speech", visible=not no_speech, elem_id="say_wav", **wav)
         with gr.Tab("Read a sign"):
-            gr.HTML(html.escape(no_reader), visible=bool(no_reader))
+            gr.HTML(html.escape(no_ocr), visible=bool(no_ocr))
             picture = gr.Image(
-                type="filepath", label="A picture of a line of text", height=240, interactive=not no_reader,
+                type="filepath", label="A picture of a line of text", height=240, interactive=not no_ocr,
                 sources=["upload", "clipboard"], buttons=["fullscreen"],
             )  # fmt: skip
             picture.preprocess = lambda given: given and given.path  # omni.data.images judges the file, not Gradio
-            read = gr.Button("Read it", variant="primary", interactive=not no_reader)
+            read = gr.Button("Read it", variant="primary", interactive=not no_ocr)
             found = gr.Textbox(label="Text", interactive=False, buttons=["copy"])
-            if not no_reader:
+            if not no_ocr:
                 gr.Examples([[str(sign)]], picture, label="Examples")
 
         in_turns = {"concurrency_limit": None}  # page.turns bounds them

@@ -129,8 +129,10 @@ def remove_temporary(folder: Path) -> None:
             path.unlink()
 
 
-def write_json(path: Path, value: dict) -> None:
-    replace_file(path, lambda file: file.write(json.dumps(value).encode()))
+def write_json(path: Path, value: dict, indent: int | None = None) -> None:
+    """Write ``value`` whole or not at all; with ``indent`` as people read it."""
+    text = json.dumps(value) if indent is None else json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The files of an export that other tools read: sizes, weights and settings under their names."""
+"""The files of an export that other tools read: configs, weights and settings under the names of those tools."""
 
 from collections.abc import Container
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omni.common.files import write_json
 from omni.data.audio import MelSpec
 from omni.data.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
-from omni.export.bundle import CONFIG, TOKENIZER, WEIGHTS, audio_architecture, rounded, write_json, write_weights
+from omni.export.bundle import audio_architecture, rounded, write_weights
+from omni.export.folder import CONFIG, TOKENIZER, WEIGHTS
 from omni.export.model_card import Part
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import mel_spec as audio_mel_spec
@@ -20,14 +22,14 @@ from omni.models.ctc import CtcTokenizer
 def write_model(
     folder: Path, config: dict, weights: dict[str, Tensor], dtype: torch.dtype, exact: Container[str] = ()
 ) -> None:
-    """A folder that ``transformers`` opens: sizes and weights under its names."""
+    """A folder that ``transformers`` opens: config and weights under its names."""
     folder.mkdir()
-    write_json(folder / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / CONFIG, config | {"dtype": str(dtype).removeprefix("torch.")}, indent=2)
     write_weights(folder / WEIGHTS, rounded(weights, dtype, exact))
 
 
 def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer, template: str) -> None:
-    """The tokenizer, the chat format that the Thinker was trained with, and how an answer ends."""
+    """The tokenizer, the chat template of the Thinker's training, and the tokens that end an answer."""
     tokenizer.save(folder / TOKENIZER)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -39,25 +41,25 @@ def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer
         "clean_up_tokenization_spaces": False,
         "chat_template": template,
     }
-    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings, indent=2)
     ends = {"eos_token_id": [tokenizer.end_id, tokenizer.eos_id], "pad_token_id": tokenizer.eos_id}
     longest = min(128, arch.ctx_len // 2)
-    write_json(folder / "generation_config.json", ends | {"do_sample": False, "max_new_tokens": longest})
+    write_json(folder / "generation_config.json", ends | {"do_sample": False, "max_new_tokens": longest}, indent=2)
 
 
 def write_recogniser(folder: Path, part: Part, tokenizer: CtcTokenizer, dtype: torch.dtype) -> None:
-    """The audio encoder as it was trained to write down speech, with its text units."""
+    """Stage B's audio encoder with its CTC head and tokenizer."""
     arch, weights = audio_architecture(part.sizes), to_parakeet_state_dict(part.module)
     statistics = {name for name in weights if ".running_" in name}
     write_model(folder, parakeet_config(arch, tokenizer.vocab_size), weights, dtype, statistics)
     tokenizer.save(folder / TOKENIZER)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    write_json(folder / "tokenizer_config.json", settings)
-    write_json(folder / "preprocessor_config.json", log_mels(audio_mel_spec(arch), per_utterance=True))
+    write_json(folder / "tokenizer_config.json", settings, indent=2)
+    write_json(folder / "preprocessor_config.json", log_mels(audio_mel_spec(arch), per_utterance=True), indent=2)
 
 
 def preprocessing(parts: dict[str, Part]) -> dict:
-    """What becomes of a file before a part gets to see it, part by part."""
+    """How each part's input is made from a file."""
     settings = {}
     if "audio_encoder" in parts:
         spec = audio_mel_spec(audio_architecture(parts["audio_encoder"].sizes))
@@ -68,13 +70,13 @@ def preprocessing(parts: dict[str, Part]) -> dict:
         settings["rvq"] = log_mels(codec_mel_spec(parts["rvq"].module.arch), per_utterance=False)
     if "ocr" in parts:
         arch = parts["ocr"].module.architecture
-        fit = "keeping the proportions; what is left over, on the right or above and below, is the background's colour"
+        fit = "keeping the proportions; the rest, on the right or above and below, has the background's colour"
         settings["ocr"] = image_processor(arch.height, arch.width) | {"do_pad": True, "fit": fit}
     return settings
 
 
 def log_mels(spec: MelSpec, *, per_utterance: bool) -> dict:
-    """How log-mels are made: see ``omni.data.audio.log_mel`` and, if ``per_utterance``, ``normalise_features``."""
+    """Settings of the log-mels: see ``omni.data.audio.log_mel`` and, if ``per_utterance``, ``normalise_features``."""
     return {
         "sampling_rate": spec.sample_rate,
         "feature_size": spec.n_mels,
@@ -92,7 +94,7 @@ def log_mels(spec: MelSpec, *, per_utterance: bool) -> dict:
 
 
 def image_processor(height: int, width: int) -> dict:
-    """What ``omni.data.images`` does to a picture, in the words of ``ViTImageProcessor``."""
+    """The processing of ``omni.data.images`` as settings of ``ViTImageProcessor``."""
     return {
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": True,

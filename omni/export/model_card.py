@@ -1,4 +1,4 @@
-"""What model_info.json and the README.md of an export say of it: parts, origins, figures, and how to run it."""
+"""model_info.json and the README.md of an export: parts, origins, metrics, and how to run it."""
 
 import copy
 from dataclasses import dataclass, field
@@ -7,31 +7,12 @@ import torch
 from torch import nn
 
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import PURPOSE, rounded, weights_sha256
+from omni.export.bundle import PARTS, rounded, weights_sha256
 from omni.models.thinker import Thinker
 
-ANSWER_TOKENS = 32  # of each question that --dtype bfloat16 is judged by
+ANSWER_TOKENS = 32  # per question that --dtype bfloat16 is measured on
 QUESTIONS = ("What is your name?", "What is the opposite of big?", "Three red circles and two blue stars.")
 
-# part -> the figures of its stage, all on held-out data, that the model card names; a name ending in * is a beginning
-FIGURES = {
-    "thinker": ("accuracy*", "perplexity", "bits_per_byte"),
-    "audio_encoder": ("wer", "wer_unseen_voices", "cer"),
-    "vision_encoder": ("top1_of_64", "zero_shot"),
-    "proj_a": (),
-    "proj_v": (),
-    "talker": ("code_perplexity", "wer_talker", "wer_recordings"),
-    "rvq": ("reconstruction_mse",),
-    "vocoder": ("mel_l1", "mel_l1_griffin_lim"),
-    "ocr": ("cer", "exact"),
-}
-RUNS = {  # what a part makes possible
-    "thinker": 'python infer_chat.py --ckpt_dir merged_model --text "What is your name?"',
-    "proj_v": 'python infer_chat.py --ckpt_dir merged_model --image picture.png --text "What is in the picture?"',
-    "proj_a": "python infer_chat.py --ckpt_dir merged_model --audio_in question.wav",
-    "talker": 'python infer_chat.py --ckpt_dir merged_model --text "What is your name?" --audio_out answer.wav',
-    "ocr": "python infer_chat.py --ckpt_dir merged_model --ocr --image sign.png",
-}
 OPENS_WITH = {  # a sub-folder
     "thinker": (
         'model = AutoModelForCausalLM.from_pretrained("merged_model/thinker")\n'
@@ -49,10 +30,10 @@ OPENS_WITH = {  # a sub-folder
 
 @dataclass
 class Part:
-    """A trained part, and where it comes from."""
+    """A trained part and its origin."""
 
     module: nn.Module
-    sizes: dict  # what config.json says of it
+    sizes: dict  # in config.json
     stage: str
     file: str
     step: int
@@ -63,7 +44,7 @@ class Part:
 def describe(name: str, part: Part) -> dict:
     """A part in model_info.json."""
     return {
-        "purpose": PURPOSE[name][0],
+        "purpose": PARTS[name].purpose,
         "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
         "stage": part.stage,
         "source": part.file,
@@ -76,8 +57,9 @@ def describe(name: str, part: Part) -> dict:
 
 @torch.no_grad()
 def loss_of_quality(thinker: Thinker, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
-    """What rounding its weights costs the Thinker: logits on fixed questions, and on the answers that it gives in
-    float32. Both compute in float32, as infer_chat.py does; a tool that computes in ``dtype``, too, adds to it."""
+    """The effect of rounding the Thinker's weights: logits on fixed questions and on their answers in float32.
+
+    Both models compute in float32, as infer_chat.py does; a tool that computes in ``dtype`` differs more."""
     coarse = copy.deepcopy(thinker)
     coarse.load_state_dict(rounded(thinker.state_dict(), dtype, exact=()))
     stop_ids, gaps, logits, agreed, same = (tokenizer.end_id, tokenizer.eos_id), [], [], [], 0
@@ -102,10 +84,10 @@ def loss_of_quality(thinker: Thinker, tokenizer: Tokenizer, dtype: torch.dtype) 
 
 
 def figures(name: str, metrics: dict[str, float]) -> str:
-    """``wer 0.1235, cer 0.04567``: those of ``FIGURES`` that were measured."""
+    """``wer 0.1235, cer 0.04567``: the figures of the part's row that were measured."""
     wanted = [
         key
-        for pattern in FIGURES[name]
+        for pattern in PARTS[name].figures
         for key in metrics
         if key == pattern or (pattern.endswith("*") and key.startswith(pattern[:-1]))
     ]
@@ -125,7 +107,7 @@ def model_card(info: dict, subfolders: set[str]) -> str:
         "",
         f"{total:,} parameters in {info['dtype']}, all trained from scratch. This folder is all that running it needs.",
         "",
-        "| part | what it does | parameters | from | measured on held-out data |",
+        "| part | what it does | parameters | from | on held-out data |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, facts in components.items():
@@ -138,11 +120,11 @@ def model_card(info: dict, subfolders: set[str]) -> str:
             f"- Rounding the weights to {info['dtype']} moves the Thinker's logits, whose standard deviation is "
             f"{cost['logit_standard_deviation']:.3g}, by {cost['logit_difference_mean']:.2g} on average and by "
             f"{cost['logit_difference_max']:.2g} at most. {cost['same_answers']} answers stay the same; so does the "
-            f"likeliest token at {100 * cost['greedy_agreement']:.1f} % of all positions. Not measured of other parts."
+            f"most likely token at {100 * cost['greedy_agreement']:.1f} % of all positions. Of the Thinker alone."
         )
     lines += ["", *notes] if notes else []
     lines += ["", "## Run it", "", "In μOmni's repository:", "", "```bash"]
-    lines += [line for part, line in RUNS.items() if part in components]
+    lines += [part.command for part in PARTS.values() if part.command and part.name in components]
     lines += ["```", "", "## Other tools", "", "In Python, with `transformers`:", "", "```python"]
     lines.append(
         "from transformers import AutoModelForCausalLM, AutoTokenizer, ParakeetForCTC, SpeechT5HifiGan, ViTModel\n"
@@ -152,8 +134,8 @@ def model_card(info: dict, subfolders: set[str]) -> str:
         "```",
         "",
         "`preprocessor_config.json` says how log-mels and pictures are made, `model_info.json` has the SHA-256 of each "
-        "file. `sanitize_control_tokens` spells out what looks like a special token in a message, as `infer_chat.py` "
-        "does: what a stranger types can then never pass for a role.",
+        "file. `sanitize_control_tokens` escapes special tokens in messages, as `infer_chat.py` does, so that no "
+        "text can pass for a role.",
         "",
     ]
     return "\n".join(lines)

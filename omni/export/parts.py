@@ -1,4 +1,4 @@
-"""What export.py puts together: each function adds its parts, and refuses what does not fit to those before."""
+"""The parts of an export, from the folders of their stages: each function adds some, and checks that all fit."""
 
 import argparse
 import sys
@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import BUILD, TOKENIZER, weights_sha256
+from omni.export.bundle import BUILD, weights_sha256
+from omni.export.folder import TOKENIZER
 from omni.export.model_card import Part, figures
 from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
 from omni.models.codec import fingerprint
@@ -37,12 +38,12 @@ STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None
     "vocoder": ("vocoder", "hifigan", "hifigan.pt", VocoderConfig, VocoderConfig),
     "ocr": ("ocr", "ocr", "ocr.pt", OcrConfig, OcrArchitecture),
 }
-# sizes that the weights do not depend on: stage E may have others than stage A
+# no weight depends on these sizes: stage E's may differ from stage A's
 UNWEIGHTED = ("ctx_len", "dropout", "router_aux_loss_coef")
 
 
 def load_part(name: str, folder: Path) -> Part:
-    """A part as its own stage left it, in evaluation mode.
+    """The part that its own stage has trained, in evaluation mode.
 
     Raises:
         UserError: nothing there, damaged, or of another stage.
@@ -64,19 +65,19 @@ def load_part(name: str, folder: Path) -> Part:
 
 
 def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict, str]:
-    """What ``load_stage`` finds, and in which file; a stage that is still in training is told of on stderr."""
+    """What ``load_stage`` finds, and the name of the file; that the stage is still in training goes to stderr."""
     finished = (folder / final).exists()
     saved = load_stage(folder, stage, prefix, final)
     file = final if finished else f"{prefix}_step_{saved['step']}.pt"
     if not finished:
-        say(f"{folder}: no {final} yet, exporting {file}")
+        notice(f"{folder}: no {final} yet, exporting {file}")
     if saved["files"] is None and (folder / TOKENIZER).exists():
-        say(f"{folder / file}: of an earlier version, without the checksum of {TOKENIZER}, which is taken as it is")
+        notice(f"{folder / file}: of an earlier version, without the checksum of {TOKENIZER}, which is taken as it is")
     return saved, file
 
 
-def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenizer, SftConfig | None]:
-    """The Thinker and its tokenizer; with stage E also what it sees and hears through, and that stage's config."""
+def answering_parts(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenizer, SftConfig | None]:
+    """The Thinker and its tokenizer; with stage E also the encoders and projectors, and that stage's config."""
     if args.thinker_ckpt is not None:
         thinker, tokenizer = load_part("thinker", args.thinker_ckpt), Tokenizer.load(args.thinker_ckpt / TOKENIZER)
         if tokenizer.vocab_size != thinker.sizes["vocab_size"]:
@@ -85,20 +86,20 @@ def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokeniz
                 f"found {tokenizer.vocab_size}. The two files are not of one run"
             )
     if args.omni_ckpt is None:
-        say("no --omni_ckpt: this export answers to text alone, and neither sees nor hears")
+        notice("no --omni_ckpt: this export answers text alone, without pictures or recordings")
         return {"thinker": thinker}, tokenizer, None
     omni, omni_tokenizer, config = load_omni(args.omni_ckpt, torch.device("cpu"))
     saved, file = load_saved(args.omni_ckpt, "omni", "omni", "omni_final.pt")
     if args.thinker_ckpt is not None:
         if tokenizer.fingerprint != omni_tokenizer.fingerprint:
             raise UserError(
-                f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
+                f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
         check_compatible(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
         if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
             raise UserError(
-                f"{args.omni_ckpt}: made of another Thinker than that of {args.thinker_ckpt}: their weights differ. "
-                "Give the folder that it was made of, or leave --thinker_ckpt out"
+                f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their weights differ. "
+                "Give the folder that stage E used, or leave --thinker_ckpt out"
             )
     parts = {
         name: Part(module, config.parts.get(name, {}), "omni", file, saved["step"], saved["metrics"])
@@ -107,23 +108,23 @@ def gather_answering(args: argparse.Namespace) -> tuple[dict[str, Part], Tokeniz
     return parts, omni_tokenizer, config
 
 
-def gather_hearing(
+def add_audio_encoder(
     args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
 ) -> tuple[Part, CtcTokenizer] | None:
-    """The audio encoder. Returned is the one of stage B, which writes down speech, with its text units."""
+    """Add the audio encoder. Returns stage B's, which transcribes speech, with its CTC tokenizer."""
     if args.audio_ckpt is None:
         if "audio_encoder" in parts:
-            say("no --audio_ckpt: the audio encoder is exported without its text units, so not for ParakeetForCTC")
+            notice("no --audio_ckpt: the audio encoder has no CTC tokenizer, so not for ParakeetForCTC")
         return None
     recogniser, tokenizer = load_part("audio_encoder", args.audio_ckpt), CtcTokenizer.load(args.audio_ckpt / TOKENIZER)
     if add_encoder("audio_encoder", recogniser, args.audio_ckpt, args, parts, sft):
         measured = figures("audio_encoder", recogniser.metrics) or "not measured"
         origin = f"{recogniser.file}, step {recogniser.step}: {measured}"
-        parts["audio_encoder"].notes.append(f"audio_encoder/ has stage B's, which writes down speech ({origin})")
+        parts["audio_encoder"].notes.append(f"audio_encoder/ has stage B's, which transcribes speech ({origin})")
     return recogniser, tokenizer
 
 
-def gather_seeing(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
+def add_vision_encoder(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
     if args.vision_ckpt is not None:
         vit = load_part("vision_encoder", args.vision_ckpt)
         add_encoder("vision_encoder", vit, args.vision_ckpt, args, parts, sft)
@@ -132,17 +133,17 @@ def gather_seeing(args: argparse.Namespace, parts: dict[str, Part], sft: SftConf
 def add_encoder(
     name: str, encoder: Part, folder: Path, args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
 ) -> bool:
-    """Add the encoder of stage B or C to ``parts``; one that stage E has brought must have been made of it.
+    """Add the encoder of stage B or C to ``parts``. If stage E has brought one, that must come from this one.
 
     Returns:
-        whether stage E has trained it further, so that its own stays.
+        whether stage E has trained it further, so that stage E's stays in ``parts``.
 
     Raises:
-        UserError: stage E was made with another one.
+        UserError: stage E has used another encoder.
     """
     if name not in parts:
         if sft is not None:
-            encoder.notes.append("stage E had no use for it, so it is not connected to the Thinker")
+            encoder.notes.append("stage E did not use it, so it is not connected to the Thinker")
         parts[name] = encoder
         return False
     check_compatible(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, ("dropout", "max_mel_length"))
@@ -150,7 +151,7 @@ def add_encoder(
     if changed and sft.freeze_encoders:
         raise UserError(
             f"{args.omni_ckpt}: its {name}, which stage E did not train (freeze_encoders), is not the one of {folder}. "
-            "Give the folder that it was made of"
+            "Give the folder that stage E used"
         )
     if changed:
         parts[name].notes.append("trained further by stage E")
@@ -159,30 +160,30 @@ def add_encoder(
     return changed
 
 
-def gather_speaking(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
-    """Talker and codec, and what turns their log-mels into sound."""
+def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
+    """Add talker, codec and vocoder."""
     if args.talker_ckpt is None:
-        say("no --talker_ckpt: this export does not speak")
+        notice("no --talker_ckpt: this export has no speech")
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
     check_compatible(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
-    if "talker" in parts:  # stage E's, which hears the Thinker
+    if "talker" in parts:  # stage E's, which is conditioned on the Thinker's states
         if sft.origins["codec"] != fingerprint(codec.module):
             raise UserError(
-                f"{args.omni_ckpt}: its talker speaks in the codes of another codec than that of {args.talker_ckpt}. "
-                "Give the folder that it was made of"
+                f"{args.omni_ckpt}: its talker predicts the codes of another codec than that of {args.talker_ckpt}. "
+                "Give the folder that stage E used"
             )
-        parts["talker"].notes.append(f"made of {talker.file}, step {talker.step}: {figures('talker', talker.metrics)}")
-        parts["talker"].notes.append("has learnt in stage E to hear what the Thinker thinks while it answers")
+        parts["talker"].notes.append(f"from {talker.file}, step {talker.step}: {figures('talker', talker.metrics)}")
+        parts["talker"].notes.append("conditioned in stage E on the Thinker's states of the answer")
         talker = parts["talker"]
     parts |= {"talker": talker, "rvq": codec}
     if args.vocoder_ckpt is None:
-        say("no --vocoder_ckpt: speech will be made by Griffin-Lim")
+        notice("no --vocoder_ckpt: speech will be made by Griffin-Lim")
         return
     parts["vocoder"] = load_part("vocoder", args.vocoder_ckpt)
     reads, writes = parts["vocoder"].module.config, codec_mel_spec(codec.module.arch)
     refuse_other_mels(args.vocoder_ckpt, reads, args.talker_ckpt, writes)
 
 
-def say(notice: str) -> None:
-    print(notice, file=sys.stderr)
+def notice(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.train.config import ASR_HINT, StageConfig, input_file
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
@@ -49,6 +49,15 @@ STAGE = Stage(
     final="audio_enc.pt",
     unit="tokens",
     best_metric="wer",
+    config_name="audio_enc",
+    exports=(
+        ExportedPart(
+            "audio_encoder",
+            "encodes recordings",
+            "--audio_ckpt or --omni_ckpt",
+            figures=("wer", "wer_unseen_voices", "cer"),
+        ),
+    ),
     letter="B",
     script="train_audio_enc.py",
     config=AudioEncoderConfig,

@@ -2,7 +2,7 @@
 
 from omni.models.architectures import OcrArchitecture
 from omni.train.config import OCR_HINT, StageConfig, input_file, resumable
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class OcrConfig(OcrArchitecture, StageConfig):
@@ -21,6 +21,16 @@ STAGE = Stage(
     final="ocr.pt",
     unit="characters",
     best_metric="cer",
+    config_name="ocr",
+    exports=(
+        ExportedPart(
+            "ocr",
+            "reads pictures of text",
+            "--ocr_ckpt",
+            figures=("cer", "exact"),
+            command="python infer_chat.py --ckpt_dir merged_model --ocr --image sign.png",
+        ),
+    ),
     letter="G",
     script="train_ocr.py",
     config=OcrConfig,

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from omni.common.errors import UserError
 from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class SftConfig(StageConfig):
@@ -156,6 +156,21 @@ STAGE = Stage(
     final="omni_final.pt",
     unit="tokens",
     best_metric="loss",
+    config_name="omni_sft",
+    exports=(
+        ExportedPart(
+            "proj_v",
+            "projects picture features into the Thinker",
+            "--omni_ckpt",
+            command='python infer_chat.py --ckpt_dir merged_model --image picture.png --text "What is in the picture?"',
+        ),
+        ExportedPart(
+            "proj_a",
+            "projects audio features into the Thinker",
+            "--omni_ckpt",
+            command="python infer_chat.py --ckpt_dir merged_model --audio_in question.wav",
+        ),
+    ),
     letter="E",
     script="sft_omni.py",
     config=SftConfig,

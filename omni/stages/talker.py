@@ -8,7 +8,7 @@ from pydantic import BaseModel, Field
 from omni.common.errors import UserError
 from omni.models.architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
 from omni.train.config import TTS_HINT, ConfigType, StageConfig, input_file, resumable
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class SpeechManifest(BaseModel):
@@ -96,6 +96,15 @@ CODEC = Stage(
     final="rvq_codec.pt",
     unit="frames",
     best_metric="reconstruction_mse",
+    config_name="talker",
+    exports=(
+        ExportedPart(
+            "rvq",
+            "decodes speech codes into log-mels",
+            "--talker_ckpt",
+            figures=("reconstruction_mse",),
+        ),
+    ),
     letter="D",
     script="train_talker.py",
     config=CodecConfig,
@@ -106,6 +115,7 @@ ALIGNER = Stage(
     final="aligner.pt",
     unit="bytes",
     best_metric="nats_per_byte",
+    config_name="talker",
     letter="D",
     script="train_talker.py",
     config=AlignerConfig,
@@ -116,6 +126,16 @@ STAGE = Stage(
     final="talker.pt",
     unit="codes",
     best_metric="code_perplexity",
+    config_name="talker",
+    exports=(
+        ExportedPart(
+            "talker",
+            "predicts speech codes",
+            "--talker_ckpt",
+            figures=("code_perplexity", "wer_talker", "wer_recordings"),
+            command='python infer_chat.py --ckpt_dir merged_model --text "What is your name?" --audio_out answer.wav',
+        ),
+    ),
     letter="D",
     script="train_talker.py",
     config=TalkerConfig,

@@ -15,7 +15,7 @@ from omni.models.architectures import ThinkerArchitecture
 from omni.models.thinker import Thinker
 from omni.train.config import TEXT_HINT, StageConfig, input_file
 from omni.train.run import Run
-from omni.train.stage import Stage, load
+from omni.train.stage import ExportedPart, Stage, load
 
 
 class TextConfig(ThinkerArchitecture, StageConfig):
@@ -45,6 +45,16 @@ STAGE = Stage(
     final="thinker.pt",
     unit="tokens",
     best_metric="loss",
+    config_name="thinker",
+    exports=(
+        ExportedPart(
+            "thinker",
+            "writes answers",
+            "--thinker_ckpt or --omni_ckpt",
+            figures=("accuracy*", "perplexity", "bits_per_byte"),
+            command='python infer_chat.py --ckpt_dir merged_model --text "What is your name?"',
+        ),
+    ),
     letter="A",
     script="train_text.py",
     config=TextConfig,

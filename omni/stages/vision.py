@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from omni.common.errors import UserError
 from omni.models.architectures import ThinkerArchitecture, VisionArchitecture
 from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class VisionConfig(VisionArchitecture, StageConfig):
@@ -88,6 +88,15 @@ STAGE = Stage(
     final="vision.pt",
     unit="pictures",
     best_metric="loss",
+    config_name="vision",
+    exports=(
+        ExportedPart(
+            "vision_encoder",
+            "encodes pictures",
+            "--vision_ckpt or --omni_ckpt",
+            figures=("top1_of_64", "zero_shot"),
+        ),
+    ),
     letter="C",
     script="train_vision.py",
     config=VisionConfig,

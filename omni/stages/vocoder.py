@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from omni.common.errors import UserError
 from omni.models.architectures import ListedSize, VocoderArchitecture
 from omni.train.config import TTS_HINT, StageConfig, input_file, resumable
-from omni.train.stage import Stage
+from omni.train.stage import ExportedPart, Stage
 
 
 class VocoderConfig(VocoderArchitecture, StageConfig):
@@ -86,6 +86,15 @@ STAGE = Stage(
     final="hifigan.pt",
     unit="samples",
     best_metric="mel_l1",
+    config_name="vocoder",
+    exports=(
+        ExportedPart(
+            "vocoder",
+            "synthesises sound from log-mels",
+            "--vocoder_ckpt",
+            figures=("mel_l1", "mel_l1_griffin_lim"),
+        ),
+    ),
     letter="F",
     script="train_vocoder.py",
     config=VocoderConfig,

@@ -13,6 +13,17 @@ from omni.train.config import StageConfig
 
 
 @dataclass(frozen=True)
+class ExportedPart:
+    """What an export takes of a stage's model, under a name of its own."""
+
+    name: str  # of its weights and in config.json: "thinker"
+    purpose: str  # in model_info.json and messages, beginning with a verb: "writes answers"
+    option: str  # of export.py, that adds it: "--thinker_ckpt or --omni_ckpt"
+    figures: tuple[str, ...] = ()  # metrics that the model card names; one ending in * stands for all with that prefix
+    command: str = ""  # that uses it, for the model card
+
+
+@dataclass(frozen=True)
 class Stage:
     """Names, units and types of a stage, and nothing that happens in it."""
 
@@ -21,6 +32,8 @@ class Stage:
     final: str  # the final file
     unit: str  # what the throughput counts beside samples: "tokens"
     best_metric: str  # the validation metric that chooses the best checkpoint; smaller is better
+    config_name: str = ""  # of configs/<config_name>_demo.json and _tiny.json
+    exports: tuple[ExportedPart, ...] = ()
     letter: str = ""
     script: str = ""  # "train_text.py"
     config: type[StageConfig] | None = None
@@ -28,6 +41,10 @@ class Stage:
     model: Callable[..., nn.Module] | None = None  # from its architecture, and its switches
     switches: tuple[str, ...] = ()  # keys of the config that choose how it computes, and change no weight: use_flash
     files: tuple[str, ...] = ()  # in the same folder: what the model is of no use without, such as a tokenizer
+
+    def is_in(self, folder: str | Path) -> bool:
+        """Whether ``folder`` has the final file or a step file, damaged or not."""
+        return (Path(folder) / self.final).exists() or bool(checkpoint.step_files(Path(folder), self.prefix))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""How scripts/evaluate.py evaluates each stage: with the rows, sums and metrics of the validation in training.
+
+``evaluate_*(args, device)`` takes the options of that script.
+"""
+
+import argparse
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.common.errors import UserError
+from omni.data.corpus import count_lines, read_chunks, split_samples
+from omni.data.images import normalise
+from omni.data.manifest import load_manifest
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
+from omni.models.audio_encoder import load_audio_encoder, transcribe
+from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
+from omni.models.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
+from omni.models.omni_model import Inputs, load_omni
+from omni.models.thinker import Thinker
+from omni.models.vision_encoder import load_vision_encoder
+from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
+from omni.stages.asr import COLUMNS, Utterances, error_counts
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
+from omni.stages.talker import CodecConfig
+from omni.stages.text import load_thinker, text_metrics, text_sums
+from omni.train.checkpoint import load_stage, saved_config
+from omni.train.device import to_device
+from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
+
+# those that need no second file, and no folder of another stage
+OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question", "spoken_answer"))
+
+
+def evaluate_text(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    thinker, tokenizer, _ = load_thinker(args.ckpt_dir, device)
+    result, totals, text_bytes = EvalResult(), {}, 0
+    for batch in text_batches(args, thinker, tokenizer):
+        result.rows += batch["lines"]
+        text_bytes += batch["bytes"]
+        add(totals, text_sums(thinker, to_device(batch, device)))
+    if not result.rows:
+        raise UserError(f"{args.data}: expected lines of text, found none")
+    result.metrics = text_metrics(totals, text_bytes)
+    return result
+
+
+def text_batches(args: argparse.Namespace, thinker: Thinker, tokenizer: Tokenizer) -> Iterator[dict]:
+    """The file as packed sequences, as in training: ``<end> line <end> line <end> ...`` cut every ``ctx_len``."""
+    size = args.batch_size * thinker.architecture.ctx_len
+    tokens, counts = [tokenizer.eos_id], {"lines": 0, "bytes": 0}
+
+    def batch(pieces: list[int]) -> dict:
+        window = np.full(size + 1, IGNORE_INDEX)
+        window[: len(pieces)] = pieces
+        shape = (args.batch_size, thinker.architecture.ctx_len)
+        inputs = torch.from_numpy(window[:-1]).clamp(min=0).view(shape)
+        whole = {"tokens": inputs, "targets": torch.from_numpy(window[1:]).view(shape), **counts}
+        counts.update(lines=0, bytes=0)
+        return whole
+
+    for sample in itertools.islice(text_lines(Path(args.data)), args.limit):
+        tokens += [*tokenizer.encode(sample.decode("utf-8")), tokenizer.eos_id]
+        counts["lines"] += 1
+        counts["bytes"] += len(sample) + 1
+        while len(tokens) > size:
+            yield batch(tokens[: size + 1])
+            tokens = tokens[size:]
+    if len(tokens) > 1:
+        yield batch(tokens)
+
+
+def text_lines(path: Path) -> Iterator[bytes]:
+    row = 1
+    for chunk in read_chunks(path):
+        yield from split_samples(chunk, path, row)
+        row += count_lines(chunk)
+
+
+def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    model, tokenizer, config = load_audio_encoder(args.ckpt_dir, device)
+    manifest = load_manifest(args.data, COLUMNS, "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = Utterances(manifest, first_rows(len(manifest), args), config, tokenizer, training=False)
+    texts: list[str] = []
+    said: list[str] = []
+
+    def sums(batch: dict) -> dict[str, Tensor]:
+        texts.extend(batch["texts"])
+        said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"], args.beam)[: len(batch["texts"])])
+        return {}
+
+    result, _ = evaluate_rows(rows, config, args, device, sums, args.batch_size)
+    (word_errors, words), (character_errors, characters) = error_counts(texts, said)
+    result.metrics = {"wer": word_errors / words, "cer": character_errors / characters}
+    result.shown = list(zip(texts, said, strict=True))[: args.show]
+    return result
+
+
+def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    model, tokenizer, config = load_vision_encoder(args.ckpt_dir, device, args.thinker_ckpt)
+    config = config.model_copy(update={"image_root": args.image_root})
+    manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
+    order = in_distinct_groups(manifest, first_rows(len(manifest), args))
+    rows = CaptionRows(manifest, order, tokenizer, config, training=False)
+    ranking = CaptionRanking(tokenizer, config.ctx_len)
+    result, totals = evaluate_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
+    result.metrics = ranking.metrics(totals)
+    batch = to_device(rows.batch(np.arange(min(GROUP, len(rows)) if args.show else 0), epoch=0), device)
+    if batch["n_targets"]:
+        pictures, captions, _ = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
+        texts = [tokenizer.decode(ids[:end].tolist()) for ids, end in zip(batch["tokens"], batch["ends"], strict=True)]
+        nearest = (pictures @ captions.T).argmax(dim=1).tolist()
+        result.shown = [(texts[row], texts[found]) for row, found in enumerate(nearest)][: args.show]
+    return result
+
+
+def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    codec = load_codec(args.ckpt_dir, device)
+    config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
+    manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
+    result, totals = evaluate_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
+    result.metrics = codec_metrics(totals)
+    return result
+
+
+def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    model = load_ocr(args.ckpt_dir, device)
+    config = model.architecture.model_copy(update={"image_root": args.image_root})
+    manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
+    result, totals = evaluate_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
+    result.metrics = ocr_metrics(totals)
+    batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
+    if batch["n_targets"]:
+        result.shown = list(zip(batch["texts"], read_text(model, batch["images"]), strict=True))
+    return result
+
+
+def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    model = load_vocoder(args.ckpt_dir, device)
+    manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
+    codec = load_codec_of(model.config)
+    rows = Clips(manifest, first_rows(len(manifest), args), model.config, training=False, codec=codec)
+    score = VocoderScore(model.config)
+    result, totals = evaluate_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
+    result.metrics = score.metrics(totals)
+    for row in range(min(args.show, len(rows))):
+        batch = rows.batch(np.array([row]), epoch=0)
+        if batch["n_targets"]:
+            found = score.metrics(score.sums(model, to_device(batch, device)))
+            said = f"mel L1 {found['mel_l1']:.3f}, Griffin-Lim {found['mel_l1_griffin_lim']:.3f}"
+            result.shown.append((manifest[row]["wav"], said))
+    return result
+
+
+def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    if args.task is None:
+        raise UserError(f"--task: expected one of {', '.join(OMNI_TASKS)}, found none")
+    model, tokenizer, config = load_omni(args.ckpt_dir, device)
+    config = config.model_copy(update={"image_root": args.image_root})
+    kind, columns, key = TASKS[args.task]
+    load = load_text if args.task == "text" else partial(load_manifest, columns=columns, key=key)
+    manifest, inputs = load(args.data, cache_dir=args.cache_dir, log=to_stderr), Inputs(tokenizer, config)
+    rows = kind(manifest, first_rows(len(manifest), args), inputs, config, seed=0, training=False)
+    items, score = EvalItems({args.task: rows}, inputs, len(rows)), AnswerScore(inputs, config.max_answer_tokens)
+    result, totals = evaluate_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
+    result.metrics = score.metrics(totals)
+    for row in range(min(args.show, len(rows))):
+        batch = to_device(items.batch(np.array([row]), epoch=0), device)
+        if batch["n_targets"]:
+            embeds, _, dropped, *_ = model.embed(batch)
+            (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
+            result.shown.append((" | ".join(sorted(batch["right"][0])[:3]) or "(not judged)", said))
+    return result
+
+
+EVALUATE = {
+    "text": evaluate_text,
+    "audio_enc": evaluate_audio_enc,
+    "vision": evaluate_vision,
+    "codec": evaluate_codec,
+    "ocr": evaluate_ocr,
+    "vocoder": evaluate_vocoder,
+    "omni": evaluate_omni,
+}

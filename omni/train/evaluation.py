@@ -1,0 +1,76 @@
+"""Evaluation of a finished stage on any data: all rows in order, and the rows that could not be used."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from omni.common.errors import UserError
+from omni.data.manifest import ManifestDataset
+from omni.data.order import ResumableDataset, build_loader
+from omni.train.config import StageConfig
+from omni.train.device import to_device
+
+
+@dataclass
+class EvalResult:
+    """A stage's metrics on some data."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    rows: int = 0  # evaluated
+    left_out: dict[str, str] = field(default_factory=dict)  # where -> why
+    shown: list[tuple[str, str]] = field(default_factory=list)  # target, output of the model
+
+    def check_rows(self, args: argparse.Namespace) -> None:
+        """
+        Raises:
+            UserError: not one row could be used.
+        """
+        if not self.rows:
+            where, why = next(iter(self.left_out.items()))
+            raise UserError(f"{args.data}: not one of its {len(self.left_out)} rows can be used. {where}: {why}")
+
+
+def evaluate_rows(
+    rows: ManifestDataset,
+    config: StageConfig,
+    args: argparse.Namespace,
+    device: torch.device,
+    sums: Callable[[dict], dict[str, Tensor]],
+    batch_size: int,
+) -> tuple[EvalResult, dict[str, float]]:
+    """Evaluate all rows in order, in batches; also returns the totals of ``sums``.
+
+    Raises:
+        UserError: not one row could be used.
+    """
+    result, totals = EvalResult(), {}
+    config = config.model_copy(update={"num_workers": args.num_workers})
+    dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
+    for batch in tqdm(build_loader(dataset, config, device), total=dataset.steps_per_epoch, disable=None):
+        result.left_out |= batch["bad_rows"]
+        for text in batch["notes"]:
+            to_stderr(text)
+        result.rows += len(batch["rows"]) - len(batch["bad_rows"])
+        if batch["n_targets"]:
+            add(totals, sums(to_device(batch, device)))
+    result.check_rows(args)
+    return result, totals
+
+
+def add(totals: dict[str, float | Tensor], sums: dict[str, Tensor]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + (value.double().cpu() if value.dim() else float(value))
+
+
+def first_rows(count: int, args: argparse.Namespace) -> np.ndarray:
+    return np.arange(min(count, args.limit or count))
+
+
+def to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
