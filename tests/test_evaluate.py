@@ -113,7 +113,7 @@ def test_the_joint_model_task_by_task(task, tmp_path):
 def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):
     text, controls = "a\x1b[2Jb\x9bc\rd\te", "".join(map(chr, (*range(32), *range(127, 160))))
     judgement = evaluate_script.EvalResult({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])
-    monkeypatch.setattr(evaluate_script, "STAGES", {"text": (lambda *_: judgement, "", "")})
+    monkeypatch.setattr(evaluate_script, "EVALUATORS", {"text": lambda *_: judgement})
     monkeypatch.setattr(evaluate_script, "load_stage", lambda *_: {"step": 1})
     (tmp_path / "a.txt").touch()
     evaluate_script.main(["text", "--ckpt_dir", "x", "--data", str(tmp_path / "a.txt"), "--show", "1"])
