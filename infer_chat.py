@@ -1,19 +1,19 @@
 """Talk to a trained model: ``python infer_chat.py --ckpt_dir checkpoints/thinker_demo --text "Hello"``.
 
-``--ckpt_dir`` is a folder of stage A, of stage E or an exported one, which is all that is needed then. With ``--text``
-or a recorded question it answers once, and stdout holds the answer and nothing else. Without, it holds a conversation:
-``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach something to the next message, ``/drop`` takes it away
-again, ``/reset`` forgets the conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer. A FILE may be dragged
-into the window; here as in the options it may also be a data URI.
+``--ckpt_dir`` is a folder of stage A or stage E, or an export, which needs no other folder. With ``--text`` or a
+recorded question it answers once, and stdout holds the answer and nothing else. Otherwise it holds a conversation:
+``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach a file to the next message, ``/drop`` removes the
+attachments, ``/reset`` forgets the conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer. A FILE may be
+dragged into the window; here as in the options it may also be a data URI.
 
     python infer_chat.py --ckpt_dir merged_model --image cat.png --text "What is in the picture?" --audio_out answer.wav
     python infer_chat.py --ckpt_dir merged_model --audio_in question.wav
     python infer_chat.py --ckpt_dir merged_model --ocr --image sign.png
     python infer_chat.py --ckpt_dir merged_model --say "Anna is reading at the market." --audio_out anna.wav
 
-``--say`` speaks a text as it is given, ``--ocr`` reads a picture of a line of text. Parts that ``--ckpt_dir`` does not
-have come from the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt``, ``--ocr_ckpt``; ``--say`` and
-``--ocr`` also take stage D's and stage G's folder as ``--ckpt_dir``.
+``--say`` speaks a text verbatim, ``--ocr`` reads a picture of a line of text. Parts that ``--ckpt_dir`` lacks come from
+the folders of their stages: ``--talker_ckpt``, ``--vocoder_ckpt``, ``--ocr_ckpt``; ``--say`` and ``--ocr`` also take
+stage D's and stage G's folder as ``--ckpt_dir``.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--video", metavar="FILE", action="append", default=[],
         help="a film (MP4, WebM ...), an animated GIF, WebP or PNG, or a folder of pictures; repeatable",
     )  # fmt: skip
-    parser.add_argument("--video_frames", metavar="N", type=int, help="look at N frames of a video (as many as fit)")
+    parser.add_argument(
+        "--video_frames", metavar="N", type=int, help="frames to sample from a video (default: as many as fit)"
+    )
     parser.add_argument(
         "--audio_out", metavar="FILE.wav", type=Path, help="speak the answer into it (a conversation: FILE_1.wav ...)"
     )
@@ -52,13 +54,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
     parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, for --ocr")
-    parser.add_argument("--system", help="a system message to begin the conversation with")
+    parser.add_argument("--system", help="system message at the beginning of the conversation")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
-    parser.add_argument("--top_p", type=float, help="draw from the likeliest tokens that together have this share")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same answer")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy decoding"
+    )
+    parser.add_argument("--top_k", type=int, help="sample from the k most likely tokens only")
+    parser.add_argument("--top_p", type=float, help="nucleus sampling: tokens of this total probability")
+    parser.add_argument("--seed", type=int, help="seed of the sampling")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
     check_args(args)
@@ -82,12 +86,12 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name}: expected {expected}, found {getattr(args, name)}")
     for name in ("top_k", "top_p"):
         if getattr(args, name) is not None and args.temperature == 0:
-            raise UserError(f"--{name}: expected a --temperature above 0 with it, to draw from what it leaves")
+            raise UserError(f"--{name}: expected a --temperature above 0 beside it")
     if args.say is not None and args.ocr:
         raise UserError("--say: expected no --ocr beside it")
     if args.say is not None:
         if args.text is not None:
-            raise UserError("--say: expected no --text beside it: the one is spoken as it stands, the other answered")
+            raise UserError("--say: expected no --text beside it: --say speaks a text verbatim, --text is answered")
         if args.audio_out is None:
             raise UserError("--say: expected --audio_out FILE.wav beside it")
         if not args.say.strip() or len(args.say.encode(errors="replace")) > MAX_SPOKEN_BYTES:
@@ -104,7 +108,7 @@ def check_args(args: argparse.Namespace) -> None:
         wav_target(args.audio_out)
     for name in ("talker_ckpt", "vocoder_ckpt"):
         if getattr(args, name) is not None and args.audio_out is None:
-            raise UserError(f"--{name}: expected --audio_out beside it, for what --say or an answer speaks")
+            raise UserError(f"--{name}: expected --audio_out beside it, the file for the speech")
     for name in ("image", "audio_in", "video"):
         if "" in getattr(args, name):
             raise UserError(f"--{name}: expected a file, found an empty name")
