@@ -43,9 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--video", metavar="FILE", action="append", default=[],
         help="a film (MP4, WebM ...), an animated GIF, WebP or PNG, or a folder of pictures; repeatable",
     )  # fmt: skip
-    parser.add_argument(
-        "--video_frames", metavar="N", type=int, help="frames to sample from a video (default: as many as fit)"
-    )
+    parser.add_argument("--video_frames", metavar="N", type=int, help="frames of a video (default: as many as fit)")
     parser.add_argument(
         "--audio_out", metavar="FILE.wav", type=Path, help="speak the answer into it (a conversation: FILE_1.wav ...)"
     )
@@ -57,9 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", help="system message at the beginning of the conversation")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (128)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy decoding"
-    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0 (default): greedy")
     parser.add_argument("--top_k", type=int, help="sample from the k most likely tokens only")
     parser.add_argument("--top_p", type=float, help="nucleus sampling: tokens of this total probability")
     parser.add_argument("--seed", type=int, help="seed of the sampling")
