@@ -337,7 +337,7 @@ def bench_speak(bench: Bench) -> None:
     torch.manual_seed(0)
     talker, codec, origin = speaking_parts(bench)
     if bench.vocoder_ckpt is None:
-        vocoder = fold_weight_norm(Generator(STAGES["F"].read(bench.configs))).eval()
+        vocoder = fold_weight_norm(Generator(read_config("F", bench.configs))).eval()
     else:
         vocoder = load_vocoder(bench.vocoder_ckpt, CPU)
     kinds = {"hifigan": vocoder, "griffin_lim": None}
@@ -359,7 +359,7 @@ def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
     """Talker and codec, and whose weights they have."""
     if bench.talker_ckpt is not None:
         return load_talker(bench.talker_ckpt, CPU), load_codec(bench.talker_ckpt, CPU), f"talker of {bench.talker_ckpt}"
-    config = STAGES["D"].read(bench.configs)
+    config = read_config("D", bench.configs)
     talker, codec = Talker(config).eval(), Codec(config).eval()
     with torch.no_grad():
         talker.depth.heads[0, :, -1] = 0.0  # or chance might end the sentence at its first frame
