@@ -133,7 +133,7 @@ def digests(folder: Path, only: list[str] | None = None) -> dict[str, str]:
 def needed(names: Iterable[str]) -> set[str]:
     """These stages, and those whose folders they name."""
     found = set(names)
-    for name in names:
+    for name in tuple(found):
         found |= needed(other for other in RUNS if any(f"{{{other}}}" in override for override in RUNS[name][2]))
     return found
 
