@@ -1,12 +1,12 @@
-"""Results kept on disk that know what they were made of, and whether they are still what was written.
+"""Results kept on disk, with digests of their inputs and of their own content.
 
-A cache is JSON, or some arrays in ``.npy`` files beside a JSON file that has their digests; the JSON has its own. What
-does not verify is made again, with a line that says why: nothing that a cut, flipped or deleted byte could say is
-believed, and nothing that stands in the way is deleted.
+A cache is JSON, or arrays in ``.npy`` files beside a JSON file with their digests; the JSON contains its own digest. A
+cache that does not verify is made again, and the log says why: a truncated, flipped or deleted byte is noticed. A
+foreign file at its place is renamed, not deleted.
 
-Of each recording or picture that a cache was made of, it keeps size, time of change (mtime), and time of change of the
-directory entry (ctime), which also a file of equal size with a time put back has anew. They say which files to look at;
-where the result took long, the content decides, so that a copied folder costs no more than reading it once.
+For each recording or picture that a cache depends on, it keeps size, time of change (mtime), and time of change of the
+directory entry (ctime), which changes even if mtime is set back. They select the files to compare; where the result is
+expensive, the content decides, so that a copied folder only has to be read once.
 """
 
 import hashlib
@@ -24,15 +24,15 @@ from omni.common.media import Inline, open_media, quoted
 
 ABSENT = "absent"
 _BLOCK_BYTES = 1 << 20
-_IN_MANIFEST = 1  # of a data URI: it changes with the manifest only
+_IN_MANIFEST = 1  # the facts of a data URI, which only changes with its manifest
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files that a cache was made of
+# Files that a cache depends on
 
 
 def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
-    """64 bits of size and times of the file that a row names; 0 if there is none."""
+    """64-bit hash of size and times of the file that a row names; 0 if there is none."""
     try:
         file = manifest.file(manifest[row][column], root)
         return _IN_MANIFEST if isinstance(file, Inline) else _facts(os.stat(file))
@@ -45,7 +45,7 @@ def _facts(stat: os.stat_result) -> int:
 
 
 def content_of_row(manifest, row: int, column: str, root: str | None, facts: int) -> int:
-    """64 bits of the content of the file that a row names; 0 if it has other ``facts`` by now, or cannot be read."""
+    """64-bit hash of the content of the file that a row names; 0 if its ``facts`` have changed, or it is unreadable."""
     try:
         with open_media(manifest.file(manifest[row][column], root)) as file:
             found = _facts(os.fstat(file.fileno())) if facts != _IN_MANIFEST else facts
@@ -66,8 +66,8 @@ def _hash64(data: bytes) -> int:
 
 
 def write_arrays(path: Path, belongs_to: dict, *, there: Sequence[str] = (), **arrays: np.ndarray) -> None:
-    """Each array as ``<path>.<its name>.npy``, that named ``values`` as ``<path>.npy``; then ``<path>.json``, which has
-    their digests and those of the arrays that are ``there`` already."""
+    """Write each array as ``<path>.<name>.npy`` (``values`` as ``<path>.npy``), then ``<path>.json`` with their digests
+    and those of the arrays that are ``there`` already."""
     for name, array in arrays.items():
         file = array_file(path, name)
         set_aside(file)
@@ -78,7 +78,7 @@ def write_arrays(path: Path, belongs_to: dict, *, there: Sequence[str] = (), **a
 
 
 def arrays_problem(path: Path, belongs_to: dict) -> str:
-    """Why what ``write_arrays`` wrote cannot be used; "" if it can. Reads it all."""
+    """Why the arrays of ``write_arrays`` cannot be used; "" if they can. Reads all of them."""
     sealed = read_sealed_json(_sealed(path))
     if sealed is None:
         return f"{_sealed(path)}: damaged, or of an earlier version" if os.path.lexists(_sealed(path)) else ABSENT
@@ -94,14 +94,14 @@ def arrays_problem(path: Path, belongs_to: dict) -> str:
 
 
 def open_arrays(path: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The arrays by name, mapped from disk, and a digest of all that are a result. They were found to be whole."""
+    """The arrays by name, mapped from disk, and a digest of ``values`` and ``spans``. Call ``arrays_problem`` first."""
     digests = read_sealed_json(_sealed(path))["sha256"]
     arrays = {name: np.load(array_file(path, name), mmap_mode="r") for name in digests}
     return arrays, json_sha256({name: digests[name] for name in digests if name in ("values", "spans")})
 
 
 def unseal(path: Path) -> None:
-    """From now on the arrays are incomplete."""
+    """Mark the arrays as incomplete."""
     set_aside(_sealed(path))
     _sealed(path).unlink(missing_ok=True)
 
@@ -115,7 +115,7 @@ def _sealed(path: Path) -> Path:
 
 
 def set_aside(path: Path, *, even_a_file: bool = False) -> None:
-    """Rename what stands at ``path``, if it is no file: a folder or a link there is somebody else's."""
+    """Rename whatever is at ``path``, unless it is a file: a folder or a link there is not ours."""
     if os.path.lexists(path) and (even_a_file or path.is_symlink() or not path.is_file()):
         count = 1
         while os.path.lexists(aside := path.with_name(f"{path.name}.aside{count}")):
@@ -128,7 +128,7 @@ def set_aside(path: Path, *, even_a_file: bool = False) -> None:
 
 
 def cached_json(path: Path, belongs_to: dict, make: Callable[[], dict], log: Callable[[str], None]) -> dict:
-    """What is kept at ``path``, or ``make()`` of it now if it belongs to something else or is damaged."""
+    """The result kept at ``path``; ``make()`` if there is none, it is damaged, or it belongs to something else."""
     kept = read_sealed_json(path)
     if kept is None and os.path.lexists(path):
         log(f"{path}: damaged, or of an earlier version: made again")
@@ -140,10 +140,10 @@ def cached_json(path: Path, belongs_to: dict, make: Callable[[], dict], log: Cal
 
 
 def require_finite(values: Tensor, file: object) -> Tensor:
-    """``values``, computed of ``file``.
+    """``values``, computed from ``file``.
 
     Raises:
-        UserError: one of them is not finite, so that what is made of them would be worth nothing, and stay.
+        UserError: one of them is not finite: a cache that depends on them would be useless, and be kept.
     """
     if not values.isfinite().all():
         raise UserError(

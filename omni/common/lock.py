@@ -19,7 +19,7 @@ class FolderInUse(UserError):
 
 
 def _open_lock(path: Path) -> TextIO:
-    """Open or create a lock file: the number of the process that holds it, and nothing else."""
+    """Open or create a lock file, which contains the PID of the process that holds it."""
     try:
         # not through a link, and not waiting for the other end of a pipe
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -28,7 +28,7 @@ def _open_lock(path: Path) -> TextIO:
             raise
         raise UserError(f"{path}: expected a lock file, found something else. Move it away") from error
     facts = os.fstat(number)
-    # two names: the other one is somebody's file
+    # a second name (hard link) means that it is another program's file
     if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1 or os.pread(number, 32, 0).strip(b"0123456789"):
         os.close(number)
         raise UserError(f"{path}: expected the lock file of a run, found another program's. Move it away")
@@ -39,12 +39,12 @@ class FolderLock:
     """At most one process works in a folder.
 
     A POSIX record lock (``fcntl.lockf``) belongs to this process alone: data loader workers do not inherit it, so
-    after a SIGKILL the folder is free at once, even while orphaned workers are still on their way out. Whoever takes
-    it clears the partial files of those who were killed. A context manager that lets go of it at the end.
+    after a SIGKILL the folder is free at once, even while orphaned workers are still running. The next holder deletes
+    the partial files of a killed one. A context manager that releases the lock at the end.
 
     Raises:
         FolderInUse: another process has it.
-        UserError: ``.lock`` is something else than such a file, which is left as it is.
+        UserError: ``.lock`` is another kind of file, which is left as it is.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -69,15 +69,15 @@ class FolderLock:
 
     @classmethod
     def wait_for(cls, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> "FolderLock":
-        """The lock of ``folder``, as soon as whoever prepares data there has finished."""
-        told = False
+        """The lock of ``folder``, once the process that prepares data there has finished."""
+        logged = False
         while True:
             try:
                 return cls(folder)
             except FolderInUse as error:
-                if not told:
+                if not logged:
                     log(f"{error}: waiting")
-                told = True
+                logged = True
             check_stop()
             time.sleep(0.2)
 

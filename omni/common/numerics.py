@@ -1,4 +1,4 @@
-"""How exactly a device computes."""
+"""Numerical precision."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ import torch
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """Inside, products of float32 matrices are made in float32, whatever autocast says and however coarse training is.
+    """Compute products of float32 matrices in full float32, regardless of autocast and TF32.
 
-    On a GPU training's "float32" is TF32, whose 10 bits of mantissa make near distances and cosines equal: another
-    row of a codebook would be the nearest one than on a CPU. For what is compared, and for what is kept.
+    On a GPU "float32" products in training are TF32, whose 10 bits of mantissa make close distances or cosines equal: a
+    GPU would choose another nearest codebook row than a CPU. Use it where values are compared or stored.
     """
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision

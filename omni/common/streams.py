@@ -1,6 +1,6 @@
 """Standard input, output and error of a process that outlives whoever started it.
 
-A terminal is closed, a pipe's reader leaves, ``>&-`` gives no stream at all: a training goes on, with training.log.
+If a terminal is closed, a pipe's reader leaves, or ``>&-`` gives no stream at all, training goes on with training.log.
 """
 
 import contextlib
@@ -8,13 +8,13 @@ import errno
 import os
 import sys
 
-GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESTALE)  # nobody is there to read what is written
+GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESTALE)  # there is no reader any more
 
 
 def secure() -> None:
-    """Called first: nothing can fail by writing to stderr from here on, and none of the three is missing.
+    """Replace missing streams, and make writing to stderr safe. Call this first.
 
-    A closed descriptor 0, 1 or 2 is the next one that ``open`` returns: a checkpoint would be written to what a library
+    ``open`` returns the lowest free descriptor: with 0, 1 or 2 closed, a checkpoint would get the number that a library
     takes for the terminal.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -28,7 +28,7 @@ def secure() -> None:
 
 
 def silence(number: int) -> None:
-    """What is written to the descriptor from now on goes nowhere."""
+    """Discard what is written to the descriptor from now on."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, number)
     os.close(null)

@@ -21,21 +21,19 @@ from omni.common.media import visible
 from omni.train.config import StageConfig, load_config
 
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-# What only a path that somebody gave can be. Not ENOENT: a file that is gone may as well be our own fault.
-_OUT_OF_FILES = (os.strerror(errno.EMFILE), "items of ancdata")  # the second: what could not be passed to us
+# Errors of a path that the user gave. Not ENOENT: a missing file may be a fault of this program.
 _WRONG_PATH = (errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS)
-
-
-_WORKERS_FILES = 256  # open files with which loader workers have enough
+_OUT_OF_FILES = (os.strerror(errno.EMFILE), "items of ancdata")  # the second: a tensor that a worker could not send
+_WORKERS_FILES = 256  # open files that are enough for loader workers
 
 
 def launch(main: Callable[[], None]) -> None:
     """Run ``main`` and exit: 0 finished, 1 failed, 2 bad input, 75 interrupted (saved; run the same line again)."""
     streams.secure()
-    faulthandler.enable()  # a crash inside a library says where
+    faulthandler.enable()  # a crash inside a library prints where
     threading.excepthook = _thread_failed
-    # What the frames of an error hold, a data loader among it, is not taken apart: that would wait for its workers,
-    # and one of them may hang.
+    # Keeps the frames of an error, and with them the data loader: its destructor would wait for its workers, and one
+    # of them may hang.
     held: list[BaseException] = []
 
     def hold() -> None:
@@ -51,13 +49,13 @@ def launch(main: Callable[[], None]) -> None:
     except Exception:
         traceback.print_exc()
         code = EXIT_FAILED
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # that a worker ends is no error any more
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # from now on a worker may end
     workers = multiprocessing.active_children()
-    for worker in workers:  # an error left them; they ignore SIGTERM, after which Python would wait for them for ever
+    for worker in workers:  # left by an error; they ignore SIGTERM, and Python would wait for them for ever
         worker.kill()
     if workers or dist.is_initialized():
-        # Not sys.exit, which would wait for what the loader of killed workers left, and take the process group apart:
-        # gloo's destructor holds the interpreter while it waits for a thread that may be waiting for the interpreter.
+        # Not sys.exit, which would wait for the queues of killed workers, and destroy the process group: gloo's
+        # destructor holds the interpreter while it waits for a thread that may be waiting for the interpreter.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -65,8 +63,8 @@ def launch(main: Callable[[], None]) -> None:
 
 
 def _thread_failed(args) -> None:
-    # TensorBoard writes in a thread; on a full disk the main one gets the same error at its next row, and tells it.
-    # Where no file can be opened, the main one meets that itself.
+    # TensorBoard writes in a thread; on a full disk the main thread gets the same error at its next row, and reports
+    # it. The same holds where no file can be opened.
     if not isinstance(args.exc_value, OSError) or args.exc_value.errno not in (*_DISK_FULL, errno.EMFILE):
         threading.__excepthook__(args)
 
@@ -77,7 +75,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         return 0
     except (UserError, RunError, Interrupted) as error:
         label = "" if isinstance(error, Interrupted) else "error: "
-        # of what the user gave wrong, the others on the same machine say the same
+        # the other processes of this machine have the same input and report the same UserError
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{label}{visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
@@ -96,16 +94,16 @@ def _exit_code(main: Callable[[], None]) -> int:
             return EXIT_FAILED
         if any(text in reason for text in _OUT_OF_FILES):
             return _out_of_files()
-        passed_on = "in DataLoader worker process" in reason  # a fault of ours, with its traceback
+        passed_on = "in DataLoader worker process" in reason  # an error in our code, with its traceback
         if not isinstance(error, RuntimeError) and multiprocessing.active_children():
             reason = f"a DataLoader worker died while it sent a batch: {reason}"
         if passed_on or "DataLoader worker" not in reason:
             raise
         print(f"error: {reason} (often out of memory). Run the same command to go on", file=sys.stderr, flush=True)
         return EXIT_FAILED
-    except KeyboardInterrupt:  # before the signal handlers stood, so there is nothing to save
+    except KeyboardInterrupt:  # before the signal handlers were installed: there is nothing to save
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has left: be as quiet about it as any other tool
+    except BrokenPipeError:  # the reader of our output has gone: stay silent, as other tools do
         streams.silence(sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
@@ -130,7 +128,7 @@ def raise_open_file_limit() -> None:
     """Raise the limit of open files as far as this process may: each tensor that a loader's worker sends is one.
 
     Raises:
-        UserError: that is not far enough. A worker that runs out of them prints a traceback of its own, or hangs.
+        UserError: that is not enough. A worker that runs out of open files prints a traceback of its own, or hangs.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _WORKERS_FILES and soft != resource.RLIM_INFINITY:
@@ -144,7 +142,7 @@ def raise_open_file_limit() -> None:
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """A parser whose errors are those of the rest: one line, exit code 2."""
+    """A parser whose errors are one line with exit code 2, as all errors of users are."""
 
     def error(self, message: str) -> None:
         raise UserError(message)
@@ -159,10 +157,10 @@ def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] |
     parser = OneLineErrors(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Interrupt it when you like (Ctrl-C, SIGTERM, even SIGKILL): the same line goes on where it stopped.\n"
+        epilog="Interrupt it at any time (Ctrl-C, SIGTERM, even SIGKILL): the same command resumes where it stopped.\n"
         "Several GPUs: torchrun --nproc_per_node=N SCRIPT --config FILE.\n"
-        "Several machines: save_dir, cache_dir and the data in folders that all of them see, under the same names.\n"
-        "With samples_per_step, another number of processes goes on with the same samples in each step.\n"
+        "Several machines: save_dir, cache_dir and the data must be in shared folders with the same paths.\n"
+        "With samples_per_step, a run can resume with another number of processes: each step keeps its samples.\n"
         "Exit codes: 0 finished, 1 failed, 2 bad config or data, 75 interrupted and saved.\n\n"
         "Config keys (default):\n" + _describe_keys(cls),
     )

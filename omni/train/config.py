@@ -1,8 +1,7 @@
 """JSON configs, typed: what each key means, its default, and whether a resumed run may change it.
 
-A config file is flat JSON, one per stage. Unknown keys, wrong types and impossible sizes are refused in one
-line that names the file, the key, what was expected and what was found. Defaults stand here and nowhere else:
-code reads ``config.lr``.
+A config file is flat JSON, one per stage. An unknown key, a wrong type or an impossible size is refused in one line
+that names file, key, expected and found value. Code reads ``config.lr``: defaults stand in the config classes alone.
 """
 
 import difflib
@@ -43,12 +42,12 @@ class StageConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    # Keys of older config files that no longer do anything: accepted, with this explanation, once.
+    # Keys of older config files that have no effect any more: accepted, with a notice that explains why.
     OBSOLETE: ClassVar[dict[str, str]] = {
         "shuffle_buffer_size": "every epoch is a full permutation of the rows, no buffer is needed",
     }
 
-    # Keys that have another name now: accepted, and the new name is told, once.
+    # Former names of keys: accepted, with a notice that gives the present name.
     RENAMED: ClassVar[dict[str, str]] = {}
 
     about: str | list[str] = resumable("", description="free text: what this config is for, what it costs")
@@ -58,26 +57,26 @@ class StageConfig(BaseModel):
 
     # Optimisation
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: kernels of linear layers and convolutions by Muon, all else by AdamW"
+        "adamw", description="adamw; or muon: Muon for kernels of linear layers and convolutions, AdamW for the rest"
     )
     lr: float = resumable(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = resumable(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
     wd: float = resumable(0.1, ge=0, description="weight decay, of kernels and embeddings only")
     warmup_steps: int = resumable(100, ge=0)
-    max_steps: int | None = resumable(None, ge=1, description="optimizer updates; wins over max_epochs")
-    max_epochs: int | None = resumable(None, ge=1, description="used when max_steps is absent")
+    max_steps: int | None = resumable(None, ge=1, description="optimizer updates; takes precedence over max_epochs")
+    max_epochs: int | None = resumable(None, ge=1, description="passes over the data; used when max_steps is absent")
     batch_size: int = Field(8, ge=1, le=1_048_576, description="samples per forward pass and process")
     gradient_accumulation_steps: int = Field(1, ge=1, le=1_048_576)
     samples_per_step: int | None = resumable(
         None,
         ge=1,
         le=1 << 40,
-        description="of all processes together; wins over gradient_accumulation_steps, which follows from it",
+        description="samples per update, over all processes; takes precedence over gradient_accumulation_steps",
     )
     max_grad_norm: float = resumable(1.0, gt=0)
     max_nonfinite_steps: int = resumable(10, ge=1, description="NaN or Inf losses in a row that stop the run")
     max_bad_rows: int = resumable(
-        100, ge=0, description="unreadable rows of the data, each replaced, that stop the run"
+        100, ge=0, description="number of unreadable rows that the run tolerates; each is replaced by another row"
     )
 
     # Speed
@@ -87,9 +86,9 @@ class StageConfig(BaseModel):
     deterministic: bool = resumable(True, description="same bits in every run on a GPU, for about a tenth of its speed")
     num_workers: int = resumable(2, ge=0, le=1_024, description="data loader processes")
     loader_timeout_s: int = resumable(
-        600, ge=1, le=1_000_000, description="seconds without a batch from them that stop the run"
+        600, ge=1, le=1_000_000, description="seconds without a batch from the data loader that stop the run"
     )
-    drop_last: bool = Field(True, description="leave out the last, incomplete step of an epoch")
+    drop_last: bool = Field(True, description="omission of the last, incomplete step of an epoch")
 
     # Reporting
     print_freq: int = resumable(50, ge=1, description="steps between two log lines")
@@ -122,7 +121,7 @@ class StageConfig(BaseModel):
 
 
 def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:
-    """The keys of ``config`` that ``cls`` has, without those that say nothing about the weights: paths, printing."""
+    """The keys of ``config`` that ``cls`` has, without those that do not change the weights: paths, printing."""
     resumable = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("resumable")}
     return {name: getattr(config, name) for name in cls.model_fields if name not in resumable}
 
@@ -151,7 +150,7 @@ def check_compatible(
 ) -> None:
     """
     Raises:
-        UserError: two things that must be of one make are not; the message names both and each difference.
+        UserError: two models that must agree in these keys do not; the message names both and each difference.
     """
     found = [
         f"{key} {sizes[key]} here, {value} there"

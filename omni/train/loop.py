@@ -26,7 +26,7 @@ from omni.train.stage import Stage
 from omni.train.training import Phase, Training, Validation
 from omni.train.validation import validate
 
-# Called before each step: (run, number of the step, rows of each micro-batch). For tests, and for who watches a run.
+# Called before each step with (run, number of the step, rows of each micro-batch): for tests and for monitoring.
 STEP_HOOKS: list[Callable[[Run, int, list[list[int]]], None]] = []
 
 
@@ -87,9 +87,9 @@ class Loop:
         run.logs.start_bar(training.total_steps, progress.step)
         self.report.restart_clock()
         self.save_and_validate()  # a run that was stopped in its validation takes it up again
-        steps = self.steps()  # a name keeps the loader while an error is on its way: to take it apart may take long
+        steps = self.steps()  # a name keeps the loader while an error propagates: its destructor may take long
         for micro_batches in steps:
-            # asked here, where no process has begun the step: if one has no batch for it, all of them can stop
+            # decided here, where no process has begun the step: if one of them has no batch, all can stop
             if run.stop_agreed(None in micro_batches):
                 self.stop()
             for hook in STEP_HOOKS:
@@ -131,7 +131,7 @@ class Loop:
             self.report.note_rows(batch)
             if batch["rows"] and not batch["n_targets"]:
                 where, why = list(batch["bad_rows"].items())[-1]
-                # only this process knows of it, and what a user gave wrong is printed by the first one alone
+                # this process alone has met it; of UserErrors only those of the first process are printed
                 error = UserError if run.is_main else RunError
                 raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None

@@ -13,7 +13,7 @@ from omni.train.config import StageConfig
 def build_optimizer(
     module: nn.Module, config: StageConfig, *, lr: float | None = None, betas: tuple[float, float] = (0.9, 0.95)
 ) -> "torch.optim.AdamW | Muon":
-    """The config's ``optimizer``, of all parameters that are to be trained; ``lr`` in the place of the config's."""
+    """The config's ``optimizer`` for all trainable parameters; ``lr`` overrides the config's."""
     build = {"adamw": build_adamw, "muon": Muon}[config.optimizer]
     return build(module, lr=config.lr if lr is None else lr, wd=config.wd, betas=betas)
 
@@ -31,15 +31,15 @@ def _adamw(
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": wd},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    # fused also understands `found_inf`: it skips an update on the device, without telling the host
+    # fused also reads `found_inf`: it skips an update on the device, without a wait of the host
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
 def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters under weight decay: kernels and tables of embeddings.
+    """The parameters under weight decay: kernels and embedding tables.
 
-    Left alone are gains and biases, of whatever shape, and positions: pulling them towards zero is no regulariser. A
-    layer names those that are no vectors in ``no_decay``; the gains of weight norm are known by their name.
+    Gains, biases and position embeddings are excluded, whatever their shape: pulling them towards zero is no
+    regulariser. A layer lists those that are not vectors in ``no_decay``; gains of weight norm are known by their name.
     """
     return [
         parameter
@@ -50,10 +50,10 @@ def decayed_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 class Muon:
-    """Muon for the kernels of linear layers and convolutions, AdamW for all else, as one optimizer.
+    """Muon for the kernels of linear layers and convolutions, AdamW for the rest, as one optimizer.
 
-    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". Embeddings, vectors and what has
-    groups or experts are AdamW's. An update of Muon is scaled to the size that AdamW's has (Liu et al. 2025, "Muon is
+    Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". AdamW updates embeddings, vectors,
+    grouped convolutions and experts. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, "Muon is
     Scalable for LLM Training"), so that one learning rate serves both.
     """
 
@@ -87,8 +87,8 @@ class Muon:
 
 
 def hidden_kernels(module: nn.Module) -> list[nn.Parameter]:
-    """The trainable kernels of linear layers and of convolutions without groups, of those with weight norm its
-    directions. A layer that shares its kernel with an embedding is none of them."""
+    """The trainable kernels of linear layers and of convolutions without groups; with weight norm, its directions.
+    Kernels that are shared with an embedding are excluded."""
     embeddings = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     kernels = {}
     for part in module.modules():
@@ -102,10 +102,10 @@ def hidden_kernels(module: nn.Module) -> list[nn.Parameter]:
 
 class OrthogonalUpdates(torch.optim.Optimizer):
     """Momentum SGD whose update of a kernel is the nearest matrix with singular values of about 1, so that directions
-    which rarely get a gradient move as far as the others. A convolution's kernel counts as a matrix, (out, rest).
+    which rarely get a gradient move as far as the others. A convolution's kernel is seen as a matrix, (out, rest).
 
-    Equal to ``torch.optim.Muon`` with ``match_rms_adamw``, which takes matrices only, one after the other; here those
-    of one shape are worked on together.
+    Equal to ``torch.optim.Muon`` with ``match_rms_adamw``, which takes matrices only and updates them one by one; here
+    kernels of one shape are updated together.
     """
 
     MOMENTUM = 0.95

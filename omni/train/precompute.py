@@ -1,4 +1,4 @@
-"""What a trained model makes of every row of a manifest, computed once and kept beside the checkpoints."""
+"""Outputs of a trained model for every row of a manifest, computed once and kept beside the checkpoints."""
 
 import hashlib
 import io
@@ -42,8 +42,8 @@ _SEAL_BYTES = 16  # hexadecimal digits at the beginning of a line of a journal
 class RaggedArray:
     """One array per row, of different lengths, mapped from disk.
 
-    ``values`` (N, ...): all of them, one after the other. ``spans`` (rows, 2): where each row's begin and end; the same
-    for a row that could not be used. ``sha256``: of both.
+    ``values`` (N, ...): the concatenated arrays. ``spans`` (rows, 2): begin and end of each row's array, equal for a
+    row that cannot be used. ``sha256``: digest of both.
     """
 
     values: np.ndarray
@@ -66,16 +66,16 @@ def precompute(
     root: str | None = None,
     note: str,
 ) -> RaggedArray:
-    """``make(batch)`` gives one array for each row of a batch; those of all ``rows``, as ``save_dir/codes/name``.
+    """The arrays of all ``rows``, kept as ``save_dir/codes/name``; ``make(batch)`` gives one for each row of a batch.
 
-    They are made again when they are damaged, when ``belongs_to`` changes, or a file with another content stands under
-    its old name. A kill costs the batch in hand.
+    They are computed again if they are damaged, if ``belongs_to`` changes, or if a file's content changes under its old
+    name. A kill costs the batch in progress.
 
     Args:
-        rows: what to compute it of, rows of similar length one after the other; ``training`` is false.
+        rows: the inputs, sorted so that neighbours have similar lengths; ``training`` is false.
         column: the one that names the files, inside ``root``.
         belongs_to: what the result depends on beside the data, as plain data.
-        note: what is being done, for the log.
+        note: name of the computation, for the log.
     """
     path, numbers = run.save_dir / "codes" / name, rows.row_numbers
     order = hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()  # neighbours are padded alike
@@ -98,7 +98,7 @@ def precompute(
 
 @dataclass(frozen=True)
 class Files:
-    """Those that the rows ``numbers`` name in a column."""
+    """The files that the rows ``numbers`` name in a column."""
 
     run: Run
     manifest: Manifest
@@ -119,7 +119,7 @@ class Files:
 
 
 def _changed(path: Path, belongs_to: dict, files: Files) -> str:
-    """In words, how many files have another content than the finished arrays were made of; "" for none."""
+    """How many files have changed since the arrays were computed, as a message; "" for none."""
     facts, before = path.with_name(f"{path.name}.facts"), np.zeros(len(files.numbers), np.uint64)
     if problem := arrays_problem(facts, belongs_to):
         if problem != ABSENT:
@@ -137,7 +137,7 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
     values, count = array_file(path, "values"), f"of {len(files.numbers):,} files"
     if changed:
         return f"{values}: {changed + int(gone.sum()):,} {count} changed"
-    if gone.any():  # a disk that is not there, say: what took hours is not thrown away for that
+    if gone.any():  # such as a disk that is not mounted: the result of hours is kept
         files.run.log(f"{values}: {gone.sum():,} {count} it was made of cannot be read: it is used as it is")
     if problem or len(suspects):  # other times, the same content
         write_arrays(facts, belongs_to, values=np.where(gone, before, files.facts))
@@ -147,7 +147,7 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
 def _make(
     run: Run, path: Path, rows: ManifestDataset, files: Files, belongs_to: dict, make: Callable, note: str
 ) -> None:
-    """Compute the arrays of all rows and seal them, going on where a kill came."""
+    """Compute the arrays of all rows and seal them, resuming after a kill."""
     unseal(path)
     key = json_sha256(belongs_to | {"files": hashlib.sha256(files.facts.tobytes()).hexdigest()})
     with _Unfinished(path, key) as unfinished:
@@ -162,7 +162,7 @@ def _make(
             return run.stop_requested or waited_s >= limit
 
         batches = arriving(build_loader(dataset, run.config.num_workers, run.device), give_up) if done < total else []
-        # a name keeps the loader while an error is on its way: to take it apart may take long
+        # a name keeps the loader while an error propagates: its destructor may take long
         shown = iter(tqdm(batches, initial=done, total=total, desc=note, unit="batch", disable=None, delay=0.5))
         for batch in shown:
             run.check_stop()
@@ -188,12 +188,12 @@ def _make(
 
 
 class _Unfinished:
-    """Values that grow on disk batch by batch, and a journal: after each batch one line of which rows it had, how long
-    each is, the content of their files, and a digest of all values so far. What a kill or a power cut left half-written
-    does not verify, and is made again. A context manager.
+    """Values that grow on disk batch by batch, and a journal: after each batch one line with its rows, their lengths,
+    hashes of their files' contents, and a digest of all values so far. A batch that a kill or a power cut left
+    incomplete does not verify, and is computed again. A context manager.
 
     Args:
-        key: of what they are made; values of another key are dropped.
+        key: digest of the inputs; values of another key are dropped.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -226,7 +226,7 @@ class _Unfinished:
         return lines if known else None
 
     def _take_up(self, lines: list[bytes]) -> None:
-        """Go on behind the last batch whose values verify."""
+        """Resume after the last batch whose values verify."""
         self.file.seek(_HEADER_BYTES)
         end = len(lines[0]) if lines else 0
         for line in lines[1:]:
@@ -260,7 +260,7 @@ class _Unfinished:
         self._write_line(batch)
 
     def finish(self) -> None:
-        """Make it a file that ``np.load`` reads."""
+        """Complete the file, so that ``np.load`` reads it."""
         self.file.seek(0)
         self.file.write(_header(self.dtype, (self.length, *self.tail)))
         self.file.flush()
@@ -281,13 +281,13 @@ def _line_seal(line: bytes) -> bytes:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """What a line of the journal says; None if it is not as it was written."""
+    """The value of a line of the journal; None if the line is damaged."""
     value = line[_SEAL_BYTES:].rstrip(b"\n")
     return json.loads(value) if line.endswith(b"\n") and line[:_SEAL_BYTES] == _line_seal(value) else None
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """Of an ``.npy`` file; as long for one number of rows as for another."""
+    """The header of an ``.npy`` file; its length does not depend on the number of rows."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     assert len(header.getvalue()) == _HEADER_BYTES
@@ -295,10 +295,10 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 class ManifestWithColumns:
-    """A manifest whose rows bring along what was computed of them.
+    """A manifest whose rows include what was computed from them.
 
     Args:
-        computed: the name of a further column -> its values.
+        computed: name of the additional column -> its values.
     """
 
     def __init__(self, manifest: Manifest, computed: dict[str, RaggedArray]) -> None:
@@ -317,7 +317,7 @@ class ManifestWithColumns:
 
 
 def computed_digests(*sides: dict) -> dict[str, str]:
-    """One digest of what was computed of the rows of tasks, by name on each side; {} if nothing was."""
+    """One digest of everything computed from the rows of tasks, given by name per side; {} if nothing was."""
     sources = [
         source for tasks in sides for task in tasks.values() for source in (task, getattr(task, "recordings", None))
     ]

@@ -1,7 +1,7 @@
-"""Where a training stands, beyond its modules; and what a validation found after its step had been saved.
+"""The position of a training, and the results of a validation that runs after its step was saved.
 
-A step is saved before it is judged, so that a validation that fails costs nothing. What it found is a few numbers, in
-a sealed file of its own: ``<prefix>_validated.json``, which belongs to the step file whose digest it has.
+A step is saved before it is validated, so that a failed validation costs nothing. The metrics are kept in a sealed file
+of their own, ``<prefix>_validated.json``, which contains the digest of its step file.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ _STEP_FILE = "step_file"
 
 @dataclass
 class Progress:
-    """All of it is in the checkpoint."""
+    """Every field is saved in the checkpoint."""
 
     step: int = 0
     validated_step: int = -1
@@ -31,15 +31,15 @@ def _path(folder: Path, prefix: str) -> Path:
 
 
 def write_validated(folder: Path, prefix: str, progress: Progress, step_file: bytes) -> None:
-    """Keep what the validation of the present step found.
+    """Keep the results of the present step's validation.
 
     Args:
-        step_file: digest of that step's file, which is on disk already: another one of the same step may follow it.
+        step_file: digest of the step's file, since a later file may have the same step number.
     """
     write_sealed_json(_path(folder, prefix), vars(progress) | {_STEP_FILE: step_file.decode()})
 
 
 def read_validated(folder: Path, prefix: str, step_file: bytes) -> dict:
-    """What a validation changed after the step file with this digest was written: fields of ``Progress``, or none."""
+    """Fields of ``Progress`` that the validation of the step file with this digest changed; {} if it has none."""
     found = read_sealed_json(_path(folder, prefix)) or {}
     return found if found.pop(_STEP_FILE, "").encode() == step_file else {}

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: averages, speed, time left, updates that were not made, rows it cannot use."""
+"""Reports of a training while it runs: averages, speed, time left, skipped updates, rows that cannot be used."""
 
 import time
 
@@ -47,7 +47,7 @@ class Report:
         self._clock = (time.perf_counter(), self.training.progress.step, meter.samples, meter.targets)
 
     def averages(self) -> None:
-        """The one place where the host waits for the device: averages since the last report, speed, time left."""
+        """Report averages since the last report, speed and time left: the one place where the host waits for the device."""
         training, run, progress, meter = self.training, self.training.run, self.training.progress, self.training.meter
         averages = meter.averages(run)
         self.check_finite()

@@ -1,4 +1,4 @@
-"""Save a training, take it up again, refuse another one, and write its final file."""
+"""Save a training, resume it, refuse an incompatible one, and write the final file."""
 
 from pathlib import Path
 

@@ -91,10 +91,10 @@ class Run(processes.Processes):
             signal.signal(number, handler)
         try:
             if isinstance(error, (UserError, RunError, Interrupted)):
-                self.logs.write(str(error))  # stderr may lead nowhere
+                self.logs.write(str(error))  # stderr may be closed
             self.logs.close()
         except OSError:
-            if kind is None:  # else the error on its way says more
+            if kind is None:  # else the error that ended the run is more useful
                 raise
         finally:
             if self.lock is not None:
@@ -102,8 +102,8 @@ class Run(processes.Processes):
 
     @contextlib.contextmanager
     def sub_stage(self, config: StageConfig, stage: Stage):
-        """Inside the block, the run is another training in the same folder, with step files, a final file and rows of
-        metrics.jsonl of its own: for a stage that trains one model after the other."""
+        """Inside the block, the run is another training in the same folder, with its own step files, final file and
+        rows of metrics.jsonl: for a stage that trains several models in turn."""
         whole = self.config, self.stage, self._is_part
         self.config, self.stage, self._is_part = config, stage, True
         try:
@@ -113,13 +113,13 @@ class Run(processes.Processes):
             self.config, self.stage, self._is_part = whole
 
     def import_stage(self, folder: str, stage: Stage, sizes: type[BaseModel]) -> dict[str, float]:
-        """Put the final file of ``stage`` from another folder into ``save_dir``, in the place of training it.
+        """Copy the final file of ``stage`` from another folder to ``save_dir``, instead of training it.
 
         Returns:
             Its metrics.
 
         Raises:
-            UserError: it has other ``sizes`` than the config says, or ``save_dir`` has another one already.
+            UserError: its ``sizes`` differ from the config's, or ``save_dir`` already contains another one.
         """
         source, target = Path(folder) / stage.final, self.save_dir / stage.final
         saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
@@ -159,12 +159,16 @@ class Run(processes.Processes):
         streams.write_at_once(f"\n{signal.Signals(number).name}: saving at the next safe point, then stopping\n")
 
     def check_stop(self) -> None:
-        """For work outside the loop that can be taken up again: leave now if asked to."""
+        """For work outside the loop that can be resumed.
+
+        Raises:
+            Interrupted: the run was asked to stop.
+        """
         if self.stop_requested:
             raise Interrupted("stopped while preparing. Run the same command to go on")
 
     def wait_for(self, function: Callable):
-        """``function()``, computed in a thread: while a library works for minutes, a signal is heard all the same."""
+        """``function()``, computed in a thread, so that a signal is handled while a library works for minutes."""
         results: list = []
         failures: list[BaseException] = []
 
@@ -236,8 +240,8 @@ class Run(processes.Processes):
     def deterministic_kernels(self):
         """Inside, on a GPU, a kernel that adds up in any order is an error, unless the config allows it.
 
-        Everywhere else it brings a warning, and what it makes is told to no weight. That is not enough for training:
-        fused attention takes its deterministic kernels only where the others are an error.
+        Outside it only causes a warning, as no weight depends on it there. In training a warning is not enough: fused
+        attention takes its deterministic kernels only where the others are an error.
         """
         if self.device.type != "cuda" or not self.config.deterministic:
             yield

@@ -1,4 +1,4 @@
-"""Sounds and pictures of them, beside the checkpoints and in TensorBoard: what figures cannot say about speech."""
+"""Audio samples and pictures of their log-mels, beside the checkpoints and in TensorBoard."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ def save_samples(run: Run, step: int, index: int, clips: dict[str, Tensor], spec
 
     Args:
         index: number of the utterance.
-        clips: name -> waveform (S,); one in which nothing is said is left out.
+        clips: name -> waveform (S,); empty ones are left out.
     """
     clips = {name: clip for name, clip in clips.items() if len(clip)}
     if not run.is_main or not clips:

@@ -1,4 +1,4 @@
-"""Validation: complete, and without a trace in training."""
+"""Validation: it covers the whole held-out set, and changes nothing in training."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def _totals_of_this_process(
         from_the_start(validation.dataset) as dataset,
         untouched_rng(run.device),
         torch.no_grad(),
-        # its shapes would be compiled as well, in modes of their own, and no signal is looked at meanwhile
+        # else its shapes would be compiled as well, and signals would have to wait meanwhile
         torch.compiler.set_stance("force_eager"),
     ):
         batches = arriving(build_loader(dataset, training.config.num_workers, run.device), give_up)
