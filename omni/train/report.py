@@ -47,7 +47,7 @@ class Report:
         self._clock = (time.perf_counter(), self.training.progress.step, meter.samples, meter.targets)
 
     def averages(self) -> None:
-        """Report averages since the last report, speed and time left: the one place where the host waits for the device."""
+        """Averages since the last report, speed, time left. Only here does the host wait for the device."""
         training, run, progress, meter = self.training, self.training.run, self.training.progress, self.training.meter
         averages = meter.averages(run)
         self.check_finite()
