@@ -71,19 +71,18 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # under torchrun the wrapped generator has to run in its own phase, and of several micro-batches only one
         # graph should be held at a time
         generate_once = run.world == 1 and train_set.accumulation == 1
+        handed_over: list[Tensor] = []  # what the discriminators' phase generated, for the generator's
 
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(generate_once):
                 generated = generator(batch["log_mel"])
             if generate_once:
-                batch["generated"] = generated
+                handed_over.append(generated)
             both = torch.cat((batch["waveform"], generated.detach()))  # one pass is faster than two
             return discriminator_loss(*halves(model(both))), {}
 
         def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            real, generated = batch["waveform"], batch.pop("generated", None)
-            if generated is None:
-                generated = model(batch["log_mel"])
+            real, generated = batch["waveform"], handed_over.pop() if handed_over else model(batch["log_mel"])
             mel = mel_loss(real, generated, spec)
             if batch["step"] < config.adv_start_step:
                 return config.lambda_mel * mel, {"mel": mel}

@@ -398,6 +398,7 @@ def test_the_best_checkpoint_is_kept_and_becomes_the_final_file(stage, tmp_path)
     assert steps[0] == 7 and len(steps) == 3
     assert "holds the weights of step 7" in process.stdout
     best, final = torch.load(training.step_path(7), weights_only=True), training.final_file()
-    assert final["step"] == 7 and final.keys() - {"files"} == {"format", "stage", "config", "step", "metrics", "model"}
+    keys = {"format", "stage", "config", "architecture", "files", "step", "metrics", "model"}
+    assert final["step"] == 7 and final.keys() == keys
     assert differences(list(best["phases"].values())[-1]["module"], final["model"]) == []
     assert differences(training.newest()["phases"], best["phases"]) != []
