@@ -124,8 +124,10 @@ def test_a_new_stage(tree):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
+    opened = "from omni.stages import STAGES; from omni.train.stage import load"
+    tree.run(["python", "-c", f"{opened}; print(load(STAGES['language'], '{killed}').architecture)"])
     judged = tree.run(evaluate)
-    accuracy = float(re.search(r"'accuracy': ([\d.]+)", judged)[1])
+    accuracy = float(re.search(r"^  accuracy +([\d.]+)$", judged, re.MULTILINE)[1])
     assert accuracy > 0.9, judged
 
 
