@@ -50,9 +50,8 @@ def evaluate_rows(
         UserError: not one row could be used.
     """
     result, totals = EvalResult(), {}
-    config = config.model_copy(update={"num_workers": args.num_workers})
     dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
-    for batch in tqdm(build_loader(dataset, config, device), total=dataset.steps_per_epoch, disable=None):
+    for batch in tqdm(build_loader(dataset, args.num_workers, device), total=dataset.steps_per_epoch, disable=None):
         result.left_out |= batch["bad_rows"]
         for text in batch["notes"]:
             to_stderr(text)
