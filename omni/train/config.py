@@ -53,7 +53,7 @@ class StageConfig(BaseModel):
     about: str | list[str] = resumable("", description="free text: what this config is for, what it costs")
     save_dir: str = resumable(min_length=1, description="folder for checkpoints, logs and the final file")
     cache_dir: str | None = resumable(None, description="folder for prepared data; default: beside the data file")
-    seed: int = Field(42, ge=0, lt=2**32)
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of initial weights, sample order and dropout")
 
     # Optimisation
     optimizer: Literal["adamw", "muon"] = Field(
@@ -62,18 +62,18 @@ class StageConfig(BaseModel):
     lr: float = resumable(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = resumable(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
     wd: float = resumable(0.1, ge=0, description="weight decay, of kernels and embeddings only")
-    warmup_steps: int = resumable(100, ge=0)
+    warmup_steps: int = resumable(100, ge=0, description="steps of linear warm-up")
     max_steps: int | None = resumable(None, ge=1, description="optimizer updates; takes precedence over max_epochs")
     max_epochs: int | None = resumable(None, ge=1, description="passes over the data; used when max_steps is absent")
     batch_size: int = Field(8, ge=1, le=1_048_576, description="samples per forward pass and process")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=1_048_576)
+    gradient_accumulation_steps: int = Field(1, ge=1, le=1_048_576, description="forward passes per update")
     samples_per_step: int | None = resumable(
         None,
         ge=1,
         le=1 << 40,
         description="samples per update, over all processes; takes precedence over gradient_accumulation_steps",
     )
-    max_grad_norm: float = resumable(1.0, gt=0)
+    max_grad_norm: float = resumable(1.0, gt=0, description="norm to which gradients are clipped")
     max_nonfinite_steps: int = resumable(10, ge=1, description="NaN or Inf losses in a row that stop the run")
     max_bad_rows: int = resumable(
         100, ge=0, description="number of unreadable rows that the run tolerates; each is replaced by another row"
