@@ -1,4 +1,4 @@
-"""Stage B: train the audio encoder, a FastConformer, to write down speech by CTC.
+"""Stage B: train the audio encoder, a FastConformer, to transcribe speech by CTC.
 
     python train_audio_enc.py --config configs/audio_enc_tiny.json
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.data.manifest import account_for_rows, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
+from omni.data.recordings import static_lengths
 from omni.models.audio_encoder import AudioEncoder
-from omni.stages.asr import (
+from omni.stages.audio_encoder import (
     COLUMNS,
+    STAGE,
+    AudioEncoderConfig,
     EvalSets,
     Utterances,
     ctc_loss,
@@ -26,10 +29,8 @@ from omni.stages.asr import (
     report_unknown_characters,
     score_metrics,
     score_sums,
-    static_lengths,
     usable_rows,
 )
-from omni.stages.audio_encoder import STAGE, AudioEncoderConfig
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -56,7 +57,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
         # fused attention on a GPU adds up the gradient of its mask, our relative positions, in any order
         use_flash = config.use_flash and not (config.deterministic and run.device.type == "cuda")
-        model = run.prepare(AudioEncoder(config, tokenizer.vocab_size, use_flash=use_flash))
+        # the CTC head is as large as the vocabulary really is
+        architecture = config.architecture.model_copy(update={"ctc_vocab_size": tokenizer.vocab_size})
+        model = run.prepare(AudioEncoder(architecture, use_flash=use_flash))
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             return ctc_loss(model, batch), {}

@@ -21,6 +21,7 @@ from omni.common.errors import UserError
 from omni.data.audio import load_audio
 from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
 from omni.data.order import held_out_set, training_set
+from omni.data.recordings import static_lengths
 from omni.models.aligner import (
     Aligner,
     SpokenTexts,
@@ -46,7 +47,6 @@ from omni.models.codec import (
 )
 from omni.models.talker import CodedSpeech, Talker, talker_loss
 from omni.models.vocoder import load_vocoder_for
-from omni.stages.asr import static_lengths
 from omni.stages.talker import ALIGNER, CODEC, STAGE, TalkerConfig
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train

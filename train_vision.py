@@ -2,34 +2,28 @@
 
     python train_vision.py --config configs/vision_tiny.json
 
-The ViT learns to put each picture close to its own caption and away from the others of the batch (CLIP), and to name
-the caption's words. The captions are read by a small text tower that is trained beside it, or by the Thinker of
-stage A (``use_thinker_for_text``).
+The ViT learns to embed each picture close to its own caption and away from the others of the batch (CLIP), and to
+predict the caption's words. The captions are embedded by a small text tower that is trained beside it, or by the
+Thinker of stage A (``use_thinker_for_text``).
 """
-
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 
-from omni.common.errors import BadRow, UserError
-from omni.common.text import visible
+from omni.common.errors import UserError
 from omni.data.images import normalise
-from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
+from omni.data.manifest import account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
-from omni.data.tokenizer import Tokenizer
-from omni.models.vision_encoder import PictureTextModel
+from omni.models.picture_text import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
 from omni.stages.text import load_thinker
-from omni.stages.vision import STAGE, VisionConfig
+from omni.stages.vision import STAGE, VisionConfig, prepare_tokenizer, train_tokenizer
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
 
 COLUMNS = ("image", "caption")
-TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -44,7 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             train_rows, held_out_rows = split_rows(manifest, config.val_split)
         account_for_split(run, manifest, train_rows, held_out, held_out_rows)
 
-        # --- Who reads the captions ------------------------------------------------------------------------------
+        # --- Text tower and tokenizer ----------------------------------------------------------------------------
         requested_vocab_size, thinker = config.vocab_size, None
         if config.use_thinker_for_text:
             thinker, thinker_tokenizer, _ = load_thinker(config.thinker_ckpt, run.device)
@@ -59,7 +53,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         config = run.config = config.model_copy(update=sizes)
 
         # --- Model -----------------------------------------------------------------------------------------------
-        model = run.prepare(PictureTextModel(config, thinker))
+        text = config.text_tower if thinker is None else thinker.architecture
+        model = PictureTextModel(config.architecture_with(text), use_flash=config.use_flash)
+        if thinker is not None:
+            model.attach_thinker(thinker)
+        model = run.prepare(model)
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             images = normalise(batch["images"])
@@ -104,35 +102,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             files={"tokenizer.json": tokenizer.sha256},
             validation=validation,
         )
-
-
-def prepare_tokenizer(run: Run, make: Callable[[], Tokenizer]) -> Tokenizer:
-    """The tokenizer in ``save_dir``; if there is none, the one that ``make`` returns, kept there."""
-    path = Path(run.config.save_dir) / "tokenizer.json"
-    with run.main_process_first():
-        if run.is_main and not path.exists():
-            make().save(path)
-        tokenizer = Tokenizer.load(path)
-    if not run.config.use_thinker_for_text and tokenizer.vocab_size > run.config.vocab_size:
-        raise UserError(
-            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {run.config.vocab_size}. '
-            "Use a new save_dir, or raise vocab_size"
-        )
-    return tokenizer
-
-
-def train_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray) -> Tokenizer:
-    """A tokenizer of the training captions; rows that cannot be read say why when their turn comes in training."""
-
-    def captions():
-        for row in rows[:: -(-len(rows) // TOKENIZER_CAPTIONS)].tolist():
-            try:
-                yield visible(manifest[row]["caption"])
-            except BadRow:
-                continue
-
-    run.log(f"training a tokenizer of up to {run.config.vocab_size} tokens on the captions of {manifest.path}")
-    return run.wait_for(lambda: Tokenizer.train(captions(), run.config.vocab_size))
 
 
 if __name__ == "__main__":

@@ -23,15 +23,16 @@ from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
-from omni.models.ocr import Ocr, encode_texts, ocr_loss
+from omni.models.ocr import OcrModel
 from omni.models.omni_model import OmniModel
+from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
-from omni.models.vision_encoder import PictureTextModel, ViT, to_vit_state_dict, vit_config
+from omni.models.vision_encoder import ViT, to_vit_state_dict, vit_config
 from omni.models.vocoder import Generator, mel_loss, mel_spec, speecht5_config
 from omni.stages import STAGES as TABLE
-from omni.stages.asr import ctc_loss
-from omni.stages.ocr import OcrConfig
+from omni.stages.audio_encoder import ctc_loss
+from omni.stages.ocr import OcrConfig, encode_texts, ocr_loss
 from omni.train.config import StageConfig, sizes_of
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
@@ -122,7 +123,7 @@ def audio_encoder_pair(configs: Path) -> Pair:
     costs it more than is counted here. The CTC of each is its own.
     """
     config = read_config("B", configs, dropout=0.0)
-    ours = AudioEncoder(config, config.ctc_vocab_size, use_flash=config.use_flash)
+    ours = AudioEncoder(config.architecture, use_flash=config.use_flash)
     # recordings of a batch are of similar length, about half of the longest
     frames = max(8, config.max_mel_length // 2)
     lengths = torch.linspace(0.9 * frames, frames, config.batch_size).long()
@@ -132,7 +133,7 @@ def audio_encoder_pair(configs: Path) -> Pair:
     targets = torch.randint(config.ctc_vocab_size, (config.batch_size, units))
     batch = {"features": features, "lengths": lengths, "targets": targets}
     batch["target_lengths"] = torch.full_like(lengths, units)
-    sizes = parakeet_config(config, config.ctc_vocab_size) | {"ctc_loss_reduction": "sum"}
+    sizes = parakeet_config(config.architecture) | {"ctc_loss_reduction": "sum"}
     none = dict.fromkeys(("dropout", "layerdrop", "activation_dropout", "attention_dropout"), 0.0)
     sizes["encoder_config"] |= none
     theirs = opened(transformers.ParakeetForCTC, sizes, to_parakeet_state_dict(ours))
@@ -150,10 +151,7 @@ def audio_encoder_pair(configs: Path) -> Pair:
 def vit_pair(configs: Path) -> Pair:
     """The ViT and ViTModel without its pooler: the same weights. The loss is a fixed sum over the states."""
     config = read_config("C", configs)
-    ours = ViT(
-        config.img_size, config.img_size, config.patch, config.d_model, config.n_layers, config.n_heads, config.d_ff,
-        use_flash=config.use_flash,
-    )  # fmt: skip
+    ours = ViT(config.architecture.vision, use_flash=config.use_flash)
     images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
     probe = torch.randn(1 + ours.n_patches, config.d_model)
     theirs = opened(
@@ -183,7 +181,7 @@ def pictures_alone(configs: Path) -> Pair:
         contrast, words, _ = model(images, tokens, ends, same=same)
         return contrast + config.word_loss * words
 
-    return Pair("C", "whole_step", config, PictureTextModel(config), loss)
+    return Pair("C", "whole_step", config, PictureTextModel(config.architecture), loss)
 
 
 def talker_pair(configs: Path) -> Pair:
@@ -293,7 +291,7 @@ def ocr_pair(configs: Path) -> Pair:
     weights as our three.
     """
     config = read_config("G", configs, conv_stem=False, ctc_weight=0.0, dropout=0.0, characters=CHARACTERS)
-    ours = Ocr(config, use_flash=config.use_flash)
+    ours = OcrModel(config.architecture, use_flash=config.use_flash)
     images, symbols, targets = lines_of_text(config)
     decoder = {
         "vocab_size": ours.n_written + 2, "d_model": config.decoder_d_model, "decoder_layers": config.decoder_layers,
@@ -325,7 +323,7 @@ def ocr_alone(configs: Path) -> Pair:
     """All of stage G's step, with stem and CTC. No library has this model."""
     config = read_config("G", configs, characters=CHARACTERS)
     batch = dict(zip(("images", "symbols", "targets"), lines_of_text(config), strict=True))
-    ours = Ocr(config, use_flash=config.use_flash)
+    ours = OcrModel(config.architecture, use_flash=config.use_flash)
     return Pair("G", "whole_step", config, ours, lambda model: ocr_loss(model, batch, config.ctc_weight)[0])
 
 

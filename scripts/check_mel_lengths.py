@@ -26,8 +26,7 @@ from omni.data.manifest import Manifest, load_manifest, measure
 from omni.data.recordings import LENGTH, row_length, samples_at
 from omni.models.audio_encoder import output_frames
 from omni.models.ctc import CtcTokenizer, frames_needed
-from omni.stages.asr import COLUMNS, read_text
-from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, read_text
 from omni.stages.talker import TalkerConfig
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import load_config, read_keys

@@ -42,7 +42,7 @@ from omni.data.manifest import load_manifest
 from omni.models.aligner import load_aligner, text_symbols
 from omni.models.talker import Utterance, collate_utterances, talker_metrics, talker_sums
 from omni.stages import STAGES
-from omni.stages.asr import COLUMNS
+from omni.stages.audio_encoder import COLUMNS
 from omni.stages.evaluation import EVALUATE, OMNI_TASKS
 from omni.train.checkpoint import load_stage
 from omni.train.cli import OneLineErrors, launch
@@ -139,7 +139,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_ckpt", help="talker: folder of stage B, for word error rates")
     parser.add_argument("--vocoder_ckpt", help="talker: folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--save_speech", metavar="DIR", help="talker: write its speech here, with manifests")
-    parser.add_argument("--beam", type=int, default=1, help="audio_enc: width of the beam search (1: greedy)")
     parser.add_argument("--limit", type=int, help="evaluate the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -147,7 +146,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
-    for name, least in (("beam", 1), ("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
+    for name, least in (("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if not args.data.is_file():

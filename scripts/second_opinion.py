@@ -26,7 +26,7 @@ from omni.common.errors import BadRow, UserError, reading_row
 from omni.data.audio import load_audio
 from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
-from omni.stages.asr import COLUMNS, error_counts, read_text
+from omni.stages.audio_encoder import COLUMNS, error_counts, read_text
 from omni.synthetic import world
 from omni.train.cli import OneLineErrors, launch
 

@@ -19,9 +19,9 @@ from omni.models.aligner import Aligner
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.codec import Codec
 from omni.models.ctc import CtcTokenizer
+from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
-from omni.models.vision_encoder import PictureTextModel
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
 from omni.stages.text import TextConfig
@@ -269,14 +269,16 @@ def make_mix(folder: Path) -> dict:
         tokenizer, ctc_tokenizer = Tokenizer.train(iter(WORDS), 300), CtcTokenizer.train(iter(WORDS), 48)
         sizes = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "save_dir": "-", "max_steps": 1}
         text = TextConfig(train_text="-", vocab_size=tokenizer.vocab_size, ctx_len=64, **sizes)
-        audio = AudioEncoderConfig(train_csv="-", subsampling_channels=8, **sizes)
+        audio = AudioEncoderConfig(
+            train_csv="-", subsampling_channels=8, ctc_vocab_size=ctc_tokenizer.vocab_size, **sizes
+        )
         captions = {"vocab_size": tokenizer.vocab_size, "text_layers": 1, "text_d_model": 16, "text_heads": 2}
         vision = VisionConfig(train_manifest="-", img_size=16, patch=8, **captions, **sizes)
         torch.manual_seed(5)
         for stage, name, config, model in (
             ("text", "thinker", text, Thinker(text.architecture)),
-            ("audio_enc", "audio_enc", audio, AudioEncoder(audio, ctc_tokenizer.vocab_size)),
-            ("vision", "vision", vision, PictureTextModel(vision)),
+            ("audio_enc", "audio_enc", audio, AudioEncoder(audio.architecture)),
+            ("vision", "vision", vision, PictureTextModel(vision.architecture)),
         ):
             (folder / name).mkdir()
             save_model(folder / name / f"{name}.pt", stage, config, model)

@@ -25,11 +25,11 @@ from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import Export
 from omni.export.folder import info_sha256, is_export, is_own_file
-from omni.models.audio_encoder import load_audio_encoder
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
 from omni.models.omni_model import Inputs, load_omni
 from omni.models.vocoder import load_vocoder
+from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.text import load_thinker
 from omni.train import checkpoint
 

@@ -22,17 +22,17 @@ from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import Export
 from omni.export.folder import INFO, info_sha256
 from omni.models.aligner import load_aligner
-from omni.models.audio_encoder import load_audio_encoder
 from omni.models.codec import load_codec
 from omni.models.ctc import CtcTokenizer
-from omni.models.ocr import Ocr, load_ocr
+from omni.models.ocr import OcrModel
 from omni.models.omni_model import assemble, load_omni
 from omni.models.talker import load_talker
-from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Generator, load_vocoder
-from omni.stages.ocr import OcrConfig
+from omni.stages.audio_encoder import load_audio_encoder
+from omni.stages.ocr import OcrConfig, load_ocr
 from omni.stages.omni import SftConfig
 from omni.stages.text import load_thinker
+from omni.stages.vision import load_vision_encoder
 from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
 
@@ -58,7 +58,7 @@ LOADERS = {  # file -> its folder, and who reads it
 def stages(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     keys = make_mix(folder)
-    for name, stage, cls, make in (("ocr", OCR, OcrConfig, Ocr), ("vocoder", VOCODER, VocoderConfig, Generator)):
+    for name, stage, cls, make in (("ocr", OCR, OcrConfig, OcrModel), ("vocoder", VOCODER, VocoderConfig, Generator)):
         characters = {"characters": "abcdefgh"} if name == "ocr" else {}
         config = cls(**stage.config | {"train_csv": "-", "save_dir": "-"} | characters)
         (folder / name).mkdir()

@@ -5,11 +5,10 @@ import unicodedata
 
 import pytest
 
-from omni.common.text import JOINERS, VISIBLE_FORMATS, audible, visible
+from omni.common.text import JOINERS, VISIBLE_FORMATS, audible, clean_text, visible
 from omni.data.tokenizer import Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.ctc import normalise_text
-from omni.models.ocr import clean_text
 from omni.models.omni_model import spoken_bytes
 from omni.stages.captions import encode_caption
 from omni.stages.sft import normalise_answer

@@ -11,25 +11,14 @@ from harness import Training
 from PIL import Image, ImageDraw, ImageFont
 from test_config import only_error
 
+from omni.common.text import clean_text
 from omni.data.images import load_image, normalise
 from omni.data.manifest import load_manifest
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.layers import KVCache
-from omni.models.ocr import (
-    END,
-    IGNORE_INDEX,
-    Ocr,
-    OcrRows,
-    clean_text,
-    column_loss,
-    encode_texts,
-    load_ocr,
-    ocr_loss,
-    ocr_metrics,
-    ocr_sums,
-    read_text,
-)
-from omni.stages.ocr import OcrConfig
+from omni.models.ocr import END, OcrModel, read_text
+from omni.stages.ocr import OcrConfig, OcrRows, column_loss, encode_texts, load_ocr, ocr_loss, ocr_metrics, ocr_sums
 from omni.train.config import load_config
 
 SIZES = {
@@ -53,9 +42,9 @@ def as_batch(texts: list[str], arch: OcrArchitecture) -> dict:
     return {"images": torch.stack(images), "symbols": symbols, "targets": targets, "texts": texts}
 
 
-def build(**keys) -> Ocr:
+def build(**keys) -> OcrModel:
     torch.manual_seed(0)
-    model = Ocr(OcrArchitecture(**SIZES | {"characters": "".join(sorted(set("".join(WORDS))))} | keys)).eval()
+    model = OcrModel(OcrArchitecture(**SIZES | {"characters": "".join(sorted(set("".join(WORDS))))} | keys)).eval()
     with torch.no_grad():  # far from its start, where all logits are nearly equal and the picture plays no part
         for name, parameter in model.named_parameters():
             parameter += (0.5 if "cross_attn" in name else 0.1) * torch.randn_like(parameter)
@@ -63,10 +52,10 @@ def build(**keys) -> Ocr:
 
 
 @pytest.fixture(scope="module")
-def trained() -> tuple[Ocr, dict]:
+def trained() -> tuple[OcrModel, dict]:
     """A model that has overfitted one batch."""
     torch.manual_seed(0)
-    model = Ocr(OcrArchitecture(**SIZES, characters="".join(sorted(set("".join(WORDS))))))
+    model = OcrModel(OcrArchitecture(**SIZES, characters="".join(sorted(set("".join(WORDS))))))
     batch = as_batch(WORDS, model.architecture)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(120):
@@ -187,7 +176,7 @@ def test_unknown_characters_are_errors(trained):
 def test_every_kind_of_edit_counts(trained, monkeypatch):
     model, batch = trained
     read = ["CATS", "DOG 7", "bid", "A7", "", "Exit", "no", "$9"]  # one added, one lost, one wrong, four lost
-    monkeypatch.setattr("omni.models.ocr.read_text", lambda model, images: read)
+    monkeypatch.setattr("omni.stages.ocr.read_text", lambda model, images: read)
     sums = ocr_sums(model, batch)
     assert [int(sums[name]) for name in ("edits", "characters", "exact", "lines")] == [7, 26, 4, 8]
 
@@ -269,13 +258,13 @@ def test_rows_that_cannot_be_used_are_named_and_the_final_file_reads_alone(tmp_p
 def test_held_out_texts_are_never_trained_on(tmp_path):
     path = write_rows(tmp_path, [f"{word}{copy}" for word in WORDS for copy in "abc"] * 2)
     noting = f"""
-import omni.models.ocr
-_read = omni.models.ocr.OcrRows.read
+import omni.stages.ocr
+_read = omni.stages.ocr.OcrRows.read
 def read(self, row, rng):
     with open({str(tmp_path / "read.txt")!r}, "a") as file:
         print(self.training, row["text"], sep="\\t", file=file)
     return _read(self, row, rng)
-omni.models.ocr.OcrRows.read = read
+omni.stages.ocr.OcrRows.read = read
 """
     stage(tmp_path, train_csv=path, val_split=0.3, max_steps=None, max_epochs=1, drop_last=False).finish(prelude=noting)
     read = {tuple(line.split("\t")) for line in (tmp_path / "read.txt").read_text().splitlines()}

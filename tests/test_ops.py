@@ -10,7 +10,7 @@ from omni.data.audio import MelSpec, log_mel
 from omni.models import ops
 from omni.models.codec import nearest
 from omni.models.layers import rope_tables
-from omni.models.vision_encoder import similarities
+from omni.models.picture_text import similarities
 
 T, K = 300, 16  # T: more than the queries that are computed together
 COS, SIN = rope_tables(7, K, 1e4)

@@ -145,7 +145,10 @@ def test_of_a_recording_only_frames_stay_in_which_something_new_is_heard(folder,
         kept = torch.ones(len(sample.ids), dtype=torch.bool)
         for start, sound in sample.sounds:
             frames, _ = model.audio_encoder.encode(sound[None], torch.tensor([len(sound)]))
-            heard = [model.audio_encoder.n_tokens, *model.audio_encoder.ctc_head(frames)[0].argmax(dim=-1).tolist()]
+            heard = [
+                model.audio_encoder.architecture.ctc_vocab_size,
+                *model.audio_encoder.ctc_head(frames)[0].argmax(dim=-1).tolist(),
+            ]
             for at, (before, now) in enumerate(itertools.pairwise(heard)):
                 kept[start + at] = now not in (before, heard[0])
         left_out += int((~kept).sum())

@@ -17,8 +17,7 @@ from omni.models.codec import SpeechClips
 from omni.models.ctc import CtcTokenizer
 from omni.models.omni_model import Inputs
 from omni.models.vocoder import Clips
-from omni.stages.asr import Utterances
-from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.stages.audio_encoder import AudioEncoderConfig, Utterances
 from omni.stages.talker import CodecConfig
 from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint

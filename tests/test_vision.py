@@ -18,20 +18,18 @@ from omni.common.errors import UserError
 from omni.data.manifest import load_manifest
 from omni.data.order import ResumableDataset
 from omni.data.tokenizer import Tokenizer
-from omni.models import vision_encoder
-from omni.models.thinker import Thinker
-from omni.models.vision_encoder import (
+from omni.models import picture_text
+from omni.models.architectures import RectangularVisionArchitecture, VisionArchitecture
+from omni.models.picture_text import (
     MAX_SCALE,
     PictureTextModel,
-    ViT,
     contrastive_loss,
-    load_vision_encoder,
     noisy_or_log_absent,
     similarities,
-    to_vit_state_dict,
-    vit_config,
     word_loss,
 )
+from omni.models.thinker import Thinker
+from omni.models.vision_encoder import ViT, to_vit_state_dict, vit_config
 from omni.stages.captions import (
     ATTRIBUTES,
     GROUP,
@@ -43,7 +41,7 @@ from omni.stages.captions import (
     in_distinct_groups,
     pad_captions,
 )
-from omni.stages.vision import VisionConfig
+from omni.stages.vision import VisionConfig, load_vision_encoder
 from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
 from omni.train.optim import build_adamw
 
@@ -57,7 +55,10 @@ def small_model(**keys) -> PictureTextModel:
     }  # fmt: skip
     torch.manual_seed(0)
     config = VisionConfig.model_construct(**{n: f.default for n, f in VisionConfig.model_fields.items()} | sizes | keys)
-    return PictureTextModel(config, Thinker(config.text_tower) if config.use_thinker_for_text else None)
+    model = PictureTextModel(config.architecture, use_flash=config.use_flash)
+    if config.use_thinker_for_text:
+        model.attach_thinker(Thinker(config.text_tower))
+    return model
 
 
 def some_batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -66,6 +67,13 @@ def some_batch(rows: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     lengths = torch.randint(2, 9, (rows,), generator=generator)
     ids = [torch.randint(16, 300, (int(n),), generator=generator).tolist() for n in lengths]
     return images, *pad_captions(ids)
+
+
+def rectangle(height: int, width: int, patch: int | tuple[int, int], **sizes) -> VisionArchitecture:
+    """The sizes of a ViT for pictures of ``height`` x ``width`` pixels."""
+    patch_height, patch_width = (patch, patch) if isinstance(patch, int) else patch
+    sides = {"img_height": height, "img_width": width, "patch_height": patch_height, "patch_width": patch_width}
+    return RectangularVisionArchitecture(**sides, **sizes)
 
 
 # --- the ViT --------------------------------------------------------------------------------------------------------
@@ -78,7 +86,8 @@ def test_the_vit_is_transformers_vit_model(tmp_path, height, width, patch):
     from transformers import ViTModel
 
     torch.manual_seed(0)
-    vit = ViT(height, width, patch, d_model=32, n_layers=3, n_heads=4, d_ff=48, dropout=0.1).eval()
+    sizes = {"d_model": 32, "n_layers": 3, "n_heads": 4, "d_ff": 48, "dropout": 0.1}
+    vit = ViT(rectangle(height, width, patch, **sizes)).eval()
     for parameter in vit.parameters():  # biases and gains, too, must not be what they start with
         torch.nn.init.normal_(parameter, std=0.3)
     (tmp_path / "config.json").write_text(json.dumps(vit_config(vit)))
@@ -101,13 +110,15 @@ def test_plain_attention_is_fused_attention():
 
 def test_impossible_sizes_are_refused():
     with pytest.raises(ValueError, match="do not divide"):
-        ViT(16, 20, 8, 32, 1, 2, 64)
+        rectangle(16, 20, 8)
+    with pytest.raises(ValueError, match="multiple of patch 8, found 20"):
+        VisionArchitecture(img_size=20, patch=8)
     with pytest.raises(ValueError, match="n_heads"):
-        ViT(16, 16, 8, 30, 1, 4, 64)
+        rectangle(16, 16, 8, d_model=30, n_heads=4)
 
 
 def test_positions_tell_every_patch_from_every_other():
-    vit = ViT(64, 96, 8, 64, 1, 2, 64)
+    vit = ViT(rectangle(64, 96, 8, d_model=64, n_layers=1, n_heads=2, d_ff=64))
     positions = vit.position_embeddings[0, 1:]
     distances = torch.cdist(positions, positions) + 9 * torch.eye(96)
     assert distances.min() > 0.2 * distances.median()
@@ -226,7 +237,7 @@ def test_the_training_losses_are_those_of_the_embeddings(monkeypatch):
     torch.testing.assert_close(contrast, contrastive_loss(*model(images, tokens, ends), same))
     logits = model.word_head(model.vit(images)[:, 1:])
     torch.testing.assert_close(words, word_loss(noisy_or_log_absent(logits, 1), tokens, ends))
-    monkeypatch.setattr(vision_encoder, "WORD_LOGITS", 2 * logits[0].numel())
+    monkeypatch.setattr(picture_text, "WORD_LOGITS", 2 * logits[0].numel())
     pieces = model(images, tokens, ends, same=same)[1]
     torch.testing.assert_close(pieces, words)
     whole = torch.autograd.grad(words, model.vit.parameters(), retain_graph=True)

@@ -9,10 +9,11 @@ from omni.common.media import Media
 from omni.data.images import load_image
 from omni.export.bundle import Export, source_of
 from omni.export.folder import is_export
-from omni.models.ocr import Ocr, load_ocr, read_text
+from omni.models.ocr import OcrModel, read_text
+from omni.stages.ocr import load_ocr
 
 
-def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Ocr:
+def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> OcrModel:
     """The OCR model of ``ocr_ckpt`` (stage G), else of ``folder``, which is stage G's or an export.
 
     Raises:
@@ -22,7 +23,7 @@ def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Oc
     return Export(source).part("ocr", device) if is_export(source) else load_ocr(source, device)
 
 
-def read_picture(reader: Ocr, path: Media) -> str:
+def read_picture(reader: OcrModel, path: Media) -> str:
     """The text of a picture file of one line of text.
 
     Raises:

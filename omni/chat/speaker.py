@@ -16,13 +16,12 @@ from omni.common.errors import BadRow, reading_row
 from omni.data.audio import griffin_lim, load_audio, log_mel, normalise_features, resample
 from omni.data.manifest import Manifest, files_digest
 from omni.models.aligner import text_symbols
-from omni.models.audio_encoder import load_audio_encoder, transcribe
 from omni.models.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.models.codec import Codec, fingerprint, load_codec, mel_spec
 from omni.models.ctc import normalise_text
 from omni.models.talker import Talker, load_talker, talker_metrics, talker_sums
 from omni.models.vocoder import Generator, load_vocoder_for, refuse_other_mels
-from omni.stages.asr import error_counts
+from omni.stages.audio_encoder import error_counts, load_audio_encoder, transcribe
 from omni.train.run import Run
 
 MAX_SECONDS = 60.0

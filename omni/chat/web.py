@@ -26,7 +26,7 @@ from omni.chat.speech import sentences, synthesize
 from omni.chat.text import clean
 from omni.common.errors import BadRow, UserError
 from omni.common.media import kind_of
-from omni.models.ocr import Ocr
+from omni.models.ocr import OcrModel
 
 KEPT_S, CLEANED_S = 3600, 600  # how long files that were uploaded or spoken are kept; how often they are looked at
 MAX_FILES = 8  # attached to one message
@@ -96,7 +96,7 @@ class Page:
         self,
         assistant: Assistant,
         speaker: tuple[Speaker | None, str],
-        reader: tuple[Ocr | None, str],
+        reader: tuple[OcrModel | None, str],
         max_requests: int = 64,
         take: Callable[[int], bool] = lambda size: True,
     ) -> None:

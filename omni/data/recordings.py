@@ -7,6 +7,7 @@ from omni.data.audio import audio_length, resampled_length
 from omni.data.manifest import Manifest, measure_rows
 
 LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
+_STATIC_LENGTHS = 4  # shapes that torch.compile has to know
 
 
 def measure_samples(run: Host, manifest: Manifest, sample_rate: int) -> np.ndarray:
@@ -22,3 +23,9 @@ def row_length(manifest: Manifest, row: int) -> tuple[int, int]:
 def samples_at(lengths: np.ndarray, sample_rate: int) -> np.ndarray:
     """(rows,) ``LENGTH`` -> int64 samples at ``sample_rate``."""
     return resampled_length(lengths["samples"], np.maximum(lengths["rate"], 1).astype(np.int64), sample_rate)
+
+
+def static_lengths(max_mel_length: int) -> list[int]:
+    """The padded lengths under ``use_compile``: quarters of ``max_mel_length``, rounded up to multiples of 8."""
+    quarters = [-(-max_mel_length * part // _STATIC_LENGTHS) for part in range(1, _STATIC_LENGTHS + 1)]
+    return [8 * -(-length // 8) for length in quarters]

@@ -19,10 +19,16 @@ from omni.common.files import file_sha256, read_json
 from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
-from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
+from omni.models.architectures import (
+    AudioEncoderArchitecture,
+    CodecArchitecture,
+    OcrArchitecture,
+    ThinkerArchitecture,
+    VisionArchitecture,
+)
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.codec import Codec
-from omni.models.ocr import Ocr
+from omni.models.ocr import OcrModel
 from omni.models.omni_model import VIT_SIZES, OmniModel
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
@@ -41,25 +47,23 @@ from omni.train.config import read_sizes
 
 def audio_architecture(sizes: dict) -> AudioEncoderArchitecture:
     """Of an audio encoder's sizes those that the model itself has."""
-    return AudioEncoderArchitecture.model_validate(
-        {name: sizes[name] for name in AudioEncoderArchitecture.model_fields}
-    )
+    own = {name: sizes[name] for name in AudioEncoderArchitecture.model_fields}
+    return AudioEncoderArchitecture.model_validate(own | {"ctc_vocab_size": sizes["n_tokens"]})
 
 
 def _build_vit(sizes: dict) -> ViT:
-    side = sizes["img_size"]
-    return ViT(side, side, *(sizes[name] for name in VIT_SIZES[1:]))
+    return ViT(VisionArchitecture(**{name: sizes[name] for name in VIT_SIZES}))
 
 
 # prefix in model.safetensors -> a module of the sizes in config.json, its weights yet to be loaded
 BUILD: dict[str, Callable[[dict], nn.Module]] = {
     "thinker": lambda sizes: Thinker(ThinkerArchitecture.model_validate(sizes)),
-    "audio_encoder": lambda sizes: AudioEncoder(audio_architecture(sizes), sizes["n_tokens"]),
+    "audio_encoder": lambda sizes: AudioEncoder(audio_architecture(sizes)),
     "vision_encoder": _build_vit,
     "talker": lambda sizes: Talker(read_sizes(TalkerConfig, sizes)),
     "rvq": lambda sizes: Codec(CodecArchitecture.model_validate(sizes)),
     "vocoder": lambda sizes: fold_weight_norm(Generator(read_sizes(VocoderConfig, sizes))),
-    "ocr": lambda sizes: Ocr(OcrArchitecture.model_validate(sizes)),
+    "ocr": lambda sizes: OcrModel(OcrArchitecture.model_validate(sizes)),
 }
 
 STAGE_OF = {part.name: stage for stage in STAGES.values() for part in stage.exports}

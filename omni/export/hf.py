@@ -51,7 +51,7 @@ def write_recogniser(folder: Path, part: Part, tokenizer: CtcTokenizer, dtype: t
     """Stage B's audio encoder with its CTC head and tokenizer."""
     arch, weights = audio_architecture(part.sizes), to_parakeet_state_dict(part.module)
     statistics = {name for name in weights if ".running_" in name}
-    write_model(folder, parakeet_config(arch, tokenizer.vocab_size), weights, dtype, statistics)
+    write_model(folder, parakeet_config(arch), weights, dtype, statistics)
     tokenizer.save(folder / TOKENIZER)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", settings, indent=2)

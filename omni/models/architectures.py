@@ -120,6 +120,19 @@ class VisionArchitecture(Architecture):
     d_ff: int = Field(1536, ge=8, le=1_000_000)
     dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches of both towers, in training only")
 
+    @property
+    def height(self) -> int:
+        return self.img_size
+
+    @property
+    def width(self) -> int:
+        return self.img_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.patch, self.patch
+
     @model_validator(mode="after")
     def _vit_sizes_fit(self) -> Self:
         if self.img_size % self.patch:
@@ -127,6 +140,45 @@ class VisionArchitecture(Architecture):
         if self.d_model % self.n_heads:
             raise ValueError(f'key "d_model": expected a multiple of n_heads {self.n_heads}, found {self.d_model}')
         return self
+
+
+class RectangularVisionArchitecture(VisionArchitecture):
+    """The sizes of a ViT whose pictures and patches need not be square."""
+
+    img_height: int
+    img_width: int
+    patch_height: int
+    patch_width: int
+
+    @property
+    def height(self) -> int:
+        return self.img_height
+
+    @property
+    def width(self) -> int:
+        return self.img_width
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch_height, self.patch_width
+
+    @model_validator(mode="after")
+    def _patches_fit(self) -> Self:
+        if self.height % self.patch_height or self.width % self.patch_width:
+            patch = f"{self.patch_height} x {self.patch_width}"
+            raise ValueError(f"{self.height} x {self.width} pixels do not divide into patches of {patch}")
+        return self
+
+
+class PictureTextArchitecture(Architecture):
+    """The sizes of the model of stage C: a ViT, a text tower, and the space in which they are compared."""
+
+    vision: VisionArchitecture
+    text: ThinkerArchitecture  # of the text tower, or of the Thinker in its place
+    uses_thinker: bool = Field(False, description="a frozen Thinker embeds the captions, and is no part of the model")
+    embed_dim: int = Field(256, ge=2, le=1_000_000, description="width of the space of pictures and captions")
+    temperature: float = Field(0.07, ge=0.01, le=1, description="initial value of the learned temperature")
+    word_head: bool = Field(True, description="a head that predicts a caption's words from the patches")
 
 
 class SpeechFrames(Architecture):
@@ -267,9 +319,7 @@ class OcrArchitecture(Architecture):
         256, ge=1, le=65_536, description="characters; a row with a longer text is left out and named"
     )
     ctc_weight: float = Field(0.0, ge=0, description="of an auxiliary CTC loss on the columns of patches; 0: none")
-    characters: str | None = Field(
-        None, min_length=1, description="what the model can write; default: the characters of the training texts"
-    )
+    characters: str = Field(min_length=1, description="characters that the model can write")
 
     @property
     def height(self) -> int:
@@ -282,6 +332,21 @@ class OcrArchitecture(Architecture):
     @property
     def patch_size(self) -> tuple[int, int]:
         return self.patch_height or self.patch, self.patch_width or self.patch
+
+    @property
+    def encoder(self) -> VisionArchitecture:
+        height, width = self.patch_size
+        return RectangularVisionArchitecture(
+            img_height=self.height,
+            img_width=self.width,
+            patch_height=height,
+            patch_width=width,
+            d_model=self.vision_d_model,
+            n_layers=self.vision_layers,
+            n_heads=self.vision_heads,
+            d_ff=self.vision_d_ff,
+            dropout=self.dropout,
+        )
 
     @property
     def decoder(self) -> ThinkerArchitecture:

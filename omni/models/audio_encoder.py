@@ -8,7 +8,6 @@ For every input it gives what ``transformers.ParakeetForCTC`` gives: see ``to_pa
 
 import math
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +15,7 @@ from torch import Tensor, nn
 
 from omni.data.audio import MelSpec
 from omni.models.architectures import AudioEncoderArchitecture
-from omni.models.ctc import CtcTokenizer, collapse, prefix_beam_search
 from omni.models.ops import attention, linear
-from omni.stages.audio_encoder import AudioEncoderConfig
-from omni.train.checkpoint import build, load_stage, saved_config
 
 BATCH_NORM_EPS = 1e-5
 # rms of a * sigmoid(b) for two independent standard normals: how much a gated linear unit quietens
@@ -112,7 +108,7 @@ def by_distance_to_by_key(scores: Tensor) -> Tensor:
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention that knows how far apart two frames are, (B, U, D) -> (B, U, D).
+    """Self-attention with relative positions, (B, U, D) -> (B, U, D).
 
     A key is scored by its content and by a projection of its distance, each with a learned bias in the query's place
     (Dai et al. 2019, "Transformer-XL", section 3.3). The second score goes into the fused attention as its mask.
@@ -178,7 +174,7 @@ class ChannelScale(nn.Module):
 
 
 class Convolution(nn.Module):
-    """What attention does not see well: the near neighbourhood. (B, U, D) -> (B, U, D)."""
+    """Depthwise convolution, for the near neighbourhood, which attention models less well. (B, U, D) -> (B, U, D)."""
 
     def __init__(self, d_model: int, kernel_size: int):
         super().__init__()
@@ -228,21 +224,19 @@ class AudioEncoder(nn.Module):
     """Log-mels to text units, 12.5 frames a second at the usual sizes.
 
     Args:
-        arch: sizes.
-        n_tokens: of the tokenizer. The blank is one more, the last.
+        architecture: its ``ctc_vocab_size`` is the tokenizer's real one. The blank is one more class, the last.
         use_flash: fused attention; False: the plain maths.
 
     Rekesh et al. 2023, "Fast Conformer with Linearly Scalable Attention". Departures: ``ChannelScale`` where that has
     a batch norm; no factor sqrt(D) after the subsampling, whose linear layer is initialised to the right scale.
     """
 
-    def __init__(self, arch: AudioEncoderArchitecture, n_tokens: int, *, use_flash: bool = True):
+    def __init__(self, architecture: AudioEncoderArchitecture, *, use_flash: bool = True):
         super().__init__()
-        self.d_model, self.downsample_time = arch.d_model, arch.downsample_time
+        self.architecture = arch = architecture
         self.subsampling = Subsampling(arch)
         self.layers = nn.ModuleList(Block(arch, use_flash) for _ in range(arch.n_layers))
-        self.n_tokens = n_tokens
-        self.ctc_head = nn.Linear(arch.d_model, n_tokens + 1)
+        self.ctc_head = nn.Linear(arch.d_model, arch.ctc_vocab_size + 1)
         self.dropout = nn.Dropout(arch.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):  # the output's variance is the input's
@@ -260,9 +254,9 @@ class AudioEncoder(nn.Module):
             Frames (B, U, D) and how many of them are valid (B,). Padding changes no valid frame.
         """
         x = self.dropout(self.subsampling(features, lengths))
-        lengths = output_frames(lengths, self.downsample_time)
+        lengths = output_frames(lengths, self.architecture.downsample_time)
         mask = frame_mask(lengths, x.shape[1])
-        positions = relative_positions(x.shape[1], self.d_model, x.device).to(x.dtype)
+        positions = relative_positions(x.shape[1], self.architecture.d_model, x.device).to(x.dtype)
         for layer in self.layers:
             x = layer(x, positions, mask)
         return x, lengths
@@ -274,59 +268,10 @@ class AudioEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A trained one
-
-
-def load_audio_encoder(
-    folder: str | Path, device: torch.device
-) -> tuple[AudioEncoder, CtcTokenizer, AudioEncoderConfig]:
-    """What stage B left in ``folder``, ready for inference.
-
-    Returns:
-        The model (eval mode, float32), its tokenizer, and the config that it was trained with.
-
-    Raises:
-        UserError: nothing there, or damaged.
-    """
-    payload = load_stage(folder, "audio_enc", "audio_enc", "audio_enc.pt")
-    # static shapes are for compiled training
-    config = saved_config(AudioEncoderConfig, payload, use_compile=False)
-    tokenizer = CtcTokenizer.load(Path(folder) / "tokenizer.json")
-    n_tokens, how = tokenizer.vocab_size, {"use_flash": config.use_flash}
-    model = build(lambda: AudioEncoder(config, n_tokens, **how), payload["model"], payload["path"])
-    return model.to(device).eval(), tokenizer, config
-
-
-@torch.no_grad()
-def transcribe(
-    model: AudioEncoder, tokenizer: CtcTokenizer, features: Tensor, lengths: Tensor, beam: int = 1
-) -> list[str]:
-    """What is said in each of (B, T, M) features with ``lengths`` (B,) frames.
-
-    Args:
-        beam: prefixes kept by the beam search; 1: the best token of each frame.
-    """
-    logits, frames = model(features, lengths)
-    if beam == 1:
-        return greedy_texts(logits, frames, tokenizer)
-    log_probs = logits.float().log_softmax(dim=-1).cpu().numpy()
-    rows = zip(log_probs, frames.tolist(), strict=True)
-    return [tokenizer.decode(prefix_beam_search(row[:count], beam)[0][0]) for row, count in rows]
-
-
-def greedy_texts(logits: Tensor, frames: Tensor, tokenizer: CtcTokenizer) -> list[str]:
-    """The best token of each frame of (B, U, V), repeats and blanks removed, as text."""
-    best = logits.argmax(dim=-1).tolist()
-    blank = logits.shape[-1] - 1
-    rows = zip(best, frames.tolist(), strict=True)
-    return [tokenizer.decode(collapse(row[:count], blank)) for row, count in rows]
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Export
 
 
-def parakeet_config(arch: AudioEncoderArchitecture, n_tokens: int) -> dict:
+def parakeet_config(arch: AudioEncoderArchitecture) -> dict:
     """The ``config.json`` of an equal ``transformers.ParakeetForCTC``: its keyword arguments, nested."""
     encoder = {
         "model_type": "parakeet_encoder",
@@ -348,8 +293,8 @@ def parakeet_config(arch: AudioEncoderArchitecture, n_tokens: int) -> dict:
     return {
         "model_type": "parakeet_ctc",
         "architectures": ["ParakeetForCTC"],
-        "vocab_size": n_tokens + 1,
-        "pad_token_id": n_tokens,  # the blank
+        "vocab_size": arch.ctc_vocab_size + 1,
+        "pad_token_id": arch.ctc_vocab_size,  # the blank
         "encoder_config": encoder,
     }
 

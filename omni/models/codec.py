@@ -23,10 +23,9 @@ from omni.common.host import Host
 from omni.common.numerics import true_float32
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
 from omni.data.manifest import Manifest, ManifestDataset, files_digest, read_some, spread
-from omni.data.recordings import measure_samples
+from omni.data.recordings import measure_samples, static_lengths
 from omni.models.architectures import CodecArchitecture, SpeechFrames
 from omni.models.layers import RMSNorm
-from omni.stages.asr import static_lengths
 from omni.stages.talker import AlignerConfig, CodecConfig, TalkerConfig
 from omni.train.checkpoint import build, load_stage, saved_config
 from omni.train.precompute import RaggedArray, precompute

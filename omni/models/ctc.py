@@ -1,7 +1,7 @@
-"""Connectionist temporal classification (Graves et al. 2006): its text units, its loss, its decoding.
+"""Connectionist temporal classification (Graves et al. 2006): text units, loss, greedy decoding.
 
-A CTC model says one unit, or the blank, in every frame. A text is read off by dropping repeats, then blanks; its
-probability is the sum over all ways to spell it out over the frames.
+A CTC model predicts one unit, or the blank, in every frame. A text results from dropping repeats, then blanks; its
+probability is the sum over all alignments of its units with the frames.
 """
 
 # B batch, U frames, V tokens and blank (the last), L tokens of a target, S = 2L + 1 states: blanks around the tokens
@@ -15,7 +15,6 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -32,7 +31,7 @@ from omni.data.tokenizer import check_ids, difference
 
 
 def normalise_text(text: str) -> str:
-    """What of a text can be heard, and how transcripts are compared.
+    """The pronounced part of a text: what transcripts are trained on and compared by.
 
     NFKC, lower case; letters, digits and apostrophes inside words stay, invisible characters go (``audible``),
     everything else parts words. Numbers stay in digits: how they are read is for whoever writes the manifest.
@@ -256,50 +255,3 @@ def _forward_variables(emissions: Tensor, states: Tensor) -> Tensor:
 def collapse(path: Sequence[int], blank: int) -> list[int]:
     """The token ids that one unit per frame spells: without repeats, then without blanks."""
     return [token for token, _ in groupby(path) if token != blank]
-
-
-def prefix_beam_search(log_probs: np.ndarray, beam: int) -> list[tuple[tuple[int, ...], float]]:
-    """The most probable texts, each over all its spellings.
-
-    Of each frame only the ``beam`` best tokens are tried: with a trained model the others have no say.
-
-    Args:
-        log_probs: (U, V) of one utterance, the blank last.
-        beam: how many prefixes are kept from frame to frame.
-
-    Returns:
-        Up to ``beam`` pairs of token ids and log-probability, the best first.
-
-    Hannun et al. 2014, "First-Pass Large Vocabulary Continuous Speech Recognition using Bi-Directional Recurrent
-    DNNs", without a language model.
-    """
-    blank = log_probs.shape[1] - 1
-    tried = min(beam, blank)
-    best = np.argsort(-log_probs[:, :blank], axis=1, kind="stable")[:, :tried]
-    scores = np.take_along_axis(log_probs, best, axis=1)
-    prefixes = {(): (0.0, -math.inf)}  # log-probability of its spellings that end in a blank, and in its last token
-    for frame, tokens, token_scores in zip(log_probs.astype(np.float64), best.tolist(), scores.tolist(), strict=True):
-        grown: dict[tuple[int, ...], tuple[float, float]] = {}
-        for prefix, (in_blank, in_token) in prefixes.items():
-            either = _log_add(in_blank, in_token)
-            ends_blank, ends_token = grown.get(prefix, (-math.inf, -math.inf))
-            ends_blank = _log_add(ends_blank, either + frame[blank])
-            if prefix:  # its last token again, which adds nothing to it
-                ends_token = _log_add(ends_token, in_token + frame[prefix[-1]])
-            grown[prefix] = ends_blank, ends_token
-            for token, score in zip(tokens, token_scores, strict=True):
-                before = in_blank if prefix and token == prefix[-1] else either
-                if before == -math.inf:  # twice the same token needs a blank between
-                    continue
-                longer = (*prefix, token)
-                ends_blank, ends_token = grown.get(longer, (-math.inf, -math.inf))
-                grown[longer] = ends_blank, _log_add(ends_token, before + score)
-        ranked = sorted(grown.items(), key=lambda item: _log_add(*item[1]), reverse=True)
-        prefixes = dict(ranked[:beam])
-    return [(prefix, _log_add(*ends)) for prefix, ends in prefixes.items()]
-
-
-def _log_add(a: float, b: float) -> float:
-    if a < b:
-        a, b = b, a
-    return a if b == -math.inf else a + math.log1p(math.exp(b - a))

@@ -1,32 +1,20 @@
-"""OCR: a ViT looks at the picture of a line of text, and an autoregressive decoder writes its characters.
+"""OCR: a ViT encodes the picture of a line of text, and an autoregressive decoder writes its characters.
 
-The character set comes from the training texts and stands in the config, so a checkpoint is all that reading needs.
+The character set is part of the architecture.
 """
 
 # B pictures, T symbols, P image tokens (class token and patches), U columns of patches
 # D model width (the decoder's, where nothing else is said), H heads, K head width, C characters
 
-from collections.abc import Sequence
-from pathlib import Path
-
-import jiwer
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.common.errors import BadRow
-from omni.common.text import clean_text
-from omni.data.images import load_image, normalise
-from omni.data.manifest import Manifest, ManifestDataset
-from omni.data.tokenizer import IGNORE_INDEX
+from omni.data.images import normalise
 from omni.models.architectures import OcrArchitecture, ThinkerArchitecture
-from omni.models.ctc import ctc_nll
 from omni.models.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.models.ops import attention, linear
 from omni.models.vision_encoder import ViT
-from omni.stages.ocr import OcrConfig
-from omni.train import checkpoint
 
 INIT_STD = 0.02
 END = 0  # the symbol after the last character; the characters are 1 to C
@@ -115,7 +103,7 @@ def sinusoids(length: int, width: int) -> Tensor:
     return 2**0.5 * torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 
 
-class Ocr(nn.Module):
+class OcrModel(nn.Module):
     """A picture of a line of text -> its characters, one after the other.
 
     Li et al. 2021, "TrOCR": a ViT encodes, a transformer decoder attends to all of its tokens. Departures: characters
@@ -123,22 +111,18 @@ class Ocr(nn.Module):
     positions; nothing is pretrained. Optional: ``conv_stem``, and a CTC loss on the encoder's columns.
 
     Args:
-        arch: the sizes, with ``characters`` filled in.
         use_flash: fused attention; False: the plain maths.
     """
 
-    def __init__(self, arch: OcrArchitecture, *, use_flash: bool = True):
+    def __init__(self, architecture: OcrArchitecture, *, use_flash: bool = True):
         super().__init__()
-        self.architecture = arch
+        self.architecture = arch = architecture
         # The symbols that can be written come first, so that the tied head is the first rows of the embedding.
         self.n_written = 1 + len(arch.characters)
-        self.encoder = ViT(
-            arch.height, arch.width, arch.patch_size, arch.vision_d_model, arch.vision_layers, arch.vision_heads,
-            arch.vision_d_ff, arch.dropout, use_flash=use_flash,
-        )  # fmt: skip
+        self.encoder = ViT(arch.encoder, use_flash=use_flash)
         if arch.conv_stem:
             self.encoder.patch_embedding = conv_stem(arch.patch_size, arch.vision_d_model)
-        self.n_columns = arch.width // arch.patch_size[1]
+        self.n_columns = self.encoder.grid[1]
         self.ctc_head = nn.Linear(arch.vision_d_model, len(arch.characters) + 1) if arch.ctc_weight else None
         decoder = self.decoder_arch = arch.decoder
         same = arch.vision_d_model == decoder.d_model
@@ -163,7 +147,7 @@ class Ocr(nn.Module):
         # Nearby columns and nearby characters start alike, and stand out from the content: attention finds its way
         # along the line sooner than with random positions.
         with torch.no_grad():
-            rows, columns = self.encoder.n_patches // self.n_columns, self.n_columns
+            rows, columns = self.encoder.grid
             width = self.architecture.vision_d_model
             grid = sinusoids(rows, width)[:, None] + sinusoids(columns, width)  # (rows, columns, width)
             self.encoder.position_embeddings[0, 1:] = 0.1 * grid.flatten(0, 1)
@@ -171,7 +155,7 @@ class Ocr(nn.Module):
             self.embed_positions.weight.copy_(2 * INIT_STD * sinusoids(length, width))
 
     def forward(self, images: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the symbol after each position, and what the encoder alone makes of each column.
+        """Logits of the symbol after each position, and of the encoder alone for each column.
 
         Args:
             images: (B, 3, height, width) uint8.
@@ -237,11 +221,7 @@ class Ocr(nn.Module):
         return torch.cat(written, dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading and judging
-
-
-def read_text(model: Ocr, images: Tensor) -> list[str]:
+def read_text(model: OcrModel, images: Tensor) -> list[str]:
     """The text of each picture, by greedy decoding.
 
     Args:
@@ -252,135 +232,6 @@ def read_text(model: Ocr, images: Tensor) -> list[str]:
     return ["".join(model.architecture.characters[symbol - 1] for symbol in line if symbol != END) for line in lines]
 
 
-def ocr_loss(model: nn.Module, batch: dict, ctc_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """What training minimises, (), float32, in nats per target; and its parts, to log.
-
-    The cross-entropy of the characters and the end, plus ``ctc_weight`` times the CTC loss of the encoder alone, which
-    tells each column what it shows long before the decoder has found out where to look. Watanabe et al. 2017, "Hybrid
-    CTC/Attention Architecture".
-    """
-    logits, columns = model(batch["images"], batch["symbols"])
-    nats = cross_entropy(logits, batch["targets"])
-    if columns is None:
-        return nats, {}
-    ctc = column_loss(columns, batch["targets"])
-    return nats + ctc_weight * ctc, {"cross_entropy": nats, "ctc": ctc}
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the targets that count, in float32. logits (B, T, 1 + C), targets (B, T) -> ()."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def column_loss(columns: Tensor, targets: Tensor) -> Tensor:
-    """CTC's negative log-likelihood of the texts, as a mean over the same targets as ``cross_entropy``, ().
-
-    A text that does not fit into the columns, or holds a character outside the set, has no part in it.
-    """
-    characters = targets > END  # (B, T)
-    lengths = characters.sum(dim=1)
-    repeats = ((targets[:, 1:] == targets[:, :-1]) & characters[:, 1:]).sum(dim=1)  # each needs a blank between
-    known = targets.gather(1, lengths[:, None])[:, 0] == END  # an unknown one puts off the end
-    fits = known & (lengths + repeats <= columns.shape[1])
-    lengths = torch.where(fits, lengths, 0)
-    frames = torch.full_like(lengths, columns.shape[1])
-    nll = ctc_nll(columns, frames, (targets - 1).clamp(min=0), lengths)  # (B,)
-    return (nll * fits).sum() / (targets != IGNORE_INDEX).sum()
-
-
-def ocr_sums(model: Ocr, batch: dict) -> dict[str, Tensor]:
-    """Counts that add up over batches and processes: of the loss under teacher forcing, and of reading freely."""
-    read = read_text(model, batch["images"])
-    counted = jiwer.process_characters(list(batch["texts"]), read)
-    targets = (batch["targets"] != IGNORE_INDEX).sum()
-    logits, _ = model(batch["images"], batch["symbols"])
-    return {
-        "nats": cross_entropy(logits, batch["targets"]) * targets,
-        "targets": targets,
-        "edits": torch.tensor(counted.substitutions + counted.deletions + counted.insertions),
-        "characters": torch.tensor(counted.hits + counted.substitutions + counted.deletions),
-        "exact": torch.tensor(sum(ours == text for ours, text in zip(read, batch["texts"], strict=True))),
-        "lines": torch.tensor(len(read)),
-    }
-
-
-def ocr_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """``cer``: edits per character of the true texts; ``exact``: share of lines read without a fault."""
-    return {
-        "loss": totals["nats"] / totals["targets"],
-        "cer": totals["edits"] / totals["characters"],
-        "exact": totals["exact"] / totals["lines"],
-    }
-
-
-def load_ocr(folder: str | Path, device: torch.device | str) -> Ocr:
-    """The model of a stage folder, ready to read.
-
-    Raises:
-        UserError: no checkpoint there, or a damaged one.
-    """
-    saved = checkpoint.load_stage(folder, "ocr", "ocr", "ocr.pt")
-    config = checkpoint.saved_config(OcrConfig, saved)
-    model = checkpoint.build(lambda: Ocr(config), saved["model"], saved["path"])
-    return model.to(device).eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# ManifestDataset
-
-
-def text_length(manifest: Manifest, row: int) -> int:
-    """Characters of a row's text, for ``measure_rows``."""
-    return len(clean_text(manifest[row]["text"]))
-
-
 def start_symbol(arch: OcrArchitecture) -> int:
     """The symbol before the first character. The one after it stands for characters outside the set."""
     return 1 + len(arch.characters)
-
-
-def encode_texts(texts: Sequence[str], arch: OcrArchitecture, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
-    """Texts as the decoder's inputs and targets.
-
-    A character outside the set is an input of its own kind and no target: the model cannot write it. (Validation
-    counts it as an error all the same, since it compares texts.)
-
-    Args:
-        pad_to: length of the result; default: that of the longest text, and one.
-
-    Returns:
-        symbols (B, T): start, characters, padding; targets (B, T): characters, end, -100 as padding.
-    """
-    characters = {character: symbol for symbol, character in enumerate(arch.characters, start=1)}
-    start, unknown = start_symbol(arch), start_symbol(arch) + 1
-    length = pad_to or max(map(len, texts)) + 1
-    symbols, targets = torch.full((len(texts), length), END), torch.full((len(texts), length), IGNORE_INDEX)
-    for line, text in enumerate(texts):
-        written = [characters.get(character, unknown) for character in text]
-        symbols[line, : len(text) + 1] = torch.tensor([start, *written])
-        targets[line, : len(text) + 1] = torch.tensor([IGNORE_INDEX if s == unknown else s for s in written] + [END])
-    return symbols, targets
-
-
-class OcrRows(ManifestDataset):
-    """Pictures of lines with their texts. A sample is a uint8 picture (3, height, width) and its text."""
-
-    def __init__(self, manifest: Manifest, rows: np.ndarray, config: OcrConfig, **keys) -> None:
-        super().__init__(manifest, rows, **keys)
-        self.config = config
-        # a compiled model wants one length only
-        self.pad_to = config.max_text_length + 1 if config.use_compile else None
-
-    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Tensor, str]:
-        text, config = clean_text(row["text"]), self.config
-        if len(text) > config.max_text_length:
-            raise BadRow(f"expected a text of at most {config.max_text_length} characters, found {len(text)}")
-        path = self.manifest.file(row["image"], config.image_root)
-        return load_image(path, config.height, config.width, fit="pad"), text
-
-    def collate(self, samples: list[tuple[Tensor, str]]) -> dict:
-        """``images`` (B, 3, height, width) uint8, ``symbols`` and ``targets`` (B, T), ``texts``."""
-        images, texts = zip(*samples, strict=True)
-        symbols, targets = encode_texts(texts, self.config, self.pad_to)
-        batch = {"images": torch.stack(images), "symbols": symbols, "targets": targets, "texts": texts}
-        return batch | {"n_targets": int((targets != IGNORE_INDEX).sum())}

@@ -27,16 +27,18 @@ from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features
 from omni.data.images import load_image, normalise
 from omni.data.tokenizer import IGNORE_INDEX, ROLES, SPECIAL_TOKENS, Tokenizer
-from omni.models.architectures import AudioEncoderArchitecture, ThinkerArchitecture
-from omni.models.audio_encoder import AudioEncoder, frame_mask, load_audio_encoder, mel_spec, output_frames
+from omni.models.architectures import AudioEncoderArchitecture, ThinkerArchitecture, VisionArchitecture
+from omni.models.audio_encoder import AudioEncoder, frame_mask, mel_spec, output_frames
 from omni.models.codec import fingerprint, load_codec
 from omni.models.ctc import ctc_nll, frames_needed
 from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
 from omni.models.ops import round_up
+from omni.models.picture_text import noisy_or_log_absent
 from omni.models.talker import Talker, Utterance, collate_utterances, talker_loss
 from omni.models.thinker import Thinker
-from omni.models.vision_encoder import ViT, noisy_or_log_absent
+from omni.models.vision_encoder import ViT
+from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
 from omni.stages.text import load_thinker
@@ -458,12 +460,12 @@ class OmniModel(nn.Module):
         self.audio_encoder = self.proj_a = self.vision_encoder = self.proj_v = None
         if audio := parts.get("audio_encoder"):
             audio_arch = _audio_architecture(audio)
-            self.audio_encoder = AudioEncoder(audio_arch, audio["n_tokens"], use_flash=use_flash and audio_flash)
+            self.audio_encoder = AudioEncoder(audio_arch, use_flash=use_flash and audio_flash)
             self.proj_a = Projection(audio["d_model"], config.proj_d_ff, arch.d_model, units=audio["n_tokens"] + 1)
             self.audio_encoder.ctc_head.requires_grad_(False)  # it says which frames are left out, and stays as it is
         if vision := parts.get("vision_encoder"):
-            sizes = [vision[name] for name in VIT_SIZES]
-            self.vision_encoder = ViT(sizes[0], *sizes, use_flash=use_flash)
+            sizes = {name: vision[name] for name in VIT_SIZES}
+            self.vision_encoder = ViT(VisionArchitecture(**sizes), use_flash=use_flash)
             width, words = vision["d_model"], vision.get("n_words", 0)
             stacked, side = width * self.image_stack**2, vision["img_size"] // vision["patch"] // self.image_stack
             self.proj_v = Projection(stacked, config.proj_d_ff, arch.d_model, words, named=width, side=side)
@@ -600,7 +602,7 @@ class OmniModel(nn.Module):
         frames = (
             batch["frames"].float() if kept else self.encode_audio(batch["features"], batch["lengths"])[0]
         )  # (A, U, K)
-        logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.n_tokens
+        logits, blank = self.audio_encoder.ctc_head(frames.detach()), self.audio_encoder.architecture.ctc_vocab_size
         heard = logits.argmax(dim=-1)
         units = logits.float().softmax(dim=-1)
         return self.proj_a(frames, units), (heard != blank) & (heard != F.pad(heard, (1, -1), value=blank))
@@ -713,7 +715,8 @@ class OmniModel(nn.Module):
 
 
 def _audio_architecture(part: dict) -> AudioEncoderArchitecture:
-    return AudioEncoderArchitecture(**{name: part[name] for name in AudioEncoderArchitecture.model_fields})
+    sizes = {name: part[name] for name in AudioEncoderArchitecture.model_fields}
+    return AudioEncoderArchitecture(**sizes | {"ctc_vocab_size": part["n_tokens"]})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -740,7 +743,7 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
     if config.audio_ckpt is not None:
         modules["audio_encoder"], audio_tokenizer, trained = load_audio_encoder(config.audio_ckpt, cpu)
         sizes = {name: getattr(trained, name) for name in (*AudioEncoderArchitecture.model_fields, "max_mel_length")}
-        parts["audio_encoder"] = sizes | {"n_tokens": modules["audio_encoder"].ctc_head.out_features - 1}
+        parts["audio_encoder"] = sizes | {"n_tokens": modules["audio_encoder"].architecture.ctc_vocab_size}
     if config.vision_ckpt is not None:
         saved = load_stage(config.vision_ckpt, "vision", prefix="vision", final="vision.pt")
         trained = saved_config(VisionConfig, saved)
@@ -750,8 +753,7 @@ def assemble(config: SftConfig, **flash) -> tuple[SftConfig, OmniModel, Tokenize
         }
         captions = Tokenizer.load(Path(config.vision_ckpt) / "tokenizer.json") if words else None
         parts["vision_encoder"] = sizes | {"n_words": captions.vocab_size if captions else 0}
-        arguments = (sizes["img_size"], *sizes.values())
-        vit = build(lambda: ViT(*arguments), _below("vit.", saved["model"]), saved["path"])
+        vit = build(lambda: ViT(VisionArchitecture.of(trained)), _below("vit.", saved["model"]), saved["path"])
         modules["vision_encoder"] = vit
         side = trained.img_size // trained.patch
         if side % config.image_stack:

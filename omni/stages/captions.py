@@ -16,7 +16,7 @@ from omni.common.text import visible
 from omni.data.images import load_image, normalise
 from omni.data.manifest import Manifest, ManifestDataset, measure_rows
 from omni.data.tokenizer import Tokenizer
-from omni.models.vision_encoder import PictureTextModel, contrastive_loss, similarities
+from omni.models.picture_text import PictureTextModel, contrastive_loss, similarities
 from omni.stages.vision import VisionConfig
 from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
 from omni.train.run import Run
@@ -29,7 +29,7 @@ MAX_SHIFT = 1 / 32  # of the picture's side, either way
 MAX_BRIGHTER = 0.1
 
 # ---------------------------------------------------------------------------------------------------------------
-# ManifestDataset
+# Rows
 
 
 class CaptionRows(ManifestDataset):

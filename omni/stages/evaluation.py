@@ -18,21 +18,23 @@ from omni.data.corpus import count_lines, read_chunks, split_samples
 from omni.data.images import normalise
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
-from omni.models.audio_encoder import load_audio_encoder, transcribe
 from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
-from omni.models.ocr import OcrRows, load_ocr, ocr_metrics, ocr_sums, read_text
+from omni.models.ocr import read_text
 from omni.models.omni_model import Inputs, load_omni
 from omni.models.thinker import Thinker
-from omni.models.vision_encoder import load_vision_encoder
 from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
-from omni.stages.asr import COLUMNS, Utterances, error_counts
+from omni.stages import ocr
+from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
 from omni.stages.talker import CodecConfig
 from omni.stages.text import load_thinker, text_metrics, text_sums
+from omni.stages.vision import load_vision_encoder
 from omni.train.checkpoint import load_stage, saved_config
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
+from omni.train.stage import load
 
 # those that need no second file, and no folder of another stage
 OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question", "spoken_answer"))
@@ -92,7 +94,7 @@ def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalRe
 
     def sums(batch: dict) -> dict[str, Tensor]:
         texts.extend(batch["texts"])
-        said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"], args.beam)[: len(batch["texts"])])
+        said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"])[: len(batch["texts"])])
         return {}
 
     result, _ = evaluate_rows(rows, config, args, device, sums, args.batch_size)
@@ -131,8 +133,8 @@ def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult
 
 
 def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    model = load_ocr(args.ckpt_dir, device)
-    config = model.architecture.model_copy(update={"image_root": args.image_root})
+    loaded = load(ocr.STAGE, args.ckpt_dir, device)
+    model, config = loaded.model, saved_config(OcrConfig, vars(loaded), image_root=args.image_root)
     manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
     result, totals = evaluate_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)

@@ -1,18 +1,31 @@
-"""Stage C: its config."""
+"""Stage C: config, tokenizer, and how its model is opened. ``omni.stages.captions``: its rows and metrics."""
 
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Self
 
+import numpy as np
+import torch
 from pydantic import Field, model_validator
 
-from omni.common.errors import UserError
-from omni.models.architectures import ThinkerArchitecture, VisionArchitecture
+from omni.common.errors import BadRow, UserError
+from omni.common.text import visible
+from omni.data.manifest import Manifest
+from omni.data.tokenizer import Tokenizer
+from omni.models.architectures import PictureTextArchitecture, ThinkerArchitecture, VisionArchitecture
+from omni.models.picture_text import PictureTextModel, thinker_digest
+from omni.stages.text import load_thinker
+from omni.train.checkpoint import saved_config
 from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
-from omni.train.stage import ExportedPart, Stage
+from omni.train.run import Run
+from omni.train.stage import ExportedPart, Stage, load
+
+TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters
 
 
 class VisionConfig(VisionArchitecture, StageConfig):
-    """Stage C, ``train_vision.py``: a ViT, and what reads the captions that it is trained against."""
+    """Stage C, ``train_vision.py``: a ViT, and the text tower that it is trained beside."""
 
     train_manifest: str = input_file(
         hint=PICTURES_HINT, description="JSON, JSONL or CSV with image and caption; several rows may share an image"
@@ -22,15 +35,17 @@ class VisionConfig(VisionArchitecture, StageConfig):
     )
     image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")
 
-    # What it is compared with
-    embed_dim: int = Field(
-        256, ge=2, le=1_000_000, description="width of the space in which pictures and captions meet"
+    # Text tower
+    embed_dim: int = Field(256, ge=2, le=1_000_000, description="width of the space of pictures and captions")
+    temperature: float = Field(
+        0.07, ge=0.01, le=1, description="initial temperature of the contrastive loss; it is learned"
     )
-    temperature: float = Field(0.07, ge=0.01, le=1, description="of the contrastive loss, to begin with; it is learned")
     ctx_len: int = Field(
         64, ge=8, le=1_048_576, description="tokens of a caption, its end included; longer ones are cut"
     )
-    use_thinker_for_text: bool = Field(False, description="the trained Thinker reads the captions, and stays as it is")
+    use_thinker_for_text: bool = Field(
+        False, description="frozen Thinker of stage A in the place of a trained text tower"
+    )
     thinker_ckpt: str | None = resumable(None, description="folder of stage A, for use_thinker_for_text")
     vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound for the captions' own tokenizer")
     text_d_model: int = Field(
@@ -40,8 +55,10 @@ class VisionConfig(VisionArchitecture, StageConfig):
     text_heads: int = Field(4, ge=1, le=1_024)
     text_d_ff: int = Field(768, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
 
-    word_loss: float = Field(1.0, ge=0, description="weight of naming the caption's words, beside the contrast")
-    augment: bool = Field(False, description="shift the pictures a little and vary their brightness")
+    word_loss: float = Field(
+        1.0, ge=0, description="weight of the loss of predicting the caption's words, beside the contrast"
+    )
+    augment: bool = Field(False, description="small random shifts of the pictures and changes of their brightness")
 
     @model_validator(mode="after")
     def _text_tower_fits(self) -> Self:
@@ -81,6 +98,21 @@ class VisionConfig(VisionArchitecture, StageConfig):
             dropout=self.dropout,
         )
 
+    @property
+    def architecture(self) -> PictureTextArchitecture:
+        return self.architecture_with(self.text_tower)
+
+    def architecture_with(self, text: ThinkerArchitecture) -> PictureTextArchitecture:
+        """``text``: the architecture of the text tower, or of the Thinker in its place."""
+        return PictureTextArchitecture(
+            vision=VisionArchitecture.of(self),
+            text=text,
+            uses_thinker=self.use_thinker_for_text,
+            embed_dim=self.embed_dim,
+            temperature=self.temperature,
+            word_head=self.word_loss > 0,
+        )
+
 
 STAGE = Stage(
     name="vision",
@@ -100,4 +132,60 @@ STAGE = Stage(
     letter="C",
     script="train_vision.py",
     config=VisionConfig,
+    architecture=PictureTextArchitecture,
+    model=PictureTextModel,
+    switches=("use_flash",),
+    files=("tokenizer.json",),
 )
+
+
+def load_vision_encoder(
+    folder: str | Path, device: torch.device | str, thinker_ckpt: str | Path | None = None
+) -> tuple[PictureTextModel, Tokenizer, VisionConfig]:
+    """The model of ``folder`` in evaluation mode: ``model.vit`` for pictures alone, ``model`` to compare them with
+    captions; its tokenizer, and the config that it was trained with.
+
+    Args:
+        thinker_ckpt: present folder of the Thinker of ``use_thinker_for_text``; default: that of the training.
+
+    Raises:
+        UserError: a file is missing or damaged, or the Thinker is not the one of the training.
+    """
+    loaded, tokenizer = load(STAGE, folder, device), Tokenizer.load(Path(folder) / "tokenizer.json")
+    model, config = loaded.model, saved_config(VisionConfig, vars(loaded))
+    if loaded.architecture.uses_thinker:
+        source = thinker_ckpt or config.thinker_ckpt
+        thinker, _, _ = load_thinker(source, device)
+        if not torch.equal(thinker_digest(thinker), model.thinker_sha256.cpu()):
+            raise UserError(f"{source}: not the Thinker that {folder} was trained with. Give that one as thinker_ckpt")
+        model.attach_thinker(thinker)
+    return model, tokenizer, config
+
+
+def prepare_tokenizer(run: Run, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer in ``save_dir``; if there is none, the one that ``make`` returns, kept there."""
+    path = Path(run.config.save_dir) / "tokenizer.json"
+    with run.main_process_first():
+        if run.is_main and not path.exists():
+            make().save(path)
+        tokenizer = Tokenizer.load(path)
+    if not run.config.use_thinker_for_text and tokenizer.vocab_size > run.config.vocab_size:
+        raise UserError(
+            f'{path}: has {tokenizer.vocab_size} tokens, key "vocab_size" allows {run.config.vocab_size}. '
+            "Use a new save_dir, or raise vocab_size"
+        )
+    return tokenizer
+
+
+def train_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray) -> Tokenizer:
+    """A tokenizer of the training captions; rows that cannot be read say why when their turn comes in training."""
+
+    def captions():
+        for row in rows[:: -(-len(rows) // TOKENIZER_CAPTIONS)].tolist():
+            try:
+                yield visible(manifest[row]["caption"])
+            except BadRow:
+                continue
+
+    run.log(f"training a tokenizer of up to {run.config.vocab_size} tokens on the captions of {manifest.path}")
+    return run.wait_for(lambda: Tokenizer.train(captions(), run.config.vocab_size))
