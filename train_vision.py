@@ -15,7 +15,7 @@ from omni.data.images import normalise
 from omni.data.manifest import account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.models.picture_text import PictureTextModel
-from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups, report_cut_captions
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups, report_cut_captions
 from omni.stages.text import load_thinker
 from omni.stages.vision import STAGE, VisionConfig, prepare_tokenizer, train_tokenizer
 from omni.train.cli import launch, parse_stage_args
@@ -78,9 +78,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: does a picture find its caption among 64? -----------------------------------------------
         validation = None
         if len(held_out_rows) > 1:
-            groups = in_distinct_groups(held_out, held_out_rows)
-            split = held_out_set(run, CaptionRows(held_out, groups, tokenizer, config, training=False), GROUP)
-            ranking = CaptionRanking(tokenizer, config.ctx_len)
+            groups, classes = in_distinct_groups(held_out, held_out_rows), Classes.beside(held_out.path)
+            rows = CaptionRows(held_out, groups, tokenizer, config, training=False, classes=classes)
+            split, ranking = held_out_set(run, rows, GROUP), CaptionRanking(tokenizer, config.ctx_len, classes)
             validation = Validation(split, ranking.sums, ranking.metrics)
         else:
             run.log("fewer than 2 held-out pictures (val_split is 0, or there are few): nothing will be validated")

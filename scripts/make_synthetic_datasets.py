@@ -6,7 +6,8 @@
 
 text:   data/text/tiny_corpus.txt, one sample a line; dialogues carry the chat tokens literally
 audio:  data/audio/asr.csv (wav,text,voice), many voices, some noise; tts.csv (text,wav,voice), one voice
-images: data/images/annotations.json ([{"image", "caption", "questions", "groups"}, ...])
+images: data/images/annotations.json ([{"image", "caption", "questions", "groups", "colour", "shape", "count"}, ...]);
+        annotations.val.classes.json, captions with their classes, for zero-shot classification
 ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
@@ -79,6 +80,7 @@ class Collection:
     # (index of the first, of the last + 1) of a group -> for each file its contents, and the manifest's other columns.
     # Called in a new process; the result depends on the arguments only.
     make: Callable[[int, int], Iterator[tuple[bytes, dict]]]
+    beside: Lines | None = None  # one more file
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,14 @@ def image_settings(sizes: dict[str, tuple[int, int]], args: argparse.Namespace) 
 
 
 def picture_collections(settings: dict) -> list[Collection]:
-    columns = ("image", "caption", "questions", "groups")
+    columns = ("image", "caption", "questions", "groups", *pictures.ATTRIBUTES)
+    classes = Lines("annotations.val.classes.json", pictures.class_captions())
     seen, unseen = (partial(make_pictures, settings["seed"], unseen) for unseen in (False, True))
     return [
         Collection("annotations.json", columns, "pictures", ".png", settings["train"], IMAGE_GROUP, seen),
-        Collection("annotations.val.json", columns, "pictures_val", ".png", settings["held_out"], IMAGE_GROUP, unseen),
+        Collection(
+            "annotations.val.json", columns, "pictures_val", ".png", settings["held_out"], IMAGE_GROUP, unseen, classes
+        ),
     ]
 
 
@@ -168,7 +173,7 @@ def image_bytes(image: Image.Image, save: dict) -> bytes:
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
     "audio": Part(1, "audio/speech.json", audio_settings, audio_collections),
-    "images": Part(1, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
+    "images": Part(2, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
 }
 
@@ -233,7 +238,9 @@ def make(part: Part, args: argparse.Namespace) -> None:
         return
     outputs = part.outputs(settings)
     if stamp is None and not args.force:
-        names = [name for o in outputs for name in ([o.name] if isinstance(o, Lines) else [o.manifest, o.folder])]
+        lines = [o if isinstance(o, Lines) else o.beside for o in outputs]
+        names = [one.name for one in lines if one is not None]
+        names += [name for o in outputs if isinstance(o, Collection) for name in (o.manifest, o.folder)]
         foreign = [folder / name for name in names if (folder / name).exists()]
         if foreign:
             raise UserError(f"{foreign[0]}: exists, and was not made by this script. --force overwrites it")
@@ -326,6 +333,8 @@ def make_collections(outputs: list[Collection], stamp_path: Path, work: Path, he
             rows = [row for start in range(0, output.count, output.group) for row in journal.rows(output, start)]
             stamp["files"][output.manifest] = write_lines(work / output.manifest, manifest_lines(output, rows))
             stamp["folders"][output.folder] = describe_folder(work / output.folder)
+            if output.beside:
+                stamp["files"][output.beside.name] = write_lines(work / output.beside.name, output.beside.lines)
         write_lines(work / stamp_path.name, [json.dumps(stamp, indent=2)])
         for name in (stamp_path.name, *stamp["folders"], *stamp["files"]):
             if (folder / name).is_dir():

@@ -58,7 +58,10 @@ LOADERS = {  # file -> its folder, and who reads it
 def stages(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages")
     keys = make_mix(folder)
-    for name, stage, cls, make in (("ocr", OCR, OcrConfig, OcrModel), ("vocoder", VOCODER, VocoderConfig, Generator)):
+    for name, stage, cls, make in (
+        ("ocr", OCR, OcrConfig, lambda config: OcrModel(config.architecture)),
+        ("vocoder", VOCODER, VocoderConfig, Generator),
+    ):
         characters = {"characters": "abcdefgh"} if name == "ocr" else {}
         config = cls(**stage.config | {"train_csv": "-", "save_dir": "-"} | characters)
         (folder / name).mkdir()

@@ -5,13 +5,14 @@ patches of colour, and read a sign's word by comparing it with all words it coul
 """
 
 import hashlib
+import json
 import math
 import os
 import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,22 @@ def test_saved_and_read_again_they_are_the_same_pixels(tmp_path):
         image.save(tmp_path / "image.png", **saving)
         with Image.open(tmp_path / "image.png") as read:
             assert read.mode == "RGB" and read.tobytes() == image.tobytes()
+
+
+def test_each_class_has_as_many_captions_as_every_other():
+    entries = json.loads("".join(pictures.class_captions()))
+    captions = [entry["caption"] for entry in entries]
+    sizes = len(world.COLOURS) * len(world.SHAPES) * world.MAX_COUNT * len(world.PLACE_OF) * len(world.SIZES)
+    assert len(set(captions)) == len(captions) == sizes
+    for name in pictures.ATTRIBUTES:
+        counts = Counter(entry[name] for entry in entries)
+        assert len(set(counts.values())) == 1, counts
+    assert all(entry["colour"] in entry["caption"] for entry in entries)
+
+
+def test_a_picture_of_one_group_of_shapes_has_its_classes():
+    for index in range(60):
+        _, info = pictures.picture(0, index)
+        group = info["groups"][0]
+        labelled = len(info["groups"]) == 1 and group["shape"] != "sign"
+        assert all(info[name] == (group[name] if labelled else None) for name in pictures.ATTRIBUTES)

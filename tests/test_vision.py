@@ -1,5 +1,6 @@
 """Stage C: the ViT is transformers' ViTModel, captions find their pictures, and a frozen Thinker stays frozen."""
 
+import itertools
 import json
 import math
 import random
@@ -31,18 +32,15 @@ from omni.models.picture_text import (
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT, to_vit_state_dict, vit_config
 from omni.stages.captions import (
-    ATTRIBUTES,
     GROUP,
     CaptionRanking,
-    attribute_captions,
-    attribute_labels,
+    Classes,
     augment,
     encode_caption,
     in_distinct_groups,
     pad_captions,
 )
 from omni.stages.vision import VisionConfig, load_vision_encoder
-from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES
 from omni.train.optim import build_adamw
 
 CPU = torch.device("cpu")
@@ -300,29 +298,67 @@ def test_validation_groups_hold_distinct_pictures_and_captions(tmp_path):
     assert full >= 3, "of 300 rows, nearly all find a group"
 
 
-def test_attribute_labels():
-    red = {"shape": "circle", "colour": "red", "size": "big", "count": 2, "cell": [0, 0], "word": ""}
-    assert attribute_labels([red]) == (0, 0, 1)
-    for groups in (None, [], [red, red], [red | {"shape": "sign"}], "x", 5, [7], [{"name": "other data"}]):
-        assert attribute_labels(groups) == (-1, -1, -1)
+ENTRIES = [
+    {"caption": f"{count} {colour} {shape}", "colour": colour, "shape": shape, "count": count}
+    for colour, shape, count in itertools.product(("red", "blue", "pink"), ("star", "ring"), range(1, 4))
+]
+
+
+@pytest.fixture
+def classes(tmp_path) -> Classes:
+    (tmp_path / "zoo.val.classes.json").write_text(json.dumps(ENTRIES))
+    return Classes.beside(tmp_path / "zoo.val.json")
+
+
+def test_classes_stand_beside_a_manifest_and_rows_name_theirs(classes, tmp_path):
+    assert classes.captions == [entry["caption"] for entry in ENTRIES]
+    assert classes.names == {"colour": ["red", "blue", "pink"], "shape": ["star", "ring"], "count": ["1", "2", "3"]}
+    for name, names in classes.names.items():
+        assert [names[label] for label in classes.labels[name]] == [str(entry[name]) for entry in ENTRIES]
+    assert classes.of_row({"colour": "pink", "shape": "star", "count": 2}) == [2, 0, 1]
+    assert classes.of_row({"colour": "blue", "shape": None, "count": "3"}) == [1, -1, 2]
+    assert classes.of_row({"caption": "x", "colour": "mauve", "count": [1]}) == [-1, -1, -1]
+    assert Classes.beside(tmp_path / "other.json") is None
+
+
+def test_a_caption_may_have_the_class_of_one_attribute_alone(tmp_path):
+    (tmp_path / "x.classes.json").write_text(
+        '[{"caption": "a cat", "animal": "cat"}, {"caption": "red", "colour": "red"}]'
+    )
+    classes = Classes.beside(tmp_path / "x.csv")
+    assert {name: labels.tolist() for name, labels in classes.labels.items()} == {"animal": [0, -1], "colour": [-1, 0]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[", "{}", "[]", "[1]", '[{"caption": "x"}]', '[{"colour": "red"}]', '[{"caption": 1, "colour": "red"}]',
+     '[{"caption": "x", "colour": ["red"]}]', '[{"caption": "x", "colour": null}]', "[" * 100_000],
+)  # fmt: skip
+def test_a_wrong_list_of_classes_is_one_line(tmp_path, content):
+    (tmp_path / "x.classes.json").write_text(content)
+    with pytest.raises(UserError, match=r"x\.classes\.json: ") as error:
+        Classes.beside(tmp_path / "x.json")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 class Oracle(torch.nn.Module):
-    """Knows class prompts and labelled pictures by heart; for the rest, picture i is caption ``order[i]``."""
+    """Right about class captions and labelled pictures; for the rest, picture i is caption ``order[i]``."""
 
-    def __init__(self, labels: torch.Tensor, order: torch.Tensor | None = None):
+    def __init__(self, classes: Classes, labels: torch.Tensor, order: torch.Tensor | None = None):
         super().__init__()
-        self.labels, self.order = labels, order
+        self.classes, self.labels, self.order = classes, labels, order
         self.text_proj = torch.nn.Linear(1, 1)
         self.read = 0  # class prompts so far
         self.turn = 0  # by how many classes prompts and pictures are out of step
 
     def code(self, labels: torch.Tensor) -> torch.Tensor:
-        hot = [F.one_hot((labels[:, i] + self.turn) % len(c), len(c)) for i, c in enumerate(ATTRIBUTES.values())]
+        hot = [
+            F.one_hot((labels[:, i] + self.turn) % len(c), len(c)) for i, c in enumerate(self.classes.names.values())
+        ]
         return F.normalize(torch.cat(hot, dim=1).float(), dim=-1)
 
     def embed_captions(self, tokens: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        labels = torch.stack(list(attribute_captions()[1].values()), dim=1)
+        labels = torch.stack(list(self.classes.labels.values()), dim=1)
         start, self.read = self.read, (self.read + len(tokens)) % len(labels)  # they come some at a time
         return self.code(labels[start : start + len(tokens)])
 
@@ -336,7 +372,7 @@ class Oracle(torch.nn.Module):
 
 
 def judged(model: Oracle, B: int, same: torch.Tensor | None = None) -> dict[str, float]:
-    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 64)
+    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 64, model.classes)
     batch = {"images": torch.zeros(B, 3, 8, 8, dtype=torch.uint8), "tokens": torch.zeros(B, 4).long()}
     batch |= {"ends": torch.zeros(B).long(), "labels": model.labels}
     batch["same"] = torch.eye(B, dtype=torch.bool) if same is None else same
@@ -344,40 +380,32 @@ def judged(model: Oracle, B: int, same: torch.Tensor | None = None) -> dict[str,
     return ranking.metrics({name: 2 * value for name, value in sums.items()})  # two such batches
 
 
-def test_top1_counts_pictures_that_find_their_caption():
+def test_top1_counts_pictures_that_find_their_caption(classes):
     nothing = torch.full((GROUP, 3), -1)
     order = torch.arange(GROUP)
-    assert judged(Oracle(nothing, order), GROUP)["top1_of_64"] == 1.0
+    assert judged(Oracle(classes, nothing, order), GROUP)["top1_of_64"] == 1.0
     order[:16] = torch.arange(16).roll(1)  # sixteen pictures find each other's captions
-    metrics = judged(Oracle(nothing, order), GROUP)
+    metrics = judged(Oracle(classes, nothing, order), GROUP)
     assert metrics["top1_of_64"] == metrics["top1_of_64_pictures"] == 0.75
     assert not any("zero_shot" in name for name in metrics)
-    assert "top1_of_64" not in judged(Oracle(nothing[:63], order[:63].clamp(max=62)), 63)
+    assert "top1_of_64" not in judged(Oracle(classes, nothing[:63], order[:63].clamp(max=62)), 63)
     twins = torch.eye(GROUP, dtype=torch.bool)
     twins[0, 1] = twins[1, 0] = True
-    assert "top1_of_64" not in judged(Oracle(nothing, order), GROUP, twins), "only 63 captions to choose from"
+    assert "top1_of_64" not in judged(Oracle(classes, nothing, order), GROUP, twins), "only 63 captions to choose from"
 
 
-def test_zero_shot_asks_for_colour_shape_and_count():
-    labels = torch.tensor([[0, 3, 1], [9, 9, 3], [5, 0, 0], [-1, -1, -1]])
-    model = Oracle(labels)
+def test_zero_shot_asks_for_each_attribute(classes):
+    labels = torch.tensor([[0, 1, 1], [2, 0, 2], [1, 0, 0], [-1, -1, -1]])
+    model = Oracle(classes, labels)
     expected = {"zero_shot": 1.0, "zero_shot_colour": 1.0, "zero_shot_shape": 1.0, "zero_shot_count": 1.0}
     assert expected.items() <= judged(model, 4).items()
     model.turn = 1
     assert judged(model, 4)["zero_shot"] == 0.0
 
 
-def test_a_class_is_shown_with_all_that_may_go_with_it():
-    captions, classes = attribute_captions()
-    assert len(set(captions)) == len(captions) == len(COLOURS) * len(SHAPES) * MAX_COUNT * len(PLACE_OF) * len(SIZES)
-    for number, colour in enumerate(COLOURS):
-        of_it = [caption for caption, label in zip(captions, classes["colour"], strict=True) if label == number]
-        assert len(of_it) == len(captions) / len(COLOURS) and all(colour in caption for caption in of_it)
-
-
-def test_class_prompts_follow_the_weights():
+def test_class_prompts_follow_the_weights(classes):
     model = small_model().eval()
-    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 16)
+    ranking = CaptionRanking(Tokenizer.train(iter(["a cat"] * 9), 300), 16, classes)
     first = ranking._prompts(model)
     assert ranking._prompts(model) is first
     optimizer = build_adamw(model, lr=1e-2, wd=0.0)
@@ -399,9 +427,9 @@ def test_a_held_out_manifest_is_judged_and_the_encoder_loads(tmp_path):
     rng, rows = np.random.default_rng(0), []
     for i in range(GROUP + 6):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(held_out / f"{i}.png")
-        group = {"shape": "star", "colour": "pink", "size": "big", "count": 3, "cell": [1, 1], "word": ""}
-        rows.append({"image": f"{i}.png", "caption": f"number {i}", "groups": [group]})
+        rows.append({"image": f"{i}.png", "caption": f"number {i}", "shape": "star", "colour": "pink", "count": 3})
     (held_out / "val.json").write_text(json.dumps(rows))
+    (held_out / "val.classes.json").write_text(json.dumps(ENTRIES))
     training = VISION.training(tmp_path, max_steps=4, val_manifest=str(held_out / "val.json"), image_root=None)
     training.finish()
     metrics = training.metrics("val")[-1]
@@ -494,7 +522,7 @@ def test_captions_that_are_cut_and_a_picture_without_company_are_told(tmp_path):
 
 
 def test_a_picture_alone_has_no_part_in_the_loss_of_validation():
-    assert math.isnan(judged(Oracle(torch.full((1, 3), -1), torch.arange(1)), 1)["loss"])
+    assert math.isnan(judged(Oracle(None, torch.full((1, 0), -1), torch.arange(1)), 1)["loss"])
 
 
 def test_a_picture_outside_image_root_is_not_read(tmp_path):

@@ -1,30 +1,33 @@
-"""Pictures with captions: the rows of stage C, and how well a model tells which caption belongs to which picture."""
+"""Pictures with captions: the rows of stage C, its retrieval metrics, and zero-shot classification."""
 
 # B pictures and as many captions, T tokens of a caption, E width of the common space
 
-import itertools
+import json
 import math
-import random
 import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omni.common.errors import BadRow
+from omni.common.errors import BadRow, UserError
+from omni.common.files import parse_json, read_text
+from omni.common.media import quoted
 from omni.common.text import visible
 from omni.data.images import load_image, normalise
 from omni.data.manifest import Manifest, ManifestDataset, measure_rows
 from omni.data.tokenizer import Tokenizer
 from omni.models.picture_text import PictureTextModel, contrastive_loss, similarities
 from omni.stages.vision import VisionConfig
-from omni.synthetic.world import COLOURS, MAX_COUNT, PLACE_OF, SHAPES, SIZES, Group, Scene, caption
 from omni.train.run import Run
 
 GROUP = 64  # captions among which a picture must find its own
 PROMPTS = 512  # captions that are embedded at a time
 OPEN_GROUPS = 64  # being filled at a time: many equal captions must not make this quadratic
-ATTRIBUTES = {"colour": COLOURS, "shape": SHAPES, "count": tuple(range(1, MAX_COUNT + 1))}
+CLASSES_SUFFIX = ".classes.json"
 MAX_SHIFT = 1 / 32  # of the picture's side, either way
 MAX_BRIGHTER = 0.1
 
@@ -32,19 +35,80 @@ MAX_BRIGHTER = 0.1
 # Rows
 
 
+@dataclass(frozen=True)
+class Classes:
+    """What zero-shot classification chooses from: captions, each with its class of one attribute or more.
+
+    They stand beside a manifest, for ``pictures.json`` in ``pictures.classes.json``, as a JSON list:
+
+        [{"caption": "one red circle", "colour": "red", "shape": "circle"}, ...]
+
+    A row of the manifest has the label of an attribute if it has a column of that name: ``"colour": "red"``.
+    """
+
+    captions: list[str]
+    names: dict[str, list[str]]  # attribute -> classes, in the order in which they first appear
+    labels: dict[str, Tensor]  # attribute -> (captions,) class of each caption, -1: none
+
+    @classmethod
+    def beside(cls, manifest: str | Path) -> Self | None:
+        """Those of a manifest; None if there is no such file.
+
+        Raises:
+            UserError: it is damaged, or not as above.
+        """
+        path = Path(manifest).with_suffix(CLASSES_SUFFIX)
+        return cls.read(path) if path.exists() else None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        try:
+            rows = parse_json(read_text(path, "list of classes"))
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON: {error}") from error
+        if not isinstance(rows, list) or not rows:
+            raise UserError(f"{path}: expected a JSON list of captions with their classes")
+        names: dict[str, dict[str, int]] = {}
+        for number, row in enumerate(rows, 1):
+            attributes = {name: v for name, v in row.items() if name != "caption"} if isinstance(row, dict) else {}
+            valid = all(isinstance(value, str | int) for value in attributes.values())
+            if not attributes or not valid or not isinstance(row.get("caption"), str):
+                found = quoted(json.dumps(row))
+                raise UserError(f'{path}: entry {number}: expected a "caption" and its classes, found {found}')
+            for name, value in attributes.items():
+                names.setdefault(name, {}).setdefault(str(value), len(names[name]) if name in names else 0)
+        labels = {
+            name: torch.tensor([classes.get(str(row.get(name)), -1) for row in rows]) for name, classes in names.items()
+        }
+        return cls([row["caption"] for row in rows], {name: list(classes) for name, classes in names.items()}, labels)
+
+    def of_row(self, row: dict) -> list[int]:
+        """The class of each attribute, -1 where the row has none."""
+        values = {name: str(row.get(name)) for name in self.names}
+        return [names.index(values[name]) if values[name] in names else -1 for name, names in self.names.items()]
+
+
 class CaptionRows(ManifestDataset):
-    """Rows with ``image`` and ``caption``, and perhaps ``groups``, as samples.
+    """Rows with ``image`` and ``caption``, and perhaps classes, as samples.
 
     Args:
         tokenizer, config: how captions and pictures are encoded. Under ``use_compile`` every caption is padded to
             ``ctx_len``, so that shapes never change.
+        classes: what rows are labelled with.
     """
 
     def __init__(
-        self, manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer, config: VisionConfig, *, training: bool
+        self,
+        manifest: Manifest,
+        rows: np.ndarray,
+        tokenizer: Tokenizer,
+        config: VisionConfig,
+        *,
+        training: bool,
+        classes: Classes | None = None,
     ) -> None:
         super().__init__(manifest, rows, seed=config.seed, training=training)
-        self.tokenizer, self.config = tokenizer, config
+        self.tokenizer, self.config, self.classes = tokenizer, config, classes
 
     def read(self, row: dict, rng: np.random.Generator | None) -> dict:
         size = self.config.img_size
@@ -55,12 +119,12 @@ class CaptionRows(ManifestDataset):
             "image": image,
             "ids": encode_caption(self.tokenizer, row["caption"], self.config.ctx_len),
             "same": (zlib.crc32(row["image"].encode()), zlib.crc32(visible(row["caption"]).encode())),
-            "labels": attribute_labels(row.get("groups")),
+            "labels": self.classes.of_row(row) if self.classes else [],
         }
 
     def collate(self, samples: list[dict]) -> dict:
         """``images`` (B, 3, H, W) uint8; ``tokens`` (B, T) and ``ends`` (B,), see ``pad_captions``; ``same`` (B, B)
-        bool, pairs with an equal picture or caption; ``labels`` (B, 3), see ``attribute_labels``."""
+        bool, pairs with an equal picture or caption; ``labels`` (B, attributes), see ``Classes``."""
         tokens, ends = pad_captions(
             [sample["ids"] for sample in samples], self.config.ctx_len if self.config.use_compile else None
         )
@@ -70,7 +134,7 @@ class CaptionRows(ManifestDataset):
             "tokens": tokens,
             "ends": ends,
             "same": (keys[:, None] == keys[None]).any(dim=-1),
-            "labels": torch.tensor([sample["labels"] for sample in samples]),
+            "labels": torch.tensor([sample["labels"] for sample in samples], dtype=torch.int64),
             "n_targets": len(samples),
         }
 
@@ -122,19 +186,6 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.clip(shifted * factor, 0, 255).astype(np.uint8))
 
 
-def attribute_labels(groups) -> tuple[int, ...]:
-    """Class numbers of the colour, shape and count that a picture shows: those of the built-in data's "groups".
-
-    -1 each where there are none, and unless there is just one group, of shapes: with several, "what colour?" has no
-    answer.
-    """
-    if isinstance(groups, list) and len(groups) == 1 and isinstance(groups[0], dict):
-        values = [groups[0].get(name) for name in ATTRIBUTES]
-        if all(value in classes for value, classes in zip(values, ATTRIBUTES.values(), strict=True)):
-            return tuple(classes.index(value) for value, classes in zip(values, ATTRIBUTES.values(), strict=True))
-    return (-1,) * len(ATTRIBUTES)
-
-
 def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
     """``rows`` in an order in which each 64 in a row have distinct pictures and captions.
 
@@ -162,7 +213,7 @@ def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Judging
+# Metrics
 
 
 class CaptionRanking:
@@ -173,16 +224,16 @@ class CaptionRanking:
     ``top1_of_64``: share of pictures whose own caption, among 64 distinct ones, is the nearest; and the same from
     captions to pictures. Only batches of 64 distinct pairs count.
 
-    ``zero_shot_*``: share of pictures of one group whose colour, shape or count is the likeliest. A class is as likely
-    as all captions with it together, in every place, size and so on: the model is told nothing else about the
-    picture (Radford et al. 2021, with probabilities added instead of embeddings averaged: an average of captions
-    with ten shapes is near none of them). Absent for data without "groups".
+    ``zero_shot_*``: share of labelled pictures whose class of an attribute is the likeliest. The probability of a class
+    is the sum over its captions (Radford et al. 2021, with probabilities added instead of embeddings averaged: an
+    average of captions that have only the class in common is near none of them). Absent without ``classes``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, ctx_len: int) -> None:
-        captions, self.classes = attribute_captions()
-        self.tokens, self.ends = pad_captions([encode_caption(tokenizer, text, ctx_len) for text in captions])
-        self._made_with = self._cache = None
+    def __init__(self, tokenizer: Tokenizer, ctx_len: int, classes: Classes | None = None) -> None:
+        self.classes, self._made_with, self._cache = classes, None, None
+        if classes is not None:
+            ids = [encode_caption(tokenizer, text, ctx_len) for text in classes.captions]
+            self.tokens, self.ends = pad_captions(ids)
 
     def sums(self, model: PictureTextModel, batch: dict) -> dict[str, Tensor]:
         """Scalars that add up over batches: of one batch on the device."""
@@ -202,8 +253,9 @@ class CaptionRanking:
         }
         if (labels >= 0).any():
             logits = scale * similarities(pictures, self._prompts(model))  # (B, prompts)
-            for i, (name, classes) in enumerate(self.classes.items()):
-                likely = [logits[:, classes == c].logsumexp(dim=1) for c in range(len(ATTRIBUTES[name]))]
+            for i, (name, names) in enumerate(self.classes.names.items()):
+                of_caption = self.classes.labels[name]
+                likely = [logits[:, of_caption == c].logsumexp(dim=1) for c in range(len(names))]
                 found = torch.stack(likely, dim=1).argmax(dim=1)  # (B,)
                 sums[f"{name}_asked"] = (labels[:, i] >= 0).sum()
                 sums[f"{name}_found"] = (found == labels[:, i]).sum()
@@ -214,7 +266,7 @@ class CaptionRanking:
         if totals["ranked"]:
             metrics["top1_of_64"] = totals["caption_found"] / totals["ranked"]
             metrics["top1_of_64_pictures"] = totals["picture_found"] / totals["ranked"]
-        asked = [name for name in ATTRIBUTES if totals.get(f"{name}_asked")]
+        asked = [name for name in (self.classes.names if self.classes else ()) if totals.get(f"{name}_asked")]
         if asked:
             each = {f"zero_shot_{name}": totals[f"{name}_found"] / totals[f"{name}_asked"] for name in asked}
             metrics |= {"zero_shot": sum(each.values()) / len(each)} | each
@@ -228,17 +280,3 @@ class CaptionRanking:
             self._cache = torch.cat([model.embed_captions(*part) for part in parts])
             self._made_with = weight.detach().clone()
         return self._cache
-
-
-def attribute_captions() -> tuple[list[str], dict[str, Tensor]]:
-    """The world's captions of one group: each colour with each shape, count, place and size.
-
-    Returns:
-        the captions, and for each attribute the class number of each caption.
-    """
-    rng = random.Random(0)
-    captions, labels = [], []
-    for colour, shape, count, cell, size in itertools.product(*ATTRIBUTES.values(), PLACE_OF, SIZES):
-        captions.append(caption(Scene((Group(shape, colour, size, count, cell),)), rng))
-        labels.append([COLOURS.index(colour), SHAPES.index(shape), count - 1])
-    return captions, dict(zip(ATTRIBUTES, torch.tensor(labels).T, strict=True))

@@ -25,7 +25,7 @@ from omni.models.thinker import Thinker
 from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.stages import ocr
 from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
-from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, in_distinct_groups
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
 from omni.stages.talker import CodecConfig
@@ -109,8 +109,9 @@ def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResul
     config = config.model_copy(update={"image_root": args.image_root})
     manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
     order = in_distinct_groups(manifest, first_rows(len(manifest), args))
-    rows = CaptionRows(manifest, order, tokenizer, config, training=False)
-    ranking = CaptionRanking(tokenizer, config.ctx_len)
+    classes = Classes.beside(manifest.path)
+    rows = CaptionRows(manifest, order, tokenizer, config, training=False, classes=classes)
+    ranking = CaptionRanking(tokenizer, config.ctx_len, classes)
     result, totals = evaluate_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
     result.metrics = ranking.metrics(totals)
     batch = to_device(rows.batch(np.arange(min(GROUP, len(rows)) if args.show else 0), epoch=0), device)

@@ -5,8 +5,11 @@ generator, and the drawing snaps to whole pixels of a canvas four times as fine,
 same bytes everywhere.
 """
 
+import itertools
+import json
 import math
 import random
+from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,6 +44,7 @@ GAP = 2.0  # px at least between two shapes of a group
 WANDER, STRAY = 7.0, 5.0
 FONT_FOLDER = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"  # found, not imported: slow
 QUESTIONS = 6  # at most, per picture
+ATTRIBUTES = ("colour", "shape", "count")  # that a picture of one group is classified by
 
 # --- outlines -------------------------------------------------------------------------------------------------------
 
@@ -243,7 +247,8 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
     Returns:
         the image, RGB, 128 x 128, to be saved with `SAVE`;
         {"caption": str, "questions": [[question, answer], ...], "groups": [{"shape", "colour", "size", "count", "cell"
-        (row, column), "word"}, ...]}. Every answer follows from what the picture shows.
+        (row, column), "word"}, ...], "colour", "shape", "count": of a picture of one group of shapes, else None}.
+        Every answer follows from the picture.
     """
     rng = random.Random(f"picture {'held-out' if unseen else 'train'} {seed} {index}")
     scene = world.draw(world.sample_scene, rng, unseen)
@@ -255,4 +260,17 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
         {"shape": g.shape, "colour": g.colour, "size": g.size, "count": g.count, "cell": list(g.cell), "word": g.word}
         for g in scene.groups
     ]
-    return render(scene, rng), {"caption": caption, "questions": questions, "groups": groups}
+    one = scene.groups[0] if len(scene.groups) == 1 and not scene.groups[0].word else None
+    classes = {name: getattr(one, name, None) for name in ATTRIBUTES}  # of several groups, none
+    return render(scene, rng), {"caption": caption, "questions": questions, "groups": groups} | classes
+
+
+def class_captions() -> Iterator[str]:
+    """Lines of a JSON list of captions with their classes: one group of each colour, shape, count, place and size."""
+    rng, values = random.Random(0), (world.COLOURS, world.SHAPES, range(1, world.MAX_COUNT + 1))
+    start = "["
+    for colour, shape, count, cell, size in itertools.product(*values, world.PLACE_OF, world.SIZES):
+        caption = world.caption(world.Scene((world.Group(shape, colour, size, count, cell),)), rng)
+        yield start + json.dumps({"caption": caption, "colour": colour, "shape": shape, "count": count})
+        start = ","
+    yield "]"
