@@ -47,11 +47,11 @@ class DemoStage:
     stage: Stage
     metrics: dict[str, str | None]  # name -> target ("< 10", "< another + 0.1"), None: reported only
     data: dict[str, str]  # config key -> file below the data folder, for a smoke run with data of its own
-    smoke: tuple[str, ...] = ()  # overrides that make it a matter of seconds
-    held_out: str | None = None  # data to show a few items of, beside what the model makes of them
-    needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it wants
+    smoke: tuple[str, ...] = ()  # overrides for a training of seconds
+    held_out: str | None = None  # data of which a few items are printed beside the model's output
+    needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it takes
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
-    alone: bool = False  # it trains beside no other one, on all cores
+    alone: bool = False  # trains alone, on all cores
 
     @property
     def config(self) -> str:
@@ -63,7 +63,7 @@ class DemoStage:
 
     @property
     def waits_for(self) -> set[str]:
-        """The stages whose folders its config names."""
+        """The stages whose folders the config names."""
         config = json.loads((ROOT / self.config).read_text())
         return {base for key, base in self.bases.items() if config.get(key)} | set(self.needs.values())
 
@@ -72,7 +72,7 @@ TASKS = (  # of stage E
     "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
 )  # fmt: skip
 
-STAGES = [  # one that can begin does so before those below it: first the one that another waits for, then the longest
+STAGES = [  # in the order of priority: first the one that another waits for, then the longest
     DemoStage(
         name="audio_enc",
         stage=TABLE["audio_enc"],
@@ -179,7 +179,7 @@ QUESTIONS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, in a temporary folder")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage, in a temporary folder")
     args = parser.parse_args()
     heed_signals()
     os.environ |= allocator.settings()  # of every process that is started here
@@ -227,7 +227,7 @@ def demo() -> int:
 
 
 def by_task(figures: dict[str, float]) -> dict:
-    """Stage E's figures of single tasks, put into an object of their own."""
+    """Move stage E's accuracies of single tasks into an object of their own."""
     tasks = {name.removeprefix("accuracy_"): value for name, value in figures.items() if name.startswith("accuracy_")}
     others = {name: value for name, value in figures.items() if not name.startswith("accuracy_")}
     return others | ({"by_task": tasks} if tasks else {})
@@ -267,9 +267,9 @@ _children: list[subprocess.Popen] = []
 
 
 def heed_signals() -> None:
-    """Each Ctrl-C, SIGTERM, SIGQUIT and hang-up is passed on as one SIGTERM: a child saves upon it, and ends by itself.
+    """Pass each Ctrl-C, SIGTERM, SIGQUIT and hang-up on as one SIGTERM, upon which a child saves and ends.
 
-    Waiting for it (subprocess.run would kill it after a quarter of a second) leaves it the time to save.
+    We wait for it, so that it has the time to save; subprocess.run would kill it after a quarter of a second.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop())
@@ -282,7 +282,7 @@ def stop() -> None:
 
 
 def start(*command: str, **options) -> subprocess.Popen:
-    """In a process group of its own, so that a Ctrl-C in the terminal reaches it once only, through ``stop``."""
+    """Start in a new process group, so that a Ctrl-C in the terminal reaches the child only once, through ``stop``."""
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, process_group=0, **options)
     _children.append(process)
     if _asked.is_set():  # while it was being started
@@ -291,7 +291,7 @@ def start(*command: str, **options) -> subprocess.Popen:
 
 
 def tell(line: str) -> None:
-    """Print it. Where nobody reads any more (a closed terminal, ``| head``), what runs is asked to save and end."""
+    """Print ``line``. If stdout is closed (a closed terminal, ``| head``), the children are asked to save and end."""
     try:
         print(line, flush=True)
     except OSError:
@@ -301,7 +301,7 @@ def tell(line: str) -> None:
 
 
 def run(*command: str) -> None:
-    """Run a script; if it does not end well, neither does the demo, with the same exit code."""
+    """Run a script; if it fails, exit with its code."""
     if _asked.is_set():
         give_up(EXIT_INTERRUPTED)
     if (code := start(*command).wait()) or _asked.is_set():
@@ -313,11 +313,11 @@ def give_up(code: int) -> None:
 
 
 def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int], None]) -> None:
-    """Train every stage, two at a time where there is no GPU, each as soon as those that it builds on are finished.
+    """Train every stage as soon as the stages that it needs are finished; without a GPU two at a time.
 
     Args:
         commands: stage -> script and arguments.
-        ended: is told of each stage that has come to an end, the seconds it took, and its exit code.
+        ended: called with each stage that has ended, its seconds, and its exit code.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     together = 1 if torch.cuda.is_available() or cores < 2 else 2
@@ -357,7 +357,7 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
 
 
 def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[str], together: int) -> list[DemoStage]:
-    """The stages to start now. One that is to train alone waits for all others, and all others wait for it."""
+    """The stages to start now. One that trains alone waits for all others, and all others wait for it."""
     busy = [stage for stage in STAGES if stage.name in running]
     ready = [stage for stage in waiting if stage.waits_for <= finished]
     if any(stage.alone for stage in busy):
@@ -366,7 +366,7 @@ def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[s
     return beside[: together - len(busy)] if busy or beside else ready[:1]
 
 
-# --- What the trained models say -------------------------------------------------------------------------------------
+# --- Questions to the trained models -----------------------------------------------------------------------------------
 
 
 def ask(folder: str, questions: list[str]) -> None:
@@ -377,7 +377,7 @@ def ask(folder: str, questions: list[str]) -> None:
 
 
 def show(stage: DemoStage, folders: dict[str, Path], data: Path, items: int) -> None:
-    """A few held-out items beside what the model makes of them."""
+    """Print a few held-out items beside the model's output."""
     print(f"\n=== {stage.name} on {data.name}", flush=True)
     evaluate = ["scripts/evaluate.py", stage.name, "--ckpt_dir", str(folders[stage.name]), "--data", str(data)]
     for option, other in stage.needs.items():
@@ -395,7 +395,7 @@ def export(folders: dict[str, Path], output: Path) -> None:
 
 
 def ask_exported(model: Path, data: Path, sounds: Path) -> None:
-    """One question for each way in and out, about things that were not trained on."""
+    """One question for each kind of input and output, about items that are not in the training data."""
     picture = json.loads((data / "images/annotations.val.json").read_text())[0]
     recording = first_row(data / "audio/asr.val.csv")
     sign = first_row(data / "ocr/ocr.val.csv")
@@ -433,7 +433,7 @@ def print_table(results: dict) -> None:
 
 
 def verdict(value: float, target: str | None, figures: dict[str, float]) -> str:
-    """Whether ``value`` is where ``target`` wants it; names in the target are other figures of the stage."""
+    """Whether ``value`` meets ``target``, which may name other metrics of the stage."""
     if target is None:
         return ""
     sign, _, bound = target.partition(" ")
