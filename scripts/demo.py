@@ -366,7 +366,7 @@ def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[s
     return beside[: together - len(busy)] if busy or beside else ready[:1]
 
 
-# --- Questions to the trained models -----------------------------------------------------------------------------------
+# --- Questions to the trained models ----------------------------------------------------------------------------------
 
 
 def ask(folder: str, questions: list[str]) -> None:
