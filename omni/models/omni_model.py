@@ -629,7 +629,7 @@ class OmniModel(nn.Module):
             height, width = self.vision_encoder.img_size
             blank["images"] = torch.zeros(1, 3, height, width, dtype=torch.uint8, device=like.device)
         if self.audio_encoder is not None:
-            frames = self.audio_encoder.downsample_time
+            frames = self.audio_encoder.architecture.downsample_time
             mels = self.audio_encoder.subsampling.linear.in_features // self.audio_encoder.subsampling.conv.out_channels
             blank["features"] = like.new_zeros(1, frames, mels * frames)
             blank["lengths"] = torch.full((1,), frames, device=like.device)
