@@ -48,9 +48,9 @@ from stages import make_mix, write_csv
 import export
 from omni.common.errors import BadRow, RunError, UserError
 from omni.data.audio import audio_length, load_audio
-from omni.data.corpus import read_chunks, split_samples
 from omni.data.download import Archive, unpack
 from omni.data.images import load_image
+from omni.data.lines import read_chunks, split_samples
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import Tokenizer
 from omni.data.video import load_frames

@@ -11,8 +11,9 @@ from harness import kill_at
 from stages import TEXT, WORDS
 
 from omni.common.errors import Interrupted, UserError
-from omni.data.corpus import PackedTokens, TokenFile, prepare_corpus, sample_lines, split_samples
-from omni.data.order import corpus
+from omni.data import corpus
+from omni.data.corpus import PackedTokens, TokenFile, prepare_corpus, sample_lines
+from omni.data.lines import read_chunks, split_samples
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 
 
@@ -45,7 +46,7 @@ def tokenizer():
 
 @pytest.fixture
 def text(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 500)
+    monkeypatch.setattr("omni.data.lines._CHUNK_BYTES", 500)
     rng = random.Random(0)
     lines = [" ".join(rng.choices(["cat", "sät", "on", "猫"], k=rng.randint(1, 12))) for _ in range(400)]
     path = tmp_path / "text.txt"
@@ -140,8 +141,8 @@ def test_a_cut_file_of_an_interrupted_preparation_is_not_filled_with_zeros(text,
 
 @pytest.mark.parametrize("letter", ["a", "ä", "€", "𝄞"])
 def test_a_line_longer_than_a_chunk_is_never_cut_inside_a_character(tmp_path, tokenizer, monkeypatch, letter):
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", 501)
-    monkeypatch.setattr(corpus, "_PIECE_BYTES", 50)
+    monkeypatch.setattr("omni.data.lines._CHUNK_BYTES", 501)
+    monkeypatch.setattr("omni.data.lines.PIECE_BYTES", 50)
     path = tmp_path / "giant.txt"
     path.write_text(letter * 1000 + "\nend", encoding="utf-8")
     cache = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.0)
@@ -164,7 +165,7 @@ def test_tokens_that_a_run_has_open_are_never_written_over(text, tokenizer, monk
 
 def test_a_killed_script_prepares_the_same(tmp_path):
     training = TEXT.training(tmp_path, max_steps=2)
-    small_chunks = "import omni.data.corpus; omni.data.corpus._CHUNK_BYTES = 100\n"
+    small_chunks = "import omni.data.lines; omni.data.lines._CHUNK_BYTES = 100\n"
     for count in (2, 3, 4):
         kill = kill_at("omni.data.corpus:write_sealed_json", count, after=count == 3)
         assert training.run(prelude=small_chunks + kill).returncode == -9
@@ -193,7 +194,7 @@ def test_an_empty_corpus_is_refused(tmp_path, tokenizer):
 
 
 def test_a_giant_line_becomes_samples_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, "_PIECE_BYTES", 50)
+    monkeypatch.setattr("omni.data.lines.PIECE_BYTES", 50)
     for line in ("wörd " * 100, "ä" * 333, "a" * 50, "x " * 25):
         pieces = list(split_samples(line.encode(), tmp_path, 1))
         assert b"".join(pieces).decode() == line.rstrip() + line[len(line.rstrip()) :]
@@ -247,7 +248,7 @@ def write_100_mb(path, separator: bytes, nul: bytes) -> int:
 def test_a_line_of_100_mb_comes_in_small_pieces_and_loses_nothing(tmp_path, nul):
     path = tmp_path / "line.txt"
     size, seen = write_100_mb(path, b" ", nul), 0
-    for chunk in corpus.read_chunks(path):
+    for chunk in read_chunks(path):
         assert len(chunk) <= (16 << 20) + (64 << 10)
         pieces = list(split_samples(chunk, path, 1))
         assert max(map(len, pieces)) <= 64 << 10
@@ -336,8 +337,8 @@ def test_what_stands_in_no_answer_counts_less(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("bom", ["", "\ufeff"])
 def test_lines_end_as_on_any_system_and_begin_after_a_bom(tmp_path, tokenizer, monkeypatch, bom, end, chunk_bytes):
-    monkeypatch.setattr(corpus, "_CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(corpus, "_PIECE_BYTES", 100)  # longer than a line
+    monkeypatch.setattr("omni.data.lines._CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr("omni.data.lines.PIECE_BYTES", 100)  # longer than a line
     lines = [f"the cät {i} sat" * (1 + i % 3) for i in range(50)]
     path, run = tmp_path / "text.txt", FakeRun()
     path.write_bytes((bom + end.join(lines[:20]) + end * 3 + end.join(lines[20:])).encode())

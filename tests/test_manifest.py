@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from harness import ROOT
 
-import omni.data.manifest
 from omni.common.errors import BadRow, UserError
-from omni.data.manifest import Manifest, ManifestDataset, load_manifest, measure, read_some, split_rows
+from omni.data.manifest import Manifest, ManifestDataset, load_manifest, read_some, split_rows
+from omni.data.measure import measure
 
 COLUMNS = ("wav", "text")
 
@@ -28,7 +28,7 @@ def load(path: Path, **kwargs) -> Manifest:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Cuts fall everywhere: inside rows, inside quoted line breaks, inside characters."""
-    monkeypatch.setattr(omni.data.manifest, "_CHUNK_BYTES", 7)
+    monkeypatch.setattr("omni.data.formats.base._CHUNK_BYTES", 7)
 
 
 def random_rows(count: int) -> list[dict]:

@@ -17,17 +17,11 @@ import pytest
 import omni.data.manifest
 from omni.common.errors import BadRow, GivenUp, Interrupted, UserError, reading_row
 from omni.common.media import Inline
+from omni.data.formats import Csv
 from omni.data.index import open_array, save_array
-from omni.data.manifest import (
-    Manifest,
-    ManifestDataset,
-    account_for_rows,
-    load_manifest,
-    measure,
-    measure_rows,
-    read_some,
-)
-from omni.data.records import MAX_ROW_BYTES, json_records, line_of, line_records, parse
+from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, load_manifest, read_some
+from omni.data.measure import measure, measure_rows
+from omni.data.records import MAX_ROW_BYTES, json_records, line_of, line_records
 
 COLUMNS = ("wav", "text")
 
@@ -77,7 +71,7 @@ def test_the_rows_of_any_text_are_those_of_the_csv_module(tmp_path, chunk_bytes)
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("last", [True, False], ids=["last line end", "no last line end"])
 def test_every_row_with_any_line_end(tmp_path, monkeypatch, bom, end, last):
-    monkeypatch.setattr(omni.data.manifest, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr("omni.data.formats.base._CHUNK_BYTES", 5)
     rows = [{"wav": f"{i}.wav", "text": f'say "{i}", é漢 {end}again'} for i in range(20)]
     out = io.StringIO(newline="")
     writer = csv.DictWriter(out, COLUMNS, lineterminator=end)
@@ -433,14 +427,15 @@ def test_thirty_processes_open_a_touched_manifest_at_once(tmp_path):
 
 def test_parse_refuses_what_is_longer_than_a_row_may_be():
     with pytest.raises(BadRow, match=f"longer than {MAX_ROW_BYTES >> 20} MiB"):
-        parse(None, ["a"])
+        Csv(header=["a"]).read(None, ["a"])
 
 
 def test_every_kind_of_rows_is_read_in_the_one_place_that_names_what_goes_wrong():
     """Subclasses of ``ManifestDataset``, of all stages, say how one row is read; none of them says when."""
-    for path in (Path(omni.data.manifest.__file__).parent).glob("*.py"):
-        if path.stem != "web":  # needs Gradio, and reads no rows
-            importlib.import_module(f"omni.{path.stem}")
+    root = Path(omni.data.manifest.__file__).parent.parent
+    for path in root.rglob("*.py"):
+        if path.stem not in ("web", "__init__"):  # the page needs Gradio, and reads no rows
+            importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts))
     kinds = [ManifestDataset]
     for kind in kinds:
         kinds += kind.__subclasses__()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, reading_row
 from omni.data.audio import griffin_lim, load_audio, log_mel, normalise_features, resample
-from omni.data.manifest import Manifest, files_digest
+from omni.data.manifest import Manifest
+from omni.data.measure import files_digest
 from omni.models.aligner import text_symbols
 from omni.models.audio_encoder import mel_spec as recogniser_mel_spec
 from omni.models.codec import Codec, fingerprint, load_codec, mel_spec

@@ -57,42 +57,63 @@ def hold_cache(folder: Path, log: Callable[[str], None], check_stop: Callable[[]
         yield
 
 
+def make_once(
+    folder: Path,
+    problem: Callable[[], str | None],
+    make: Callable[[], None],
+    log: Callable[[str], None],
+    check_stop: Callable[[], None],
+) -> bool:
+    """Call ``make()``, with the folder's lock, if there is a ``problem()`` with what the folder contains: why it cannot
+    be used, "" where that need not be told, None if it can.
+
+    Returns:
+        whether there was a problem at first.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if problem() is None:
+        return False
+    with hold_cache(folder, log, check_stop):
+        if (found := problem()) is not None:  # else another process has made it before this one got the lock
+            if found:
+                log(found)
+            make()
+    return True
+
+
 def prepare_index(
     path: Path,
     folder: Path,
-    arrays: tuple[str, ...],
     make: Callable[[], None],
     log: Callable[[str], None],
     check_stop: Callable[[], None],
 ) -> None:
     """Call ``make()``, which fills ``folder`` and writes ``meta.json`` last, unless an index of ``path`` is there.
 
-    Args:
-        arrays: names of the arrays that must be whole.
-
     Raises:
         UserError: there is no such file, or the folder cannot be written.
     """
-    try:
-        stale = why_stale(path, folder, arrays)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    if stale is not None:
-        with hold_cache(folder, log, check_stop):
-            # asked again: another process may have made it before this one got the lock
-            if (stale := why_stale(path, folder, arrays)) is not None:
-                if stale:
-                    log(f"{folder}: {stale}; making the index again")
-                make()
-    elif open_sealed_json(folder / "meta.json")["stat"] != file_stat(path):
+
+    def problem() -> str | None:
+        try:
+            stale = why_stale(path, folder)
+        except OSError as error:
+            raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+        return f"{folder}: {stale}; making the index again" if stale else stale
+
+    if make_once(folder, problem, make, log, check_stop):
+        return
+    if open_sealed_json(folder / "meta.json")["stat"] != file_stat(path):
         # the same bytes at another time; where that cannot be noted they are hashed every time
         with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):
             meta = open_sealed_json(folder / "meta.json")
-            if why_stale(path, folder, arrays) is None and meta["stat"] != file_stat(path):
+            if why_stale(path, folder) is None and meta["stat"] != file_stat(path):
                 write_sealed_json(folder / "meta.json", meta | {"stat": file_stat(path)})
 
 
-def why_stale(path: Path, folder: Path, arrays: tuple[str, ...]) -> str | None:
+def why_stale(path: Path, folder: Path) -> str | None:
     """Why an index must be made ("" where nobody need know), or None if it is whole and of the file as it is.
 
     Raises:
@@ -102,7 +123,7 @@ def why_stale(path: Path, folder: Path, arrays: tuple[str, ...]) -> str | None:
     try:
         meta = open_sealed_json(folder / "meta.json")
         saved, sha256 = meta["stat"], meta["sha256"]
-        for name in arrays:
+        for name in meta["arrays"]:
             open_array(folder / f"{name}.npy")
     except FileNotFoundError as error:
         return "" if Path(error.filename).name == "meta.json" else f"{Path(error.filename).name} is missing"

@@ -1,44 +1,35 @@
-"""Rows of a CSV, JSON or JSONL file of any size, read in any order, and what happens to the bad ones among them.
+"""Rows of a file of any size, read in any order, and what happens to the bad ones among them.
 
 The file is read once, in chunks: where each row begins and ends goes into an index beside it, 20 bytes a row, that
-later runs map into memory. Row ``i`` is then one short read, so a run that resumes reads no row that it skips.
+later runs map into memory. Row ``i`` is then one short read, so a run that resumes reads no row that it skips. What a
+row is, its format knows: see ``omni.data.formats``.
 """
 
-import codecs
-import csv
+import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
-import stat
-import sys
-import unicodedata
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PureWindowsPath
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from omni.common.caches import ABSENT, arrays_problem, facts_of_row, open_arrays, write_arrays
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.files import file_stat, write_sealed_json
 from omni.common.host import Host
-from omni.common.media import Inline, is_data_uri, parse_data_uri, quoted
-from omni.data.index import hold_cache, prepare_index, save_array
-from omni.data.records import MAX_ROW_BYTES, Record, json_records, line_of, line_records, other_encoding, parse
+from omni.common.media import Inline
+from omni.data.formats import FORMATS, Format, format_of
+from omni.data.index import prepare_index, save_array
+from omni.data.named_files import find_file
+from omni.data.records import MAX_ROW_BYTES, Record, other_encoding
 
 T = TypeVar("T")
-_VERSION = 2
-_CHUNK_BYTES = 4 << 20
+_VERSION = 3
 _SUBSTITUTES_TRIED = 100
-_ROWS_A_THREAD = 512  # less would be work for the threads themselves
-_THREADS = 8  # headers are read from many small files: waiting, not computing
 _NAMED = 5  # rows left out that are named, for each reason; all are counted
-_LISTED = 50_000  # names of a folder among which one is looked for that is spelt otherwise
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -46,7 +37,7 @@ _LISTED = 50_000  # names of a folder among which one is looked for that is spel
 
 
 class Manifest:
-    """Rows of a CSV with a header, of a JSON array of objects, or of JSONL, through an index of byte spans.
+    """Rows of a file through an index of byte spans.
 
     Args:
         path: the file.
@@ -57,21 +48,23 @@ class Manifest:
         meta = json.loads((folder / "meta.json").read_text())
         self.path, self.folder = path, folder
         self.sha256: str = meta["sha256"]
-        self.header: list[str] | None = meta["header"]  # None: JSON
-        self.columns: list[str] = meta["columns"]
+        self.columns: list[str] = meta["columns"]  # that every row must fill
+        self.format = FORMATS[meta["format"]](**meta["reading"])
+        self.arrays: list[str] = meta["arrays"]
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
-        self.strip: bool = meta["strip"]  # blanks around cells are not part of them
-        self.cr_ends: bool = meta["cr_ends"]  # a single CR ends a line
         self.left_out: dict[str, np.ndarray] = {}  # reason -> rows, see ``leave_out``
         self._open()
 
     def _open(self) -> None:
-        self.spans = np.load(self.folder / "spans.npy", mmap_mode="r")  # (rows, 2) first byte, byte after the last
-        self.keys = np.load(self.folder / "keys.npy", mmap_mode="r")  # (rows,) CRC-32 of the key column
+        arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.arrays}
+        self.spans = arrays["spans"]  # (rows, 2) first byte, byte after the last
+        self.keys = arrays["keys"]  # (rows,) CRC-32 of the key column
+        self._numbers = arrays.get("numbers")  # (rows,) what messages call a row, where that is not its place
         self._file = os.open(self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("spans", "keys", "_file", "facts")} | {"facts": {}}
+        opened = ("spans", "keys", "_numbers", "_file", "facts")
+        return {name: value for name, value in self.__dict__.items() if name not in opened} | {"facts": {}}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -87,67 +80,32 @@ class Manifest:
     def __getitem__(self, row: int) -> dict:
         """
         Raises:
-            BadRow: not text, not as many columns as the header, or a required column that is absent or empty.
+            BadRow: not a row of the file's format, or a required column that is absent or empty.
         """
-        start, end = (int(byte) for byte in self.spans[row])  # of no such row an IndexError, as of a list
+        record = self._record(row)
         with reading_row():
-            data = self._bytes(start, end)
-            fields = parse(data, self.header, self.columns, strip=self.strip)
-            if self._is_cut(row, data):
-                raise BadRow("a single carriage return stands inside it")
+            fields = self.format.read(record.data, self.columns)
+            self.format.check(record.data, functools.partial(self._following, row))
         return fields
 
-    def _bytes(self, start: int, end: int) -> bytes | None:
-        return os.pread(self._file, end - start, start) if end - start <= MAX_ROW_BYTES else None
+    def _record(self, row: int) -> Record:
+        start, end = (int(byte) for byte in self.spans[row])  # of no such row an IndexError, as of a list
+        return Record(start, end, os.pread(self._file, end - start, start) if end - start <= MAX_ROW_BYTES else None)
 
-    def _is_cut(self, row: int, data: bytes) -> bool:
-        """Whether a single CR ends the row, in a file whose header ends otherwise, and no whole row follows."""
-        if self.cr_ends or not data.endswith(b"\r") or row + 1 == len(self):
-            return False
-        if self.spans[row + 1][0] != self.spans[row][1]:  # a blank line follows
-            return False
-        try:
-            parse(self._bytes(*map(int, self.spans[row + 1])), self.header)
-        except BadRow:
-            return True
-        return False
+    def _following(self, row: int) -> Record | None:
+        """The next row; None after the last one, and where a blank line follows."""
+        if row + 1 == len(self) or self.spans[row + 1][0] != self.spans[row][1]:
+            return None
+        return self._record(row + 1)
 
     def where(self, row: int) -> str:
         """``data/audio/asr.csv: row 17``; row 1 is the first one after the header."""
-        return f"{self.path}: row {row + 1}"
+        return f"{self.path}: row {row + 1 if self._numbers is None else self._numbers[row]}"
 
     def file(self, name: str, root: str | None = None) -> Path | Inline:
-        """The file that a row names: inside ``root``; without one, beside the manifest or in the working directory. Or
-        the bytes of a data URI.
-
-        A name that is not found as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in
-        the other Unicode forms.
-
-        Raises:
-            BadRow: there is no such file, or it lies outside ``root``.
-        """
-        if not isinstance(name, str) or "\0" in name:
-            raise BadRow(f"expected a file name, found {quoted(repr(name))}")
-        if is_data_uri(name):
-            return parse_data_uri(name)
-        with reading_row():
-            folders = [self.path.parent, Path()] if root is None else [Path(root)]
-            problem = ""
-            for folder, spelling in itertools.product(folders, _spellings(name)):
-                path = folder / spelling
-                try:
-                    found = stat.S_ISREG(os.stat(path).st_mode)
-                except OSError as error:  # no such file; or a name too long, a loop of links, a locked folder
-                    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-                        problem = problem or f'"{quoted(name)}": {error.strerror}'
-                    continue
-                if root is not None and not path.resolve().is_relative_to(folder.resolve()):
-                    raise BadRow(f"{quoted(name)} leaves the folder {root}")
-                if found:
-                    return path
-            if root is not None and not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
-                raise BadRow(f"{quoted(name)} leaves the folder {root}")
-            raise BadRow(problem or _none_found(folders[0], name))
+        """The file that a row names, see ``find_file``: inside ``root``; without one, beside the manifest or in the
+        working directory. Or the bytes of a data URI."""
+        return find_file(name, [self.path.parent, Path()] if root is None else [Path(root)], root)
 
     def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
         """``rows`` without those where the mask ``unusable`` is true; says how many they are, and which the first."""
@@ -161,42 +119,17 @@ class Manifest:
         return rows[~unusable]
 
 
-def _spellings(name: str) -> list[str]:
-    """A name as it is written, and as other systems write it."""
-    plain = name.strip().replace("\\", "/")
-    forms = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
-    return list(dict.fromkeys([name, plain, *forms]))
-
-
-def _none_found(folder: Path, name: str) -> str:
-    """That a file is not there, and what is there under a name that differs in little."""
-    # a name with a drive stands for itself, as one that begins with / does
-    shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
-    path = folder / _spellings(name)[-1]
-    while path != path.parent and not path.parent.is_dir():
-        path = path.parent
-    near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None
-    return f'expected a file, found none at "{shown}"' + (f'; there is "{quoted(near)}"' if near else "")
-
-
-@functools.lru_cache(maxsize=4)
-def _names_in(folder: Path) -> dict[str, str]:
-    with os.scandir(folder) as entries:
-        return {_folded(entry.name): entry.name for entry in itertools.islice(entries, _LISTED)}
-
-
-def _folded(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).strip().casefold()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The index
 
 
-def prepare_manifest(run: Host, path: str, columns: tuple[str, ...], key: str) -> Manifest:
+def prepare_manifest(
+    run: Host, path: str, columns: tuple[str, ...], key: str, *, kind: type[Format] | None = None
+) -> Manifest:
     """``load_manifest`` inside a run: rank 0 makes the index while the others wait."""
+    where = {"cache_dir": run.config.cache_dir, "log": run.log, "check_stop": run.check_stop}
     with run.main_process_first():
-        return load_manifest(path, columns, key, cache_dir=run.config.cache_dir, log=run.log, check_stop=run.check_stop)
+        return load_manifest(path, columns, key, kind=kind, **where)
 
 
 def load_manifest(
@@ -204,6 +137,7 @@ def load_manifest(
     columns: tuple[str, ...],
     key: str,
     *,
+    kind: type[Format] | None = None,
     cache_dir: str | None = None,
     log: Callable[[str], None] = print,
     check_stop: Callable[[], None] = lambda: None,
@@ -211,268 +145,63 @@ def load_manifest(
     """Open a manifest; its index is made once, and again when the file changes.
 
     Args:
-        path: ``.json``: an array of objects; ``.jsonl``: one object a line; anything else: CSV with a header.
         columns: those that every row must fill.
         key: the column by which rows are split: equal values never stand in both splits.
+        kind: the format; default: the one that recognises the file.
         cache_dir: folder for the index; default: the manifest's own.
 
     Raises:
-        UserError: no such file, a column is missing, not UTF-8, a NUL byte, an open quotation mark, no rows.
+        UserError: no such file, not of its format, or no row that can be used.
     """
     path = Path(path)
-    digest = hashlib.sha256(json.dumps([_VERSION, columns, key, str(path.resolve())]).encode()).hexdigest()[:12]
+    facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
     folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
     if not path.is_file():
         raise UserError(f"{path}: expected a file, found none")
-    make = functools.partial(_make_index, path, folder, columns, key, log, check_stop)
-    prepare_index(path, folder, ("spans", "keys"), make, log, check_stop)
+    make = functools.partial(_make_index, path, folder, columns, key, kind, log, check_stop)
+    prepare_index(path, folder, make, log, check_stop)
     return Manifest(path, folder)
 
 
-def _make_index(path: Path, folder: Path, columns: tuple[str, ...], key: str, log, check_stop) -> None:
+def _make_index(
+    path: Path, folder: Path, columns: tuple[str, ...], key: str, kind: type[Format] | None, log, check_stop
+) -> None:
     for old in folder.glob("*.np[yz]"):  # row measurements of another content
         old.unlink()
     (folder / "meta.json").unlink(missing_ok=True)
     before, digest = file_stat(path), hashlib.sha256()
-    bar = tqdm(total=before["size"], unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
-
-    def chunks() -> Iterator[bytes]:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                check_stop()
-                digest.update(chunk)
-                bar.update(len(chunk))
-                yield chunk
-
     with open(path, "rb") as file:
         head = file.read(1 << 16)
     if encoding := other_encoding(head):
         raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
-    kind = _kind(path, head)
-    if kind == "jsonl" and path.suffix == ".json":
-        log(f"{path}: begins with an object, not with an array of them: read as JSONL, an object a line")
-    header, strip, cr_ends, rows = None, False, True, _Found()
-    spans, keys = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.uint32)]
+    form = (kind or format_of(path, head))()
+    if remark := form.remark(path):
+        log(remark)
+    bar = tqdm(total=before["size"], unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in form.chunks(path):
+            check_stop()
+            digest.update(chunk)
+            bar.update(len(chunk))
+            yield chunk
+
     with bar:
-        if kind == "json":
-            records = json_records(path, chunks())
-        else:
-            records = line_records(path, chunks(), quotes=kind == "csv")
-            records = rows.all_bytes(records)
-        records = rows.without_blanks(records)
-        if kind == "csv":
-            record = next(records, None)
-            header, strip = _read_header(path, record, columns)
-            cr_ends = record.data.endswith(b"\r")
-        while batch := list(itertools.islice(records, 10_000)):
-            if len(keys) == 1:
-                _check_first_rows(path, batch[:100], header, columns)
-            spans.append(np.array([(record.start, record.end) for record in batch], np.uint64))
-            keys.append(np.array([_key(path, record, header, key, kind) for record in batch], np.uint32))
+        rows = form.index(path, chunks(), columns, key)
     if file_stat(path) != before:
         raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
     assert rows.end in (before["size"], None), "bytes after the last row"
-    if len(keys) == 1:
-        raise UserError(f"{path}: expected rows with {' and '.join(columns)}, found none")
-    for name, parts in (("spans", spans), ("keys", keys)):
-        save_array(folder / f"{name}.npy", np.concatenate(parts))
-    meta = {"stat": before, "sha256": digest.hexdigest(), "header": header, "columns": columns}
-    write_sealed_json(folder / "meta.json", meta | {"strip": strip, "cr_ends": cr_ends})
-    count = sum(map(len, keys))
-    log(f"indexed {path}: {count:,} rows{rows.others(header is not None)}")
-
-
-def _kind(path: Path, head: bytes) -> str:
-    """``csv``, ``jsonl`` or ``json``, an array. What is called ``.json`` is JSONL if an object stands first."""
-    if path.suffix != ".json":
-        return "jsonl" if path.suffix == ".jsonl" else "csv"
-    return "jsonl" if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" else "json"
-
-
-class _Found:
-    """Counts what is no row, and what is an odd one."""
-
-    def __init__(self) -> None:
-        self.end: int | None = None  # of the last record
-        self.records = self.blank = self.of_lines = self.longest = self.longest_lines = 0
-
-    def all_bytes(self, records: Iterator[Record]) -> Iterator[Record]:
-        """``records``; not a byte of the file may be between two of them."""
-        end = None
-        for record in records:
-            assert record.start == end or end is None and record.start in (0, 3), "bytes between two rows"
-            self.end = end = record.end
-            yield record
-
-    def without_blanks(self, records: Iterator[Record]) -> Iterator[Record]:
-        for record in records:
-            if record.is_blank:
-                self.blank += 1
-                continue
-            self.records += 1
-            if record.data is not None and b'"' in record.data:
-                lines = 1 + record.data.rstrip(b"\r\n").count(b"\n")
-                self.of_lines += lines > 1
-                if lines > self.longest_lines:
-                    self.longest, self.longest_lines = self.records, lines
-            yield record
-
-    def others(self, has_header: bool) -> str:
-        text = f", {self.blank:,} blank lines" if self.blank else ""
-        if self.of_lines and has_header:  # a JSON element may take as many as it likes
-            text += f"; {self.of_lines:,} rows take several lines, row {self.longest - 1} "
-            text += f"the most, {self.longest_lines:,}"
-        return text
-
-
-def _check_first_rows(path: Path, records: list[Record], header: list[str] | None, columns: tuple[str, ...]) -> None:
-    reasons = []
-    for record in records:
-        try:
-            with reading_row():
-                parse(record.data, header, columns)
-            return
-        except BadRow as error:
-            reasons.append(error)
-    raise UserError(f"{path}: row 1: {reasons[0]}. Nor can one of the first {len(records)} rows be used")
-
-
-def _key(path: Path, record: Record, header: list[str] | None, key: str, kind: str) -> int:
-    try:
-        with reading_row():
-            value = parse(record.data, header).get(key)
-            if value:
-                return zlib.crc32(str(value).encode())
-    except BadRow as error:  # whoever reads the row will say why; but what is not JSON is no array of rows
-        if kind == "json" and isinstance(error.__cause__, json.JSONDecodeError):
-            line = line_of(path, record.start)
-            raise UserError(f"{path}: the element of the array at line {line}: {error}") from error
-    return zlib.crc32(record.data or str(record.start).encode())  # a row without a key stands for itself
-
-
-def _read_header(path: Path, record: Record | None, columns: tuple[str, ...]) -> tuple[list[str], bool]:
-    """The names of the columns, and whether blanks stand around them, as in ``wav, text``."""
-    data = record.data if record else b""
-    try:
-        if data is None:
-            raise UserError(f"{path}: expected a header, found a first line of more than {MAX_ROW_BYTES >> 20} MiB")
-        with reading_row():
-            cells = next(csv.reader([data.decode("utf-8")]), [])
-    except BadRow as error:
-        raise UserError(f"{path}: expected a UTF-8 CSV file with a header, found in its first line: {error}") from error
-    header = [name.strip() for name in cells]
-    if missing := [name for name in columns if name not in header]:
-        raise UserError(
-            f"{path}: expected a header with the columns {','.join(columns)}, "
-            f'found "{quoted(",".join(header))}" ({missing[0]} is missing)'
-        )
-    return header, header != cells
+    arrays = {"spans": rows.spans, "keys": rows.keys} | ({} if rows.numbers is None else {"numbers": rows.numbers})
+    for name, values in arrays.items():
+        save_array(folder / f"{name}.npy", values)
+    meta = {"stat": before, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns}
+    write_sealed_json(folder / "meta.json", meta | {"format": form.name, "reading": dataclasses.asdict(form)})
+    log(f"indexed {path}: {rows.summary}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # What a stage does with the rows
-
-
-def measure_rows(
-    run: Host,
-    manifest: Manifest,
-    name: str,
-    function: Callable[[Manifest, int], float],
-    dtype,
-    column: str | None = None,
-) -> np.ndarray:
-    """``function(manifest, row)`` for every row, computed once and kept beside the index under ``name``.
-
-    Made for headers: how long a recording is. A row for which it raises ``BadRow`` gets 0.
-
-    Args:
-        column: the one whose files are measured; a file that has changed is measured again.
-
-    Returns:
-        (rows,) of ``dtype``, mapped from disk.
-    """
-    path, belongs_to = manifest.folder / name, {"data": manifest.sha256}
-    with run.main_process_first():
-        if run.is_main:
-            facts = {} if column is None else {"files": file_facts(run, manifest, column)}
-            if _measure_problem(path, belongs_to, facts):
-                with hold_cache(manifest.folder, run.log, run.check_stop):
-                    _measure_again(run, manifest, path, belongs_to, facts, function, dtype)
-        return open_arrays(path)[0]["values"]
-
-
-def _measure_problem(path: Path, belongs_to: dict, facts: dict[str, np.ndarray]) -> str:
-    if problem := arrays_problem(path, belongs_to):
-        return problem
-    if facts and (changed := int((open_arrays(path)[0]["files"] != facts["files"]).sum())):
-        return f"{path}.npy: {changed:,} of {len(facts['files']):,} files changed"
-    return ""
-
-
-def _measure_again(run: Host, manifest: Manifest, path: Path, belongs_to: dict, facts: dict, function, dtype) -> None:
-    """Measure what has changed, or all if what was measured cannot be used. The caller holds the folder's lock."""
-    problem = _measure_problem(path, belongs_to, facts)
-    if not problem:  # another process has measured before this one got the lock
-        return
-    if problem != ABSENT:
-        run.log(f"{problem}: measured again")
-    changed, before = np.ones(len(manifest), bool), np.zeros(len(manifest), dtype)
-    if not arrays_problem(path, belongs_to):
-        kept, _ = open_arrays(path)
-        changed, before = kept["files"] != facts["files"], kept["values"]
-
-    def value(manifest: Manifest, row: int) -> float:
-        return function(manifest, row) if changed[row] else before[row]
-
-    note = f"{path.name} of {manifest.path.name}"
-    values = measure(manifest, value, dtype, desc=note, check_stop=run.check_stop)
-    write_arrays(path, belongs_to, values=values, **facts)
-
-
-def file_facts(run: Host, manifest: Manifest, column: str, root: str | None = None) -> np.ndarray:
-    """(rows,) uint64 of size and times of the files that a column names, as they are when first asked for in a run."""
-    if (column, root) not in manifest.facts:
-        starts = range(0, len(manifest), _ROWS_A_THREAD)
-
-        def some(start: int) -> list[int]:
-            run.check_stop()
-            rows = range(start, min(start + _ROWS_A_THREAD, len(manifest)))
-            return [facts_of_row(manifest, row, column, root) for row in rows]
-
-        with ThreadPoolExecutor(_THREADS) as pool:  # for file systems that answer over a network
-            found = itertools.chain.from_iterable(pool.map(some, starts))
-            manifest.facts[column, root] = np.fromiter(found, np.uint64, len(manifest))
-    return manifest.facts[column, root]
-
-
-def files_digest(manifest: Manifest, rows: Sequence[int], column: str) -> str:
-    """Of size and times of the files that some rows name."""
-
-    facts = [facts_of_row(manifest, int(row), column, None) for row in rows]
-    return hashlib.sha256(np.array(facts, np.uint64).tobytes()).hexdigest()
-
-
-def measure(manifest: Manifest, function, dtype, *, desc: str, check_stop=lambda: None) -> np.ndarray:
-    """``function(manifest, row)`` for every row, in threads; 0 where it raises ``BadRow``."""
-
-    def one(row: int):
-        try:
-            with reading_row():
-                return function(manifest, row)
-        except BadRow:
-            return 0
-
-    values = np.zeros(len(manifest), dtype)
-    with (
-        ThreadPoolExecutor(_THREADS) as pool,
-        tqdm(total=len(values), desc=desc, unit="row", disable=None, delay=0.5, file=sys.stderr) as bar,
-    ):
-        for start in range(0, len(values), 4096):
-            check_stop()
-            rows = range(start, min(start + 4096, len(values)))
-            values[start : rows.stop] = list(pool.map(one, rows))
-            bar.update(len(rows))
-    return values
 
 
 def split_rows(manifest: Manifest, val_split: float) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,8 @@ import numpy as np
 
 from omni.common.host import Host
 from omni.data.audio import audio_length, resampled_length
-from omni.data.manifest import Manifest, measure_rows
+from omni.data.manifest import Manifest
+from omni.data.measure import measure_rows
 
 LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
 _STATIC_LENGTHS = 4  # shapes that torch.compile has to know

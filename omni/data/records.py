@@ -10,8 +10,6 @@ have made one row of many); so is a row that a single CR cuts in two, in a file 
 """
 
 import codecs
-import csv
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -253,28 +251,6 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
 # One row
 
 
-def parse(data: bytes | None, header: list[str] | None, required: list[str] = (), *, strip: bool = False) -> dict:
-    """A row's bytes as a dictionary.
-
-    Args:
-        header: of a CSV; None: JSON.
-        required: columns that must hold text.
-        strip: cells are taken without the blanks around them.
-
-    Raises:
-        BadRow: not text, not as many columns as the header, or a required column that is absent or empty.
-    """
-    text = decode(data)
-    row = _parse_json(text) if header is None else _parse_csv(text, header, strip)
-    for column in required:
-        value = row.get(column)
-        if not isinstance(value, str):
-            raise BadRow(f'expected text in "{column}", found {quoted(json.dumps(value))}')
-        if not value.strip():
-            raise BadRow(f'"{column}" is empty')
-    return row
-
-
 def decode(data: bytes | None) -> str:
     """
     Raises:
@@ -286,30 +262,3 @@ def decode(data: bytes | None) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRow(f"expected UTF-8 text, found byte {data[error.start]:#x}") from error
-
-
-def _parse_json(text: str) -> dict:
-    try:
-        row = json.loads(text)
-        if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, and no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except RecursionError as error:
-        raise BadRow("nested too deeply") from error
-    except ValueError as error:
-        raise BadRow(f"not valid JSON: {quoted(str(error).partition(';')[0])}") from error
-    if not isinstance(row, dict):
-        raise BadRow(f"expected a JSON object, found {quoted(text.strip())}")
-    return row
-
-
-def _parse_csv(text: str, header: list[str], strip: bool) -> dict:
-    over_lines = "\n" in text.rstrip("\r\n") or "\r" in text.rstrip("\r\n")
-    try:
-        (cells,) = csv.reader([text], strict=over_lines)
-    except csv.Error as error:
-        if over_lines and "expected after" in str(error):
-            raise BadRow("a quotation mark stands inside an unquoted field, so that rows run together") from error
-        raise BadRow(str(error)) from error
-    if len(cells) != len(header):
-        raise BadRow(f"expected {len(header)} columns ({quoted(', '.join(header))}), found {len(cells)}")
-    return dict(zip(header, (cell.strip() for cell in cells) if strip else cells, strict=True))

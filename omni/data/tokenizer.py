@@ -22,9 +22,9 @@ from omni.common.media import quoted
 
 IGNORE_INDEX = -100  # target of a position that has no loss
 END_OF_TEXT = "<|endoftext|>"
-END = "<|end|>"
+ASSISTANT, END = "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = (  # the position is the id, in every vocabulary that is trained here
-    END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", END,
+    END_OF_TEXT, "<|system|>", "<|user|>", ASSISTANT, END,
     "<|image_start|>", "<|image|>", "<|image_end|>",
     "<|audio_start|>", "<|audio|>", "<|audio_end|>", "<|speech|>",
     "<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>", "<|reserved_3|>",

@@ -22,7 +22,8 @@ from omni.common.caches import require_finite
 from omni.common.host import Host
 from omni.common.numerics import true_float32
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
-from omni.data.manifest import Manifest, ManifestDataset, files_digest, read_some, spread
+from omni.data.manifest import Manifest, ManifestDataset, read_some, spread
+from omni.data.measure import files_digest
 from omni.data.recordings import measure_samples, static_lengths
 from omni.models.architectures import CodecArchitecture, SpeechFrames
 from omni.models.layers import RMSNorm

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
 from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
-from omni.data.manifest import Manifest, ManifestDataset, measure_rows
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples, static_lengths
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, mel_spec, output_frames

@@ -18,7 +18,8 @@ from omni.common.files import parse_json, read_text
 from omni.common.media import quoted
 from omni.common.text import visible
 from omni.data.images import load_image, normalise
-from omni.data.manifest import Manifest, ManifestDataset, measure_rows
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.measure import measure_rows
 from omni.data.tokenizer import Tokenizer
 from omni.models.picture_text import PictureTextModel, contrastive_loss, similarities
 from omni.stages.vision import VisionConfig

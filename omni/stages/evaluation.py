@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from omni.common.errors import UserError
-from omni.data.corpus import count_lines, read_chunks, split_samples
 from omni.data.images import normalise
+from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
+from omni.data.text_rows import load_text
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.models.ocr import read_text
@@ -27,7 +28,7 @@ from omni.stages import ocr
 from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
-from omni.stages.sft import TASKS, AnswerScore, EvalItems, load_text
+from omni.stages.sft import TASKS, AnswerScore, EvalItems
 from omni.stages.talker import CodecConfig
 from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.stages.vision import load_vision_encoder

@@ -21,7 +21,8 @@ from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.files import read_sealed_json, write_sealed_json
 from omni.common.text import clean_text
 from omni.data.images import load_image
-from omni.data.manifest import Manifest, ManifestDataset, measure_rows
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.measure import measure_rows
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.ctc import ctc_nll

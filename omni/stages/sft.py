@@ -10,25 +10,21 @@ import random
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from omni.common.errors import BadRow, TooLong, UserError, reading_row
-from omni.common.files import file_stat, write_sealed_json
+from omni.common.errors import BadRow, TooLong, UserError
 from omni.common.text import audible, clean_text, visible
 from omni.data.audio import audio_length, resampled_length
 from omni.data.conversations import read_conversation
-from omni.data.corpus import line_spans, read_chunks
-from omni.data.index import prepare_index, save_array
-from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, measure_rows, prepare_manifest, split_rows
+from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, prepare_manifest, split_rows
+from omni.data.measure import measure_rows
 from omni.data.order import permute
 from omni.data.recordings import measure_samples
-from omni.data.records import decode
+from omni.data.text_rows import prepare_text
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import load_aligner, prepare_speech
 from omni.models.codec import leave_out_long, load_codec
@@ -196,7 +192,7 @@ class Dialogues(TaskDataset):
     """Lines of a text file. What is no dialogue is learnt as a whole, and not judged."""
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
-        if self.manifest.dialogues:
+        if self.manifest.format.dialogues:
             return super().read(row, rng)
         return self.inputs.encode_text(row["text"]), set()
 
@@ -204,7 +200,7 @@ class Dialogues(TaskDataset):
         return parse_dialogue(row["text"])
 
     def room(self, row: dict) -> int:
-        if self.manifest.dialogues:
+        if self.manifest.format.dialogues:
             return super().room(row)
         try:
             self.inputs.encode_text(row["text"])
@@ -403,89 +399,6 @@ TASKS = {
 
 # ---------------------------------------------------------------------------------------------------------------
 # Where the rows come from
-
-
-class TextLines(Manifest):
-    """Lines of a text file as rows, through an index as a manifest has one: its dialogues, or all lines of a file
-    without dialogues."""
-
-    def __init__(self, path: Path, folder: Path) -> None:
-        super().__init__(path, folder)
-        self.dialogues = json.loads((folder / "meta.json").read_text())["dialogues"]
-
-    def _open(self) -> None:
-        super()._open()
-        self.lines = np.load(self.folder / "lines.npy", mmap_mode="r")  # (rows,) line numbers, from 1
-
-    def __getstate__(self) -> dict:
-        return {key: value for key, value in super().__getstate__().items() if key != "lines"}
-
-    def __getitem__(self, row: int) -> dict:
-        start, end = (int(byte) for byte in self.spans[row])
-        with reading_row():
-            return {"text": decode(self._bytes(start, end)).strip()}
-
-    def where(self, row: int) -> str:
-        return f"{self.path}: row {self.lines[row]}"
-
-
-def prepare_text(run: Run, path: str) -> TextLines:
-    """As ``load_text``, once for all processes of a run."""
-    with run.main_process_first():
-        return load_text(path, cache_dir=run.config.cache_dir, log=run.log, check_stop=run.check_stop)
-
-
-def load_text(
-    path: str | Path,
-    *,
-    cache_dir: str | None = None,
-    log: Callable[[str], None] = print,
-    check_stop: Callable[[], None] = lambda: None,
-) -> TextLines:
-    """The lines of a text file, through an index that is made once, and again when the file changes.
-
-    Raises:
-        UserError: no text in it, or its folder cannot be written.
-    """
-    path = Path(path)
-    digest = hashlib.sha256(f"lines 2 {path.resolve()}".encode()).hexdigest()[:12]
-    folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
-    make = partial(_index_lines, path, folder, log, check_stop)
-    prepare_index(path, folder, ("spans", "lines", "keys"), make, log, check_stop)
-    return TextLines(path, folder)
-
-
-def _index_lines(path: Path, folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> None:
-    (folder / "meta.json").unlink(missing_ok=True)
-    stat, digest, at, number, blank, others = file_stat(path), hashlib.sha256(), 0, 0, 0, 0
-    found: dict[bool, list[tuple[int, int, int, int]]] = {True: [], False: []}  # dialogues, and other lines
-    for chunk in read_chunks(path):
-        check_stop()
-        digest.update(chunk)
-        for start, end in line_spans(chunk, path, number + 1):
-            number, line = number + 1, chunk[start:end]
-            if not line.strip():
-                blank += 1
-                continue
-            dialogue = world.ASSISTANT.encode() in line
-            others += not dialogue
-            if dialogue or not found[True]:
-                found[dialogue].append((at + start, at + end, number, zlib.crc32(line)))
-        at += len(chunk)
-    if file_stat(path) != stat:
-        raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
-    rows = found[True] or found[False]
-    if not rows:
-        raise UserError(f"{path}: expected lines of text, found none")
-    table = np.array(rows, np.uint64)
-    for name, values in (("spans", table[:, :2]), ("lines", table[:, 2]), ("keys", table[:, 3].astype(np.uint32))):
-        save_array(folder / f"{name}.npy", values)
-    meta = {"stat": stat, "sha256": digest.hexdigest(), "header": ["text"], "columns": ["text"], "strip": True}
-    write_sealed_json(folder / "meta.json", meta | {"cr_ends": True, "dialogues": bool(found[True])})
-    kind = "dialogues" if found[True] else "lines (no dialogues: they are learnt as text)"
-    assert number == len(rows) + blank + (others if found[True] else 0), f"{path}: lines that are in no count"
-    rest = f" + {others:,} left out, no dialogues" if found[True] and others else ""
-    log(f"indexed {path}: {number:,} lines = {len(rows):,} {kind}{rest} + {blank:,} blank")
 
 
 class Recordings:

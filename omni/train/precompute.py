@@ -28,7 +28,8 @@ from omni.common.caches import (
 from omni.common.errors import RunError
 from omni.common.files import json_sha256, remove_temporary
 from omni.common.media import Inline
-from omni.data.manifest import Manifest, ManifestDataset, file_facts
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.measure import file_facts
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader
 from omni.train.run import Run
 

@@ -1,0 +1,188 @@
+"""What every format of rows has: how the rows of a file are found, and how one of them is read.
+
+A new format is a subclass of ``Format`` in the table ``omni.data.formats.FORMATS``. Its fields are what reading a row
+needs beside the row's bytes, such as a header: they are kept in the index, as JSON.
+"""
+
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+
+from omni.common.errors import BadRow, UserError, reading_row
+from omni.common.media import quoted
+from omni.data.records import Record, decode
+
+_CHUNK_BYTES = 4 << 20
+_ROWS_AT_ONCE = 10_000
+_FIRST_ROWS = 100  # one of them must be usable, or the file is refused at once
+
+
+class Rows(NamedTuple):
+    """The rows of a file, N of them."""
+
+    spans: np.ndarray  # (N, 2) uint64, the first byte of each row and the byte after its last
+    keys: np.ndarray  # (N,) uint32, CRC-32 of the key column
+    summary: str  # how many, and what is no row, for the log
+    numbers: np.ndarray | None = None  # (N,) what messages call the rows; None: from 1 on
+    end: int | None = None  # the byte after the last row, where rows follow each other without a gap
+
+
+@dataclass
+class Format:
+    """How the rows of a file are found and read. A subclass defines ``name``, ``recognises``, ``records`` and
+    ``fields``, or in the place of the last two ``index`` and ``read``."""
+
+    name: ClassVar[str]
+    rows_over_lines: ClassVar[bool] = False  # a row of several lines is odd, and counted in the log
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        """Whether a file of this name, which begins with ``head``, has this format."""
+        raise NotImplementedError
+
+    def remark(self, path: Path) -> str:
+        """A line for the log where the choice of this format may surprise."""
+        return ""
+
+    @staticmethod
+    def chunks(path: Path) -> Iterator[bytes]:
+        """The file in pieces, from which ``index`` makes rows."""
+        with open(path, "rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
+
+    def records(self, path: Path, chunks: Iterator[bytes], found: "Found") -> Iterator[Record]:
+        """The rows in the order of the file, blank ones among them.
+
+        Raises:
+            UserError: the file as a whole is not of this format.
+        """
+        raise NotImplementedError
+
+    def fields(self, text: str) -> dict:
+        """One row's text as a dictionary.
+
+        Raises:
+            BadRow: it is none.
+        """
+        raise NotImplementedError
+
+    def read_header(self, path: Path, records: Iterator[Record], columns: tuple[str, ...]) -> None:
+        """Take what stands before the rows out of ``records``."""
+
+    def clean(self, row: dict) -> dict:
+        """The fields of a row without what only its writing added."""
+        return row
+
+    def unreadable(self, path: Path, record: Record, error: BadRow) -> None:
+        """Called when the index finds a row that cannot be read: an exception refuses the file."""
+
+    def check(self, data: bytes, following: Callable[[], Record | None]) -> None:
+        """Whether a row that could be read is one.
+
+        Args:
+            following: gives the next row, None where none begins at the row's end.
+
+        Raises:
+            BadRow: it is a piece of one.
+        """
+
+    def read(self, data: bytes | None, columns: list[str] | tuple[str, ...]) -> dict:
+        """
+        Args:
+            columns: those that must contain text.
+
+        Raises:
+            BadRow: not a row of this format, or one of ``columns`` is absent or empty.
+        """
+        row = self.clean(self.fields(decode(data)))
+        for column in columns:
+            value = row.get(column)
+            if not isinstance(value, str):
+                raise BadRow(f'expected text in "{column}", found {quoted(json.dumps(value))}')
+            if not value.strip():
+                raise BadRow(f'"{column}" is empty')
+        return row
+
+    def index(self, path: Path, chunks: Iterator[bytes], columns: tuple[str, ...], key: str) -> Rows:
+        """Find the rows of a file in one pass.
+
+        Raises:
+            UserError: the file as a whole is not of this format, or has no row that can be used.
+        """
+        found = Found()
+        records = found.without_blanks(self.records(path, chunks, found))
+        self.read_header(path, records, columns)
+        spans, keys = [np.zeros((0, 2), np.uint64)], [np.zeros(0, np.uint32)]
+        while batch := list(itertools.islice(records, _ROWS_AT_ONCE)):
+            if len(keys) == 1:
+                self._check_first_rows(path, batch[:_FIRST_ROWS], columns)
+            spans.append(np.array([(record.start, record.end) for record in batch], np.uint64))
+            keys.append(np.array([self._key(path, record, key) for record in batch], np.uint32))
+        if len(keys) == 1:
+            raise UserError(f"{path}: expected rows with {' and '.join(columns)}, found none")
+        summary = f"{sum(map(len, keys)):,} rows{found.others(self.rows_over_lines)}"
+        return Rows(np.concatenate(spans), np.concatenate(keys), summary, end=found.end)
+
+    def _check_first_rows(self, path: Path, records: list[Record], columns: tuple[str, ...]) -> None:
+        reasons = []
+        for record in records:
+            try:
+                with reading_row():
+                    self.read(record.data, columns)
+                return
+            except BadRow as error:
+                reasons.append(error)
+        raise UserError(f"{path}: row 1: {reasons[0]}. Nor can one of the first {len(records)} rows be used")
+
+    def _key(self, path: Path, record: Record, key: str) -> int:
+        try:
+            with reading_row():
+                value = self.fields(decode(record.data)).get(key)
+                if value:
+                    return zlib.crc32(str(value).encode())
+        except BadRow as error:  # whoever reads the row will say why
+            self.unreadable(path, record, error)
+        return zlib.crc32(record.data or str(record.start).encode())  # a row without a key stands for itself
+
+
+class Found:
+    """Counts of the records of a file: blank ones, and those of several lines."""
+
+    def __init__(self) -> None:
+        self.end: int | None = None  # of the last record
+        self.records = self.blank = self.of_lines = self.longest = self.longest_lines = 0
+
+    def all_bytes(self, records: Iterator[Record]) -> Iterator[Record]:
+        """``records``; not a byte of the file may be between two of them."""
+        end = None
+        for record in records:
+            assert record.start == end or end is None and record.start in (0, 3), "bytes between two rows"
+            self.end = end = record.end
+            yield record
+
+    def without_blanks(self, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            if record.is_blank:
+                self.blank += 1
+                continue
+            self.records += 1
+            if record.data is not None and b'"' in record.data:
+                lines = 1 + record.data.rstrip(b"\r\n").count(b"\n")
+                self.of_lines += lines > 1
+                if lines > self.longest_lines:
+                    self.longest, self.longest_lines = self.records, lines
+            yield record
+
+    def others(self, over_lines: bool) -> str:
+        text = f", {self.blank:,} blank lines" if self.blank else ""
+        if self.of_lines and over_lines:
+            text += f"; {self.of_lines:,} rows take several lines, row {self.longest - 1} "
+            text += f"the most, {self.longest_lines:,}"
+        return text

@@ -1,0 +1,76 @@
+"""Files that rows name: found under the name as it is written, or as other systems write it, and never outside."""
+
+import functools
+import itertools
+import os
+import stat
+import unicodedata
+from pathlib import Path, PureWindowsPath
+
+from omni.common.errors import BadRow, reading_row
+from omni.common.media import Inline, is_data_uri, parse_data_uri, quoted
+
+_LISTED = 50_000  # names of a folder among which one is looked for that is spelt otherwise
+
+
+def find_file(name: str, folders: list[Path], root: str | None = None) -> Path | Inline:
+    """The file ``name`` in the first of the ``folders`` that has one; or the bytes of a data URI.
+
+    A name that is not found as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in
+    the other Unicode forms.
+
+    Args:
+        root: the only folder, which no name may leave; None: names may lead anywhere.
+
+    Raises:
+        BadRow: there is no such file, or it lies outside ``root``.
+    """
+    if not isinstance(name, str) or "\0" in name:
+        raise BadRow(f"expected a file name, found {quoted(repr(name))}")
+    if is_data_uri(name):
+        return parse_data_uri(name)
+    with reading_row():
+        problem = ""
+        for folder, spelling in itertools.product(folders, _spellings(name)):
+            path = folder / spelling
+            try:
+                found = stat.S_ISREG(os.stat(path).st_mode)
+            except OSError as error:  # no such file; or a name too long, a loop of links, a locked folder
+                if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+                    problem = problem or f'"{quoted(name)}": {error.strerror}'
+                continue
+            if root is not None and not path.resolve().is_relative_to(folder.resolve()):
+                raise BadRow(f"{quoted(name)} leaves the folder {root}")
+            if found:
+                return path
+        if root is not None and not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
+            raise BadRow(f"{quoted(name)} leaves the folder {root}")
+        raise BadRow(problem or _none_found(folders[0], name))
+
+
+def _spellings(name: str) -> list[str]:
+    """A name as it is written, and as other systems write it."""
+    plain = name.strip().replace("\\", "/")
+    forms = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
+    return list(dict.fromkeys([name, plain, *forms]))
+
+
+def _none_found(folder: Path, name: str) -> str:
+    """That a file is not there, and what is there under a name that differs in little."""
+    # a name with a drive stands for itself, as one that begins with / does
+    shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
+    path = folder / _spellings(name)[-1]
+    while path != path.parent and not path.parent.is_dir():
+        path = path.parent
+    near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None
+    return f'expected a file, found none at "{shown}"' + (f'; there is "{quoted(near)}"' if near else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _names_in(folder: Path) -> dict[str, str]:
+    with os.scandir(folder) as entries:
+        return {_folded(entry.name): entry.name for entry in itertools.islice(entries, _LISTED)}
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).strip().casefold()
