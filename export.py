@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     check_target(args.output_dir, args.force)
 
     # --- The trained parts, which must fit together --------------------------------------------------------------
-    parts, tokenizer, sft = answering_parts(args)
+    parts, tokenizer, sft, architecture = answering_parts(args)
     recogniser = add_audio_encoder(args, parts, sft)
     add_vision_encoder(args, parts, sft)
     add_speech(args, parts, sft)
@@ -78,9 +78,8 @@ def main(argv: list[str] | None = None) -> None:
         write_weights(folder / WEIGHTS, weights)
         about = {"model_type": "micro_omni", "format": FORMAT, "dtype": args.dtype}
         sizes = {name: part.sizes for name, part in parts.items()}
-        write_json(
-            folder / CONFIG, about | {"parts": sizes, "omni": sizes_of(SftConfig, sft) if sft else None}, indent=2
-        )
+        omni = {"architecture": architecture.model_dump(), "config": sizes_of(SftConfig, sft)} if sft else None
+        write_json(folder / CONFIG, about | {"parts": sizes, "omni": omni}, indent=2)
         write_json(folder / "preprocessor_config.json", preprocessing(parts), indent=2)
         write_language(folder, thinker.architecture, tokenizer, template)
 

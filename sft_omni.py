@@ -1,13 +1,13 @@
-"""Stage E: teach the Thinker to answer about what it reads, hears and sees.
+"""Stage E: teach the Thinker to answer about texts, recordings and images.
 
     python sft_omni.py --config configs/omni_sft_tiny.json
 
 The Thinker of stage A, the audio encoder of stage B and the vision encoder of stage C are joined by two small
-projections: recordings and pictures become vectors that stand among the Thinker's token embeddings. Then it learns a
-mix of tasks, each a conversation that ends with an answer: dialogues, questions about pictures, captions, transcripts,
-spoken questions, also about pictures, signs, and answers that are spoken: there the talker of stage D learns to hear
-what the Thinker thinks while it answers. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as
-they are. What is saved holds all parts but the speech codec, so that it needs no other folder to answer.
+projections: recordings and images become vectors among the Thinker's token embeddings. Then it learns a mixture of
+tasks (``omni/tasks/``), each a conversation that ends with an answer: dialogues, questions about pictures, captions,
+transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the Thinker's hidden
+states. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as they are. The final file holds all
+parts but the speech codec, so that it needs no other folder to answer.
 """
 
 from pathlib import Path
@@ -17,44 +17,48 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import Tokenizer
-from omni.models.omni_model import Inputs, assemble
 from omni.stages.omni import STAGE, SftConfig
-from omni.stages.sft import AnswerScore, EvalItems, TaskMixture, cache_features, prepare_tasks
+from omni.stages.omni_parts import assemble, processor_of
+from omni.tasks.features import cache_features
+from omni.tasks.mixture import AnswerScore, EvalItems, TaskMixture
+from omni.tasks.prepare import prepare_tasks
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.precompute import computed_digests
 from omni.train.run import Run
 
-BESIDE = ("ctc_alignment_loss", "talker_loss")  # losses beside that of the answers, see omni_model.Losses
+AUXILIARY = ("ctc_alignment_loss", "talker_loss")  # see omni_model.Losses
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(SftConfig, __doc__, argv)
     with Run(config, STAGE, notices, device) as run:
-        # --- Model: what the stages before left, joined ------------------------------------------------------------
-        # fused attention on a GPU adds up the gradient of its mask, the audio encoder's positions, in any order
+        # --- Model: those of the stages before, joined -------------------------------------------------------------
+        # on a GPU, fused attention sums the gradient of its mask, the audio encoder's positions, in a random order
         in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
         config, model, tokenizer = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
-        run.config = config  # with the sizes of the parts, and the checkpoint has them too
+        run.config = config  # with the origins of the parts, which checkpoints contain
         model.to(run.device)
         if config.use_compile:  # the encoders see another number of pictures in every batch
             model.thinker.compile(dynamic=False)
 
+        balance_weight = model.architecture.thinker.router_aux_loss_coef  # of a loss that is 0 without experts
+
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             found = model(batch)
-            total = found.nats + found.balance * config.parts["thinker"]["router_aux_loss_coef"]  # 0 without experts
+            total = found.nats + found.balance * balance_weight
             total = total + config.ctc_alignment_weight * found.ctc_alignment_loss + found.talker_loss
-            parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in BESIDE}
+            parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in AUXILIARY}
             return total, parts
 
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
-        inputs = Inputs(tokenizer, config)
-        tasks, val_tasks, data = prepare_tasks(run, config, inputs)
-        kept = keep_tokenizer(run, tokenizer)  # not before: what cannot be trained on leaves nothing behind
+        processor = processor_of(tokenizer, model.architecture, config)
+        tasks, val_tasks, data = prepare_tasks(run, config, processor)
+        saved_tokenizer = save_tokenizer(run, tokenizer)  # not before: data that cannot be used leave no file behind
         if config.cache_features:
-            cache_features(run, config, model, inputs, [*tasks.values(), *val_tasks.values()])
-        mix = TaskMixture(tasks, config.task_weights, inputs, config.seed)
+            cache_features(run, model, processor, [*tasks.values(), *val_tasks.values()])
+        mix = TaskMixture(tasks, config.task_weights, processor, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")
         train_set = training_set(run, mix)
@@ -62,8 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: which held-out questions are answered in exactly the right words? --------------------------
         validation = None
         if val_tasks:
-            items = EvalItems(val_tasks, inputs, config.val_items)
-            score = AnswerScore(inputs, config.max_answer_tokens)
+            items = EvalItems(val_tasks, processor, config.val_items)
+            score = AnswerScore(processor, config.max_answer_tokens)
             validation = Validation(held_out_set(run, items), score.sums, score.metrics)
         else:
             run.log("no held-out rows (val_split is 0, or there are very few): nothing will be validated")
@@ -77,12 +81,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             | computed_digests(tasks, val_tasks)
             | {"tokenizer": tokenizer.fingerprint}
             | config.origins,
-            files={"tokenizer.json": kept.sha256},
+            files={"tokenizer.json": saved_tokenizer.sha256},
             validation=validation,
         )
 
 
-def keep_tokenizer(run: Run, tokenizer: Tokenizer) -> Tokenizer:
+def save_tokenizer(run: Run, tokenizer: Tokenizer) -> Tokenizer:
     """Put the Thinker's tokenizer into ``save_dir``, beside the model that needs it, and read it from there.
 
     Raises:

@@ -24,6 +24,7 @@ from omni.models.aligner import TEXT_SYMBOLS
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ocr import OcrModel
+from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker, talker_loss
@@ -256,11 +257,11 @@ def mixed_pair(configs: Path) -> Pair:
 
 
 def omni_of_text(configs: Path) -> OmniModel:
-    """An omni model of stage A's sizes that neither sees nor hears."""
+    """An omni model of stage A's sizes for text alone."""
     thinker = read_config("A", configs)
     sizes = sizes_of(ThinkerArchitecture, thinker) | {"dropout": 0.0}
-    config = read_config("E", configs).model_copy(update={"parts": {"thinker": sizes}})
-    return OmniModel(config, use_flash=config.use_flash)
+    config = read_config("E", configs)
+    return OmniModel(OmniArchitecture(thinker=sizes), use_flash=config.use_flash, one_length=config.use_compile)
 
 
 def vocoder_pair(configs: Path) -> Pair:

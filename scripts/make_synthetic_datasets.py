@@ -5,9 +5,11 @@
     python scripts/make_synthetic_datasets.py --only audio     # one part
 
 text:   data/text/tiny_corpus.txt, one sample a line; dialogues carry the chat tokens literally
-audio:  data/audio/asr.csv (wav,text,voice), many voices, some noise; tts.csv (text,wav,voice), one voice
-images: data/images/annotations.json ([{"image", "caption", "questions", "groups", "colour", "shape", "count"}, ...]);
-        annotations.val.classes.json, captions with their classes, for zero-shot classification
+audio:  data/audio/asr.csv (wav,text,voice,answer), many voices, some noise; tts.csv (text,wav,answer,question), one
+        voice; answer: to what the recording asks, question: what the recording answers, a JSON list; "" for none
+images: data/images/annotations.json ([{"image", "caption", "accepted_answers", "questions", "groups", "colour",
+        "shape", "count"}, ...]), accepted_answers: every caption that is right; annotations.val.classes.json, captions
+        with their classes, for zero-shot classification
 ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
@@ -118,7 +120,9 @@ def audio_settings(args: argparse.Namespace) -> dict:
 
 def audio_collections(settings: dict) -> list[Collection]:
     def collection(name: str, count: int) -> Collection:
-        columns = ("text", "wav") if name.startswith("tts") else ("wav", "text", "voice")
+        columns = (
+            ("text", "wav", "answer", "question") if name.startswith("tts") else ("wav", "text", "voice", "answer")
+        )
         texts = speech.sentences(name, settings["seed"], count)
         make = partial(speech.make_clips, name, settings["seed"], texts)
         return Collection(f"{name}.csv", columns, name.replace(".", "_"), ".wav", count, speech.GROUP, make)
@@ -132,7 +136,7 @@ def image_settings(sizes: dict[str, tuple[int, int]], args: argparse.Namespace) 
 
 
 def picture_collections(settings: dict) -> list[Collection]:
-    columns = ("image", "caption", "questions", "groups", *pictures.ATTRIBUTES)
+    columns = ("image", "caption", "accepted_answers", "questions", "groups", *pictures.ATTRIBUTES)
     classes = Lines("annotations.val.classes.json", pictures.class_captions())
     seen, unseen = (partial(make_pictures, settings["seed"], unseen) for unseen in (False, True))
     return [
@@ -172,8 +176,8 @@ def image_bytes(image: Image.Image, save: dict) -> bytes:
 
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
-    "audio": Part(1, "audio/speech.json", audio_settings, audio_collections),
-    "images": Part(2, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
+    "audio": Part(2, "audio/speech.json", audio_settings, audio_collections),
+    "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
 }
 

@@ -71,14 +71,14 @@ def test_the_same_conversation_in_every_dialect_is_the_same_sequence(tmp_path, e
     OMNI.make_data(tmp_path)
     rows, path = dialects(tmp_path) + with_bytes(tmp_path), tmp_path / f"talk{ending}"
     path.write_text(json.dumps(rows) if ending == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
-    tasks, _, _, inputs = prepared(small_config(tmp_path, image_root=None, jsonl_path=str(path), val_split=0.0))
+    tasks, _, _, processor = prepared(small_config(tmp_path, image_root=None, jsonl_path=str(path), val_split=0.0))
     assert len(tasks["conversation"]) == len(rows)
     bad: dict[str, str] = {}
     expected, right = tasks["conversation"].sample(0, 0, bad)
-    assert right == {ANSWERED} and inputs.tokenizer.decode(expected.ids).count("<|image|>") == 4
+    assert right == {ANSWERED} and processor.tokenizer.decode(expected.ids).count("<|image|>") == 4
     for row, found in enumerate(tasks["conversation"].sample(row, 0, bad)[0] for row in range(len(rows))):
         assert found.ids == expected.ids and found.targets == expected.targets, rows[row]
-        for ours, theirs in ((found.images, expected.images), (found.sounds, expected.sounds)):
+        for ours, theirs in ((found.images, expected.images), (found.recordings, expected.recordings)):
             assert [at for at, _ in ours] == [at for at, _ in theirs]
             assert all(torch.equal(one, other) for (_, one), (_, other) in zip(ours, theirs, strict=True))
     assert bad == {}

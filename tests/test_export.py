@@ -27,9 +27,9 @@ from omni.export.bundle import Export
 from omni.export.folder import info_sha256, is_export, is_own_file
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
-from omni.models.omni_model import Inputs, load_omni
 from omni.models.vocoder import load_vocoder
 from omni.stages.audio_encoder import load_audio_encoder
+from omni.stages.omni_parts import load_omni, processor_of
 from omni.stages.text import load_thinker
 from omni.train import checkpoint
 
@@ -219,11 +219,11 @@ def test_the_chat_template_begins_as_every_conversation_of_stage_e_did(folders, 
     other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", change)
     export.main(options({"omni": other}, tmp_path / "merged"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged" / "thinker")
-    _, tokenizer, config = load_omni(other, CPU)
-    inputs, chat = Inputs(tokenizer, config.model_copy()), [{"role": "user", "content": "red"}]
-    inputs.ctx_len = 1000
+    model, tokenizer, config = load_omni(other, CPU)
+    processor, chat = processor_of(tokenizer, model.architecture, config), [{"role": "user", "content": "red"}]
+    processor.ctx_len = 1000
     for messages in (chat, [{"role": "system", "content": "Be long."}, *chat]):
-        expected = inputs.encode(messages).ids
+        expected = processor.encode(messages).ids
         assert theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == expected
 
 
@@ -247,7 +247,7 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
         chat = [{"role": "user", "content": messages}]
         prompts = [assistant.prompt(chat, 10) for assistant in (stage, mine)]
         assert prompts[0].ids == prompts[1].ids
-        embeds = [a.omni.embed_prompt(a.inputs, p) for a, p in zip((stage, mine), prompts, strict=True)]
+        embeds = [a.omni.embed_prompt(a.processor.collate([p])) for a, p in zip((stage, mine), prompts, strict=True)]
         assert torch.equal(*embeds)
         answers = [list(a.generate(p, max_new_tokens=10)) for a, p in zip((stage, mine), prompts, strict=True)]
         assert answers[0] == answers[1] != []

@@ -12,9 +12,11 @@ from test_sft import small_config
 
 import sft_omni
 from omni.common.errors import BadRow
-from omni.models.omni_model import Inputs, OmniModel, assemble
-from omni.stages import sft
+from omni.models.omni_model import OmniModel
 from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import assemble, processor_of
+from omni.tasks.features import cache_features
+from omni.tasks.prepare import prepare_tasks
 from omni.train.run import Run
 from omni.train.stage import Stage
 
@@ -24,10 +26,10 @@ def prepared(config: SftConfig) -> tuple[OmniModel, dict, dict]:
     with Run(config, Stage("omni", "omni", "omni_final.pt", "tokens", "loss"), [], "cpu") as run:
         torch.manual_seed(0)
         run.config, model, tokenizer = assemble(config)
-        inputs = Inputs(tokenizer, run.config)
-        tasks, val_tasks, _ = sft.prepare_tasks(run, run.config, inputs)
+        processor = processor_of(tokenizer, model.architecture, run.config)
+        tasks, val_tasks, _ = prepare_tasks(run, run.config, processor)
         if config.cache_features:
-            sft.cache_features(run, run.config, model, inputs, [*tasks.values(), *val_tasks.values()])
+            cache_features(run, model, processor, [*tasks.values(), *val_tasks.values()])
     return model.eval(), tasks, val_tasks
 
 
@@ -40,7 +42,11 @@ def mix(tmp_path) -> dict:
     manifest = Path(data["image_manifest"])
     rows = json.loads(manifest.read_text())
     manifest.write_text(json.dumps([row | {"questions": [[question, "red"]]} for row in rows]))
-    asked = [{"wav": f"{i}.wav", "text": words} for i, words in enumerate([question, question, "Hello!", "Goodbye!"])]
+    questions = {"Hello!": "Good day!", "Goodbye!": "See you."}
+    asked = [
+        {"wav": f"{i}.wav", "text": words, "answer": questions.get(words, "")}
+        for i, words in enumerate([question, question, *questions])
+    ]
     write_csv(tmp_path / "asked.csv", asked)
     return data | {"question_csv": str(tmp_path / "asked.csv"), "val_question_csv": str(tmp_path / "asked.csv")}
 
@@ -49,8 +55,10 @@ def batches(tasks: dict) -> list[dict]:
     """A batch of each task, and one of all of them."""
     samples = {name: [task.sample(row, 0, bad := {})[0] for row in range(len(task))] for name, task in tasks.items()}
     assert not bad
-    inputs = next(iter(tasks.values())).inputs
-    return [inputs.collate(found) for found in [*samples.values(), [one for some in samples.values() for one in some]]]
+    processor = next(iter(tasks.values())).processor
+    return [
+        processor.collate(found) for found in [*samples.values(), [one for some in samples.values() for one in some]]
+    ]
 
 
 def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
@@ -61,8 +69,8 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
     for name in ("encode_images", "encode_audio"):  # never again
         monkeypatch.setattr(model, name, None)
-    monkeypatch.setattr("omni.models.omni_model.load_image", None)
-    monkeypatch.setattr("omni.models.omni_model.load_speech", None)
+    monkeypatch.setattr("omni.tasks.processor.load_image", None)
+    monkeypatch.setattr("omni.tasks.processor.load_speech", None)
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)
@@ -72,11 +80,11 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
 def test_a_file_is_looked_at_once_in_all_runs(mix, tmp_path, monkeypatch, capsys):
     config = small_config(tmp_path, **mix, cache_features=True)
     prepared(config)
-    assert "looking at pictures" in capsys.readouterr().out
+    assert "encoding images" in capsys.readouterr().out
     monkeypatch.setattr(OmniModel, "encode_images", None)
     monkeypatch.setattr(OmniModel, "encode_audio", None)
     _, tasks, val_tasks = prepared(config)
-    assert "looking at pictures" not in capsys.readouterr().out
+    assert "encoding images" not in capsys.readouterr().out
     assert batches(tasks) and batches(val_tasks)
 
 
@@ -90,7 +98,7 @@ def test_a_broken_file_is_named_and_replaced(mix, tmp_path):
     assert right == set(), "a caption that is no scene's"
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(BadRow, match="now it can"):
-        tasks["caption"]._read_picture(tasks["caption"].picture(tasks["caption"].manifest[1]))
+        tasks["caption"]._open_image(tasks["caption"].image(tasks["caption"].manifest[1]))
 
 
 def test_a_training_with_kept_features_ends_alike(mix, tmp_path, capsys):

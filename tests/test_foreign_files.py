@@ -25,12 +25,12 @@ from omni.models.aligner import load_aligner
 from omni.models.codec import load_codec
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import OcrModel
-from omni.models.omni_model import assemble, load_omni
 from omni.models.talker import load_talker
 from omni.models.vocoder import Generator, load_vocoder
 from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.ocr import OcrConfig, load_ocr
 from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import assemble, load_omni
 from omni.stages.text import load_thinker
 from omni.stages.vision import load_vision_encoder
 from omni.stages.vocoder import VocoderConfig

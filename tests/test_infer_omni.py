@@ -130,7 +130,7 @@ def test_everything_that_is_attached_reaches_the_thinker(merged, media, chat):
     def read(*arguments: str) -> torch.Tensor:
         chat(merged, *arguments)
         (prompt,) = chat.prompts
-        return assistant.omni.embed_prompt(assistant.inputs, prompt)[0]  # (T, D)
+        return assistant.omni.embed_prompt(assistant.processor.collate([prompt]))[0]  # (T, D)
 
     placeholder = assistant.tokenizer.token_id("<|image|>")
     both = ["--image", media["picture"], "--image", media["plain"], "--text", "red"]
@@ -146,7 +146,7 @@ def test_everything_that_is_attached_reaches_the_thinker(merged, media, chat):
     seen = len(chat.prompts[0].images)
     assert 2 <= seen <= 10 and f"{media['film']}: {seen} of 10 frames" in err
     chat(merged, "--audio_in", media["question"], "--audio_in", media["question"])
-    assert len(chat.prompts[0].sounds) == 2
+    assert len(chat.prompts[0].recordings) == 2
 
 
 def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_path):
@@ -156,7 +156,7 @@ def test_a_conversation_with_pictures_and_recordings(merged, media, chat, tmp_pa
     ]  # fmt: skip
     out, err = chat(merged, "--max_new_tokens", "3", "--audio_out", str(tmp_path / "said.wav"), lines=lines)
     assert len(chat.prompts) == 5, "an empty line asks only what was recorded"
-    counts = [(len(prompt.images), len(prompt.sounds)) for prompt in chat.prompts]
+    counts = [(len(prompt.images), len(prompt.recordings)) for prompt in chat.prompts]
     assert counts[:3] == [(1, 0), (1, 0), (1, 1)], "what was shown stays in the conversation"
     assert counts[3][0] >= 2 and counts[4] == (0, 0)
     assert chat.prompts[1].ids[: len(chat.prompts[0].ids)] == chat.prompts[0].ids
@@ -319,7 +319,7 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
     prompt, answer_states = assistant.prompt([{"role": "user", "content": "red cat"}], 8), AnswerStates()
     text = "".join(assistant.answer(prompt, answer_states, max_new_tokens=8))
     assert len(answer_states.ids) - 1 <= len(answer_states.states) <= len(answer_states.ids) > 1
-    embeds = assistant.omni.embed_prompt(assistant.inputs, prompt)
+    embeds = assistant.omni.embed_prompt(assistant.processor.collate([prompt]))
     embeds = torch.cat((embeds, assistant.thinker.embed_tokens(torch.tensor([answer_states.ids]))), dim=1)
     expected = assistant.thinker.hidden_states(inputs_embeds=embeds)[0, len(prompt.ids) :]
     torch.testing.assert_close(

@@ -9,9 +9,9 @@ from omni.common.text import JOINERS, VISIBLE_FORMATS, audible, clean_text, visi
 from omni.data.tokenizer import Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.ctc import normalise_text
-from omni.models.omni_model import spoken_bytes
 from omni.stages.captions import encode_caption
-from omni.stages.sft import normalise_answer
+from omni.tasks.base import normalise_answer
+from omni.tasks.processor import speech_bytes
 
 FORMATS = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Cf"]
 SELECTORS = [*map(chr, range(0xFE00, 0xFE10)), "\U000e0100", "\u034f", "\u3164"]
@@ -30,7 +30,7 @@ def test_every_invisible_character_leaves_no_trace(tokenizer):
             assert visible(text) == clean_text(text) == audible(text) == "red cat", ascii(text)
             assert normalise_text(text) == normalise_answer(text) == "red cat", ascii(text)
             assert text_symbols(text) == text_symbols("red cat"), ascii(text)
-            assert [text.encode()[byte] for byte in spoken_bytes(text)] == text_symbols("red cat")[:-1], ascii(text)
+            assert [text.encode()[byte] for byte in speech_bytes(text)] == text_symbols("red cat")[:-1], ascii(text)
             assert encode_caption(tokenizer, text, 64) == encode_caption(tokenizer, "red cat", 64), ascii(text)
         assert clean_text(f"e{c}\u0301") == "\u00e9", "composed where nothing stands between any more"
 

@@ -15,11 +15,11 @@ from omni.data.order import ResumableDataset
 from omni.data.recordings import LENGTH, row_length, samples_at
 from omni.models.codec import SpeechClips
 from omni.models.ctc import CtcTokenizer
-from omni.models.omni_model import Inputs
 from omni.models.vocoder import Clips
 from omni.stages.audio_encoder import AudioEncoderConfig, Utterances
 from omni.stages.talker import CodecConfig
 from omni.stages.vocoder import VocoderConfig
+from omni.tasks.processor import Processor
 from omni.train import checkpoint
 
 SPEC = MelSpec()
@@ -53,13 +53,13 @@ def readers(folder: Path) -> dict:
     clips = SpeechClips(manifest, rows, codec, training=False)
     vocoder = VocoderConfig(**others, train_csv="-", n_mels=20, segment_samples=800, max_clip_s=MOST / 100)
     whole, segments = (Clips(manifest, rows, vocoder, training=training) for training in (False, True))
-    inputs = SimpleNamespace(audio={}, mel=SPEC, max_frames=MOST)
+    inputs = SimpleNamespace(audio={}, mel=SPEC, max_mel_length=MOST)
     return {
         "B": lambda: utterances.read(row, None).features,
         "D": lambda: clips.read(row, None),
         "F": lambda: whole.read(row, None)[0],
         "F, a segment": lambda: segments.read(row, rng(0))[0],
-        "E": lambda: Inputs.mels(inputs, folder / "a.wav"),
+        "E": lambda: Processor.log_mels(inputs, folder / "a.wav"),
     }
 
 

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from omni.data.manifest import load_manifest
-from omni.synthetic import speech
+from omni.synthetic import speech, world
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
 AUDIO = ("--size", "smoke", "--only", "audio")
@@ -166,8 +166,19 @@ def test_manifests_open_as_the_stages_open_them(made, tmp_path):
 
 def test_images_carry_their_questions(made):
     for row in json.loads((made / "images" / "annotations.json").read_text()):
-        assert set(row) == {"image", "caption", "questions", "groups"}
+        assert set(row) == {"image", "caption", "accepted_answers", "questions", "groups"}
+        assert row["caption"] in row["accepted_answers"]
         assert row["questions"] and all(question and answer for question, answer in row["questions"])
+
+
+def test_recordings_carry_what_they_answer_and_what_answers_them(made):
+    rows = [row for name in ("asr.csv", "tts.csv") for row in csv.DictReader((made / "audio" / name).open())]
+    answered = [row for row in rows if row["answer"]]
+    assert answered and all(world.ANSWERS[row["text"]] == row["answer"] for row in answered)
+    asked = [row for row in rows if row.get("question")]
+    assert asked and all(
+        world.ANSWERS[question] == row["text"] for row in asked for question in json.loads(row["question"])
+    )
 
 
 # --- the script -----------------------------------------------------------------------------------------------------

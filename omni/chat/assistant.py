@@ -11,11 +11,13 @@ from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Export
 from omni.export.folder import is_export
-from omni.models.omni_model import Encoded, Inputs, OmniModel, load_omni, spoken_bytes
+from omni.models.omni_model import OmniModel
 from omni.models.thinker import Thinker
 from omni.stages import STAGES
 from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import load_omni
 from omni.stages.text import load_thinker
+from omni.tasks.processor import Encoded, Processor, speech_bytes
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
@@ -43,7 +45,7 @@ class Assistant:
         config: SftConfig | None = None,
     ) -> None:
         self.folder, self.thinker, self.tokenizer, self.metrics, self.omni = folder, thinker, tokenizer, metrics, omni
-        self.inputs = None if omni is None else Inputs(tokenizer, config)
+        self.processor = None if omni is None else Processor(tokenizer, omni.architecture, prompt=config.prompt)
         self.config = config
         self.ctx_len = thinker.architecture.ctx_len
 
@@ -74,7 +76,7 @@ class Assistant:
         Raises:
             UserError: it cannot be read, or the model takes no pictures.
         """
-        return self._attach("vision_encoder", path, lambda inputs: inputs.image(path))
+        return self._attach("vision_encoder", path, lambda processor: processor.image(path))
 
     def sound(self, path: Media) -> dict:
         """A recording as a part of a message.
@@ -82,7 +84,7 @@ class Assistant:
         Raises:
             UserError: it cannot be read or is too long, or the model takes no recordings.
         """
-        return self._attach("audio_encoder", path, lambda inputs: inputs.sound(path))
+        return self._attach("audio_encoder", path, lambda processor: processor.recording(path))
 
     def video(self, path: Media, count: int | None = None) -> tuple[list[dict], int]:
         """Frames of a video, evenly spaced, as parts of a message; and how many frames the video has.
@@ -94,9 +96,10 @@ class Assistant:
             UserError: it cannot be read, or the model takes no pictures.
         """
 
-        def frames(inputs: Inputs) -> tuple[list[dict], int]:
-            fit = self.ctx_len // 2 // (inputs.image_positions + 2)  # with their start and end
-            pictures, total = load_frames(path, count or max(1, min(MAX_FRAMES, fit)), inputs.img_size, inputs.img_size)
+        def frames(processor: Processor) -> tuple[list[dict], int]:
+            fit = self.ctx_len // 2 // (processor.image_positions + 2)  # with their start and end
+            side = processor.vision.img_size
+            pictures, total = load_frames(path, count or max(1, min(MAX_FRAMES, fit)), side, side)
             return [{"type": "image", "image": picture} for picture in pictures], total
 
         return self._attach("vision_encoder", path, frames)
@@ -115,7 +118,7 @@ class Assistant:
         if reason := self.lacks(encoder):
             raise UserError(f"{quoted(path)}: {reason}")
         try:
-            return read(self.inputs)
+            return read(self.processor)
         except BadRow as error:
             raise UserError(str(error)) from error
 
@@ -147,7 +150,7 @@ class Assistant:
         return prompt
 
     def _encode(self, messages: list[dict]) -> list[int] | Encoded:
-        return self.tokenizer.chat_prompt(messages) if self.inputs is None else self.inputs.encode(messages)
+        return self.tokenizer.chat_prompt(messages) if self.processor is None else self.processor.encode(messages)
 
     def generate(self, prompt: list[int] | Encoded, **sampling) -> Iterator[int]:
         """Yield the ids of the answer, each as soon as it is known; ``sampling`` as in ``Thinker.generate``."""
@@ -157,7 +160,7 @@ class Assistant:
             )
         sampling["stop_ids"] = (self.tokenizer.end_id, self.tokenizer.eos_id)
         if isinstance(prompt, Encoded):
-            embeds = self.omni.embed_prompt(self.inputs, prompt)
+            embeds = self.omni.embed_prompt(self.processor.collate([prompt]))
             return self.thinker.generate(inputs_embeds=embeds, **sampling)
         return self.thinker.generate(prompt, **sampling)
 
@@ -207,7 +210,7 @@ class AnswerStates:
             at = answer.index(text, at)
             first = len(answer[:at].encode())
             at += len(text)
-            found.append(torch.stack([*(per_byte[first + byte] for byte in spoken_bytes(text)), nothing]))
+            found.append(torch.stack([*(per_byte[first + byte] for byte in speech_bytes(text)), nothing]))
         return found
 
 

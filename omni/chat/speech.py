@@ -57,7 +57,7 @@ def load_speaker(
         talker, codec, facts = export.part("talker", device), export.part("rvq", device), export.components["talker"]
         vocoder = export.part("vocoder", device) if export.has("vocoder") else None
         with understood(source / CONFIG):
-            uses_thinker_states = "talker" in ((export.config["omni"] or {}).get("parts") or {})
+            uses_thinker_states = bool(((export.config["omni"] or {}).get("architecture") or {}).get("talker"))
         speaker = Speaker(talker, codec, vocoder, uses_thinker_states=uses_thinker_states)
         if vocoder_ckpt is not None:
             speaker.vocoder = load_vocoder_for(source, speaker.spec, vocoder_ckpt, device)

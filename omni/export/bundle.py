@@ -29,7 +29,8 @@ from omni.models.architectures import (
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.codec import Codec
 from omni.models.ocr import OcrModel
-from omni.models.omni_model import VIT_SIZES, OmniModel
+from omni.models.omni_architecture import OmniArchitecture
+from omni.models.omni_model import OmniModel
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
@@ -52,7 +53,7 @@ def audio_architecture(sizes: dict) -> AudioEncoderArchitecture:
 
 
 def _build_vit(sizes: dict) -> ViT:
-    return ViT(VisionArchitecture(**{name: sizes[name] for name in VIT_SIZES}))
+    return ViT(VisionArchitecture.model_validate(sizes))
 
 
 # prefix in model.safetensors -> a module of the sizes in config.json, its weights yet to be loaded
@@ -168,7 +169,7 @@ class Export:
         return module.to(device).eval()
 
     def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:
-        """The Thinker with all that it sees and hears through, as ``load_omni`` returns it, without the tokenizer.
+        """The omni model and its config, as ``load_omni`` returns them, without the tokenizer.
 
         Raises:
             UserError: the folder was exported without stage E.
@@ -177,9 +178,10 @@ class Export:
             raise UserError(f"{self.folder}: its Thinker takes text alone. Export it with --omni_ckpt")
         sizes = self.folder / CONFIG
         with understood(sizes):
-            config = read_sizes(SftConfig, self.config["omni"])
-            weights = self.weights(*config.parts, "proj_a", "proj_v")
-        model = build(lambda: OmniModel(config), weights, self.folder / WEIGHTS, sizes)
+            config = read_sizes(SftConfig, self.config["omni"]["config"])
+            architecture = OmniArchitecture.model_validate(self.config["omni"]["architecture"])
+        weights = self.weights(*architecture.parts, "proj_a", "proj_v")
+        model = build(lambda: OmniModel(architecture), weights, self.folder / WEIGHTS, sizes)
         return model.to(device).eval(), config
 
 

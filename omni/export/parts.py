@@ -12,15 +12,22 @@ from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import BUILD, weights_sha256
 from omni.export.folder import TOKENIZER
 from omni.export.model_card import Part, figures
-from omni.models.architectures import AudioEncoderArchitecture, CodecArchitecture, OcrArchitecture, ThinkerArchitecture
+from omni.models.architectures import (
+    AudioEncoderArchitecture,
+    CodecArchitecture,
+    OcrArchitecture,
+    ThinkerArchitecture,
+    VisionArchitecture,
+)
 from omni.models.codec import fingerprint
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.ctc import CtcTokenizer
-from omni.models.omni_model import VIT_SIZES, load_omni
+from omni.models.omni_architecture import OmniArchitecture
 from omni.models.vocoder import Generator, fold_weight_norm, refuse_other_mels
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
 from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import load_omni
 from omni.stages.talker import CodecConfig, TalkerConfig
 from omni.stages.text import TextConfig
 from omni.stages.vision import VisionConfig
@@ -38,6 +45,7 @@ STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None
     "vocoder": ("vocoder", "hifigan", "hifigan.pt", VocoderConfig, VocoderConfig),
     "ocr": ("ocr", "ocr", "ocr.pt", OcrConfig, OcrArchitecture),
 }
+MAY_DIFFER = ("dropout", "max_mel_length", "ctc_vocab_size")  # of encoders; the last is an upper bound in stage B
 # no weight depends on these sizes: stage E's may differ from stage A's
 UNWEIGHTED = ("ctx_len", "dropout", "router_aux_loss_coef")
 
@@ -53,7 +61,7 @@ def load_part(name: str, folder: Path) -> Part:
     config, weights = saved_config(cls, saved), saved["model"]
     sizes = {} if sizes_cls is None else sizes_of(sizes_cls, config)
     if name == "vision_encoder":  # of stage C's two towers the one that sees
-        sizes = {key: getattr(config, key) for key in VIT_SIZES}
+        sizes = {key: getattr(config, key) for key in VisionArchitecture.model_fields}
         weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
     if name == "audio_encoder":
         n_tokens = CtcTokenizer.load(folder / TOKENIZER).vocab_size
@@ -76,8 +84,11 @@ def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict,
     return saved, file
 
 
-def answering_parts(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenizer, SftConfig | None]:
-    """The Thinker and its tokenizer; with stage E also the encoders and projectors, and that stage's config."""
+def answering_parts(
+    args: argparse.Namespace,
+) -> tuple[dict[str, Part], Tokenizer, SftConfig | None, OmniArchitecture | None]:
+    """The Thinker and its tokenizer; with stage E also the encoders and projectors, and that stage's config and
+    architecture."""
     if args.thinker_ckpt is not None:
         thinker, tokenizer = load_part("thinker", args.thinker_ckpt), Tokenizer.load(args.thinker_ckpt / TOKENIZER)
         if tokenizer.vocab_size != thinker.sizes["vocab_size"]:
@@ -87,7 +98,7 @@ def answering_parts(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenize
             )
     if args.omni_ckpt is None:
         notice("no --omni_ckpt: this export answers text alone, without pictures or recordings")
-        return {"thinker": thinker}, tokenizer, None
+        return {"thinker": thinker}, tokenizer, None, None
     omni, omni_tokenizer, config = load_omni(args.omni_ckpt, torch.device("cpu"))
     saved, file = load_saved(args.omni_ckpt, "omni", "omni", "omni_final.pt")
     if args.thinker_ckpt is not None:
@@ -95,17 +106,23 @@ def answering_parts(args: argparse.Namespace) -> tuple[dict[str, Part], Tokenize
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
-        check_compatible(args.omni_ckpt, config.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
+        check_compatible(
+            args.omni_ckpt, omni.architecture.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED
+        )
         if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their weights differ. "
                 "Give the folder that stage E used, or leave --thinker_ckpt out"
             )
+    sizes = omni.architecture.parts
+    if "audio_encoder" in sizes:
+        n_tokens, longest = sizes["audio_encoder"]["ctc_vocab_size"], omni.architecture.max_mel_length
+        sizes["audio_encoder"] |= {"n_tokens": n_tokens, "max_mel_length": longest}
     parts = {
-        name: Part(module, config.parts.get(name, {}), "omni", file, saved["step"], saved["metrics"])
+        name: Part(module, sizes.get(name, {}), "omni", file, saved["step"], saved["metrics"])
         for name, module in omni.named_children()
     }
-    return parts, omni_tokenizer, config
+    return parts, omni_tokenizer, config, omni.architecture
 
 
 def add_audio_encoder(
@@ -146,7 +163,7 @@ def add_encoder(
             encoder.notes.append("stage E did not use it, so it is not connected to the Thinker")
         parts[name] = encoder
         return False
-    check_compatible(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, ("dropout", "max_mel_length"))
+    check_compatible(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, MAY_DIFFER)
     changed = weights_sha256(parts[name].module.state_dict()) != weights_sha256(encoder.module.state_dict())
     if changed and sft.freeze_encoders:
         raise UserError(

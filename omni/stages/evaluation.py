@@ -17,28 +17,28 @@ from omni.common.errors import UserError
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
-from omni.data.text_rows import load_text
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.models.ocr import read_text
-from omni.models.omni_model import Inputs, load_omni
 from omni.models.thinker import Thinker
 from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.stages import ocr
 from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
-from omni.stages.sft import TASKS, AnswerScore, EvalItems
+from omni.stages.omni_parts import load_omni, processor_of
 from omni.stages.talker import CodecConfig
 from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.stages.vision import load_vision_encoder
+from omni.tasks import TASKS
+from omni.tasks.mixture import AnswerScore, EvalItems
 from omni.train.checkpoint import load_stage, saved_config
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
 from omni.train.stage import load
 
 # those that need no second file, and no folder of another stage
-OMNI_TASKS = tuple(name for name in TASKS if name not in ("spoken_image_question", "spoken_answer"))
+OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
 
 
 def evaluate_text(args: argparse.Namespace, device: torch.device) -> EvalResult:
@@ -169,11 +169,10 @@ def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
         raise UserError(f"--task: expected one of {', '.join(OMNI_TASKS)}, found none")
     model, tokenizer, config = load_omni(args.ckpt_dir, device)
     config = config.model_copy(update={"image_root": args.image_root})
-    kind, columns, key = TASKS[args.task]
-    load = load_text if args.task == "text" else partial(load_manifest, columns=columns, key=key)
-    manifest, inputs = load(args.data, cache_dir=args.cache_dir, log=to_stderr), Inputs(tokenizer, config)
-    rows = kind(manifest, first_rows(len(manifest), args), inputs, config, seed=0, training=False)
-    items, score = EvalItems({args.task: rows}, inputs, len(rows)), AnswerScore(inputs, config.max_answer_tokens)
+    task, processor = TASKS[args.task], processor_of(tokenizer, model.architecture, config)
+    manifest = task.open(args.data, cache_dir=args.cache_dir, log=to_stderr)
+    rows = task(manifest, first_rows(len(manifest), args), processor, config, seed=0, training=False)
+    items, score = EvalItems({args.task: rows}, processor, len(rows)), AnswerScore(processor, config.max_answer_tokens)
     result, totals = evaluate_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
     result.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
@@ -181,7 +180,7 @@ def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
         if batch["n_targets"]:
             embeds, _, dropped, *_ = model.embed(batch)
             (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
-            result.shown.append((" | ".join(sorted(batch["right"][0])[:3]) or "(not judged)", said))
+            result.shown.append((" | ".join(sorted(batch["accepted"][0])[:3]) or "(not scored)", said))
     return result
 
 

@@ -10,9 +10,16 @@ from omni.common.errors import UserError
 from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
 from omni.train.stage import ExportedPart, Stage
 
+BASE_STAGES = {  # config key -> letter, script and files of a stage
+    "thinker_ckpt": ("A", "train_text.py", "thinker.pt", "tokenizer.json"),
+    "audio_ckpt": ("B", "train_audio_enc.py", "audio_enc.pt"),
+    "vision_ckpt": ("C", "train_vision.py", "vision.pt"),
+    "talker_ckpt": ("D", "train_talker.py", "talker.pt", "rvq_codec.pt", "aligner.pt"),
+}
+
 
 class SftConfig(StageConfig):
-    """Stage E, ``sft_omni.py``: the Thinker learns to answer about what it reads, hears and sees.
+    """Stage E, ``sft_omni.py``: the Thinker learns to answer about texts, recordings and images.
 
     The keys of the mix may also stand in an object ``sft_mix``; one at the top wins, so that ``--set`` can change it.
     """
@@ -21,16 +28,11 @@ class SftConfig(StageConfig):
         "keep_features": "cache_features",
         "spelling_weight": "ctc_alignment_weight",
     }
-    TASKS: ClassVar[tuple[str, ...]] = (
-        "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "sign",
-        "spoken_answer", "conversation",
-    )  # fmt: skip
-
     thinker_ckpt: str = resumable(min_length=1, description="folder of stage A")
     audio_ckpt: str | None = resumable(None, description="folder of stage B; required for recordings")
     vision_ckpt: str | None = resumable(None, description="folder of stage C; required for pictures")
     talker_ckpt: str | None = resumable(
-        None, description="folder of stage D; required for speech_csv: its talker learns to hear the Thinker's states"
+        None, description="folder of stage D; required for speech_csv: its talker learns to use the Thinker's states"
     )
 
     # The mix; held-out files: val_ and the same name, by default val_split of the rows
@@ -39,7 +41,9 @@ class SftConfig(StageConfig):
     )
     val_text_path: str | None = input_file(None, hint=TEXT_HINT)
     image_manifest: str | None = input_file(
-        None, hint=PICTURES_HINT, description="tasks caption and image_question: image, caption, perhaps questions"
+        None,
+        hint=PICTURES_HINT,
+        description="tasks caption and image_question: image, caption, perhaps questions and accepted_answers",
     )
     val_image_manifest: str | None = input_file(None, hint=PICTURES_HINT)
     image_root: str | None = resumable(None, description="folder of its images; default: that of the manifest")
@@ -48,8 +52,8 @@ class SftConfig(StageConfig):
     question_csv: str | None = input_file(
         None,
         hint=ASR_HINT,
-        description="task spoken_question: columns wav, text and answer; without answer, the known ones. "
-        "With image_manifest also spoken_image_question: recordings of the questions asked there",
+        description="task spoken_question: columns wav, text and answer; rows with a blank answer are left out. With "
+        "image_manifest also spoken_image_question: recordings of the questions asked there",
     )
     val_question_csv: str | None = input_file(
         None, hint=ASR_HINT, description="other recordings to validate on; val_split holds out texts all the same"
@@ -57,7 +61,9 @@ class SftConfig(StageConfig):
     ocr_csv: str | None = input_file(None, hint=OCR_HINT, description="task sign: columns image and text")
     val_ocr_csv: str | None = input_file(None, hint=OCR_HINT)
     speech_csv: str | None = input_file(
-        None, hint=TTS_HINT, description="task spoken_answer: columns text and wav, in the talker's voice"
+        None,
+        hint=TTS_HINT,
+        description="task spoken_answer: columns text and wav, in the talker's voice; perhaps question",
     )
     val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
     jsonl_path: str | None = input_file(
@@ -65,34 +71,34 @@ class SftConfig(StageConfig):
         description="task conversation: JSON or JSONL rows of messages or conversations, see docs/data.md",
     )
     val_jsonl_path: str | None = input_file(None)
+    task_files: dict[str, str] = resumable(
+        {}, description="files of tasks that have no key of their own; val_ and the same name: to validate on"
+    )
     task_weights: dict[str, float] = Field(
         {}, description="share of a task among the samples, relative to the others; default 1, 0: leave it out"
     )
     prompt: str = Field("", description="system message before every conversation; empty: none")
-    questions_per_picture: int = Field(3, ge=1, description="asked one after the other in one sample, at most")
+    questions_per_picture: int = Field(3, ge=1, description="most questions in one sample")
 
     # Sizes
     ctx_len: int | None = Field(
         None, ge=8, le=1_048_576, description="positions of a sample; default: the Thinker's ctx_len"
     )
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
-    drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head hears nothing new")
+    drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head finds nothing new")
     image_stack: int = Field(1, ge=1, le=64, description="side of the square of neighbouring patches in one position")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the Thinker's residual branches, in training only")
     freeze_encoders: bool = Field(True, description="leave audio and vision encoder as they are")
     cache_features: bool = Field(
         False,
-        description="compute what frozen encoders make of each file once, at the start, and keep it in save_dir; "
+        description="compute the frozen encoders' features once, at the start, and cache them in save_dir; "
         "2 bytes a value: 17 kB for a picture and 20 kB for a second of speech with the demo's encoders",
     )
     ctc_alignment_weight: float = Field(
-        1.0, ge=0, description="of a CTC loss that draws the positions of a recording to the tokens of its text"
-    )
-    parts: dict[str, dict[str, int | float | bool | str | None]] | None = Field(
-        None, description="the sizes of Thinker and encoders: filled in by the script, from their checkpoints"
+        1.0, ge=0, description="weight of the CTC loss that aligns audio positions with their transcript"
     )
     origins: dict[str, str] | None = resumable(
-        None, description="SHA-256 of the weights that each part began with: likewise"
+        None, description="SHA-256 of the weights that each part began with: filled in by the script"
     )
 
     # Validation
@@ -111,43 +117,59 @@ class SftConfig(StageConfig):
 
     @model_validator(mode="after")
     def _mix_fits(self) -> Self:
-        sources = [self.text_path, self.image_manifest, self.asr_csv, self.question_csv, self.ocr_csv, self.jsonl_path]
-        if not any([*sources, self.speech_csv]):
+        tasks = registered_tasks()
+        keys = {f"{side}{task.file_key}" for task in tasks.values() for side in ("", "val_")}
+        for key in self.task_files:
+            if key not in keys or key in type(self).model_fields:
+                found = ", ".join(sorted(keys - set(type(self).model_fields))) or "none, as every task has its own key"
+                raise ValueError(f'key "task_files": expected files of {found}, found "{key}"')
+        used = {name: task for name, task in tasks.items() if self.file_of(task.file_key)}
+        if not used:
             raise ValueError('expected data: "text_path", "image_manifest", "asr_csv" or another, found none')
         for task, weight in self.task_weights.items():
-            if task not in self.TASKS:
-                raise ValueError(f'key "task_weights": expected tasks of {", ".join(self.TASKS)}, found "{task}"')
+            if task not in tasks:
+                raise ValueError(f'key "task_weights": expected tasks of {", ".join(tasks)}, found "{task}"')
             if weight < 0:
                 raise ValueError(f'key "task_weights": expected at least 0, found {weight} for {task}')
-        for key, stage, needed in (
-            ("audio_ckpt", "B", {"asr_csv": self.asr_csv, "question_csv": self.question_csv}),
-            ("vision_ckpt", "C", {"image_manifest": self.image_manifest, "ocr_csv": self.ocr_csv}),
-            ("talker_ckpt", "D", {"speech_csv": self.speech_csv}),
-        ):
-            source = next((name for name, path in needed.items() if path), None)
-            if source and getattr(self, key) is None:
-                raise ValueError(f'key "{key}": expected the folder of stage {stage} for {source}, found none')
-        for key, wrong in (("freeze_encoders", not self.freeze_encoders), ("jsonl_path", self.jsonl_path is not None)):
-            if self.cache_features and wrong:
-                raise ValueError(
-                    f'key "cache_features": expected false beside "{key}": {json.dumps(getattr(self, key))}'
-                )
+        for task in used.values():
+            for key in task.needs:
+                if getattr(self, key) is None:
+                    stage, *_ = BASE_STAGES[key]
+                    raise ValueError(
+                        f'key "{key}": expected the folder of stage {stage} for {task.file_key}, found none'
+                    )
+        if self.cache_features and not self.freeze_encoders:
+            raise ValueError('key "cache_features": expected false beside "freeze_encoders": false')
+        for task in used.values():
+            if self.cache_features and not task.cacheable:
+                raise ValueError(f'key "cache_features": expected false beside "{task.file_key}"')
         return self
+
+    def file_of(self, key: str) -> str | None:
+        """The file that a task names by ``key``, which is a key of the config or of its ``task_files``."""
+        return getattr(self, key) if key in type(self).model_fields else self.task_files.get(key)
 
     def check_files(self) -> None:
         super().check_files()
+        for key, path in self.task_files.items():
+            if not os.path.isfile(path):
+                raise UserError(f'key "task_files": expected a file for {key}, found none at {path}')
         if self.image_root is not None and not os.path.isdir(self.image_root):
             raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
-        for key, files, remedy in (
-            ("thinker_ckpt", ("thinker.pt", "tokenizer.json"), "Train stage A first (train_text.py)"),
-            ("audio_ckpt", ("audio_enc.pt",), "Train stage B first (train_audio_enc.py)"),
-            ("vision_ckpt", ("vision.pt",), "Train stage C first (train_vision.py)"),
-            ("talker_ckpt", ("talker.pt", "rvq_codec.pt", "aligner.pt"), "Train stage D first (train_talker.py)"),
-        ):
+        for key, (stage, script, *files) in BASE_STAGES.items():
             folder = getattr(self, key)
             for file in files if folder is not None else ():
                 if not os.path.isfile(os.path.join(folder, file)):
-                    raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
+                    raise UserError(
+                        f'key "{key}": expected a folder with {file}, found none at {folder}. Train stage {stage} '
+                        f"first ({script})"
+                    )
+
+
+def registered_tasks() -> dict[str, type]:
+    from omni.tasks import TASKS  # here, since tasks open models, and a config needs none
+
+    return TASKS
 
 
 STAGE = Stage(

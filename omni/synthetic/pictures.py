@@ -45,6 +45,7 @@ WANDER, STRAY = 7.0, 5.0
 FONT_FOLDER = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"  # found, not imported: slow
 QUESTIONS = 6  # at most, per picture
 ATTRIBUTES = ("colour", "shape", "count")  # that a picture of one group is classified by
+CAPTIONS_TRIED = 64  # draws of a scene's caption, to find all of them: there are a dozen at most
 
 # --- outlines -------------------------------------------------------------------------------------------------------
 
@@ -246,9 +247,9 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
 
     Returns:
         the image, RGB, 128 x 128, to be saved with `SAVE`;
-        {"caption": str, "questions": [[question, answer], ...], "groups": [{"shape", "colour", "size", "count", "cell"
-        (row, column), "word"}, ...], "colour", "shape", "count": of a picture of one group of shapes, else None}.
-        Every answer follows from the picture.
+        {"caption": str, "accepted_answers": [every caption of the scene, ...], "questions": [[question, answer], ...],
+        "groups": [{"shape", "colour", "size", "count", "cell" (row, column), "word"}, ...], "colour", "shape", "count":
+        of a picture of one group of shapes, else None}. Every answer follows from the picture.
     """
     rng = random.Random(f"picture {'held-out' if unseen else 'train'} {seed} {index}")
     scene = world.draw(world.sample_scene, rng, unseen)
@@ -260,9 +261,11 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
         {"shape": g.shape, "colour": g.colour, "size": g.size, "count": g.count, "cell": list(g.cell), "word": g.word}
         for g in scene.groups
     ]
+    accepted = sorted({world.caption(scene, random.Random(i)) for i in range(CAPTIONS_TRIED)} | {caption})
     one = scene.groups[0] if len(scene.groups) == 1 and not scene.groups[0].word else None
     classes = {name: getattr(one, name, None) for name in ATTRIBUTES}  # of several groups, none
-    return render(scene, rng), {"caption": caption, "questions": questions, "groups": groups} | classes
+    about = {"caption": caption, "accepted_answers": accepted, "questions": questions, "groups": groups}
+    return render(scene, rng), about | classes
 
 
 def class_captions() -> Iterator[str]:

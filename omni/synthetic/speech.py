@@ -11,6 +11,7 @@ bytes.
 
 import ctypes
 import io
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,7 +188,9 @@ def finish(samples: np.ndarray, sample_rate: int, how: Speaking, seed: int) -> n
 
 
 def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
-    """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice"}).
+    """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice", "answer",
+    "question"}): what the text asks is answered by ``answer``, and what it answers is asked by one of ``question``, a
+    JSON list; "" where there is nothing.
 
     Must run in a process in which espeak-ng has not been loaded before, from the beginning of a group: `start` is a
     multiple of GROUP, and `stop` at most one group later.
@@ -203,4 +206,6 @@ def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) ->
         file = io.BytesIO()
         clip = finish(samples, synthesiser.sample_rate, how, noise_seed)
         soundfile.write(file, clip, SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        yield file.getvalue(), {"text": texts[index], "voice": how.voice}
+        questions = world.QUESTIONS.get(texts[index])
+        row = {"text": texts[index], "voice": how.voice, "answer": world.ANSWERS.get(texts[index], "")}
+        yield file.getvalue(), row | {"question": json.dumps(questions) if questions else ""}

@@ -703,6 +703,14 @@ _ABOUT = {  # animal -> all that is known about it
     for animal in EATS
 }
 
+# What can be asked without a picture or a story -> its one answer
+ANSWERS = {said: answer for sayings, answer in SMALL_TALK for said in sayings.split("|")} | {
+    question: answer for pairs in FACTS.values() for question, answer in pairs
+}
+QUESTIONS: dict[str, list[str]] = {}  # the other way round: answer -> all that it answers
+for _question, _answer in ANSWERS.items():
+    QUESTIONS.setdefault(_answer, []).append(_question)
+
 
 def fact(rng: random.Random) -> tuple[str, str]:
     """A question of general knowledge or arithmetic, and its one answer."""

@@ -1,0 +1,65 @@
+"""Greedy answers to several prompts at once."""
+
+# B prompts, T positions, D the Thinker's width
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from omni.models.decoding import decode_step
+from omni.models.layers import KVCache
+from omni.models.thinker import Thinker
+
+
+@torch.no_grad()
+def greedy_answers(
+    thinker: Thinker, embeds: Tensor, prompts: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...]
+) -> list[list]:
+    """The likeliest answer to each of several prompts at once: the same that ``Thinker.generate`` yields one by one.
+
+    Args:
+        embeds: (B, T, D), the first ``prompts`` (B,) positions of each row, at least 1; the rest is ignored.
+
+    Returns:
+        B lists of ids, the stop ids left out.
+    """
+    room = thinker.architecture.ctx_len - max_new_tokens
+    together = (prompts <= room).nonzero().flatten().tolist()
+    # one whose prompt leaves less room ends where ctx_len does, whatever stands beside it
+    groups = [([row], thinker.architecture.ctx_len - int(prompts[row])) for row in range(len(prompts))]
+    groups = [group for group in groups if group[0][0] not in together]
+    groups += [(together, max_new_tokens)] if together else []
+    found: list[list] = [[] for _ in range(len(prompts))]
+    for rows, limit in groups:
+        for row, ids in zip(rows, _answers(thinker, embeds[rows], prompts[rows], limit, stop_ids), strict=True):
+            found[row] = ids
+    return found
+
+
+def _answers(thinker: Thinker, embeds: Tensor, prompts: Tensor, limit: int, stop_ids: tuple[int, ...]) -> list[list]:
+    """Prompts of unequal length are pushed to the right, so that they end together. That shifts the positions of a
+    whole row, and rotary attention knows distances only."""
+    B, longest, device = len(prompts), int(prompts.max()), embeds.device
+    index = torch.arange(longest, device=device) - (longest - prompts)[:, None]  # (B, longest); negative: padding
+    there = index >= 0
+    x = embeds.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2]))
+    # padding sees itself, since a softmax over nothing is no number
+    causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+    mask = (causal & there[:, None, :]) | torch.eye(longest, dtype=torch.bool, device=device)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else x.dtype
+    cache = KVCache(thinker.architecture, B, longest + limit, device, dtype)
+    hidden = thinker.hidden_states(inputs_embeds=x, cache=cache, mask=mask[:, None])[:, -1]  # (B, D)
+    read = decode_step(thinker, cache)
+    stops = torch.tensor(stop_ids, device=device)
+    ended, written = torch.zeros(B, dtype=torch.bool, device=device), []
+    for _ in range(limit):
+        ids = thinker.head(hidden).float().argmax(dim=-1)  # (B,)
+        ended = ended | torch.isin(ids, stops)
+        if ended.all():
+            break
+        written.append(ids.masked_fill(ended, stop_ids[0]))
+        there = F.pad(there, (0, 1), value=True)
+        hidden = read(ids, there)
+    rows = torch.stack(written, dim=1).tolist() if written else [[]] * B
+    return [row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]

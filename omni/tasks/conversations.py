@@ -1,0 +1,27 @@
+"""Conversations with any number of pictures and recordings, as other programs' data sets write them."""
+
+import numpy as np
+
+from omni.data.conversations import read_conversation
+from omni.tasks.base import SftTask, sft_task
+
+
+@sft_task
+class Conversations(SftTask):
+    """JSON or JSONL rows of conversations, as ``omni.data.conversations`` reads them."""
+
+    name, file_key, split_by = "conversation", "jsonl_path", "messages"
+    reads, cacheable = ("image", "audio"), False
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        return [message | {"content": self._parts(message["content"])} for message in read_conversation(row)]
+
+    def _parts(self, content: str | list[dict]) -> str | list[dict]:
+        if isinstance(content, str):
+            return content
+        parts = {
+            "text": lambda part: part,
+            "image": self.image,
+            "audio": lambda part: self.recording({"wav": part["audio"], "text": part["text"]}),
+        }
+        return [parts[part["type"]](part) for part in content]

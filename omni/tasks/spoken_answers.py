@@ -1,0 +1,53 @@
+"""Spoken answers: the talker learns to use the Thinker's states."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from omni.common.text import audible
+from omni.data.manifest import Manifest
+from omni.models.aligner import load_aligner, prepare_speech
+from omni.models.codec import leave_out_long, load_codec
+from omni.models.talker import CodedSpeech
+from omni.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
+from omni.tasks.processor import Encoded, Processor
+from omni.train.precompute import ManifestWithColumns
+
+
+@sft_task
+class SpokenAnswers(SftTask):
+    """Texts with their recordings: each is the answer to one of the questions in the column ``question``; where there
+    is none, the text is asked for as it is.
+
+    Args:
+        manifest: with the columns that ``omni.models.aligner.prepare_speech`` adds.
+    """
+
+    name, file_key, columns, needs = "spoken_answer", "speech_csv", ("text", "wav"), ("talker_ckpt",)
+    wordings = ("Say: {}", "Read aloud: {}", "Repeat after me: {}")
+    standalone = False
+
+    def __init__(
+        self, manifest: ManifestWithColumns, rows: np.ndarray, processor: Processor, config: Any, **others
+    ) -> None:
+        super().__init__(manifest, rows, processor, config, **others)
+        self.speech = CodedSpeech(manifest, rows, processor.talker, training=False)
+
+    @classmethod
+    def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Any, np.ndarray, dict[str, Any]]:
+        """The manifest with the codes and durations that stage D's codec and aligner compute; ``rows`` without
+        recordings that are too long."""
+        run, talker = side.run, side.processor.talker
+        codec, aligner = (load(side.config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
+        name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
+        coded, lengths = prepare_speech(run, manifest, talker, codec, aligner, name)
+        return coded, leave_out_long(run, manifest, rows, lengths, talker.max_mel_length), {}
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        text = audible(row["text"]).strip()  # as the talker reads it
+        questions = listed_texts(row, "question") or [wording.format(text) for wording in self.wordings]
+        return turn(text, one_of(questions, rng))
+
+    def encode(self, row: dict, messages: list[dict]) -> Encoded:
+        return self.processor.encode_spoken(messages, self.speech.read(row, None))
