@@ -166,7 +166,8 @@ def test_manifests_open_as_the_stages_open_them(made, tmp_path):
 
 def test_images_carry_their_questions(made):
     for row in json.loads((made / "images" / "annotations.json").read_text()):
-        assert set(row) == {"image", "caption", "accepted_answers", "questions", "groups"}
+        columns = {"image", "caption", "accepted_answers", "questions", "groups", "colour", "shape", "count"}
+        assert set(row) == columns
         assert row["caption"] in row["accepted_answers"]
         assert row["questions"] and all(question and answer for question, answer in row["questions"])
 
