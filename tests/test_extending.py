@@ -133,6 +133,26 @@ def test_a_new_stage(tree):
     assert accuracy > 0.9, judged
 
 
+def test_a_new_task(tree):
+    """It trains by itself, its metric is reported, and evaluate.py knows it."""
+    example = read_page()["A new task of stage E"]
+    tree.add(example)
+    train, evaluate = example.commands
+    words = ["cat", "dog", "red", "green", "blue", "two", "four", "six", "hot", "cold"]
+    dialogues = [f"<|user|>{a} {b}?<|assistant|>{b} {a}.<|end|>\n" for a in words for b in words]
+    (tree.folder / "corpus.txt").write_text("".join(dialogues))
+    thinker = {
+        "train_text": "corpus.txt", "val_text": "null", "val_split": 0, "max_steps": 2, "warmup_steps": 1,
+        "d_model": 32, "n_layers": 1, "n_heads": 2, "d_ff": 64, "ctx_len": 128, "vocab_size": 300, "batch_size": 2,
+    }  # fmt: skip
+    overrides = [word for key, value in thinker.items() for word in ("--set", f"{key}={value}")]
+    tree.run(["python", "train_text.py", "--config", "configs/thinker_demo.json"], *overrides)
+    log = tree.run(train)
+    assert "accuracy_multiple_choice" in log, log
+    judged = tree.run(evaluate)
+    assert "accuracy_multiple_choice" in judged and judged.count("true  ") == 3, judged
+
+
 def test_a_new_data_format(tree):
     """Rows are found, a broken one is named, and a stage trains on them."""
     example = read_page()["A new data format"]
@@ -155,5 +175,5 @@ def test_a_new_data_format(tree):
 
 def test_every_block_of_the_page_is_used():
     """A section without a test here would be no more than a promise."""
-    tested = {"A new stage", "A new data format"}
+    tested = {"A new stage", "A new task of stage E", "A new data format"}
     assert set(read_page()) == tested
