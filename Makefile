@@ -3,6 +3,7 @@
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
 # make fuzz   20,000 damaged files of every kind that is read; the counts go to docs/reliability.md
 # make golden  40 steps of each demo config, and what the models say: the same bits as before?
+# make rooms   draw docs/rooms.svg from the imports
 # make mutations  switch off what keeps each promise and see a test fail; the list goes to docs/mutations.md
 # make smoke  every stage on a few steps, and one question: about three minutes
 # make lint   check the style; make format mends it
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture fuzz golden mutations lint format bench web clean
+.PHONY: demo smoke test torture fuzz golden rooms mutations lint format bench web clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -50,6 +51,9 @@ fuzz: .venv/.installed-dev
 
 golden: .venv/.installed
 	$(BIN)/python tests/golden.py $(ARGS)
+
+rooms: .venv/.installed
+	$(BIN)/python tests/rooms.py
 
 mutations: .venv/.installed-dev
 	$(BIN)/python tests/mutations.py --page docs/mutations.md
