@@ -82,6 +82,9 @@ class Judgement:
 # --- one function per stage -----------------------------------------------------------------------------------------
 
 
+NAMED = 100  # rows left out that are told one by one
+
+
 def judge_text(args: argparse.Namespace, device: torch.device) -> Judgement:
     thinker, tokenizer, _ = load_thinker(args.ckpt_dir, device)
     judgement, totals, text_bytes = Judgement(), {}, 0
@@ -403,8 +406,10 @@ def main(argv: list[str] | None = None) -> None:
         if not math.isfinite(value):
             raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")
     step = load_stage(args.ckpt_dir, args.stage, prefix, final)["step"]
-    for where, why in list(judgement.left_out.items())[:10]:
+    for where, why in list(judgement.left_out.items())[:NAMED]:
         to_stderr(visible(f"{where}: {why}. Left out"))
+    if (more := len(judgement.left_out) - NAMED) > 0:
+        to_stderr(f"and {more:,} more rows left out")
     if args.json:
         facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": step, "data": str(args.data)}
         counts = {"rows": judgement.rows, "rows_left_out": len(judgement.left_out)}
