@@ -105,6 +105,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("talker_ckpt", "vocoder_ckpt"):
         if getattr(args, name) is not None and args.audio_out is None:
             raise UserError(f"--{name}: expected --audio_out beside it, the file for the speech")
+    if args.text is not None and not args.text.strip() and not (args.complete or args.audio_in):
+        raise UserError("--text: expected a question, found an empty text")
     for name in ("image", "audio_in", "video"):
         if "" in getattr(args, name):
             raise UserError(f"--{name}: expected a file, found an empty name")

@@ -50,6 +50,8 @@ from omni.train.device import pick_device, to_device
 from omni.train.evaluation import EvalResult, add, first_rows, to_stderr
 from omni.train.samples import write_sound
 
+NAMED = 100  # rows left out that are told one by one
+
 
 def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
     """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
@@ -172,8 +174,10 @@ def main(argv: list[str] | None = None) -> None:
         if not math.isfinite(value):
             raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")
     step = load_stage(args.ckpt_dir, stage.name, stage.prefix, stage.final)["step"]
-    for where, why in list(result.left_out.items())[:10]:
+    for where, why in list(result.left_out.items())[:NAMED]:
         to_stderr(visible(f"{where}: {why}. Left out"))
+    if (more := len(result.left_out) - NAMED) > 0:
+        to_stderr(f"and {more:,} more rows left out")
     if args.json:
         facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": step, "data": str(args.data)}
         counts = {"rows": result.rows, "rows_left_out": len(result.left_out)}

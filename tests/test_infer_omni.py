@@ -532,3 +532,9 @@ def test_an_untrained_model_never_answers(folders, chat, tmp_path):
     assert "proj_v.fc1.weight" in chat.refuses(other, "--text", "red")
     with pytest.raises(UserError, match=r"proj_v\.fc1\.weight"):
         export.main(options({"omni": other}, tmp_path / "merged"))
+
+
+def test_an_empty_question_and_a_folder_that_is_not_there_are_named(folders, chat):
+    for text in ("", " \n"):
+        assert "--text: expected a question" in chat.refuses(folders["omni"], "--text", text)
+    assert "expected a folder" in chat.refuses(folders["omni"] / "nothing", "--text", "hello")

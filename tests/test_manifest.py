@@ -326,3 +326,11 @@ def test_some_rows_are_read_evenly_and_bad_ones_passed_over(tmp_path):
     assert read_some(manifest, np.arange(10), 4, read, lambda: None) == [0, 3, 6]
     with pytest.raises(UserError, match="row 10: nine"):
         read_some(manifest, np.array([9]), 4, read, lambda: None)
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_as_one(tmp_path):
+    (tmp_path / "a.wav").mkdir()
+    (tmp_path / "rows.csv").write_text("wav,text\na.wav,red\n")
+    manifest = load_manifest(tmp_path / "rows.csv", ("wav", "text"), "text", log=lambda line: None)
+    with pytest.raises(BadRow, match="found a folder"):
+        manifest.file(manifest[0]["wav"])

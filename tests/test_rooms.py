@@ -1,4 +1,4 @@
-"""The structure: packages import downwards only, files and classes are of a size to be read, and the picture is true."""
+"""The structure: packages import downwards only, files can be read at once, and the picture of it is true."""
 
 import ast
 

@@ -62,6 +62,8 @@ def _none_found(folder: Path, name: str) -> str:
     path = folder / _spellings(name)[-1]
     while path != path.parent and not path.parent.is_dir():
         path = path.parent
+    if path.is_dir():
+        return f'expected a file, found a folder at "{shown}"'
     near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None
     return f'expected a file, found none at "{shown}"' + (f'; there is "{quoted(near)}"' if near else "")
 

@@ -119,7 +119,7 @@ def _demuxer(head: bytes) -> str | None:
 def _reason(error: soundfile.LibsndfileError, ending: str) -> str:
     if ending in (".raw", ".pcm"):
         return "samples without a header, of unknown rate and format; expected WAV, FLAC, MP3 or the like"
-    return error.error_string
+    return error.error_string.rstrip(".")
 
 
 def _check_rate(name: str, rate: int) -> None:

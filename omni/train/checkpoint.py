@@ -195,7 +195,8 @@ def newest(folder: Path, prefix: str, warn: Callable[[str], None]) -> dict | Non
     """
     for path in folder.glob(f"{prefix}_step_*.pt"):
         if not path.is_file():
-            warn(f"{path}: no file, so not used as a checkpoint")
+            found = "a folder" if path.is_dir() else "a pipe or a link into nowhere"
+            warn(f"{path}: expected a checkpoint, found {found}: not used")
     for _, path in step_files(folder, prefix):
         try:
             return load(path)
@@ -224,6 +225,8 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
         UserError: nothing there, damaged, or of another stage; the message names the file.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: expected a folder with {final}, found {'a file' if folder.exists() else 'nothing'}")
     steps = step_files(folder, prefix)
     path = folder / final
     if os.path.lexists(path) and not path.is_file():

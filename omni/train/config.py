@@ -117,7 +117,8 @@ class StageConfig(BaseModel):
             extra, path = field.json_schema_extra or {}, getattr(self, name)
             if extra.get("file") and path is not None and not os.path.isfile(path):
                 hint = f" ({extra['hint']})" if extra["hint"] else ""
-                raise UserError(f'key "{name}": expected a file, found none at {path}{hint}')
+                found = f"none at {path}" if path else "an empty name; null is for no file"
+                raise UserError(f'key "{name}": expected a file, found {found}{hint}')
 
 
 def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:

@@ -58,6 +58,8 @@ class Run(processes.Processes):
                 self.lock = FolderLock(self.save_dir)
             except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
                 reason = getattr(error, "strerror", None) or error
+                if isinstance(error, FileExistsError):
+                    reason = "expected a folder, found a file"
                 raise UserError(f"{self.save_dir}: cannot write to save_dir: {reason}") from error
         caught = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
         self._old_handlers = {s: signal.signal(s, self._on_signal) for s in caught}
