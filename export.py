@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             write_recogniser(folder / "audio_encoder", *recogniser, dtype)
         if "vocoder" in parts:
             vocoder = parts["vocoder"].module
-            config, statistics = speecht5_config(vocoder.config), buffers_of(vocoder)
+            config, statistics = speecht5_config(vocoder.architecture), buffers_of(vocoder)
             write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)
 
         # --- Model card, and the digest of every file ----------------------------------------------------------------

@@ -23,12 +23,12 @@ from pathlib import Path
 
 from omni.chat.assistant import AnswerStates, Assistant
 from omni.chat.ocr import load_reader, read_picture
-from omni.chat.speaker import Speaker
 from omni.chat.speech import MAX_SPOKEN_BYTES, load_speaker, sentences, wav_target, write_speech
 from omni.chat.terminal import Conversation, converse
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
 from omni.common.media import quoted
+from omni.models.speaker import Speaker
 from omni.train.cli import OneLineErrors, launch
 from omni.train.device import pick_device
 

@@ -3,10 +3,10 @@
     python train_vocoder.py --config configs/vocoder_tiny.json
 
 The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
-trains the discriminators (from adv_start_step on), then the generator, on random segments. What it makes of held-out
-clips is written to save_dir/samples at each validation, beside what Griffin-Lim makes of them. It can run beside all
-other stages; codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more
-max_steps, it goes on from there.
+trains the discriminators (from adv_start_step on), then the generator, on random segments. Generated held-out
+clips are written to save_dir/samples at each validation, beside those of Griffin-Lim. It can run beside all
+other stages. codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more
+max_steps, training continues from its last step.
 """
 
 from functools import partial
@@ -18,23 +18,22 @@ from torch import Tensor, nn
 from omni.data.audio import log_mel
 from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
-from omni.models.codec import fingerprint, mel_statistics_of
-from omni.models.vocoder import (
+from omni.models.codec import fingerprint
+from omni.models.vocoder import Discriminators, Generator, frozen, mel_spec
+from omni.stages.codec import mel_statistics_of
+from omni.stages.vocoder import (
+    STAGE,
     Clips,
-    Discriminators,
-    Generator,
+    VocoderConfig,
     VocoderScore,
     adversarial_loss,
     discriminator_loss,
     feature_loss,
-    frozen,
     load_codec_of,
     mel_loss,
-    mel_spec,
     read_clip,
     split_column,
 )
-from omni.stages.vocoder import STAGE, VocoderConfig
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -62,7 +61,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_set = training_set(run, clips)
 
         # --- Models ----------------------------------------------------------------------------------------------
-        generator, discriminators = Generator(config), Discriminators(config)
+        generator, discriminators = Generator(config.architecture), Discriminators(config.discriminators)
         statistics = prepare_statistics(run, manifest, train_rows)
         generator.mean.copy_(torch.tensor(statistics["mean"]))
         generator.scale.copy_(torch.tensor(statistics["std"]))
@@ -103,12 +102,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             Phase("generator", generator, optimizer(generator, lr=config.lr_g), loss_of_generator, peak_lr=config.lr_g),
         ]  # fmt: skip
 
-        # --- Validation: log-mels of what is generated from whole clips, and the sounds to listen to --------------
+        # --- Validation: log-mels of whole generated clips, and samples to listen to ------------------------------
         validation = None
         if len(val_rows):
             spaced = np.linspace(0, len(val_rows) - 1, min(config.val_clips, len(val_rows))).astype(int)
             split = held_out_set(run, Clips(val_manifest, val_rows[spaced], config, training=False, codec=codec))
-            score = VocoderScore(config, show=partial(save_samples, run, spec=spec), shown=config.val_samples)
+            score = VocoderScore(
+                config.architecture, show=partial(save_samples, run, spec=spec), shown=config.val_samples
+            )
             validation = Validation(split, score.sums, score.metrics)
         else:
             run.log("no held-out clips (val_split is 0, or there are very few rows): nothing will be validated")

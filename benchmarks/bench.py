@@ -36,13 +36,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import omni.train.loop
 from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened, read_config
-from omni.chat.speaker import Speaker
 from omni.common import allocator
 from omni.common.errors import UserError
 from omni.common.files import write_json
-from omni.models.codec import Codec, load_codec
-from omni.models.talker import Talker, load_talker
-from omni.models.vocoder import Generator, fold_weight_norm, load_vocoder
+from omni.models.codec import Codec
+from omni.models.speaker import Speaker
+from omni.models.talker import Talker
+from omni.models.vocoder import Generator, fold_weight_norm
+from omni.stages.codec import load_codec
+from omni.stages.talker import load_talker
+from omni.stages.vocoder import load_vocoder
 from omni.train import checkpoint
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import StageConfig
@@ -337,7 +340,7 @@ def bench_speak(bench: Bench) -> None:
     torch.manual_seed(0)
     talker, codec, origin = speaking_parts(bench)
     if bench.vocoder_ckpt is None:
-        vocoder = fold_weight_norm(Generator(read_config("F", bench.configs))).eval()
+        vocoder = fold_weight_norm(Generator(read_config("F", bench.configs).architecture)).eval()
     else:
         vocoder = load_vocoder(bench.vocoder_ckpt, CPU)
     kinds = {"hifigan": vocoder, "griffin_lim": None}
@@ -360,7 +363,7 @@ def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
     if bench.talker_ckpt is not None:
         return load_talker(bench.talker_ckpt, CPU), load_codec(bench.talker_ckpt, CPU), f"talker of {bench.talker_ckpt}"
     config = read_config("D", bench.configs)
-    talker, codec = Talker(config).eval(), Codec(config).eval()
+    talker, codec = Talker(config.architecture).eval(), Codec(config.codec.architecture).eval()
     with torch.no_grad():
         talker.depth.heads[0, :, -1] = 0.0  # or chance might end the sentence at its first frame
     return talker, codec, "talker of random weights"

@@ -30,10 +30,11 @@ from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker, qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import ViT, to_vit_state_dict, vit_config
-from omni.models.vocoder import Generator, mel_loss, mel_spec, speecht5_config
+from omni.models.vocoder import Generator, mel_spec, speecht5_config
 from omni.stages import STAGES as TABLE
 from omni.stages.audio_encoder import ctc_loss
 from omni.stages.ocr import OcrConfig, encode_texts, ocr_loss
+from omni.stages.vocoder import mel_loss
 from omni.train.config import StageConfig, sizes_of
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
@@ -189,7 +190,7 @@ def talker_pair(configs: Path) -> Pair:
     """The talker's decoder over frames and Qwen3Model: the same weights, the same input vectors. The loss is a fixed
     sum over the states. What comes before and after has no counterpart: text, durations, the codes of a frame."""
     config = read_config("D", configs, dropout=0.0)
-    talker, frames = Talker(config), 1 + config.max_mel_length // 2
+    talker, frames = Talker(config.architecture, use_flash=config.use_flash), 1 + config.max_codes // 2
     ours = nn.ModuleDict({"layers": talker.layers, "norm": talker.norm})
     x = torch.randn(config.batch_size, frames, config.d_model)
     probe = torch.randn(frames, config.d_model)
@@ -217,7 +218,7 @@ def talker_pair(configs: Path) -> Pair:
 def talker_alone(configs: Path) -> Pair:
     """All of the talker's step, with text and durations. No library has this model."""
     config = read_config("D", configs)
-    B, T = config.batch_size, max(2, config.max_mel_length // 2)
+    B, T = config.batch_size, max(2, config.max_codes // 2)
     batch = {
         "symbols": torch.randint(TEXT_SYMBOLS, (B, T)),  # about a byte for each code
         "text_lengths": torch.full((B,), T),
@@ -226,7 +227,8 @@ def talker_alone(configs: Path) -> Pair:
         "lengths": torch.full((B,), T),
     }
     weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
-    return Pair("D", "whole_step", config, Talker(config), lambda model: talker_loss(model, batch, **weights)[0])
+    talker = Talker(config.architecture, use_flash=config.use_flash)
+    return Pair("D", "whole_step", config, talker, lambda model: talker_loss(model, batch, **weights)[0])
 
 
 def mixed_pair(configs: Path) -> Pair:
@@ -271,7 +273,7 @@ def vocoder_pair(configs: Path) -> Pair:
     discriminators have no counterpart.
     """
     config = read_config("F", configs)
-    ours, spec = Generator(config), mel_spec(config)
+    ours, spec = Generator(config.architecture), mel_spec(config)
     theirs = transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig(**speecht5_config(config)))
     theirs.apply_weight_norm()
     theirs.load_state_dict(ours.state_dict())

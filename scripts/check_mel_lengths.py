@@ -113,7 +113,7 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
             sample_rate=talker.sample_rate,
             samples=talker.frame_hop * talker.frames_per_code,
             why=f"the talker's, frame_ms {talker.frame_ms}",
-            max_mel_length=talker.max_mel_length,
+            max_mel_length=talker.max_codes,
             cache_dir=talker.cache_dir,
             downsample_time=None,
             tokenizer=None,

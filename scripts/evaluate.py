@@ -32,18 +32,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from omni.chat.speaker import Recognizer, Speaker, read_recordings, word_error_rates, word_errors
 from omni.chat.text import without_controls
 from omni.common.errors import BadRow, RunError, UserError, reading_row
 from omni.common.files import replace_file
 from omni.common.media import visible
 from omni.data.audio import log_mel
 from omni.data.manifest import load_manifest
-from omni.models.aligner import load_aligner, text_symbols
-from omni.models.talker import Utterance, collate_utterances, talker_metrics, talker_sums
+from omni.models.aligner import text_symbols
 from omni.stages import STAGES
+from omni.stages.aligner import load_aligner
 from omni.stages.audio_encoder import COLUMNS
 from omni.stages.evaluation import EVALUATE, OMNI_TASKS
+from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
+from omni.stages.talker import Utterance, collate_utterances, load_speaker, talker_metrics, talker_sums
 from omni.train.checkpoint import load_stage
 from omni.train.cli import OneLineErrors, launch
 from omni.train.device import pick_device, to_device
@@ -56,7 +57,7 @@ NAMED = 100  # rows left out that are told one by one
 def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
     """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
     of their resynthesis by vocoder and codec, and of the talker's speech."""
-    speaker = Speaker.load(args.ckpt_dir, args.vocoder_ckpt, device)
+    speaker = load_speaker(args.ckpt_dir, args.vocoder_ckpt, device)
     aligner = load_aligner(args.ckpt_dir, device)
     recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
@@ -81,7 +82,7 @@ def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResul
         result.rows += len(texts)
         add(
             totals,
-            talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.config), device)),
+            talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.architecture), device)),
         )
         if recognizer is None and args.save_speech is None:
             for text in texts[: args.show - len(result.shown)]:

@@ -428,7 +428,7 @@ MUTATIONS = [
         "tests/test_vision.py -k captions_that_are_cut",
     ),
     Mutation(
-        "rows never vanish", "clips are numbered as if no row were left out", "omni/models/vocoder.py",
+        "rows never vanish", "clips are numbered as if no row were left out", "omni/stages/vocoder.py",
         'tuple(batch["sample_rows"])', 'tuple(range(len(batch["frames"])))',
         "tests/test_vocoder.py -k clips_keep",
     ),
@@ -840,7 +840,7 @@ MUTATIONS = [
         "tests/test_caches.py::test_only_changed_files_are_measured_again",
     ),
     Mutation(
-        "caches", "statistics do not know their files", "omni/models/codec.py",
+        "caches", "statistics do not know their files", "omni/stages/codec.py",
         'belongs_to | {"files": files_digest(manifest, some, "wav")}', "belongs_to",
         "tests/test_caches.py::test_statistics_know_their_files_and_are_finite",
     ),
@@ -851,7 +851,7 @@ MUTATIONS = [
     ),
     Mutation(
         "config config_diff", "other codes are the same training", "train_talker.py",
-        'made |= {"codes": coded.sha256, "validation codes": val_coded.sha256}', "pass",
+        'computed |= {"codes": coded.sha256, "validation codes": val_coded.sha256}', "pass",
         "tests/test_caches.py::test_recordings_replaced_in_mid_training_are_another_training",
     ),
     Mutation(

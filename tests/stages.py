@@ -137,7 +137,7 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
             ("aligner", "aligner.pt", Aligner, AlignerConfig, SMALL_ALIGNER),
         ):
             config = cls(save_dir="-", tts_csv="-", max_steps=1, **sizes)
-            save_model(folder / "codec" / file, stage, config, make(config))
+            save_model(folder / "codec" / file, stage, config, make(config.architecture))
     return {"tts_csv": str(path), "codec_ckpt": str(folder / "codec")}
 
 
@@ -285,7 +285,7 @@ def make_mix(folder: Path) -> dict:
         (folder / "said").mkdir()
         make_sentences(folder / "said", 6)
         talker = TalkerConfig(tts_csv="-", save_dir="-", max_steps=1, **SMALL_TALKER)
-        save_model(folder / "said/codec/talker.pt", "talker", talker, Talker(talker))
+        save_model(folder / "said/codec/talker.pt", "talker", talker, Talker(talker.architecture))
         for name in ("thinker", "vision"):
             tokenizer.save(folder / name / "tokenizer.json")
         ctc_tokenizer.save(folder / "audio_enc" / "tokenizer.json")

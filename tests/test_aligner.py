@@ -10,23 +10,22 @@ from omni.common.errors import BadRow
 from omni.models.aligner import (
     TEXT_END,
     Aligner,
-    aligner_metrics,
     aligner_nats,
-    aligner_sums,
     check_fits,
     diagonal_prior,
     likeliest_durations,
     text_symbols,
 )
-from omni.stages.talker import AlignerConfig
+from omni.models.speech_architectures import AlignerArchitecture
+from omni.stages.aligner import aligner_metrics, aligner_sums
 
-KEYS = {"save_dir": "-", "tts_csv": "-", "max_steps": 1, "n_mels": 8, "aligner_d_model": 32}
+KEYS = {"n_mels": 8, "aligner_d_model": 32}
 
 
 def small(*, mixing: bool = False, **keys) -> Aligner:
     """An untrained aligner; ``mixing``: its layers, which begin as identities, do something."""
     torch.manual_seed(1)
-    aligner = Aligner(AlignerConfig(**(KEYS | keys))).eval()
+    aligner = Aligner(AlignerArchitecture(**(KEYS | keys))).eval()
     if mixing:
         for parameter in aligner.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
@@ -63,7 +62,7 @@ def test_text_symbols_are_bytes_and_an_end():
     "frame_ms, alignment_frames", [(80, 4), (40, 4), (20, 2), (10, 1), (50, 5), (120, 4), (70, 7), (100, 5)]
 )
 def test_slots_are_whole_mel_frames(frame_ms, alignment_frames):
-    assert AlignerConfig(**KEYS, frame_ms=frame_ms).alignment_frames_per_code == alignment_frames
+    assert AlignerArchitecture(**KEYS, frame_ms=frame_ms).alignment_frames_per_code == alignment_frames
 
 
 def test_padding_changes_nothing():

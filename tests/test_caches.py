@@ -19,7 +19,7 @@ from omni.common.errors import BadRow, UserError
 from omni.data.audio import MelSpec
 from omni.data.manifest import ManifestDataset, load_manifest
 from omni.data.measure import measure_rows
-from omni.models.codec import mel_statistics_of
+from omni.stages.codec import mel_statistics_of
 from omni.stages.text import TextConfig
 from omni.train.precompute import precompute
 from omni.train.run import Run

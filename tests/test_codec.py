@@ -10,8 +10,10 @@ from harness import SLOW, TRACE, Training, differences, kill_at, kill_at_random_
 from stages import TALKER
 from test_environment import snapshot
 
-from omni.models.codec import Codec, ResidualQuantizer, codec_loss, codec_metrics, codec_sums, nearest
-from omni.stages.talker import CodecConfig
+from omni.models.codec import Codec
+from omni.models.quantizer import ResidualQuantizer, nearest
+from omni.models.speech_architectures import CodecArchitecture
+from omni.stages.codec import codec_loss, codec_metrics, codec_sums
 
 # B clips, T mel frames, M mel channels, N latents, C latent width
 
@@ -19,8 +21,7 @@ from omni.stages.talker import CodecConfig
 def small(**keys) -> Codec:
     sizes = {"codebooks": 3, "codebook_size": 16, "codec_d_model": 32, "codec_d_ff": 64, "codec_layers": 2}
     torch.manual_seed(1)
-    config = CodecConfig(save_dir="-", tts_csv="-", max_steps=1, codec_latent=8, **(sizes | keys))
-    codec = Codec(config)
+    codec = Codec(CodecArchitecture(codec_latent=8, **(sizes | keys)))
     for parameter in codec.parameters():  # branches that start at zero would hide what they see
         if parameter.dim() > 1 and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
@@ -237,16 +238,16 @@ def all_state(training: Training) -> dict:
 KILLS = {
     "first batch": [kill_at_step(1)],
     "twice in the codec": [kill_at_step(n) for n in (14, 5)],
-    "in the codec's validation": [kill_at("omni.models.codec:codec_metrics", 1)],
+    "in the codec's validation": [kill_at("omni.stages.codec:codec_metrics", 1)],
     "before the codec's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 1)],
     "twice in the aligner": [kill_at_step(n) for n in (29, 3)],
-    "in the aligner's validation": [kill_at("omni.models.aligner:aligner_metrics", 1)],
+    "in the aligner's validation": [kill_at("omni.stages.aligner:aligner_metrics", 1)],
     "before the aligner's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 2)],
     "while the recordings are coded": [kill_at("omni.models.codec:Codec.encode", 1, after=True)],
     "while the codes are written": [kill_at("omni.train.precompute:_Unfinished.append", 1, after=True)],
     "between codes and durations": [kill_at("omni.train.precompute:write_arrays", 2, after=True)],
     "first batch of the talker": [kill_at_step(33)],
-    "in the talker's validation": [kill_at("omni.models.talker:talker_metrics", 1)],
+    "in the talker's validation": [kill_at("omni.stages.talker:talker_metrics", 1)],
     "before the talker's final file": [kill_at("omni.train.resume:Checkpoints.write_final", 3)],
 }
 

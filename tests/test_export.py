@@ -27,10 +27,10 @@ from omni.export.bundle import Export
 from omni.export.folder import info_sha256, is_export, is_own_file
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
-from omni.models.vocoder import load_vocoder
 from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.omni_parts import load_omni, processor_of
 from omni.stages.text import load_thinker
+from omni.stages.vocoder import load_vocoder
 from omni.train import checkpoint
 
 CPU = torch.device("cpu")

@@ -21,19 +21,19 @@ from omni.common.files import file_sha256, read_json, read_sealed_json, write_js
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import Export
 from omni.export.folder import INFO, info_sha256
-from omni.models.aligner import load_aligner
-from omni.models.codec import load_codec
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import OcrModel
-from omni.models.talker import load_talker
-from omni.models.vocoder import Generator, load_vocoder
+from omni.models.vocoder import Generator
+from omni.stages.aligner import load_aligner
 from omni.stages.audio_encoder import load_audio_encoder
+from omni.stages.codec import load_codec
 from omni.stages.ocr import OcrConfig, load_ocr
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import assemble, load_omni
+from omni.stages.talker import load_talker
 from omni.stages.text import load_thinker
 from omni.stages.vision import load_vision_encoder
-from omni.stages.vocoder import VocoderConfig
+from omni.stages.vocoder import VocoderConfig, load_vocoder
 from omni.train import checkpoint
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def stages(tmp_path_factory) -> Path:
     keys = make_mix(folder)
     for name, stage, cls, make in (
         ("ocr", OCR, OcrConfig, lambda config: OcrModel(config.architecture)),
-        ("vocoder", VOCODER, VocoderConfig, Generator),
+        ("vocoder", VOCODER, VocoderConfig, lambda config: Generator(config.architecture)),
     ):
         characters = {"characters": "abcdefgh"} if name == "ocr" else {}
         config = cls(**stage.config | {"train_csv": "-", "save_dir": "-"} | characters)

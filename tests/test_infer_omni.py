@@ -353,7 +353,7 @@ def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp
         asked.append(text)
         yield np.full(1600, 0.1 * len(asked), np.float32)
 
-    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", stream)
+    monkeypatch.setattr("omni.models.speaker.Speaker.stream", stream)
     monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A ca", "t. Two do", "gs."]))
     out, _ = chat(merged, "--text", "red", "--audio_out", str(tmp_path / "said.wav"))
     assert out == "A cat. Two dogs.\n" and asked == ["A cat.", "Two dogs."]
@@ -375,7 +375,7 @@ def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path
 
 
 def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, chat, monkeypatch, tmp_path):
-    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr("omni.models.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
     monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A cat."]))
     link, target = tmp_path / "link.wav", tmp_path / "elsewhere" / "said.wav"
     target.parent.mkdir()
@@ -396,7 +396,7 @@ def test_sound_goes_where_a_link_leads_and_replaces_nothing_but_a_file(merged, c
 
 
 def test_a_conversation_replaces_nothing_but_files_either(merged, chat, monkeypatch, tmp_path):
-    monkeypatch.setattr("omni.chat.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr("omni.models.speaker.Speaker.stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
     monkeypatch.setattr(Assistant, "answer", lambda *_, **__: iter(["A cat."]))
     os.mkfifo(tmp_path / "said_1.wav")
     out, err = chat(merged, "--audio_out", str(tmp_path / "said.wav"), lines=["red", "cat"])

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from omni.data.audio import MelSpec, log_mel
 from omni.models import ops
-from omni.models.codec import nearest
 from omni.models.layers import rope_tables
 from omni.models.picture_text import similarities
+from omni.models.quantizer import nearest
 
 T, K = 300, 16  # T: more than the queries that are computed together
 COS, SIN = rope_tables(7, K, 1e4)

@@ -29,9 +29,9 @@ from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.models.ops import round_up
 from omni.models.projector import Projection
-from omni.models.talker import Utterance, load_talker
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import assemble, embeddings_of, load_omni, processor_of
+from omni.stages.talker import Utterance, load_talker
 from omni.tasks import TASKS
 from omni.tasks.base import SftTask
 from omni.tasks.dialogue import parse_dialogue

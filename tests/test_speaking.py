@@ -9,22 +9,22 @@ import torch
 from stages import SMALL_CODEC, SMALL_TALKER
 
 import infer_chat
-from omni.chat.speaker import Speaker
 from omni.chat.speech import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, synthesize
 from omni.common.errors import UserError
 from omni.models.codec import Codec
+from omni.models.speaker import Speaker
+from omni.models.speech_architectures import CodecArchitecture, TalkerArchitecture
 from omni.models.talker import Talker
-from omni.stages.talker import CodecConfig, TalkerConfig
 
 
 @pytest.fixture(scope="module")
 def speaker() -> Speaker:
     torch.manual_seed(5)
-    others = {"save_dir": "-", "tts_csv": "-", "max_steps": 1}
-    talker = Talker(TalkerConfig(**others, **SMALL_TALKER)).eval()
+    sizes = {key: value for key, value in SMALL_TALKER.items() if key in TalkerArchitecture.model_fields}
+    talker = Talker(TalkerArchitecture(**sizes)).eval()
     for parameter in talker.parameters():  # so that what it says depends on the text
         parameter.data += torch.randn_like(parameter)
-    speaker = Speaker(talker, Codec(CodecConfig(**others, **SMALL_CODEC)).eval())
+    speaker = Speaker(talker, Codec(CodecArchitecture(**SMALL_CODEC)).eval())
     speaker.max_frames = 5
     return speaker
 

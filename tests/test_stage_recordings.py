@@ -13,12 +13,11 @@ from omni.common.errors import BadRow, note
 from omni.data.audio import MelSpec
 from omni.data.order import ResumableDataset
 from omni.data.recordings import LENGTH, row_length, samples_at
-from omni.models.codec import SpeechClips
 from omni.models.ctc import CtcTokenizer
-from omni.models.vocoder import Clips
+from omni.models.speech_architectures import CodecArchitecture
 from omni.stages.audio_encoder import AudioEncoderConfig, Utterances
-from omni.stages.talker import CodecConfig
-from omni.stages.vocoder import VocoderConfig
+from omni.stages.codec import SpeechClips
+from omni.stages.vocoder import Clips, VocoderConfig
 from omni.tasks.processor import Processor
 from omni.train import checkpoint
 
@@ -49,8 +48,7 @@ def readers(folder: Path) -> dict:
     row, rng = manifest[0], np.random.default_rng
     audio = AudioEncoderConfig(**others, train_csv="-", max_mel_length=MOST)
     utterances = Utterances(manifest, rows, audio, CtcTokenizer.train(iter(["a b c"] * 9), 48), training=False)
-    codec = CodecConfig(**others, tts_csv="-", max_mel_length=MOST // 8, **SMALL_CODEC)
-    clips = SpeechClips(manifest, rows, codec, training=False)
+    clips = SpeechClips(manifest, rows, CodecArchitecture(**SMALL_CODEC), MOST // 8, training=False)
     vocoder = VocoderConfig(**others, train_csv="-", n_mels=20, segment_samples=800, max_clip_s=MOST / 100)
     whole, segments = (Clips(manifest, rows, vocoder, training=training) for training in (False, True))
     inputs = SimpleNamespace(audio={}, mel=SPEC, max_mel_length=MOST)

@@ -10,24 +10,14 @@ from harness import Process, Training, kill_at_step, run_script
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
-from omni.chat.speaker import Speaker, word_error_rates, word_errors
 from omni.models.aligner import TEXT_END, text_symbols
 from omni.models.codec import Codec
-from omni.models.talker import (
-    IGNORE_INDEX,
-    Talker,
-    Utterance,
-    collate_utterances,
-    draw,
-    duration_nats,
-    frame_targets,
-    talker_loss,
-    talker_metrics,
-    talker_sums,
-)
+from omni.models.speaker import Speaker
+from omni.models.speech_architectures import CodecArchitecture, TalkerArchitecture, VocoderArchitecture
+from omni.models.talker import IGNORE_INDEX, Talker, draw, duration_nats, frame_targets, talker_loss
 from omni.models.vocoder import Generator
-from omni.stages.talker import CodecConfig, TalkerConfig
-from omni.stages.vocoder import VocoderConfig
+from omni.stages.recognizer import word_error_rates, word_errors
+from omni.stages.talker import Utterance, collate_utterances, talker_metrics, talker_sums
 
 SIZES = {
     "d_model": 32, "n_layers": 2, "n_heads": 2, "d_ff": 64, "text_layers": 2, "depth_d_model": 32, "depth_layers": 2,
@@ -38,8 +28,7 @@ TEXTS = ["the red cat", "a dog", "no"]
 
 def small(**keys) -> Talker:
     torch.manual_seed(1)
-    config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **(SIZES | keys))
-    talker = Talker(config)
+    talker = Talker(TalkerArchitecture(**(SIZES | keys)))
     for parameter in talker.parameters():  # far enough from zero to tell one text from another
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -78,17 +67,17 @@ def test_text_symbols_are_bytes_and_an_end():
 
 def test_padding_changes_nothing():
     talker, samples = small(), utterances()
-    together = forward(talker, collate_utterances(samples, talker.config))
+    together = forward(talker, collate_utterances(samples, talker.architecture))
     for row, sample in enumerate(samples):
-        single = forward(talker, collate_utterances([sample], talker.config))
+        single = forward(talker, collate_utterances([sample], talker.architecture))
         for whole, part in zip(together, single, strict=True):  # logits, durations
             torch.testing.assert_close(whole[row, : part.shape[1]], part[0], rtol=1e-4, atol=1e-4)
 
 
 def test_static_shapes_under_compile_change_nothing():
-    talker, samples = small(max_mel_length=40), utterances()
-    plain = collate_utterances(samples, talker.config)
-    padded = collate_utterances(samples, talker.config.model_copy(update={"use_compile": True}))
+    talker, samples = small(), utterances()
+    plain = collate_utterances(samples, talker.architecture)
+    padded = collate_utterances(samples, talker.architecture, static_up_to=40)
     assert plain["codes"].shape == (3, 9, 3) and plain["symbols"].shape == (3, 12)
     assert padded["codes"].shape == (3, 16, 3) and padded["symbols"].shape == padded["durations"].shape == (3, 64)
     weights = {"frame_dropout": 0.0, "duration_weight": 1.0}
@@ -96,8 +85,8 @@ def test_static_shapes_under_compile_change_nothing():
 
 
 def test_lengths_in_few_sizes_change_nothing():
-    talker, samples = small(max_mel_length=40), utterances()
-    plain, padded = (collate_utterances(samples, talker.config, step=step) for step in (1, 8))
+    talker, samples = small(), utterances()
+    plain, padded = (collate_utterances(samples, talker.architecture, step=step) for step in (1, 8))
     assert padded["codes"].shape == (3, 16, 3) and padded["symbols"].shape == padded["durations"].shape == (3, 16)
     weights = {"frame_dropout": 0.0, "duration_weight": 1.0}
     torch.testing.assert_close(talker_loss(talker, padded, **weights)[0], talker_loss(talker, plain, **weights)[0])
@@ -105,7 +94,7 @@ def test_lengths_in_few_sizes_change_nothing():
 
 def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
     talker = small()
-    batch = collate_utterances(utterances()[:1], talker.config)
+    batch = collate_utterances(utterances()[:1], talker.architecture)
     before = logits_of(talker, batch)
     batch["codes"] = batch["codes"].clone()
     batch["codes"][0, 4, 1] = (batch["codes"][0, 4, 1] + 1) % 16
@@ -117,7 +106,7 @@ def test_a_frame_is_predicted_from_those_before_and_a_code_from_those_above():
 
 def test_a_byte_matters_from_the_frame_on_in_which_it_begins():
     talker = small(text_layers=0)
-    batch = collate_utterances(utterances()[:1], talker.config)
+    batch = collate_utterances(utterances()[:1], talker.architecture)
     before, starts = logits_of(talker, batch), batch["durations"][0].cumsum(0) - batch["durations"][0]
     for place in range(len(TEXTS[0])):
         changed = batch | {"symbols": batch["symbols"].clone()}
@@ -129,7 +118,7 @@ def test_a_byte_matters_from_the_frame_on_in_which_it_begins():
 
 def test_a_byte_is_read_with_its_neighbours():
     talker = small()
-    batch = collate_utterances(utterances()[:1], talker.config)
+    batch = collate_utterances(utterances()[:1], talker.architecture)
     before = logits_of(talker, batch)
     changed = batch | {"symbols": batch["symbols"].clone()}
     changed["symbols"][0, 6] = ord("z")
@@ -190,13 +179,13 @@ def test_each_utterance_is_cut_at_its_own_limit():
 
 def test_only_the_first_codebook_can_end_an_utterance():
     talker = small()
-    logits, _ = forward(talker, collate_utterances(utterances(), talker.config))
+    logits, _ = forward(talker, collate_utterances(utterances(), talker.architecture))
     assert logits[:, :, 0, -1].isfinite().all() and (logits[:, :, 1:, -1] == -torch.inf).all()
 
 
 def test_the_thinkers_states_are_heard_and_may_be_absent():
     talker = small(thinker_d_model=24)
-    batch = collate_utterances(utterances(), talker.config)
+    batch = collate_utterances(utterances(), talker.architecture)
     without = logits_of(talker, batch)
     shape = (*batch["symbols"].shape, 24)
     assert torch.equal(logits_of(talker, batch | {"thinker_states": torch.zeros(shape)}), without)
@@ -205,7 +194,7 @@ def test_the_thinkers_states_are_heard_and_may_be_absent():
 
 def test_hidden_frames_are_not_seen():
     talker = small()
-    batch = collate_utterances(utterances()[:1], talker.config)
+    batch = collate_utterances(utterances()[:1], talker.architecture)
     hidden = torch.zeros(1, 9, dtype=torch.bool)
     hidden[0, 3] = True
     one, _ = forward(talker, batch, frame_dropout=hidden)
@@ -275,7 +264,7 @@ def test_metrics_by_hand():
 
 def test_loss_and_validation_agree():
     talker = small()
-    batch = collate_utterances(utterances(), talker.config)
+    batch = collate_utterances(utterances(), talker.architecture)
     totals = {k: v.double() if v.dim() else v.item() for k, v in talker_sums(talker, batch).items()}
     metrics = talker_metrics(totals)
     loss, logged = talker_loss(talker, batch, frame_dropout=0.0, duration_weight=0.5)
@@ -286,9 +275,8 @@ def test_loss_and_validation_agree():
 
 def test_it_overfits_a_batch_and_then_says_it_by_itself():
     torch.manual_seed(1)
-    config = TalkerConfig(save_dir="-", tts_csv="-", max_steps=1, **SIZES)
-    talker, samples = Talker(config), utterances()
-    batch = collate_utterances(samples, config)
+    talker, samples = Talker(TalkerArchitecture(**SIZES)), utterances()
+    batch = collate_utterances(samples, talker.architecture)
     optimizer = torch.optim.AdamW(talker.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(120):
         loss, _ = talker_loss(talker, batch, frame_dropout=0.1, duration_weight=1.0)
@@ -306,13 +294,12 @@ def test_it_overfits_a_batch_and_then_says_it_by_itself():
 
 def speaker(with_vocoder: bool) -> Speaker:
     torch.manual_seed(4)
-    shared = {"save_dir": "-", "max_steps": 1}
     sizes = {"codec_d_model": 16, "codec_d_ff": 32, "codec_layers": 1, "codec_kernel_size": 3, "codec_latent": 8}
-    codec = Codec(CodecConfig(tts_csv="-", codebooks=3, codebook_size=16, n_mels=20, **sizes, **shared)).eval()
+    codec = Codec(CodecArchitecture(codebooks=3, codebook_size=16, n_mels=20, **sizes)).eval()
     for parameter in codec.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    keys = {key: value for key, value in VOCODER.config.items() if key in VocoderConfig.model_fields}
-    vocoder = Generator(VocoderConfig(train_csv="-", **(keys | shared | {"max_epochs": None}))).eval()
+    keys = {key: value for key, value in VOCODER.config.items() if key in VocoderArchitecture.model_fields}
+    vocoder = Generator(VocoderArchitecture(**keys)).eval()
     return Speaker(small(), codec, vocoder if with_vocoder else None)
 
 

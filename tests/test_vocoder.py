@@ -16,25 +16,28 @@ import train_vocoder
 from omni.common.errors import UserError
 from omni.data.audio import griffin_lim, log_mel, mel_statistics
 from omni.data.manifest import load_manifest, split_rows
+from omni.models.speech_architectures import DiscriminatorArchitecture
 from omni.models.vocoder import (
-    Clips,
     Discriminators,
     Generator,
+    fold_weight_norm,
+    frozen,
+    mel_spec,
+    speecht5_config,
+    to_speecht5_state_dict,
+)
+from omni.stages.vocoder import (
+    Clips,
+    VocoderConfig,
     VocoderScore,
     adversarial_loss,
     discriminator_loss,
     feature_loss,
-    fold_weight_norm,
-    frozen,
     load_vocoder,
     mel_loss,
-    mel_spec,
     segment_log_mel,
-    speecht5_config,
     split_column,
-    to_speecht5_state_dict,
 )
-from omni.stages.vocoder import VocoderConfig
 from omni.train.config import load_config
 
 SIZES = {
@@ -51,7 +54,7 @@ def config(**keys) -> VocoderConfig:
 def build(**keys) -> Generator:
     """Loud, and with statistics that matter."""
     torch.manual_seed(0)
-    model = Generator(config(**keys)).eval()
+    model = Generator(config(**keys).architecture).eval()
     with torch.no_grad():
         model.conv_post.parametrizations.weight.original0.mul_(3)
     model.mean.normal_()
@@ -75,7 +78,7 @@ def test_it_is_speecht5_hifigan(tmp_path, keys):
     with torch.no_grad():
         expected = model(mel)
     model = fold_weight_norm(model)
-    (tmp_path / "config.json").write_text(json.dumps(speecht5_config(model.config)))
+    (tmp_path / "config.json").write_text(json.dumps(speecht5_config(model.architecture)))
     foreign = transformers.SpeechT5HifiGan(transformers.SpeechT5HifiGanConfig.from_pretrained(tmp_path)).eval()
     foreign.load_state_dict(to_speecht5_state_dict(model), strict=True)
     with torch.no_grad():
@@ -137,7 +140,7 @@ def test_losses_by_hand():
 
 def test_every_discriminator_hears_every_sample():
     torch.manual_seed(0)
-    discriminators = Discriminators(config(mpd_periods=[2, 7], msd_num_scales=3))
+    discriminators = Discriminators(DiscriminatorArchitecture(mpd_periods=[2, 7], msd_num_scales=3, disc_channels=4))
     waveform = tones(2, 1601).requires_grad_()  # divides by no period
     for layers in discriminators(waveform):
         waveform.grad = None
@@ -147,7 +150,7 @@ def test_every_discriminator_hears_every_sample():
 
 
 def test_frozen_weights_get_no_gradient_but_their_input_does():
-    discriminators, waveform = Discriminators(config()), tones(1, 1600).requires_grad_()
+    discriminators, waveform = Discriminators(config().discriminators), tones(1, 1600).requires_grad_()
     with frozen(discriminators):
         loss = adversarial_loss(discriminators(waveform))
     loss.backward()
@@ -157,7 +160,7 @@ def test_frozen_weights_get_no_gradient_but_their_input_does():
 
 def test_it_overfits_one_batch():
     torch.manual_seed(0)
-    model, spec, waveforms = Generator(config()), mel_spec(config()), tones(2, 3200)
+    model, spec, waveforms = Generator(config().architecture), mel_spec(config()), tones(2, 3200)
     mels = log_mel(waveforms, spec)
     model.mean.copy_(mels.mean(dim=(0, 1)))
     model.scale.copy_(mels.std(dim=(0, 1)))
@@ -265,7 +268,7 @@ def test_the_column_that_splits(tmp_path):
 
 def test_padding_and_company_change_no_figure(tmp_path):
     model, rows = build(), clips(tmp_path, training=False)
-    together, alone = VocoderScore(model.config), VocoderScore(model.config)
+    together, alone = VocoderScore(model.architecture), VocoderScore(model.architecture)
     numbers = np.arange(4)
     with torch.no_grad():
         whole = together.sums(model, rows.batch(numbers, 0))
@@ -284,8 +287,8 @@ def test_padding_and_company_change_no_figure(tmp_path):
 def test_griffin_lim_is_judged_once(tmp_path, monkeypatch):
     model, rows = build(), clips(tmp_path, training=False)
     calls = []
-    monkeypatch.setattr("omni.models.vocoder.griffin_lim", lambda mel, spec: calls.append(1) or griffin_lim(mel, spec))
-    score = VocoderScore(model.config)
+    monkeypatch.setattr("omni.stages.vocoder.griffin_lim", lambda mel, spec: calls.append(1) or griffin_lim(mel, spec))
+    score = VocoderScore(model.architecture)
     batch = rows.batch(np.arange(3), 0)
     with torch.no_grad():
         first, second = score.sums(model, batch), score.sums(model, batch)
@@ -299,7 +302,7 @@ def test_clips_keep_their_numbers_when_rows_are_left_out(tmp_path, left_out):
     for row in left_out:
         (tmp_path / rows.manifest[row]["wav"]).unlink()
     shown = {}
-    score = VocoderScore(model.config, lambda step, number, found: shown.update({number: found["real"]}), shown=4)
+    score = VocoderScore(model.architecture, lambda step, number, found: shown.update({number: found["real"]}), shown=4)
     with torch.no_grad():
         score.sums(model, rows.batch(np.arange(4), 0) | {"step": 0})
     assert shown.keys() == expected.keys() and all(torch.equal(shown[row], expected[row]) for row in shown)
@@ -381,7 +384,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert 0 < final["metrics"]["mel_l1_griffin_lim"] < final["metrics"]["mel_l1"]
     model = load_vocoder(training.save_dir, "cpu")
     assert not model.training and not any("parametrizations" in name for name in model.state_dict())
-    assert model.mean.abs().max() > 0 and model.config.n_mels == 20
+    assert model.mean.abs().max() > 0 and model.architecture.n_mels == 20
     step = final["step"]
     names = {path.name for path in (training.save_dir / "samples").iterdir()}
     kinds = ("_real.wav", "_griffin_lim.wav", "_hifigan.wav", ".png")
@@ -398,13 +401,13 @@ def test_what_a_run_leaves_behind(tmp_path):
 def test_held_out_clips_are_evenly_spaced(tmp_path):
     rows = make_clips(tmp_path)["train_csv"]
     noting = f"""
-import omni.models.vocoder
-_read = omni.models.vocoder.Clips.read
+import omni.stages.vocoder
+_read = omni.stages.vocoder.Clips.read
 def read(self, row, rng):
     with open({str(tmp_path / "read.txt")!r}, "a") as file:
         print(rng is None, row["wav"], file=file)
     return _read(self, row, rng)
-omni.models.vocoder.Clips.read = read
+omni.stages.vocoder.Clips.read = read
 """
     VOCODER.training(tmp_path, val_csv=rows, val_clips=4, max_epochs=1).finish(prelude=noting)
     read = {line.split()[1] for line in (tmp_path / "read.txt").read_text().splitlines() if line.startswith("True")}

@@ -14,15 +14,16 @@ import soundfile
 import torch
 
 from omni.chat.assistant import AnswerStates, Assistant
-from omni.chat.speaker import MAX_SECONDS, Speaker
 from omni.common.errors import UserError
 from omni.common.files import replace_file
 from omni.common.media import quoted
 from omni.export.bundle import Export, source_of
 from omni.export.folder import CONFIG, INFO, is_export
 from omni.models.codec import fingerprint
-from omni.models.vocoder import load_vocoder_for
+from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.stages import STAGES
+from omni.stages.talker import load_speaker as load_stage_speaker
+from omni.stages.vocoder import load_vocoder_for
 from omni.train.checkpoint import load_stage, understood
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
@@ -64,7 +65,7 @@ def load_speaker(
         if talker_ckpt is not None:  # another export's talker has learnt from another Thinker's states
             speaker.uses_thinker_states = False
     else:
-        speaker = Speaker.load(source, vocoder_ckpt, device)
+        speaker = load_stage_speaker(source, vocoder_ckpt, device)
         facts = load_stage(source, stage.name, stage.prefix, stage.final)
         own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
         if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):

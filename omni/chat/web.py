@@ -21,12 +21,12 @@ import numpy as np
 from omni.chat.assistant import AnswerStates, Assistant, check_text_length, message
 from omni.chat.ocr import read_picture
 from omni.chat.server import Turns
-from omni.chat.speaker import MAX_SECONDS, Speaker
 from omni.chat.speech import sentences, synthesize
 from omni.chat.text import clean
 from omni.common.errors import BadRow, UserError
 from omni.common.media import kind_of
 from omni.models.ocr import OcrModel
+from omni.models.speaker import MAX_SECONDS, Speaker
 
 KEPT_S, CLEANED_S = 3600, 600  # how long files that were uploaded or spoken are kept; how often they are looked at
 MAX_FILES = 8  # attached to one message

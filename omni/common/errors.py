@@ -4,9 +4,10 @@ A message is one line: what is wrong, where, what was expected, what to do next.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 EXIT_FAILED = 1  # the run could not go on: disk full, loss not finite, every checkpoint damaged
 EXIT_BAD_INPUT = 2  # config, data or arguments are wrong; nothing was written
@@ -18,6 +19,27 @@ class UserError(Exception):
     """Something that the user gave is wrong: a config key, a file, a row, an argument."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+def check_compatible(
+    one: Path | str,
+    sizes: dict,
+    other: Path | str,
+    other_sizes: dict,
+    may_differ: Container[str] = (),
+    what: str = "it does",
+) -> None:
+    """
+    Raises:
+        UserError: two models that must agree in these keys do not; the message names both and each difference.
+    """
+    found = [
+        f"{key} {sizes[key]} here, {value} there"
+        for key, value in other_sizes.items()
+        if sizes.get(key) != value and key not in may_differ
+    ]
+    if found:
+        raise UserError(f"{one}: {what} not fit to {other}: {', '.join(found)}")
 
 
 class RunError(Exception):

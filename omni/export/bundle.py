@@ -21,7 +21,6 @@ from omni.data.tokenizer import Tokenizer
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
 from omni.models.architectures import (
     AudioEncoderArchitecture,
-    CodecArchitecture,
     OcrArchitecture,
     ThinkerArchitecture,
     VisionArchitecture,
@@ -31,6 +30,7 @@ from omni.models.codec import Codec
 from omni.models.ocr import OcrModel
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
+from omni.models.speech_architectures import CodecArchitecture
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
@@ -61,9 +61,9 @@ BUILD: dict[str, Callable[[dict], nn.Module]] = {
     "thinker": lambda sizes: Thinker(ThinkerArchitecture.model_validate(sizes)),
     "audio_encoder": lambda sizes: AudioEncoder(audio_architecture(sizes)),
     "vision_encoder": _build_vit,
-    "talker": lambda sizes: Talker(read_sizes(TalkerConfig, sizes)),
+    "talker": lambda sizes: Talker(read_sizes(TalkerConfig, sizes).architecture),
     "rvq": lambda sizes: Codec(CodecArchitecture.model_validate(sizes)),
-    "vocoder": lambda sizes: fold_weight_norm(Generator(read_sizes(VocoderConfig, sizes))),
+    "vocoder": lambda sizes: fold_weight_norm(Generator(read_sizes(VocoderConfig, sizes).architecture)),
     "ocr": lambda sizes: OcrModel(OcrArchitecture.model_validate(sizes)),
 }
 

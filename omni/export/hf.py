@@ -67,7 +67,7 @@ def preprocessing(parts: dict[str, Part]) -> dict:
     if "vision_encoder" in parts:
         settings["vision_encoder"] = image_processor(*parts["vision_encoder"].module.img_size)
     if "rvq" in parts:
-        settings["rvq"] = log_mels(codec_mel_spec(parts["rvq"].module.arch), per_utterance=False)
+        settings["rvq"] = log_mels(codec_mel_spec(parts["rvq"].module.architecture), per_utterance=False)
     if "ocr" in parts:
         arch = parts["ocr"].module.architecture
         fit = "keeping the proportions; the rest, on the right or above and below, has the background's colour"

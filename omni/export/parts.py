@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel
 
-from omni.common.errors import UserError
+from omni.common.errors import UserError, check_compatible
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import BUILD, weights_sha256
 from omni.export.folder import TOKENIZER
 from omni.export.model_card import Part, figures
 from omni.models.architectures import (
     AudioEncoderArchitecture,
-    CodecArchitecture,
     OcrArchitecture,
     ThinkerArchitecture,
     VisionArchitecture,
@@ -23,6 +22,7 @@ from omni.models.codec import fingerprint
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.ctc import CtcTokenizer
 from omni.models.omni_architecture import OmniArchitecture
+from omni.models.speech_architectures import CodecArchitecture
 from omni.models.vocoder import Generator, fold_weight_norm, refuse_other_mels
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
@@ -33,7 +33,7 @@ from omni.stages.text import TextConfig
 from omni.stages.vision import VisionConfig
 from omni.stages.vocoder import VocoderConfig
 from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import StageConfig, check_compatible, sizes_of
+from omni.train.config import StageConfig, sizes_of
 
 # part -> stage in the checkpoint, prefix of its step files, final file, its config, what of that are sizes
 STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None]] = {
@@ -66,7 +66,9 @@ def load_part(name: str, folder: Path) -> Part:
     if name == "audio_encoder":
         n_tokens = CtcTokenizer.load(folder / TOKENIZER).vocab_size
         sizes |= {"max_mel_length": config.max_mel_length, "n_tokens": n_tokens}
-    module = build(lambda: Generator(config) if name == "vocoder" else BUILD[name](sizes), weights, saved["path"])
+    module = build(
+        lambda: Generator(config.architecture) if name == "vocoder" else BUILD[name](sizes), weights, saved["path"]
+    )
     if name == "vocoder":  # in training, direction and length of a weight are two tensors
         fold_weight_norm(module)
     return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"])
@@ -198,7 +200,7 @@ def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig 
         notice("no --vocoder_ckpt: speech will be made by Griffin-Lim")
         return
     parts["vocoder"] = load_part("vocoder", args.vocoder_ckpt)
-    reads, writes = parts["vocoder"].module.config, codec_mel_spec(codec.module.arch)
+    reads, writes = parts["vocoder"].module.architecture, codec_mel_spec(codec.module.architecture)
     refuse_other_mels(args.vocoder_ckpt, reads, args.talker_ckpt, writes)
 
 

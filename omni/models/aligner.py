@@ -1,53 +1,34 @@
-"""Which byte of a text is spoken when: learned from texts and recordings alone, for the talker's durations.
+"""The aligner: which byte of a text is spoken when, learned from texts and recordings alone. It gives the talker's
+durations.
 
 Two small encoders make vectors of the text's bytes and of the speech, and a byte's score at a moment is how well the
-two vectors agree. What is maximised is the likelihood of the text over all monotonic ways through the recording
+two vectors agree. Training maximises the likelihood of the text over all monotonic ways through the recording
 ("forward-sum", Badlani et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest way gives the durations.
 """
 
 # B utterances, T mel frames, M mel channels, S alignment frames of speech, L text bytes, W model width
-
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow
-from omni.common.host import Host
 from omni.common.text import audible
-from omni.data.manifest import Manifest
-from omni.models.codec import Codec, ConvNeXtBlock, SpeechClips, count_codes, fingerprint, prepare_codes
 from omni.models.ctc import ctc_nll
-from omni.models.ops import round_up
-from omni.stages.talker import AlignerConfig, TalkerConfig
-from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
+from omni.models.layers import ConvNeXtBlock
+from omni.models.speech_architectures import AlignerArchitecture
 
 TEXT_END = 256  # the symbol after the last byte of a text
 TEXT_SYMBOLS = 257
-MAX_TEXT_BYTES = 4096
 _KERNEL = 5
 _BLANK = -1.0  # score of being between two bytes, while training; as Badlani et al.
 _PRIOR_STD = 0.1  # how far a byte may be from the diagonal, as a share of the whole
-_NEVER = -1e4  # score of a byte beyond the text's end
+_EXCLUDED = -1e4  # score of a byte beyond the text's end
 
 
 def text_symbols(text: str) -> list[int]:
-    """What is read of a text: the bytes of what is ``audible``, blanks between words made single, and an end."""
+    """The symbols of a text: the UTF-8 bytes of its ``audible`` characters, runs of blanks made one, and an end."""
     return [*" ".join(audible(text).split()).encode(), TEXT_END]
-
-
-def read_symbols(row: dict) -> list[int]:
-    """The ``text_symbols`` of a manifest's row.
-
-    Raises:
-        BadRow: too many.
-    """
-    symbols = text_symbols(row["text"])
-    if len(symbols) > MAX_TEXT_BYTES:
-        raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
-    return symbols
 
 
 def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> None:
@@ -62,19 +43,18 @@ def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> Non
 
 
 class Aligner(nn.Module):
-    """Text and speech -> how likely each byte is spoken in each frame. A frame is a part of a code's time, see
-    ``alignment_frames_per_code``."""
+    """Text and speech -> how likely each byte is spoken in each alignment frame, see ``SpeechFrames``."""
 
-    def __init__(self, config: AlignerConfig):
+    def __init__(self, architecture: AlignerArchitecture):
         super().__init__()
-        self.config = config
-        width, layers = config.aligner_d_model, config.aligner_layers
-        self.per_slot = config.frames_per_code // config.alignment_frames_per_code  # mel frames
-        self.register_buffer("mel_mean", torch.zeros(config.n_mels))
-        self.register_buffer("mel_std", torch.ones(config.n_mels))
+        self.architecture = arch = architecture
+        width, layers = arch.aligner_d_model, arch.aligner_layers
+        self.hop = arch.frames_per_code // arch.alignment_frames_per_code  # mel frames in an alignment frame
+        self.register_buffer("mel_mean", torch.zeros(arch.n_mels))
+        self.register_buffer("mel_std", torch.ones(arch.n_mels))
         self.embed_text = nn.Embedding(TEXT_SYMBOLS, width)
         self.text_layers = nn.ModuleList(ConvNeXtBlock(width, 2 * width, _KERNEL) for _ in range(layers))
-        self.patch_in = nn.Linear(self.per_slot * config.n_mels, width)
+        self.patch_in = nn.Linear(self.hop * arch.n_mels, width)
         self.speech_layers = nn.ModuleList(ConvNeXtBlock(width, 2 * width, _KERNEL) for _ in range(layers))
         self.key_proj, self.query_proj = nn.Linear(width, width), nn.Linear(width, width)
 
@@ -95,13 +75,13 @@ class Aligner(nn.Module):
         spoken = torch.arange(log_mels.shape[1], device=device) < lengths[:, None]  # (B, T)
         normalised = ((log_mels - self.mel_mean) / self.mel_std) * spoken[..., None]
         alignment_frames = self.alignment_frames(lengths)
-        queries = self.patch_in(normalised.unflatten(1, (-1, self.per_slot)).flatten(2))  # (B, S, W)
-        heard = torch.arange(queries.shape[1], device=device) < alignment_frames[:, None]  # (B, S)
+        queries = self.patch_in(normalised.unflatten(1, (-1, self.hop)).flatten(2))  # (B, S, W)
+        speaking = torch.arange(queries.shape[1], device=device) < alignment_frames[:, None]  # (B, S)
         for layer in self.speech_layers:
-            queries = layer(queries, heard[..., None].to(queries.dtype))
+            queries = layer(queries, speaking[..., None].to(queries.dtype))
         scores = self.query_proj(queries) @ self.key_proj(keys).transpose(1, 2) / keys.shape[-1] ** 0.5
         scores = scores.float() + diagonal_prior(alignment_frames, text_lengths, *scores.shape[1:])
-        return scores.masked_fill(~read[:, None], _NEVER)
+        return scores.masked_fill(~read[:, None], _EXCLUDED)
 
     @torch.no_grad()
     def align_one(self, symbols: list[int], log_mels: Tensor) -> Tensor:
@@ -113,15 +93,15 @@ class Aligner(nn.Module):
         device, T = self.mel_mean.device, len(log_mels)
         lengths, text_lengths = torch.tensor([T], device=device), torch.tensor([len(symbols)], device=device)
         alignment_frames = self.alignment_frames(lengths)
-        check_fits(symbols, int(alignment_frames), T * self.config.frame_hop / self.config.sample_rate)
-        log_mels = nn.functional.pad(log_mels.to(device), (0, 0, 0, -T % self.config.frames_per_code))
+        check_fits(symbols, int(alignment_frames), T * self.architecture.frame_hop / self.architecture.sample_rate)
+        log_mels = nn.functional.pad(log_mels.to(device), (0, 0, 0, -T % self.architecture.frames_per_code))
         scores = self(torch.tensor([symbols], device=device), text_lengths, log_mels[None], lengths)
         return torch.from_numpy(likeliest_durations(scores, alignment_frames, text_lengths)[0].astype(np.int64))
 
     def alignment_frames(self, lengths: Tensor) -> Tensor:
-        """Slots of recordings of ``lengths`` (B,) frames: those of whole codes."""
-        per_code = self.config.frames_per_code
-        return (lengths + per_code - 1) // per_code * self.config.alignment_frames_per_code
+        """Alignment frames of recordings of ``lengths`` (B,) frames: those of whole codes."""
+        per_code = self.architecture.frames_per_code
+        return (lengths + per_code - 1) // per_code * self.architecture.alignment_frames_per_code
 
 
 def diagonal_prior(alignment_frames: Tensor, text_lengths: Tensor, S: int, L: int) -> Tensor:
@@ -142,17 +122,6 @@ def aligner_nats(model: nn.Module, alignment_frames: Tensor, batch: dict) -> Ten
     # each byte of a text is a class of its own, so this sums over the alignments of just this text
     targets = torch.arange(L, device=scores.device).expand(B, -1)
     return ctc_nll(scores, alignment_frames, targets, batch["text_lengths"])
-
-
-def aligner_sums(model: Aligner, batch: dict) -> dict[str, Tensor]:
-    return {
-        "nats": aligner_nats(model, model.alignment_frames(batch["lengths"]), batch).sum(),
-        "symbols": batch["text_lengths"].sum(),
-    }
-
-
-def aligner_metrics(totals: dict[str, float]) -> dict[str, float]:
-    return {"nats_per_byte": totals["nats"] / totals["symbols"]}
 
 
 def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: Tensor) -> list[np.ndarray]:
@@ -183,82 +152,3 @@ def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: 
         durations[rows, place] += inside
         place = place - (inside & moved[rows, frame, place])
     return [one[:length] for one, length in zip(durations, text_lengths, strict=True)]
-
-
-def pad_bytes(values: list[Tensor], n_frames: int, config: AlignerConfig | TalkerConfig, step: int = 1) -> Tensor:
-    """What there is of each byte, some (its text's bytes,) -> (B, L), zeros after it.
-
-    L is that of the longest text, rounded up to a multiple of ``step``. Under ``use_compile`` it is the number of
-    alignment frames in ``n_frames`` mel frames: so recordings and texts have the same static lengths.
-    """
-    padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
-    L = round_up(padded.shape[1], step)
-    if config.use_compile:
-        L = n_frames // config.frames_per_code * config.alignment_frames_per_code
-    return nn.functional.pad(padded, (0, L - padded.shape[1]))
-
-
-class SpokenTexts(SpeechClips):
-    """Texts and the log-mels of their recordings. A sample is (symbols, (T, M))."""
-
-    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[list[int], Tensor]:
-        symbols, log_mels = read_symbols(row), super().read(row, rng)
-        alignment_frames = -(-len(log_mels) // self.per_code) * self.alignment_frames_per_code
-        check_fits(symbols, alignment_frames, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
-        return symbols, log_mels
-
-    def collate(self, samples: list[tuple[list[int], Tensor]]) -> dict:
-        """``log_mels`` and ``lengths`` as ``SpeechClips``; ``symbols`` (B, L), zero beyond ``text_lengths`` (B,)."""
-        texts, clips = zip(*samples, strict=True)
-        batch = super().collate(list(clips))
-        text_lengths = torch.tensor([len(text) for text in texts])
-        return batch | {
-            "symbols": pad_bytes([torch.tensor(text) for text in texts], batch["log_mels"].shape[1], self.config),
-            "text_lengths": text_lengths,
-            "n_targets": int(text_lengths.sum()),
-        }
-
-
-def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
-    """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
-
-    Args:
-        texts: those to align, of similar length one after the other; ``training`` is false.
-    """
-
-    @torch.no_grad()
-    def make(batch: dict) -> list[np.ndarray]:
-        symbols, text_lengths, log_mels, lengths = (
-            batch[key].to(run.device) for key in ("symbols", "text_lengths", "log_mels", "lengths")
-        )
-        scores = aligner(symbols, text_lengths, log_mels, lengths)
-        return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
-
-    belongs_to = {"aligner": fingerprint(aligner)}
-    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
-
-
-def prepare_speech(
-    run: Host, manifest: Manifest, config: TalkerConfig, codec: Codec, aligner: Aligner, name: str
-) -> tuple[ManifestWithColumns, np.ndarray]:
-    """The manifest with the columns ``codes`` and ``durations``, of all its recordings that are not too long; and how
-    long each recording is, in codes, by its header."""
-    lengths = count_codes(run, manifest, config)
-    order = np.argsort(lengths, kind="stable")  # the shortest first
-    rows = order[lengths[order] <= config.max_mel_length]
-    clips, texts = (of(manifest, rows, config, training=False) for of in (SpeechClips, SpokenTexts))
-    codes = prepare_codes(run, codec, clips, name)
-    durations = prepare_durations(run, aligner, texts, name)
-    return ManifestWithColumns(manifest, {"codes": codes, "durations": durations}), lengths
-
-
-def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
-    """The aligner that stage D left in ``folder``, in evaluation mode.
-
-    Raises:
-        UserError: nothing there, or damaged.
-    """
-    saved = load_stage(folder, "aligner", "aligner", "aligner.pt")
-    config = saved_config(AlignerConfig, saved, use_compile=False)
-    aligner = build(lambda: Aligner(config), saved["model"], saved["path"])
-    return aligner.to(device).eval().requires_grad_(False)

@@ -251,3 +251,27 @@ def load_balancing_loss(router_stats: list[Tensor]) -> Tensor:
     """
     shares, probabilities = torch.stack(router_stats).mean(dim=0)  # (E,) each
     return (shares * probabilities).sum() * shares.shape[0]
+
+
+class ConvNeXtBlock(nn.Module):
+    """(B, N, D) -> (B, N, D): a depthwise convolution in time, then an MLP per frame, on a residual branch.
+
+    Liu et al. 2022, "A ConvNet for the 2020s", in one dimension as in Siuzdak 2023, "Vocos". Departures: RMSNorm for
+    LayerNorm, no layer scale; the branch starts at zero instead.
+    """
+
+    def __init__(self, width: int, inner: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, kernel_size, padding=kernel_size // 2, groups=width)
+        self.norm = RMSNorm(width)
+        self.up_proj = nn.Linear(width, inner)
+        self.down_proj = nn.Linear(inner, width)
+        nn.init.zeros_(self.down_proj.weight)
+        nn.init.zeros_(self.down_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``mask`` (B, N, 1): 1 for frames, 0 for padding, which looks like what lies beyond the ends; None: no
+        padding."""
+        y = x if mask is None else x * mask
+        y = self.conv(y.transpose(1, 2)).transpose(1, 2)
+        return x + self.down_proj(F.gelu(self.up_proj(self.norm(y))))

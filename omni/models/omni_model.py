@@ -91,7 +91,9 @@ class OmniModel(nn.Module):
             for encoder in self.encoders:
                 encoder.requires_grad_(False)
         if talker := architecture.talker:
-            self.talker = Talker(read_sizes(TalkerConfig, talker | {"use_flash": use_flash})).requires_grad_(False)
+            talker_config = read_sizes(TalkerConfig, talker)
+            self.talker = Talker(talker_config.architecture, use_flash=use_flash).requires_grad_(False)
+            self.duration_weight = talker_config.duration_weight
             self.talker.thinker_proj.requires_grad_(True)
 
     @property
@@ -117,8 +119,7 @@ class OmniModel(nn.Module):
         speech_loss = nats.new_zeros(())
         if "speech_rows" in batch:
             speech = self.speech(batch, embeds)
-            weight = self.talker.config.duration_weight
-            loss, _ = talker_loss(self.talker, speech, frame_dropout=0.0, duration_weight=weight)
+            loss, _ = talker_loss(self.talker, speech, frame_dropout=0.0, duration_weight=self.duration_weight)
             speech_loss = loss * speech["n_targets"] / count
         elif self.talker is not None and self.training:
             speech_loss = 0.0 * self.talker.thinker_proj.weight.sum()  # as in ``embed``: a gradient in every step

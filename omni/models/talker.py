@@ -1,54 +1,42 @@
-"""The talker: says a text, by writing the speech codec's codes frame after frame.
+"""The talker: text to speech, as codes of the speech codec, frame after frame.
 
-First it reads the text, as UTF-8 bytes, and decides how long each byte will sound; what it has read is then laid out
-over the frames in which it will be heard. A causal decoder goes over these frames, and writes the codes of each from
-what is to be said there and from the frames before. To each byte the Thinker's state of the token it belongs to may be
-added: that is how the talker speaks a reply as the Thinker meant it.
+First it reads the text, as UTF-8 bytes, and predicts a duration for each byte. A length regulator then repeats the
+bytes' vectors over the frames in which they are spoken. A causal decoder goes over these frames, and predicts the codes
+of each from its text and from the frames before. To each byte the Thinker's state of the byte's token may be added
+(stage E): the talker then speaks an answer with what the Thinker knew of it.
 """
 
 # B utterances, L text bytes, T frames (one code of each codebook), D model width, K head width
 # Q codebooks, V codes in each, W width of the depth decoder, P alignment frames in a frame (see omni.models.aligner)
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.common.errors import BadRow
-from omni.data.audio import load_speech
-from omni.data.manifest import ManifestDataset
 from omni.data.tokenizer import IGNORE_INDEX
-from omni.models.aligner import TEXT_SYMBOLS, pad_bytes, read_symbols
-from omni.models.architectures import TalkerArchitecture
-from omni.models.codec import ConvNeXtBlock, mel_spec, padded_codes
-from omni.models.layers import KVCache, RMSNorm, SwiGLU, rope_tables
-from omni.models.ops import round_up
+from omni.models.aligner import TEXT_SYMBOLS
+from omni.models.layers import ConvNeXtBlock, KVCache, RMSNorm, SwiGLU, rope_tables
+from omni.models.speech_architectures import TalkerArchitecture
 from omni.models.thinker import INIT_STD, Block
-from omni.stages.talker import TalkerConfig
-from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.precompute import ManifestWithColumns
 
-_KERNEL = 7  # bytes that a layer sees at a time
-_MAX_LOG_DURATION = 6.0  # no byte sounds longer than 400 alignment frames
-_OVERTIME_S = 1.0  # an utterance whose text has been over for so long is cut
+_KERNEL = 7  # bytes that a text layer covers
+_MAX_LOG_DURATION = 6.0  # no byte lasts longer than 400 alignment frames
+_OVERTIME_S = 1.0  # an utterance that goes on for so long after its text is cut
 
 
 class DepthDecoder(nn.Module):
     """Within one frame: the code of each codebook, given the frame's state and the codes before it.
 
-    A residual quantiser adds its vectors up, so what the codes so far have said of a frame is a sum. A sum of
-    embeddings therefore stands for them, and no attention is needed; in training all codebooks of all frames are one
-    batch. In the place of the "depth transformer" of Yang et al. 2023, "UniAudio", and Défossez et al. 2024, "Moshi".
+    A residual quantiser adds its vectors up, so a sum of embeddings stands for the codes chosen so far, and no
+    attention is needed; in training all codebooks of all frames are one batch. In the place of the "depth transformer"
+    of Yang et al. 2023, "UniAudio", and Défossez et al. 2024, "Moshi".
     """
 
-    def __init__(self, arch: TalkerArchitecture, codebooks: int, codebook_size: int):
+    def __init__(self, arch: TalkerArchitecture):
         super().__init__()
-        width = arch.depth_d_model
+        width, codebooks, codebook_size = arch.depth_d_model, arch.codebooks, arch.codebook_size
         self.codebooks, self.codebook_size = codebooks, codebook_size
         self.state_proj = nn.Linear(arch.d_model, width, bias=False)
         self.embed_codes = nn.Embedding(codebooks * codebook_size, width)
@@ -93,36 +81,37 @@ class DepthDecoder(nn.Module):
 class Talker(nn.Module):
     """Text -> durations of its bytes, and codes of speech, one frame of all codebooks a step.
 
-    A decoder that could see the whole text at any time would have to find out where in it it is; it learns much sooner
-    to go on from what was just said, which sounds like speech and says something else. So each frame is shown what
-    is spoken in it. Durations as in Ren et al. 2021, "FastSpeech 2", from our own aligner; blocks are the Thinker's.
+    A decoder that attends to the whole text has to learn where in the text it is. It learns much sooner to continue
+    the frames before, which sounds like speech and is another text. So each frame is given the bytes spoken in it.
+    Durations as in Ren et al. 2021, "FastSpeech 2", from our own aligner; blocks are the Thinker's.
 
     Args:
-        config: the sizes.
+        use_flash: fused attention; False: the plain maths.
     """
 
-    def __init__(self, config: TalkerConfig):
+    def __init__(self, architecture: TalkerArchitecture, *, use_flash: bool = True):
         super().__init__()
-        self.config, self.codebooks, self.codebook_size = config, config.codebooks, config.codebook_size
-        self.alignment_frames_per_code = config.alignment_frames_per_code
-        self.blocks_arch = config.blocks
-        D = config.d_model
+        self.architecture = arch = architecture
+        self.codebooks, self.codebook_size = arch.codebooks, arch.codebook_size
+        self.alignment_frames_per_code = arch.alignment_frames_per_code
+        self.blocks_arch = arch.blocks
+        D = arch.d_model
         self.embed_text = nn.Embedding(TEXT_SYMBOLS, D)
-        self.text_layers = nn.ModuleList(ConvNeXtBlock(D, 2 * D, _KERNEL) for _ in range(config.text_layers))
-        # what the Thinker thought when it wrote a token; absent where a text is given
-        self.thinker_proj = nn.Linear(config.thinker_d_model, D, bias=False) if config.thinker_d_model else None
+        self.text_layers = nn.ModuleList(ConvNeXtBlock(D, 2 * D, _KERNEL) for _ in range(arch.text_layers))
+        # of the Thinker's states; None before stage E
+        self.thinker_proj = nn.Linear(arch.thinker_d_model, D, bias=False) if arch.thinker_d_model else None
         self.duration_head = nn.Linear(D, 1)
         self.text_proj = nn.Linear(self.alignment_frames_per_code * D, D, bias=False)
         self.embed_codes = nn.Embedding(self.codebooks * self.codebook_size, D)
         self.start = nn.Parameter(torch.empty(D))
-        self.layers = nn.ModuleList(Block(self.blocks_arch, n, config.use_flash) for n in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(self.blocks_arch, n, use_flash) for n in range(arch.n_layers))
         self.norm = RMSNorm(D)
-        self.depth = DepthDecoder(config, self.codebooks, self.codebook_size)
+        self.depth = DepthDecoder(arch)
         self._initialise()
 
     def _initialise(self) -> None:
         """As in the Thinker; but text and frames, which meet in a sum, begin at about the same scale."""
-        residual_std = INIT_STD / (2 * self.config.n_layers) ** 0.5
+        residual_std = INIT_STD / (2 * self.architecture.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.startswith(("text_layers.", "duration_head.")):
                 continue  # have initialised themselves
@@ -155,7 +144,7 @@ class Talker(nn.Module):
         return self.duration_head(text).squeeze(-1).float()
 
     def length_regulator(self, text: Tensor, lengths: Tensor, durations: Tensor, n_frames: int) -> Tensor:
-        """What is to be said in each of the first ``n_frames`` frames, (B, n_frames, D).
+        """The text of each of the first ``n_frames`` frames, (B, n_frames, D).
 
         Args:
             text: (B, L, D) of ``encode_text``; lengths: (B,).
@@ -213,7 +202,7 @@ class Talker(nn.Module):
 
     def rope(self, n_frames: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (n_frames, K), as ``omni.models.ops.rotate`` takes them."""
-        tables = rope_tables(n_frames, self.blocks_arch.d_head, self.config.rope_theta)
+        tables = rope_tables(n_frames, self.blocks_arch.d_head, self.architecture.rope_theta)
         return tables[0].to(self.start.device), tables[1].to(self.start.device)
 
     # Speaking ----------------------------------------------------------------------------------------------------
@@ -251,7 +240,7 @@ class Talker(nn.Module):
             thinker_states = nn.utils.rnn.pad_sequence(list(thinker_states), batch_first=True).to(device)
         text = self.encode_text(padded, lengths, thinker_states)
         durations = self.choose_durations(text, lengths)
-        overtime = int(_OVERTIME_S * 1000 / self.config.frame_ms)
+        overtime = int(_OVERTIME_S * 1000 / self.architecture.frame_ms)
         limits = (durations.sum(dim=1) // self.alignment_frames_per_code + 1 + overtime).clamp(max=max_frames)  # (B,)
         n_frames = int(limits.max())
         spoken = self.length_regulator(text, lengths, durations, n_frames)
@@ -306,20 +295,20 @@ def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Learning and judging
+# Losses
 
 
 def frame_targets(codes: Tensor, lengths: Tensor, codebook_size: int) -> Tensor:
     """Codes (B, T, Q) of ``lengths`` (B,) frames -> targets (B, T + 1, Q): the end stands after the last frame."""
     T = codes.shape[1]
-    place = torch.arange(T + 1, device=codes.device)
+    position = torch.arange(T + 1, device=codes.device)
     targets = F.pad(codes, (0, 0, 0, 1))
-    targets = targets.masked_fill((place >= lengths[:, None])[..., None], IGNORE_INDEX)
-    targets[..., 0] = torch.where(place == lengths[:, None], codebook_size, targets[..., 0])
+    targets = targets.masked_fill((position >= lengths[:, None])[..., None], IGNORE_INDEX)
+    targets[..., 0] = torch.where(position == lengths[:, None], codebook_size, targets[..., 0])
     return targets
 
 
-def talker_nats(logits: Tensor, targets: Tensor) -> Tensor:
+def code_nats(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each target, float32, 0 where there is none: (B, T + 1, Q)."""
     return F.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
@@ -332,9 +321,9 @@ def talker_loss(
     """Mean cross-entropy of the codes and ends, given the text and the true frames before, some of them hidden; plus
     the weighted loss of the durations.
 
-    Speech is easily continued from what was just heard, without looking at the text at all. So each utterance hides
-    another share of its frames, from none to twice ``frame_dropout``: what is hidden must come from the text. After
-    Bowman et al. 2016, who dropped words for the same reason.
+    Speech is easily continued from the frames before, without the text. So each utterance hides another share of its
+    frames, from none to twice ``frame_dropout``: hidden frames must come from the text. After Bowman et al. 2016, who
+    dropped words for the same reason.
     """
     codes, lengths = batch["codes"], batch["lengths"]
     hidden = None
@@ -344,7 +333,7 @@ def talker_loss(
     text = batch["symbols"], batch["text_lengths"]
     logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"), hidden)
     targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
-    nats = talker_nats(logits, targets)
+    nats = code_nats(logits, targets)
     first = nats[..., 0].sum() / (targets[..., 0] != IGNORE_INDEX).sum()
     durations = duration_nats(log_durations, batch).sum()
     # both over the number of codes: it is by codes that the loop weighs micro-batches
@@ -362,101 +351,3 @@ def duration_nats(log_durations: Tensor, batch: dict) -> Tensor:
     true = batch["durations"].float()
     nats = log_durations.exp() - true + true * (true.clamp(min=1).log() - log_durations)
     return nats.masked_fill(~read, 0.0)
-
-
-def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
-    """Under the true durations and the true codes so far: nats of each codebook, (Q,), and of the ends; and of the
-    durations."""
-    codes, lengths = batch["codes"], batch["lengths"]
-    text = batch["symbols"], batch["text_lengths"]
-    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
-    targets = frame_targets(codes, lengths, model.codebook_size)
-    nats, ends = talker_nats(logits, targets), targets == model.codebook_size
-    return {
-        "nats": nats.masked_fill(ends, 0.0).sum(dim=(0, 1)),
-        "end_nats": nats[ends].sum(),
-        "frames": lengths.sum(),
-        "utterances": ends.sum(),
-        "duration_nats": duration_nats(log_durations, batch).sum(),
-        "symbols": batch["text_lengths"].sum(),
-    }
-
-
-def talker_metrics(totals: dict) -> dict[str, float]:
-    """``code_perplexity``: among how many equally likely codes the talker hesitates, over all codebooks; also of each
-    codebook. ``loss`` is in nats per target. ``duration_loss``: see ``duration_nats``."""
-    nats, frames = totals["nats"], totals["frames"]
-    each = (nats / frames).exp().tolist()
-    loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])
-    metrics = {"loss": loss, "code_perplexity": math.exp(nats.sum().item() / (frames * len(nats)))}
-    metrics |= {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
-    return metrics | {"duration_loss": totals["duration_nats"] / totals["symbols"]}
-
-
-def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
-    """The talker that stage D left in ``folder``, in evaluation mode.
-
-    Raises:
-        UserError: nothing there, or damaged.
-    """
-    saved = load_stage(folder, "talker", "talker", "talker.pt")
-    config = saved_config(TalkerConfig, saved, use_compile=False)
-    talker = build(lambda: Talker(config), saved["model"], saved["path"])
-    return talker.to(device).eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Data
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """One sample: what is said, the codes (T, Q) of the recording, and the durations (L,) of the text's bytes."""
-
-    text: str
-    symbols: list[int]
-    codes: Tensor
-    durations: Tensor
-    wav: str = ""  # the recording's name in the manifest
-
-
-class CodedSpeech(ManifestDataset):
-    """Texts with the codes and durations of their recordings, two columns of ``ManifestWithColumns``."""
-
-    def __init__(self, manifest: ManifestWithColumns, rows: np.ndarray, config: TalkerConfig, **others) -> None:
-        super().__init__(manifest, rows, **others)
-        self.config = config
-
-    def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
-        symbols = read_symbols(row)
-        if not len(row["codes"]):
-            max_frames = self.config.max_mel_length * self.config.frames_per_code
-            load_speech(self.manifest.file(row["wav"]), mel_spec(self.config), max_frames)  # says what is wrong with it
-            raise BadRow(
-                f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
-            )
-        if not len(row["durations"]):
-            raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
-        codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
-        return Utterance(row["text"], symbols, codes, durations, row["wav"])
-
-    def collate(self, samples: list[Utterance]) -> dict:
-        return collate_utterances(samples, self.config)
-
-
-def collate_utterances(samples: Sequence[Utterance], config: TalkerConfig, step: int = 1) -> dict:
-    """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
-    ``texts``, ``wavs``. L and T are multiples of ``step``; under ``use_compile`` a few static lengths."""
-    lengths = [len(sample.codes) for sample in samples]
-    n_codes = padded_codes(round_up(max(lengths), step), config)
-    n_frames = n_codes * config.frames_per_code
-    return {
-        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], n_frames, config, step),
-        "durations": pad_bytes([sample.durations for sample in samples], n_frames, config, step),
-        "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
-        "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
-        "lengths": torch.tensor(lengths),
-        "texts": [sample.text for sample in samples],
-        "wavs": [sample.wav for sample in samples],
-        "n_targets": sum(sample.codes.numel() + 1 for sample in samples),
-    }

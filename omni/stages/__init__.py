@@ -3,7 +3,7 @@
 ``omni.train.stage.load(STAGES["text"], folder)`` opens what a stage has left.
 """
 
-from omni.stages import audio_encoder, ocr, omni, talker, text, vision, vocoder
+from omni.stages import aligner, audio_encoder, codec, ocr, omni, talker, text, vision, vocoder
 
 # In the order in which they build on each other. Stage D trains three models.
 STAGES = {
@@ -12,8 +12,8 @@ STAGES = {
         text.STAGE,
         audio_encoder.STAGE,
         vision.STAGE,
-        talker.CODEC,
-        talker.ALIGNER,
+        codec.STAGE,
+        aligner.STAGE,
         talker.STAGE,
         omni.STAGE,
         vocoder.STAGE,

@@ -18,18 +18,17 @@ from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
-from omni.models.codec import SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.models.ocr import read_text
 from omni.models.thinker import Thinker
-from omni.models.vocoder import Clips, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.stages import ocr
 from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
+from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.omni_parts import load_omni, processor_of
-from omni.stages.talker import CodecConfig
 from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.stages.vision import load_vision_encoder
+from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder, split_column
 from omni.tasks import TASKS
 from omni.tasks.mixture import AnswerScore, EvalItems
 from omni.train.checkpoint import load_stage, saved_config
@@ -128,7 +127,7 @@ def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult
     codec = load_codec(args.ckpt_dir, device)
     config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
-    rows = SpeechClips(manifest, first_rows(len(manifest), args), config, training=False)
+    rows = SpeechClips(manifest, first_rows(len(manifest), args), codec.architecture, config.max_codes, training=False)
     result, totals = evaluate_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
     result.metrics = codec_metrics(totals)
     return result
@@ -150,10 +149,11 @@ def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
 def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model = load_vocoder(args.ckpt_dir, device)
     manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
-    codec = load_codec_of(model.config)
-    rows = Clips(manifest, first_rows(len(manifest), args), model.config, training=False, codec=codec)
-    score = VocoderScore(model.config)
-    result, totals = evaluate_rows(rows, model.config, args, device, partial(score.sums, model), args.batch_size)
+    config = saved_config(VocoderConfig, load_stage(args.ckpt_dir, "vocoder", "hifigan", "hifigan.pt"))
+    codec = load_codec_of(config)
+    rows = Clips(manifest, first_rows(len(manifest), args), config, training=False, codec=codec)
+    score = VocoderScore(model.architecture)
+    result, totals = evaluate_rows(rows, config, args, device, partial(score.sums, model), args.batch_size)
     result.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
         batch = rows.batch(np.array([row]), epoch=0)

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
 from omni.models.architectures import VisionArchitecture
-from omni.models.codec import fingerprint, load_codec
+from omni.models.codec import fingerprint
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.models.talker import Talker
 from omni.models.vision_encoder import ViT
 from omni.stages.audio_encoder import load_audio_encoder
+from omni.stages.codec import load_codec
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
 from omni.stages.text import load_thinker
@@ -121,8 +122,8 @@ def talker_with_states(folder: str, d_model: int) -> tuple[dict, Talker]:
     saved = load_stage(folder, "talker", prefix="talker", final="talker.pt")
     trained = saved_config(TalkerConfig, saved, use_compile=False).model_copy(update={"thinker_d_model": d_model})
     nothing = {"thinker_proj.weight": torch.zeros(trained.d_model, d_model)}
-    talker = build(lambda: Talker(trained), saved["model"] | nothing, saved["path"])
-    return sizes_of(TalkerConfig, talker.config), talker
+    talker = build(lambda: Talker(trained.architecture), saved["model"] | nothing, saved["path"])
+    return sizes_of(TalkerConfig, trained), talker
 
 
 def below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,42 +1,34 @@
-"""Stage D and its three parts, codec, aligner and talker: their configs."""
+"""The third part of stage D, the talker: config, utterances, metrics. Codec and aligner have files of their own."""
 
+import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
-from pydantic import BaseModel, Field
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
 
-from omni.common.errors import UserError
-from omni.models.architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
-from omni.train.config import TTS_HINT, ConfigType, StageConfig, input_file, resumable
-from omni.train.stage import ExportedPart, Stage
-
-
-class SpeechManifest(BaseModel):
-    """What all parts of stage D learn from."""
-
-    tts_csv: str = input_file(hint=TTS_HINT, description="manifest with the columns text and wav, one voice")
-    val_csv: str | None = input_file(
-        None, hint=TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"
-    )
-    max_mel_length: int = Field(
-        2048,
-        ge=1,
-        le=16_777_216,
-        description="longest recording in frames of frame_ms (2048: 164 s); longer rows are left out",
-    )
+from omni.common.errors import BadRow, UserError
+from omni.data.manifest import ManifestDataset
+from omni.models.codec import mel_spec
+from omni.models.ops import round_up
+from omni.models.speaker import Speaker
+from omni.models.speech_architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
+from omni.models.talker import Talker, code_nats, duration_nats, frame_targets
+from omni.stages.aligner import AlignerConfig, pad_bytes, read_symbols
+from omni.stages.codec import CodecConfig, SpeechConfig, load_codec, padded_codes, read_log_mels
+from omni.stages.vocoder import load_vocoder_for
+from omni.train.config import ConfigType, StageConfig, resumable
+from omni.train.precompute import ManifestWithColumns
+from omni.train.stage import ExportedPart, Stage, load
 
 
-class CodecConfig(CodecArchitecture, SpeechManifest, StageConfig):
-    """The first part of stage D: what ``rvq_codec.pt`` was trained with. See ``TalkerConfig.codec``."""
-
-    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
-
-
-class AlignerConfig(AlignerArchitecture, SpeechManifest, StageConfig):
-    """The second part of stage D: what ``aligner.pt`` was trained with. See ``TalkerConfig.aligner``."""
-
-
-class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechManifest, StageConfig):
+class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechConfig):
     """Stage D, ``train_talker.py``: the codec first, then the aligner, then the talker."""
 
     OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
@@ -46,23 +38,31 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     codec_ckpt: str | None = resumable(
         None, description="folder with an rvq_codec.pt, and perhaps an aligner.pt, to use; default: they are trained"
     )
-    codec_steps: int = resumable(5000, ge=1, description="optimizer updates of the codec, before those of the talker")
-    codec_lr: float = resumable(1e-3, gt=0, description="the codec's peak learning rate")
-    codec_warmup_steps: int = resumable(100, ge=0)
+    codec_steps: int = resumable(5000, ge=1, description="optimizer updates of the codec, which is trained first")
+    codec_lr: float = resumable(1e-3, gt=0, description="peak learning rate of the codec")
+    codec_warmup_steps: int = resumable(100, ge=0, description="warm-up steps of the codec")
     codec_batch_size: int = Field(16, ge=1, le=1_048_576)
-    commitment_weight: float = Field(0.25, ge=0, description="of the loss that pulls latents to their codes")
+    commitment_weight: float = Field(
+        0.25, ge=0, description="weight of the commitment loss, which pulls latents to their codes"
+    )
     aligner_steps: int = resumable(2000, ge=1, description="optimizer updates of the aligner")
-    aligner_lr: float = resumable(2e-3, gt=0, description="its peak learning rate")
-    aligner_warmup_steps: int = resumable(50, ge=0)
+    aligner_lr: float = resumable(2e-3, gt=0, description="peak learning rate of the aligner")
+    aligner_warmup_steps: int = resumable(50, ge=0, description="warm-up steps of the aligner")
     aligner_batch_size: int = Field(16, ge=1, le=1_048_576)
     frame_dropout: float = Field(0.25, ge=0, lt=1, description="share of the frames hidden from the talker in training")
-    duration_weight: float = Field(0.3, ge=0, description="of the loss of the durations, beside that of the codes")
-    audio_ckpt: str | None = resumable(None, description="folder of stage B, whose model listens to what is said")
+    duration_weight: float = Field(0.3, ge=0, description="weight of the durations' loss")
+    audio_ckpt: str | None = resumable(
+        None, description="folder of stage B, whose model transcribes the speech for word error rates"
+    )
     vocoder_ckpt: str | None = resumable(None, description="folder of stage F; default: Griffin-Lim")
     val_samples: int = resumable(
-        2, ge=0, description="of those that are written to save_dir/samples, sound and picture"
+        2, ge=0, description="held-out sentences written to save_dir/samples, sound and picture"
     )
-    val_sentences: int = resumable(100, ge=1, description="held-out sentences said in each validation, and listened to")
+    val_sentences: int = resumable(100, ge=1, description="held-out sentences spoken in each validation")
+
+    @property
+    def architecture(self) -> TalkerArchitecture:
+        return TalkerArchitecture.of(self)
 
     @property
     def codec(self) -> CodecConfig:
@@ -90,43 +90,19 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
                 raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
 
 
-CODEC = Stage(
-    name="codec",
-    prefix="rvq_codec",
-    final="rvq_codec.pt",
-    unit="frames",
-    best_metric="reconstruction_mse",
-    config_name="talker",
-    exports=(
-        ExportedPart(
-            "rvq",
-            "decodes speech codes into log-mels",
-            "--talker_ckpt",
-            figures=("reconstruction_mse",),
-        ),
-    ),
-    letter="D",
-    script="train_talker.py",
-    config=CodecConfig,
-)
-ALIGNER = Stage(
-    name="aligner",
-    prefix="aligner",
-    final="aligner.pt",
-    unit="bytes",
-    best_metric="nats_per_byte",
-    config_name="talker",
-    letter="D",
-    script="train_talker.py",
-    config=AlignerConfig,
-)
 STAGE = Stage(
     name="talker",
     prefix="talker",
     final="talker.pt",
     unit="codes",
     best_metric="code_perplexity",
+    letter="D",
+    script="train_talker.py",
+    config=TalkerConfig,
     config_name="talker",
+    architecture=TalkerArchitecture,
+    model=Talker,
+    switches=("use_flash",),
     exports=(
         ExportedPart(
             "talker",
@@ -136,7 +112,125 @@ STAGE = Stage(
             command='python infer_chat.py --ckpt_dir merged_model --text "What is your name?" --audio_out answer.wav',
         ),
     ),
-    letter="D",
-    script="train_talker.py",
-    config=TalkerConfig,
 )
+
+
+def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
+    """The talker that stage D left in ``folder``. See ``omni.train.stage.load``."""
+    return load(STAGE, folder, device).model
+
+
+def load_speaker(folder: str | Path, vocoder_folder: str | Path | None, device: torch.device | str) -> Speaker:
+    """The models that stage D, and if given stage F, left in their folders.
+
+    Raises:
+        UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
+    """
+    talker, codec = load_talker(folder, device), load_codec(folder, device)
+    vocoder = load_vocoder_for(folder, mel_spec(codec.architecture), vocoder_folder, device)
+    return Speaker(talker, codec, vocoder)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Utterances
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One sample: a text, the codes (T, Q) of its recording, and the durations (L,) of the text's bytes."""
+
+    text: str
+    symbols: list[int]
+    codes: Tensor
+    durations: Tensor
+    wav: str = ""  # the recording's name in the manifest
+
+
+class CodedSpeech(ManifestDataset):
+    """Texts with the codes and durations of their recordings, two columns of ``ManifestWithColumns``.
+
+    Args:
+        max_codes, static: see ``SpeechClips``.
+    """
+
+    def __init__(
+        self,
+        manifest: ManifestWithColumns,
+        rows: np.ndarray,
+        architecture: TalkerArchitecture,
+        max_codes: int,
+        *,
+        static: bool = False,
+        **others,
+    ) -> None:
+        super().__init__(manifest, rows, **others)
+        self.architecture, self.max_codes = architecture, max_codes
+        self.static_up_to = max_codes if static else None
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
+        symbols = read_symbols(row)
+        if not len(row["codes"]):
+            read_log_mels(self.manifest, row, self.architecture, self.max_codes)  # says what is wrong with it
+            raise BadRow(
+                f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
+            )
+        if not len(row["durations"]):
+            raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
+        codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
+        return Utterance(row["text"], symbols, codes, durations, row["wav"])
+
+    def collate(self, samples: list[Utterance]) -> dict:
+        return collate_utterances(samples, self.architecture, static_up_to=self.static_up_to)
+
+
+def collate_utterances(
+    samples: Sequence[Utterance], architecture: TalkerArchitecture, *, step: int = 1, static_up_to: int | None = None
+) -> dict:
+    """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
+    ``texts``, ``wavs``. L and T are multiples of ``step``, or a few static lengths up to a number of codes."""
+    lengths = [len(sample.codes) for sample in samples]
+    n_codes = padded_codes(round_up(max(lengths), step), static_up_to)
+    static_length = None if static_up_to is None else n_codes * architecture.alignment_frames_per_code
+    return {
+        "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], step, static_length),
+        "durations": pad_bytes([sample.durations for sample in samples], step, static_length),
+        "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
+        "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
+        "lengths": torch.tensor(lengths),
+        "texts": [sample.text for sample in samples],
+        "wavs": [sample.wav for sample in samples],
+        "n_targets": sum(sample.codes.numel() + 1 for sample in samples),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
+    """Under the true durations and the true codes so far: nats of each codebook, (Q,), and of the ends; and of the
+    durations."""
+    codes, lengths = batch["codes"], batch["lengths"]
+    text = batch["symbols"], batch["text_lengths"]
+    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
+    targets = frame_targets(codes, lengths, model.codebook_size)
+    nats, ends = code_nats(logits, targets), targets == model.codebook_size
+    return {
+        "nats": nats.masked_fill(ends, 0.0).sum(dim=(0, 1)),
+        "end_nats": nats[ends].sum(),
+        "frames": lengths.sum(),
+        "utterances": ends.sum(),
+        "duration_nats": duration_nats(log_durations, batch).sum(),
+        "symbols": batch["text_lengths"].sum(),
+    }
+
+
+def talker_metrics(totals: dict) -> dict[str, float]:
+    """``code_perplexity``: among how many equally likely codes the talker hesitates, over all codebooks; also of each
+    codebook. ``loss`` is in nats per target. ``duration_loss``: see ``duration_nats``."""
+    nats, frames = totals["nats"], totals["frames"]
+    each = (nats / frames).exp().tolist()
+    loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])
+    metrics = {"loss": loss, "code_perplexity": math.exp(nats.sum().item() / (frames * len(nats)))}
+    metrics |= {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
+    return metrics | {"duration_loss": totals["duration_nats"] / totals["symbols"]}

@@ -1,17 +1,30 @@
-"""Stage F: its config."""
+"""Stage F, the vocoder: config, recordings, losses and metrics."""
 
 import os
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, Self
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from omni.common.errors import UserError
-from omni.models.architectures import ListedSize, VocoderArchitecture
+from omni.data.audio import MelSpec, griffin_lim, load_audio, log_mel
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.models.codec import Codec
+from omni.models.codec import mel_spec as codec_mel_spec
+from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
+from omni.models.vocoder import Generator, fold_weight_norm, mel_spec, refuse_other_mels
+from omni.stages.codec import load_codec
 from omni.train.config import TTS_HINT, StageConfig, input_file, resumable
-from omni.train.stage import ExportedPart, Stage
+from omni.train.stage import ExportedPart, Stage, load
 
 
-class VocoderConfig(VocoderArchitecture, StageConfig):
+class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig):
     """Stage F, ``train_vocoder.py``: the generator of HiFi-GAN, and the discriminators that it is trained against."""
 
     OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
@@ -22,22 +35,12 @@ class VocoderConfig(VocoderArchitecture, StageConfig):
     val_csv: str | None = input_file(
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of train_csv's rows"
     )
-    val_samples: int = resumable(2, ge=0, description="clips that are written to save_dir/samples, sound and picture")
-    val_clips: int = resumable(
-        32, ge=1, description="held-out clips that are validated on, evenly spaced in their file"
-    )
+    val_samples: int = resumable(2, ge=0, description="held-out clips written to save_dir/samples, sound and picture")
+    val_clips: int = resumable(32, ge=1, description="held-out clips of a validation, evenly spaced in their file")
     max_clip_s: float = resumable(60.0, gt=0, description="seconds; a longer recording is a bad row")
     codec_ckpt: str | None = resumable(
-        None, description="folder of stage D: learn to vocode what its codec makes of the log-mels"
-    )
-
-    # Discriminators
-    mpd_periods: list[ListedSize] = Field([2, 3, 5, 7, 11], description="samples; one discriminator for each")
-    msd_num_scales: int = Field(
-        3, ge=0, le=16, description="discriminators of the waveform at full, half, quarter ... rate"
-    )
-    disc_channels: int = Field(
-        32, le=65_536, description="of the first layer of a period's discriminator; the others follow it"
+        None,
+        description="folder of stage D, whose codec writes the log-mels to train on; default: those of the recordings",
     )
 
     # Optimisation
@@ -48,28 +51,32 @@ class VocoderConfig(VocoderArchitecture, StageConfig):
     lr_d: float = resumable(2e-4, gt=0, description="peak learning rate of the discriminators")
     wd: float = resumable(0.01, ge=0, description="weight decay")
     max_grad_norm: float = resumable(1000.0, gt=0)
-    lambda_mel: float = resumable(45.0, ge=0, description="weight of the mean difference of the log-mels")
-    lambda_fm: float = resumable(2.0, ge=0, description="weight of the difference in the discriminators' features")
-    lambda_adv: float = resumable(1.0, ge=0, description="weight of deceiving the discriminators")
+    lambda_mel: float = resumable(45.0, ge=0, description="weight of the mel loss, the mean difference of the log-mels")
+    lambda_fm: float = resumable(
+        2.0, ge=0, description="weight of the feature loss, the difference in the discriminators' layers"
+    )
+    lambda_adv: float = resumable(1.0, ge=0, description="weight of the adversarial loss")
     adv_start_step: int = resumable(
-        0, ge=0, description="until this step the log-mels alone teach, and no discriminator runs"
+        0, ge=0, description="first step of the discriminators; before it the mel loss trains alone"
     )
 
     @model_validator(mode="after")
-    def _discriminator_sizes_fit(self) -> Self:
+    def _segments_fit(self) -> Self:
         hop = self.hop_length
         if self.segment_samples % hop or self.segment_samples < self.win_length:
             raise ValueError(
                 f'key "segment_samples": expected a multiple of hop_length {hop}, at least win_length '
                 f"{self.win_length}, found {self.segment_samples}"
             )
-        if any(period < 1 for period in self.mpd_periods):
-            raise ValueError(f'key "mpd_periods": expected positive numbers, found {self.mpd_periods}')
-        if not self.mpd_periods and not self.msd_num_scales:
-            raise ValueError('key "mpd_periods": expected a period, or msd_num_scales above 0, found neither')
-        if self.disc_channels < 4 or self.disc_channels % 4:
-            raise ValueError(f'key "disc_channels": expected a multiple of 4, found {self.disc_channels}')
         return self
+
+    @property
+    def architecture(self) -> VocoderArchitecture:
+        return VocoderArchitecture.of(self)
+
+    @property
+    def discriminators(self) -> DiscriminatorArchitecture:
+        return DiscriminatorArchitecture.of(self)
 
     def check_files(self) -> None:
         super().check_files()
@@ -86,7 +93,12 @@ STAGE = Stage(
     final="hifigan.pt",
     unit="samples",
     best_metric="mel_l1",
+    letter="F",
+    script="train_vocoder.py",
+    config=VocoderConfig,
     config_name="vocoder",
+    architecture=VocoderArchitecture,
+    model=Generator,
     exports=(
         ExportedPart(
             "vocoder",
@@ -95,7 +107,203 @@ STAGE = Stage(
             figures=("mel_l1", "mel_l1_griffin_lim"),
         ),
     ),
-    letter="F",
-    script="train_vocoder.py",
-    config=VocoderConfig,
 )
+
+
+def load_vocoder(folder: str | Path, device: torch.device | str) -> Generator:
+    """The generator that stage F left in ``folder``, weight norm folded. See ``omni.train.stage.load``."""
+    return fold_weight_norm(load(STAGE, folder, device).model)
+
+
+def load_vocoder_for(
+    codec: Path | str, spec: MelSpec, folder: str | Path | None, device: torch.device | str
+) -> Generator | None:
+    """``load_vocoder`` for the log-mels of ``codec``, which messages name so; None without a folder.
+
+    Raises:
+        UserError: no checkpoint there, a damaged one, or one of other log-mels.
+    """
+    if folder is None:
+        return None
+    vocoder = load_vocoder(folder, device)
+    refuse_other_mels(folder, vocoder.architecture, codec, spec)
+    return vocoder
+
+
+def load_codec_of(config: VocoderConfig) -> Codec | None:
+    """The codec of ``codec_ckpt``, on the CPU, where rows are read; None without one."""
+    if config.codec_ckpt is None:
+        return None
+    codec = load_codec(config.codec_ckpt, "cpu")
+    refuse_other_mels("this config", config.architecture, config.codec_ckpt, codec_mel_spec(codec.architecture))
+    return codec
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Recordings
+
+
+def split_column(path: str) -> str:
+    """The column that splits a manifest of clips: the text if there is one, so that no sentence is on both sides."""
+    with open(path, encoding="utf-8", errors="replace") as file:  # whose lines end with LF, CRLF or CR
+        head = file.read(1 << 16)
+    if Path(path).suffix not in (".json", ".jsonl"):
+        head = head.lstrip().partition("\n")[0]
+    return "text" if re.search(r"\btext\b", head) else "wav"
+
+
+def read_clip(manifest: Manifest, row: dict, config: VocoderConfig) -> Tensor:
+    """(S,) a row's recording, as many whole hops as it has, at least one.
+
+    Raises:
+        BadRow: it cannot be used.
+    """
+    path = manifest.file(row["wav"])
+    waveform = torch.from_numpy(load_audio(path, config.sample_rate, config.max_clip_s, mel_spec(config).win_length))
+    hop = config.hop_length
+    samples = max(hop, len(waveform) // hop * hop)
+    return F.pad(waveform, (0, samples - len(waveform)))  # a negative number cuts off
+
+
+def segment_log_mel(waveform: Tensor, start: int, frames: int, spec: MelSpec) -> Tensor:
+    """Frames ``start`` to ``start + frames`` of the log-mel of a whole clip (S,), without computing the others.
+
+    Returns:
+        (frames, M)
+    """
+    context = -(-spec.win_length // spec.hop_length)  # frames: beyond every window, and never too short to be reflected
+    first = max(0, start - context)
+    piece = waveform[first * spec.hop_length : (start + frames + context) * spec.hop_length]
+    return log_mel(piece, spec)[start - first : start - first + frames]
+
+
+class Clips(ManifestDataset):
+    """Recordings with their log-mels, see ``ManifestDataset``: random segments in training, else whole clips.
+
+    Args:
+        codec: its log-mels are given in the place of the recordings' own; None: these.
+    """
+
+    def __init__(
+        self, manifest: Manifest, rows: np.ndarray, config: VocoderConfig, *, codec: nn.Module | None = None, **keys
+    ) -> None:
+        super().__init__(manifest, rows, **keys)
+        self.config, self.spec, self.codec = config, mel_spec(config), codec
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+        waveform, hop = read_clip(self.manifest, row, self.config), self.config.hop_length
+        start, frames = 0, len(waveform) // hop
+        if rng is not None:
+            wanted = self.config.segment_samples // hop
+            waveform = F.pad(waveform, (0, max(0, wanted - frames) * hop))  # silence after a short clip
+            start, frames = int(rng.integers(max(0, frames - wanted) + 1)), wanted
+        if self.codec is None:
+            mel = segment_log_mel(waveform, start, frames, self.spec)
+        else:  # the codec codes whole clips, as it does when the talker speaks
+            with torch.no_grad():
+                mel = self.codec.resynthesise(log_mel(waveform, self.spec)[None])[0, start : start + frames].clone()
+        return mel, waveform[start * hop : (start + frames) * hop].clone()
+
+    def collate(self, samples: list[tuple[Tensor, Tensor]]) -> dict:
+        """``log_mel`` (B, T, M), ``waveform`` (B, T * hop_length), padded with 0; ``frames`` (B,) of each."""
+        mels, waveforms = zip(*samples, strict=True)
+        frames = torch.tensor([len(mel) for mel in mels])
+        batch = {
+            "log_mel": nn.utils.rnn.pad_sequence(mels, batch_first=True),
+            "waveform": nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
+            "frames": frames,
+        }
+        return batch | {"n_targets": int(frames.sum()) * self.config.hop_length}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Losses: of a batch of equally long segments, each a mean over the batch
+
+
+def discriminator_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
+    """Least squares (Mao et al. 2017): 1 for what is real, 0 for what is not. Summed over the discriminators."""
+    return sum(
+        (1 - ours[-1].float()).square().mean() + theirs[-1].float().square().mean()
+        for ours, theirs in zip(real, generated, strict=True)
+    )
+
+
+def adversarial_loss(generated: list[list[Tensor]]) -> Tensor:
+    """Least squares: 1 where a discriminator takes the generated for real. Summed over the discriminators."""
+    return sum((1 - theirs[-1].float()).square().mean() for theirs in generated)
+
+
+def feature_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
+    """Mean difference of a layer's outputs, summed over the layers of all discriminators. Larsen et al. 2016."""
+    return sum(
+        (a.float() - b.float()).abs().mean()
+        for ours, theirs in zip(real, generated, strict=True)
+        for a, b in zip(ours[:-1], theirs[:-1], strict=True)
+    )
+
+
+def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
+    """Mean difference of the log-mels of two batches of waveforms (B, S)."""
+    with torch.no_grad():
+        target = log_mel(real, spec)
+    return (log_mel(generated, spec) - target).abs().mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class VocoderScore:
+    """The distance of the generated waveforms' log-mels from the real ones, beside Griffin-Lim's on the same clips.
+
+    Griffin-Lim's do not change, so they are computed at the first validation only.
+
+    Args:
+        show: called with the step, the number of the clip and its waveforms by name, for the first ``shown`` clips.
+    """
+
+    def __init__(
+        self,
+        architecture: VocoderArchitecture,
+        show: Callable[[int, int, dict[str, Tensor]], None] | None = None,
+        shown: int = 2,
+    ) -> None:
+        self.spec, self.show, self.shown = mel_spec(architecture), show, shown
+        self.griffin_lim: dict[tuple[int, ...], Tensor] = {}  # rows of a batch's clips -> sum of its differences
+
+    def sums(self, model: Generator, batch: dict) -> dict[str, Tensor]:
+        """Sums over the clips of a batch from ``Clips.collate``; float32 whatever autocast says."""
+        rows, hop = tuple(batch["sample_rows"]), self.spec.hop_length
+        known = rows in self.griffin_lim
+        totals = dict.fromkeys(("difference", "griffin_lim", "values"), torch.zeros(()))
+        # one at a time: padding would change the end
+        for number, mel, real, frames in zip(
+            rows, batch["log_mel"], batch["waveform"], batch["frames"].tolist(), strict=True
+        ):
+            mel, real = mel[:frames], real[: frames * hop]
+            with torch.autocast(mel.device.type, enabled=False):
+                # not model(mel): compiled, it would be compiled again for every length
+                clips = {"real": real, "hifigan": model.forward(mel[None])[0]}
+            shown = self.show is not None and number < self.shown
+            if shown or not known:
+                clips["griffin_lim"] = griffin_lim(mel, self.spec)
+            if shown:
+                self.show(batch["step"], number, clips)
+            target = log_mel(real, self.spec)
+            totals["values"] = totals["values"] + target.numel()
+            totals["difference"] = totals["difference"] + self._difference(clips["hifigan"], target)
+            if not known:
+                totals["griffin_lim"] = totals["griffin_lim"] + self._difference(clips["griffin_lim"], target)
+        totals["griffin_lim"] = self.griffin_lim.setdefault(rows, totals["griffin_lim"])
+        return totals
+
+    def _difference(self, waveform: Tensor, target: Tensor) -> Tensor:
+        return (log_mel(waveform, self.spec) - target).abs().sum().cpu()
+
+    @staticmethod
+    def metrics(totals: dict[str, float]) -> dict[str, float]:
+        """``mel_l1``: mean difference of natural logarithms, over all frames and channels."""
+        return {
+            "mel_l1": totals["difference"] / totals["values"],
+            "mel_l1_griffin_lim": totals["griffin_lim"] / totals["values"],
+        }

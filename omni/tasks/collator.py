@@ -15,7 +15,7 @@ from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.audio_encoder import output_frames
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.ops import round_up
-from omni.models.talker import Utterance, collate_utterances
+from omni.stages.talker import Utterance, collate_utterances
 
 
 @dataclass

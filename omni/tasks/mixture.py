@@ -12,7 +12,7 @@ from omni.data.order import permute
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.answering import greedy_answers
 from omni.models.omni_model import OmniModel
-from omni.models.talker import talker_metrics, talker_sums
+from omni.stages.talker import talker_metrics, talker_sums
 from omni.tasks.base import TASKS, SftTask
 from omni.tasks.processor import Processor
 

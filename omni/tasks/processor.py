@@ -24,7 +24,7 @@ from omni.data.tokenizer import IGNORE_INDEX, ROLES, Tokenizer
 from omni.models.audio_encoder import mel_spec, output_frames
 from omni.models.ctc import frames_needed
 from omni.models.omni_architecture import OmniArchitecture
-from omni.models.talker import Utterance
+from omni.stages.talker import Utterance
 from omni.tasks.collator import Collator, Encoded
 
 

@@ -7,9 +7,9 @@ import numpy as np
 
 from omni.common.text import audible
 from omni.data.manifest import Manifest
-from omni.models.aligner import load_aligner, prepare_speech
-from omni.models.codec import leave_out_long, load_codec
-from omni.models.talker import CodedSpeech
+from omni.stages.aligner import load_aligner, prepare_speech
+from omni.stages.codec import leave_out_long, load_codec
+from omni.stages.talker import CodedSpeech
 from omni.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
 from omni.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
@@ -21,7 +21,7 @@ class SpokenAnswers(SftTask):
     is none, the text is asked for as it is.
 
     Args:
-        manifest: with the columns that ``omni.models.aligner.prepare_speech`` adds.
+        manifest: with the columns that ``omni.stages.aligner.prepare_speech`` adds.
     """
 
     name, file_key, columns, needs = "spoken_answer", "speech_csv", ("text", "wav"), ("talker_ckpt",)
@@ -32,7 +32,7 @@ class SpokenAnswers(SftTask):
         self, manifest: ManifestWithColumns, rows: np.ndarray, processor: Processor, config: Any, **others
     ) -> None:
         super().__init__(manifest, rows, processor, config, **others)
-        self.speech = CodedSpeech(manifest, rows, processor.talker, training=False)
+        self.speech = CodedSpeech(manifest, rows, processor.talker, processor.talker.max_codes, training=False)
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Any, np.ndarray, dict[str, Any]]:
@@ -41,8 +41,8 @@ class SpokenAnswers(SftTask):
         run, talker = side.run, side.processor.talker
         codec, aligner = (load(side.config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
         name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
-        coded, lengths = prepare_speech(run, manifest, talker, codec, aligner, name)
-        return coded, leave_out_long(run, manifest, rows, lengths, talker.max_mel_length), {}
+        coded, lengths = prepare_speech(run, manifest, codec, aligner, talker.max_codes, name)
+        return coded, leave_out_long(run, manifest, rows, lengths, talker.max_codes), {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         text = audible(row["text"]).strip()  # as the talker reads it

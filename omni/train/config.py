@@ -7,7 +7,6 @@ that names file, key, expected and found value. Code reads ``config.lr``: defaul
 import difflib
 import json
 import os
-from collections.abc import Container
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeVar
 
@@ -139,27 +138,6 @@ def read_sizes(cls: type[ModelType], sizes: dict) -> ModelType:
     if "text_path" in cls.model_fields:
         rest["text_path"] = "-"
     return cls.model_validate(rest | sizes)
-
-
-def check_compatible(
-    one: Path | str,
-    sizes: dict,
-    other: Path | str,
-    other_sizes: dict,
-    may_differ: Container[str] = (),
-    what: str = "it does",
-) -> None:
-    """
-    Raises:
-        UserError: two models that must agree in these keys do not; the message names both and each difference.
-    """
-    found = [
-        f"{key} {sizes[key]} here, {value} there"
-        for key, value in other_sizes.items()
-        if sizes.get(key) != value and key not in may_differ
-    ]
-    if found:
-        raise UserError(f"{one}: {what} not fit to {other}: {', '.join(found)}")
 
 
 def read_keys(path: str) -> dict:

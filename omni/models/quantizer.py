@@ -1,0 +1,129 @@
+"""The residual vector quantiser of the speech codec: its codebooks, and how they follow the latents.
+
+``forward`` chooses codes and collects, in training, which latents chose which code. ``update`` then moves the
+codebooks: once per optimizer update, called by stage D's script through the training loop.
+"""
+
+# B clips, N latents of a clip, C latent width, Q codebooks, K codes in each, R latents of a batch that are not padding
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omni.common.numerics import true_float32
+
+DEAD = 0.05  # a code used less than this share of the average is moved onto a latent
+
+
+class ResidualQuantizer(nn.Module):
+    """Each latent as a sum of one vector from each codebook, chosen one codebook after the other: codes (..., Q).
+
+    Zeghidour et al. 2021, "SoundStream": each codebook quantises what the ones before it leave over. The codebooks are
+    no parameters but follow the latents that choose them by exponential moving averages (van den Oord et al. 2017,
+    appendix A.1). A code that hardly any latent chooses is moved onto one of the batch's latents (Dhariwal et al.
+    2020, "Jukebox"). In training, some clips use only the first few codebooks ("quantizer dropout" of SoundStream),
+    so that k of Q codebooks are a coarser picture and not a broken one.
+
+    Args:
+        dropout: share of the clips that use fewer codebooks in training.
+        decay: of the moving averages, per optimizer update.
+    """
+
+    def __init__(self, codebooks: int, codebook_size: int, width: int, dropout: float, decay: float):
+        super().__init__()
+        self.dropout, self.decay = dropout, decay
+        self.register_buffer("codebooks", torch.randn(codebooks, codebook_size, width))  # (Q, K, C)
+        self.register_buffer("counts", torch.zeros(codebooks, codebook_size))  # (Q, K) moving average of choices
+        self._step: dict[str, Tensor] = {}  # what this step's micro-batches have seen; gone with a step given up
+
+    def forward(self, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Args:
+            latents: (B, N, C) float32.
+            mask: (B, N), true where there is a latent.
+
+        Returns:
+            The quantised latents (B, N, C), whose gradient goes to the latents as if nothing had been rounded
+            (straight-through); codes (B, N, Q) int64; and the commitment loss, (), which pulls the latents to the
+            vectors that they chose.
+        """
+        Q, K, _ = self.codebooks.shape
+        B = latents.shape[0]
+        used = torch.full((B,), Q, device=latents.device)
+        if self.training and self.dropout:
+            fewer = torch.rand(B, device=latents.device) < self.dropout
+            used = torch.where(fewer, torch.randint(1, Q + 1, (B,), device=latents.device), used)
+        residual, quantised = latents, torch.zeros_like(latents)
+        codes, commitment = [], latents.new_zeros(())
+        counts, sums, samples, drawn = [], [], [], []
+        for level, codebook in enumerate(self.codebooks):
+            chosen = nearest(residual.detach(), codebook)  # (B, N)
+            vectors = F.embedding(chosen, codebook)  # (B, N, C)
+            active = mask & (level < used)[:, None]  # (B, N)
+            codes.append(chosen)
+            commitment = commitment + masked_mean((residual - vectors).square(), active)
+            if self.training:
+                with torch.no_grad():
+                    # a product with 0s and 1s, and not index_add: the same bits in every run on a GPU
+                    one_hot = F.one_hot(chosen[active], K).to(residual.dtype)  # (R, K)
+                    rows = residual[active]  # (R, C)
+                    counts.append(one_hot.sum(dim=0))
+                    sums.append(one_hot.T @ rows)
+                    samples.append(_draw(rows, K))
+                    drawn.append(samples[-1].new_tensor(float(len(rows) > 0)))
+            vectors = vectors * active[..., None]
+            residual, quantised = residual - vectors, quantised + vectors
+        if self.training:
+            self._collect(torch.stack(counts), torch.stack(sums), torch.stack(samples), torch.stack(drawn))
+        return latents + (quantised - latents).detach(), torch.stack(codes, dim=-1), commitment
+
+    def _collect(self, counts: Tensor, sums: Tensor, samples: Tensor, drawn: Tensor) -> None:
+        if not self._step:
+            self._step = {"counts": counts, "sums": sums, "samples": samples, "drawn": drawn}
+        else:
+            self._step["counts"] = self._step["counts"] + counts
+            self._step["sums"] = self._step["sums"] + sums
+
+    @torch.no_grad()
+    def update(self, ok: Tensor, sum_over_ranks: Callable[[Tensor], Tensor], is_main: bool) -> None:
+        """Move the codebooks by what the step's micro-batches have chosen, the same way in every process.
+
+        Args:
+            ok: () 1.0, or 0.0 if the step's update was not made: then nothing moves.
+        """
+        step, self._step = self._step, {}
+        batch_counts, sums = sum_over_ranks(step["counts"]), sum_over_ranks(step["sums"])
+        samples = sum_over_ranks(step["samples"] * float(is_main))  # those of the first process
+        drawn = sum_over_ranks(step["drawn"] * float(is_main))  # (Q,) 0 where there were no latents to draw from
+        counts = self.decay * self.counts + (1 - self.decay) * batch_counts
+        weighted = self.decay * self.counts[..., None] * self.codebooks + (1 - self.decay) * sums
+        average = counts.mean(dim=-1, keepdim=True)  # (Q, 1)
+        dead = (counts < DEAD * average) & (drawn > 0)[:, None]
+        codebooks = torch.where(dead[..., None], samples, weighted / counts.clamp(min=1e-12)[..., None])
+        counts = torch.where(dead, average, counts)  # as long as the others to find its place
+        self.codebooks.copy_(torch.where(ok > 0, codebooks, self.codebooks))
+        self.counts.copy_(torch.where(ok > 0, counts, self.counts))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (..., k) of the first k codebooks -> quantised latents (..., C)."""
+        return sum(F.embedding(codes[..., level], self.codebooks[level]) for level in range(codes.shape[-1]))
+
+
+def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """(..., C) and (K, C) -> (...) index of the closest row, in float32."""
+    with true_float32(vectors.device):
+        return (codebook.square().sum(dim=-1) - 2 * vectors @ codebook.T).argmin(dim=-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, N, C) over all channels of the (B, N) frames that count; 0 if there are none."""
+    return (values * mask[..., None]).sum() / (mask.sum() * values.shape[-1]).clamp(min=1)
+
+
+def _draw(rows: Tensor, count: int) -> Tensor:
+    """``count`` of the rows (R, C), at random, with repetition; zeros if there are none."""
+    if not len(rows):
+        return rows.new_zeros(count, rows.shape[1])
+    return rows[torch.randint(len(rows), (count,), device=rows.device)]

@@ -1,0 +1,117 @@
+"""From text to sound: talker, codec and vocoder put together, for many texts at once or in pieces as they are made."""
+
+# B utterances, N codes in time, T mel frames, M mel channels, S samples, Q codebooks
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.data.audio import griffin_lim, log_mel
+from omni.models.aligner import text_symbols
+from omni.models.codec import Codec, mel_spec
+from omni.models.talker import Talker
+from omni.models.vocoder import Generator, refuse_other_mels
+
+MAX_SECONDS = 60.0
+FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time whose sound is handed out together
+
+
+class Speaker:
+    """Turns texts into speech.
+
+    Args:
+        vocoder: None: Griffin-Lim.
+        uses_thinker_states: whether the talker has learned, in stage E, to use the states of the Thinker whose answers
+            it speaks.
+    """
+
+    def __init__(
+        self, talker: Talker, codec: Codec, vocoder: Generator | None = None, *, uses_thinker_states: bool = False
+    ) -> None:
+        self.talker, self.codec, self.vocoder = talker, codec, vocoder
+        self.uses_thinker_states = uses_thinker_states
+        self.spec = mel_spec(codec.architecture)
+        if vocoder is not None:
+            refuse_other_mels("the vocoder", vocoder.architecture, "the codec", self.spec)
+        self.code_s = codec.architecture.frame_ms / 1000
+        self.max_frames = int(MAX_SECONDS / self.code_s)
+
+    # Many texts at once ------------------------------------------------------------------------------------------
+
+    def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
+        """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
+        symbols = [text_symbols(text) for text in texts]
+        sampling.setdefault("max_frames", self.max_frames)
+        frames, going_on = [], []
+        for codes, still in self.talker.generate(symbols, **sampling):
+            frames.append(codes)
+            going_on.append(still)
+        if not frames:
+            return [torch.zeros(0, self.talker.codebooks, dtype=torch.int64) for _ in texts]
+        lengths = torch.stack(going_on).sum(dim=0).tolist()
+        return [codes[:length] for codes, length in zip(torch.stack(frames, dim=1), lengths, strict=True)]
+
+    def waveform(self, codes: Tensor) -> Tensor:
+        """The sound (S,) of codes (N, Q)."""
+        if not len(codes):
+            return torch.zeros(0)
+        return self.vocode(self.codec.decode(codes[None])[0])
+
+    @torch.no_grad()
+    def vocode(self, log_mels: Tensor) -> Tensor:
+        """The sound (S,) of log-mels (T, M), S = T * hop_length, on the CPU."""
+        with torch.autocast(log_mels.device.type, enabled=False):
+            return (griffin_lim(log_mels, self.spec) if self.vocoder is None else self.vocoder.vocode(log_mels)).cpu()
+
+    def encode(self, recording: Tensor) -> Tensor:
+        """The codes (N, Q) of a recording (S,)."""
+        log_mels = log_mel(recording, self.spec).to(self.codec.mel_mean.device)
+        return self.codec.encode_one(log_mels).cpu()
+
+    @torch.no_grad()
+    def versions(self, recording: Tensor) -> dict[str, Tensor]:
+        """A recording (S,), and its resynthesis from log-mels (``vocoded``) and from codes (``codec``)."""
+        log_mels = log_mel(recording, self.spec).to(self.codec.mel_mean.device)
+        coded = self.codec.resynthesise(log_mels)
+        return {"recordings": recording, "vocoded": self.vocode(log_mels), "codec": self.vocode(coded)}
+
+    # One text, piece by piece ------------------------------------------------------------------------------------
+
+    def stream(self, text: str, **sampling) -> Iterator[np.ndarray]:
+        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``sampling`` as in
+        ``Talker.generate``.
+
+        The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
+        without a vocoder there is one piece.
+        """
+        symbols = text_symbols(text)
+        sampling.setdefault("max_frames", self.max_frames)
+        codes: list[Tensor] = []
+        done, chunk = 0, FIRST_CHUNK
+        for frame, _ in self.talker.generate([symbols], **sampling):
+            codes.append(frame[0])
+            if self.vocoder is not None and len(codes) >= done + chunk + self.context:
+                yield self._piece(codes, done, done + chunk)
+                done, chunk = done + chunk, NEXT_CHUNKS
+        if done < len(codes):
+            yield self._piece(codes, done, len(codes))
+
+    @property
+    def context(self) -> int:
+        """Codes on either side that a piece of sound depends on."""
+        return self.codec.context + -(-self.vocoder.context_frames // self.codec.architecture.frames_per_code)
+
+    def _piece(self, codes: list[Tensor], start: int, end: int) -> np.ndarray:
+        """The sound of codes ``start`` to ``end``, computed from no more of their surroundings than it depends on."""
+        if self.vocoder is None:
+            return self.waveform(torch.stack(codes)).numpy()
+        per_code, hop = self.codec.architecture.frames_per_code, self.spec.hop_length
+        first, last = max(0, start - self.context), min(len(codes), end + self.context)
+        log_mels = self.codec.decode(torch.stack(codes[first:last])[None])[0]
+        # the codec is wrong at the ends of its own window: they lie outside the vocoder's context
+        near = self.context - self.codec.context
+        left, right = max(first, start - near), min(last, end + near)
+        waveform = self.vocode(log_mels[(left - first) * per_code : (right - first) * per_code])
+        return waveform[(start - left) * per_code * hop : (end - left) * per_code * hop].numpy()

@@ -1,0 +1,158 @@
+"""The second part of stage D, the aligner: config, texts with their recordings, metrics, and all texts' durations."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from omni.common.errors import BadRow
+from omni.common.host import Host
+from omni.data.manifest import Manifest
+from omni.models.aligner import Aligner, aligner_nats, check_fits, likeliest_durations, text_symbols
+from omni.models.codec import Codec, fingerprint
+from omni.models.ops import round_up
+from omni.models.speech_architectures import AlignerArchitecture
+from omni.stages.codec import SpeechClips, SpeechConfig, count_codes, prepare_codes
+from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
+from omni.train.stage import Stage, load
+
+MAX_TEXT_BYTES = 4096
+
+
+class AlignerConfig(AlignerArchitecture, SpeechConfig):
+    """The config that ``aligner.pt`` was trained with. See ``TalkerConfig.aligner``."""
+
+    @property
+    def architecture(self) -> AlignerArchitecture:
+        return AlignerArchitecture.of(self)
+
+
+STAGE = Stage(
+    name="aligner",
+    prefix="aligner",
+    final="aligner.pt",
+    unit="bytes",
+    best_metric="nats_per_byte",
+    letter="D",
+    script="train_talker.py",
+    config=AlignerConfig,
+    config_name="talker",
+    architecture=AlignerArchitecture,
+    model=Aligner,
+)
+
+
+def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
+    """The aligner that stage D left in ``folder``, frozen. See ``omni.train.stage.load``."""
+    return load(STAGE, folder, device).model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Texts and recordings
+
+
+def read_symbols(row: dict) -> list[int]:
+    """The ``text_symbols`` of a row's text.
+
+    Raises:
+        BadRow: too many.
+    """
+    symbols = text_symbols(row["text"])
+    if len(symbols) > MAX_TEXT_BYTES:
+        raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
+    return symbols
+
+
+def pad_bytes(values: list[Tensor], step: int = 1, length: int | None = None) -> Tensor:
+    """One value per byte of each text, some (bytes,) -> (B, L), zeros after it.
+
+    L is ``length``, or that of the longest text, rounded up to a multiple of ``step``.
+    """
+    padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
+    L = round_up(padded.shape[1], step) if length is None else length
+    return nn.functional.pad(padded, (0, L - padded.shape[1]))
+
+
+class SpokenTexts(SpeechClips):
+    """Texts and the log-mels of their recordings. A sample is (symbols, (T, M))."""
+
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[list[int], Tensor]:
+        symbols, log_mels = read_symbols(row), super().read(row, rng)
+        alignment_frames = -(-len(log_mels) // self.per_code) * self.architecture.alignment_frames_per_code
+        check_fits(symbols, alignment_frames, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
+        return symbols, log_mels
+
+    def collate(self, samples: list[tuple[list[int], Tensor]]) -> dict:
+        """``log_mels`` and ``lengths`` as ``SpeechClips``; ``symbols`` (B, L), zero beyond ``text_lengths`` (B,)."""
+        texts, clips = zip(*samples, strict=True)
+        batch = super().collate(list(clips))
+        text_lengths, static_length = torch.tensor([len(text) for text in texts]), None
+        if self.static_up_to is not None:  # no text has more bytes than its recording has alignment frames
+            n_codes = batch["log_mels"].shape[1] // self.per_code
+            static_length = n_codes * self.architecture.alignment_frames_per_code
+        return batch | {
+            "symbols": pad_bytes([torch.tensor(text) for text in texts], length=static_length),
+            "text_lengths": text_lengths,
+            "n_targets": int(text_lengths.sum()),
+        }
+
+
+def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
+    """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
+
+    Args:
+        texts: those to align, of similar length one after the other; ``training`` is false.
+    """
+
+    @torch.no_grad()
+    def make(batch: dict) -> list[np.ndarray]:
+        symbols, text_lengths, log_mels, lengths = (
+            batch[key].to(run.device) for key in ("symbols", "text_lengths", "log_mels", "lengths")
+        )
+        scores = aligner(symbols, text_lengths, log_mels, lengths)
+        return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
+
+    belongs_to = {"aligner": fingerprint(aligner)}
+    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
+
+
+def prepare_speech(
+    run: Host, manifest: Manifest, codec: Codec, aligner: Aligner, max_codes: int, name: str
+) -> tuple[ManifestWithColumns, np.ndarray]:
+    """Code and align all recordings of at most ``max_codes`` codes.
+
+    Returns:
+        The manifest with the columns ``codes`` and ``durations``; and the length of each recording in codes, by its
+        header.
+    """
+    lengths = count_codes(run, manifest, codec.architecture)
+    order = np.argsort(lengths, kind="stable")  # the shortest first
+    rows = order[lengths[order] <= max_codes]
+    clips = SpeechClips(manifest, rows, codec.architecture, max_codes, training=False)
+    texts = SpokenTexts(manifest, rows, aligner.architecture, max_codes, training=False)
+    codes, durations = prepare_codes(run, codec, clips, name), prepare_durations(run, aligner, texts, name)
+    return ManifestWithColumns(manifest, {"codes": codes, "durations": durations}), lengths
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loss and metrics
+
+
+def aligner_loss(
+    model: nn.Module, batch: dict, alignment_frames: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean ``aligner_nats`` per byte; ``alignment_frames`` is the aligner's method."""
+    return aligner_nats(model, alignment_frames(batch["lengths"]), batch).sum() / batch["text_lengths"].sum(), {}
+
+
+def aligner_sums(model: Aligner, batch: dict) -> dict[str, Tensor]:
+    return {
+        "nats": aligner_nats(model, model.alignment_frames(batch["lengths"]), batch).sum(),
+        "symbols": batch["text_lengths"].sum(),
+    }
+
+
+def aligner_metrics(totals: dict[str, float]) -> dict[str, float]:
+    return {"nats_per_byte": totals["nats"] / totals["symbols"]}

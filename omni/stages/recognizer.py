@@ -1,0 +1,152 @@
+"""Word error rates by the recogniser of stage B: of recordings, of their resynthesis, and of the talker's speech."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni.common.errors import BadRow, reading_row
+from omni.common.host import Host
+from omni.data.audio import load_audio, log_mel, normalise_features, resample
+from omni.data.manifest import Manifest
+from omni.data.measure import files_digest
+from omni.models.audio_encoder import mel_spec
+from omni.models.codec import fingerprint
+from omni.models.ctc import normalise_text
+from omni.models.speaker import MAX_SECONDS, Speaker
+from omni.models.talker import Talker
+from omni.stages.audio_encoder import error_counts, load_audio_encoder, transcribe
+from omni.stages.talker import talker_metrics, talker_sums
+
+_BATCH = 16  # recordings that are transcribed at a time
+
+
+class Recognizer:
+    """The recogniser of stage B.
+
+    Args:
+        folder: the ``save_dir`` of its training.
+    """
+
+    def __init__(self, folder: str | Path, device: torch.device) -> None:
+        self.model, self.tokenizer, config = load_audio_encoder(folder, device)
+        self.spec, self.max_frames, self.device = mel_spec(config), config.max_mel_length, device
+
+    @torch.no_grad()
+    def transcribe(self, waveforms: Sequence[Tensor], sample_rate: int) -> list[str]:
+        """The transcript of each waveform (S,) float32 at ``sample_rate`` Hz."""
+        texts = []
+        for start in range(0, len(waveforms), _BATCH):
+            features = [self._features(waveform, sample_rate) for waveform in waveforms[start : start + _BATCH]]
+            lengths = [len(one) for one in features]
+            batch = torch.zeros(len(features), 8 * -(-max(lengths) // 8), self.spec.n_mels)
+            for index, one in enumerate(features):
+                batch[index, : len(one)] = one
+            batch, frames = batch.to(self.device), torch.tensor(lengths, device=self.device)
+            texts += transcribe(self.model, self.tokenizer, batch, frames)
+        return texts
+
+    def _features(self, waveform: Tensor, sample_rate: int) -> Tensor:
+        samples = resample(waveform.numpy(), sample_rate, self.spec.sample_rate)
+        samples = samples[: self.max_frames * self.spec.hop_length]
+        if len(samples) < self.spec.hop_length:  # an utterance that ended at once
+            samples = np.zeros(self.spec.hop_length, np.float32)
+        return normalise_features(log_mel(torch.from_numpy(samples), self.spec))
+
+
+def word_error_rates(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """Kind of speech -> (word errors, words), as ``wer_recordings``, ``wer_talker`` and so on: errors per word. A kind
+    without a word has no rate."""
+    return {f"wer_{kind}": float(errors / words) for kind, (errors, words) in counts.items() if words}
+
+
+def word_errors(texts: Sequence[str], transcripts: Sequence[str]) -> tuple[int, int]:
+    """Word errors of ``transcripts`` against ``texts``, and the words of these. A text without words is left out."""
+    pairs = [(normalise_text(text), found) for text, found in zip(texts, transcripts, strict=True)]
+    pairs = [(text, found) for text, found in pairs if text]
+    return error_counts(*map(list, zip(*pairs, strict=True)))[0] if pairs else (0, 0)
+
+
+def read_recordings(
+    speaker: Speaker, manifest: Manifest, rows: Sequence[int], left_out: dict[str, str]
+) -> list[tuple[int, str, Tensor]]:
+    """Each row with its text and recording (S,) at the codec's rate; a row that cannot be used goes to ``left_out``."""
+    read = []
+    for row in rows:
+        try:
+            with reading_row():
+                fields, spec = manifest[row], speaker.spec
+                waveform = load_audio(manifest.file(fields["wav"]), spec.sample_rate, MAX_SECONDS, spec.win_length)
+                read.append((row, fields["text"], torch.from_numpy(waveform)))
+        except BadRow as error:
+            left_out[manifest.where(row)] = str(error)
+    return read
+
+
+def prepare_references(
+    run: Host, speaker: Speaker, recognizer: Recognizer, manifest: Manifest, rows: Sequence[int]
+) -> dict[str, float]:
+    """Word error rates of the recordings and of their resynthesis by vocoder and codec, kept in ``save_dir``."""
+
+    def make() -> dict[str, float]:
+        run.log(f"transcribing {len(rows)} held-out recordings: as they are, vocoded, and coded")
+        read = read_recordings(speaker, manifest, rows, left_out={})
+        versions = [speaker.versions(recording) for *_, recording in read]
+        counts = {}
+        for kind in ("recordings", "vocoded", "codec"):
+            transcripts = recognizer.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
+            counts[kind] = word_errors([text for _, text, _ in read], transcripts)
+        rates = word_error_rates(counts)
+        run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
+        return rates
+
+    models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "recognizer": recognizer.model}
+    belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
+    belongs_to |= {"data": manifest.sha256, "rows": len(rows), "files": files_digest(manifest, rows, "wav")}
+    return run.cached_json("references.json", belongs_to, make)
+
+
+class TalkerScore:
+    """Metrics of a talker: its perplexity on the true codes, and the word error rate of its speech.
+
+    Args:
+        recognizer: None: no word error rate.
+        sentences: how many are spoken in each process.
+        show: called with the step, the number of the sentence, its recording's name, and the waveform of its speech.
+        shown: for how many of them.
+    """
+
+    def __init__(
+        self,
+        speaker: Speaker,
+        recognizer: Recognizer | None,
+        sentences: int,
+        show: Callable[[int, int, str, Tensor], None] | None = None,
+        shown: int = 2,
+    ) -> None:
+        self.speaker, self.recognizer, self.sentences = speaker, recognizer, sentences
+        self.show, self.shown = show, shown
+        self.spoken = 0  # sentences of this validation so far
+
+    def sums(self, model: Talker, batch: dict) -> dict[str, Tensor]:
+        totals = talker_sums(model, batch)
+        texts = batch["texts"][: self.sentences - self.spoken]
+        if texts:
+            waveforms = [self.speaker.waveform(codes) for codes in self.speaker.codes(texts)]
+            for number, (wav, waveform) in enumerate(zip(batch["wavs"], waveforms, strict=False), start=self.spoken):
+                if self.show is not None and number < self.shown:
+                    self.show(batch["step"], number, wav, waveform)
+            if self.recognizer is not None:
+                errors, words = word_errors(texts, self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate))
+                totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}
+            self.spoken += len(texts)
+        return totals
+
+    def metrics(self, totals: dict) -> dict[str, float]:
+        self.spoken = 0
+        metrics = talker_metrics(totals)
+        if self.recognizer is not None:
+            metrics |= word_error_rates({"talker": (totals["word_errors"], totals["words"])})
+        return metrics
