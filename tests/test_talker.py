@@ -453,9 +453,9 @@ def test_references_are_counted_again_for_another_listener_or_other_rows(trained
     ears = AUDIO_ENC.training(folder, max_steps=3, max_epochs=None)
     ears.finish()
     heard = trained.changed(save_dir="heard", audio_ckpt=str(ears.save_dir), val_sentences=2)
-    assert "listening to 2" in heard.finish().stdout
+    assert "transcribing 2" in heard.finish().stdout
     assert "listening" not in heard.changed(max_steps=7).finish().stdout
-    assert "listening to 4" in heard.changed(max_steps=8, val_sentences=4).finish().stdout
+    assert "transcribing 4" in heard.changed(max_steps=8, val_sentences=4).finish().stdout
 
 
 def test_texts_without_words_are_no_words():
