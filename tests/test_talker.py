@@ -415,7 +415,7 @@ def test_say_refuses_what_it_cannot_do(trained, tmp_path):
     only_error(run_script(trained, "infer_chat.py", *say[:3], "run"), "--audio_out run", "expected a file")
     only_error(run_script(trained, "infer_chat.py", *say, "--complete"), "--complete", "no effect")
     only_error(
-        run_script(trained, "infer_chat.py", "--text", "one", "--vocoder_ckpt", "run"), "--vocoder_ckpt", "--say"
+        run_script(trained, "infer_chat.py", "--text", "one", "--vocoder_ckpt", "run"), "--vocoder_ckpt", "--audio_out"
     )
     only_error(run_script(trained, "infer_chat.py", *say[:3], "absent/said.wav"), "absent", "folder that exists")
     only_error(run_script(trained, "infer_chat.py", *say, "--vocoder_ckpt", "absent"), "absent", "hifigan.pt")
