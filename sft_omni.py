@@ -4,8 +4,8 @@
 
 The Thinker of stage A, the audio encoder of stage B and the vision encoder of stage C are joined by two small
 projections: recordings and images become vectors among the Thinker's token embeddings. Then it learns a mixture of
-tasks (``omni/tasks/``), each a conversation that ends with an answer: dialogues, questions about pictures, captions,
-transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the Thinker's hidden
+tasks (``omni/stages/tasks/``), each a conversation that ends with an answer: dialogues, questions about pictures,
+captions, transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the Thinker's hidden
 states. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as they are. The final file holds all
 parts but the speech codec, so that it needs no other folder to answer.
 """
@@ -19,9 +19,9 @@ from omni.data.order import held_out_set, training_set
 from omni.data.tokenizer import Tokenizer
 from omni.stages.omni import STAGE, SftConfig
 from omni.stages.omni_parts import assemble, processor_of
-from omni.tasks.features import cache_features
-from omni.tasks.mixture import AnswerScore, EvalItems, TaskMixture
-from omni.tasks.prepare import prepare_tasks
+from omni.stages.tasks.features import cache_features
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture
+from omni.stages.tasks.prepare import prepare_tasks
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer

@@ -388,7 +388,7 @@ MUTATIONS = [
     ),
     # conversations and captions
     Mutation(
-        "rows never vanish", "no question has an answer", "omni/tasks/recordings.py",
+        "rows never vanish", "no question has an answer", "omni/stages/tasks/recordings.py",
         "return answer is not None and bool(str(answer).strip())", "return answer == 7",
         "tests/test_sft.py::test_the_same_rows_are_the_same_samples_in_every_format",
     ),
@@ -403,12 +403,12 @@ MUTATIONS = [
         "tests/test_conversations.py -k same_conversation",
     ),
     Mutation(
-        "rows never vanish", "rows longer than the context stay, to be bad in training", "omni/tasks/prepare.py",
+        "rows never vanish", "rows longer than the context stay, to be bad in training", "omni/stages/tasks/prepare.py",
         "return manifest.leave_out(rows, room == NOTHING, reason,", "return (lambda *_: rows)(rows, room, reason,",
         "tests/test_sft.py::test_rows_that_are_too_long_are_left_out_at_the_start_in_every_task",
     ),
     Mutation(
-        "rows never vanish", "a wording that is too long makes its row bad", "omni/tasks/base.py",
+        "rows never vanish", "a wording that is too long makes its row bad", "omni/stages/tasks/base.py",
         "return self._read(row, self.messages(row, None))", "raise",
         "tests/test_sft.py::test_a_wording_that_does_not_fit_gives_way_to_the_first",
     ),

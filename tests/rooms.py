@@ -9,15 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "rooms.svg"
 # Lowest first: a package imports only those before it. The built-in world stands aside, for its generator alone.
-ORDER = ("common", "data", "models", "train", "tasks", "stages", "export", "chat")
+ORDER = ("common", "data", "models", "train", "stages", "export", "chat")
 ASIDE = "synthetic"
 WHAT = {
     "common": "files, errors, locks: no torch, no model",
     "data": "formats, manifests, sound, pictures, films, tokenizer",
     "models": "one file a model, each built from its architecture",
     "train": "loop, resume, report, checkpoints, command line",
-    "tasks": "stage E's tasks, one file a family",
-    "stages": "what is one stage's own; the table of stages",
+    "stages": "what is one stage's own, with the tasks of stage E; the table",
     "export": "one folder that other tools open",
     "chat": "conversation, speech, web page",
     "synthetic": "the built-in world and its text, speech, pictures",

@@ -15,8 +15,8 @@ from omni.common.errors import BadRow
 from omni.models.omni_model import OmniModel
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import assemble, processor_of
-from omni.tasks.features import cache_features
-from omni.tasks.prepare import prepare_tasks
+from omni.stages.tasks.features import cache_features
+from omni.stages.tasks.prepare import prepare_tasks
 from omni.train.run import Run
 from omni.train.stage import Stage
 
@@ -69,8 +69,8 @@ def test_kept_features_give_the_losses_of_the_files(mix, tmp_path, monkeypatch):
     assert set(kept) == set(tasks) >= {"caption", "transcription", "spoken_image_question", "spoken_answer"}
     for name in ("encode_images", "encode_audio"):  # never again
         monkeypatch.setattr(model, name, None)
-    monkeypatch.setattr("omni.tasks.processor.load_image", None)
-    monkeypatch.setattr("omni.tasks.processor.load_speech", None)
+    monkeypatch.setattr("omni.stages.tasks.processor.load_image", None)
+    monkeypatch.setattr("omni.stages.tasks.processor.load_speech", None)
     found = [model(batch) for batch in batches(kept)]
     for losses, ours in zip(expected, found, strict=True):
         torch.testing.assert_close(tuple(ours), tuple(losses), rtol=2e-3, atol=1e-4)

@@ -10,8 +10,8 @@ from omni.data.tokenizer import Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.ctc import normalise_text
 from omni.stages.captions import encode_caption
-from omni.tasks.base import normalise_answer
-from omni.tasks.processor import speech_bytes
+from omni.stages.tasks.base import normalise_answer
+from omni.stages.tasks.processor import speech_bytes
 
 FORMATS = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) == "Cf"]
 SELECTORS = [*map(chr, range(0xFE00, 0xFE10)), "\U000e0100", "\u034f", "\u3164"]

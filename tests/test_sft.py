@@ -16,7 +16,7 @@ from harness import Training, differences
 from stages import OMNI, write_csv
 from test_config import only_error
 
-import omni.tasks
+import omni.stages.tasks
 from omni.common.errors import BadRow, UserError
 from omni.data.order import ResumableDataset
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
@@ -32,13 +32,13 @@ from omni.models.projector import Projection
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import assemble, embeddings_of, load_omni, processor_of
 from omni.stages.talker import Utterance, load_talker
-from omni.tasks import TASKS
-from omni.tasks.base import SftTask
-from omni.tasks.dialogue import parse_dialogue
-from omni.tasks.mixture import AnswerScore, EvalItems, TaskMixture
-from omni.tasks.pictures import Captions
-from omni.tasks.prepare import prepare_tasks
-from omni.tasks.processor import Encoded, Processor, speech_bytes
+from omni.stages.tasks import TASKS
+from omni.stages.tasks.base import SftTask
+from omni.stages.tasks.dialogue import parse_dialogue
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture
+from omni.stages.tasks.pictures import Captions
+from omni.stages.tasks.prepare import prepare_tasks
+from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
 from omni.train.checkpoint import load, load_weights, save
 from omni.train.optim import build_adamw
 from omni.train.run import Run
@@ -823,7 +823,7 @@ def test_a_wording_that_does_not_fit_gives_way_to_the_first(tmp_path, monkeypatc
 
 
 NEW_TASK = '''
-from omni.tasks.base import SftTask, one_of, sft_task, turn
+from omni.stages.tasks.base import SftTask, one_of, sft_task, turn
 
 @sft_task
 class Translations(SftTask):
@@ -846,14 +846,14 @@ def test_a_new_task_is_one_new_file(tmp_path, monkeypatch):
     data = OMNI.make_data(tmp_path)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "translation.py").write_text(NEW_TASK)
-    monkeypatch.setattr(omni.tasks, "__path__", [*omni.tasks.__path__, str(tmp_path / "tasks")])
+    monkeypatch.setattr(omni.stages.tasks, "__path__", [*omni.stages.tasks.__path__, str(tmp_path / "tasks")])
     write_csv(tmp_path / "german.csv", [{"english": f"cat {i}", "german": f"Katze {i}"} for i in range(40)])
     keys = {"task_files": {"translation_csv": str(tmp_path / "german.csv")}, "task_weights": {"translation": 3.0}}
     with pytest.raises(ValueError, match='"task_files": .* found "translation_csv"'):
         small_config(tmp_path, **keys)
     before = dict(TASKS)
     try:
-        omni.tasks.import_tasks()
+        omni.stages.tasks.import_tasks()
         tasks, val_tasks, _, processor = prepared(small_config(tmp_path, **keys, val_split=0.3))
         assert list(tasks)[-1] == "translation" and len(tasks["translation"]) + len(val_tasks["translation"]) == 40
         encoded, right = val_tasks["translation"].sample(0, 0, {})

@@ -17,8 +17,8 @@ from omni.models.ctc import CtcTokenizer
 from omni.models.speech_architectures import CodecArchitecture
 from omni.stages.audio_encoder import AudioEncoderConfig, Utterances
 from omni.stages.codec import SpeechClips
+from omni.stages.tasks.processor import Processor
 from omni.stages.vocoder import Clips, VocoderConfig
-from omni.tasks.processor import Processor
 from omni.train import checkpoint
 
 SPEC = MelSpec()

@@ -16,8 +16,8 @@ from omni.models.thinker import Thinker
 from omni.stages import STAGES
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import load_omni
+from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
 from omni.stages.text import load_thinker
-from omni.tasks.processor import Encoded, Processor, speech_bytes
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only

@@ -26,11 +26,11 @@ from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in
 from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.omni_parts import load_omni, processor_of
+from omni.stages.tasks import TASKS
+from omni.stages.tasks.mixture import AnswerScore, EvalItems
 from omni.stages.text import load_thinker, text_metrics, text_sums
 from omni.stages.vision import load_vision_encoder
 from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder, split_column
-from omni.tasks import TASKS
-from omni.tasks.mixture import AnswerScore, EvalItems
 from omni.train.checkpoint import load_stage, saved_config
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr

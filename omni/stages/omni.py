@@ -167,7 +167,7 @@ class SftConfig(StageConfig):
 
 
 def registered_tasks() -> dict[str, type]:
-    from omni.tasks import TASKS  # here, since tasks open models, and a config needs none
+    from omni.stages.tasks import TASKS  # here, since tasks open models, and a config needs none
 
     return TASKS
 

@@ -21,9 +21,9 @@ from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.codec import load_codec
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
+from omni.stages.tasks.processor import Processor
 from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig
-from omni.tasks.processor import Processor
 from omni.train.checkpoint import build, load_stage, load_weights, saved_config, understood
 from omni.train.config import read_sizes, sizes_of
 

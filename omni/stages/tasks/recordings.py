@@ -10,7 +10,7 @@ from omni.common.text import visible
 from omni.data.manifest import Manifest
 from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples
-from omni.tasks.base import SftTask, Side, one_of, sft_task, turn
+from omni.stages.tasks.base import SftTask, Side, one_of, sft_task, turn
 
 
 class _Recordings(SftTask):

@@ -9,8 +9,8 @@ from omni.common.errors import BadRow, TooLong
 from omni.data.manifest import Manifest
 from omni.data.text_rows import load_text
 from omni.data.tokenizer import END
-from omni.tasks.base import ALL, NOTHING, SftTask, sft_task
-from omni.tasks.processor import Encoded
+from omni.stages.tasks.base import ALL, NOTHING, SftTask, sft_task
+from omni.stages.tasks.processor import Encoded
 
 
 @sft_task

@@ -11,8 +11,8 @@ from omni.common.errors import BadRow
 from omni.common.text import visible
 from omni.data.manifest import Manifest
 from omni.data.measure import measure_rows
-from omni.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
-from omni.tasks.recordings import QuestionRecordings, question_recordings
+from omni.stages.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
+from omni.stages.tasks.recordings import QuestionRecordings, question_recordings
 from omni.train.run import Run
 
 

@@ -8,7 +8,7 @@ built-in ones, so that it moves none of their samples.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from omni.tasks.base import TASKS
+from omni.stages.tasks.base import TASKS
 
 _BUILT_IN = ("dialogue", "recordings", "pictures", "signs", "spoken_answers", "conversations")
 

@@ -25,7 +25,7 @@ from omni.models.audio_encoder import mel_spec, output_frames
 from omni.models.ctc import frames_needed
 from omni.models.omni_architecture import OmniArchitecture
 from omni.stages.talker import Utterance
-from omni.tasks.collator import Collator, Encoded
+from omni.stages.tasks.collator import Collator, Encoded
 
 
 class Processor:

@@ -10,8 +10,8 @@ from omni.data.manifest import Manifest
 from omni.stages.aligner import load_aligner, prepare_speech
 from omni.stages.codec import leave_out_long, load_codec
 from omni.stages.talker import CodedSpeech
-from omni.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
-from omni.tasks.processor import Encoded, Processor
+from omni.stages.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
+from omni.stages.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from omni.common.errors import UserError
 from omni.data.manifest import Manifest, account_for_rows, split_rows
 from omni.data.measure import measure_rows
-from omni.tasks.base import FIRST_TURNS, NOTHING, TASKS, SftTask, Side
-from omni.tasks.processor import Processor
+from omni.stages.tasks.base import FIRST_TURNS, NOTHING, TASKS, SftTask, Side
+from omni.stages.tasks.processor import Processor
 from omni.train.precompute import ManifestWithColumns
 from omni.train.run import Run
 

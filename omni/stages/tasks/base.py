@@ -13,7 +13,7 @@ from omni.common.text import visible
 from omni.data.audio import audio_length, resampled_length
 from omni.data.manifest import Manifest, ManifestDataset, load_manifest
 from omni.models.ctc import normalise_text
-from omni.tasks.processor import Encoded, Processor
+from omni.stages.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
 from omni.train.run import Run
 

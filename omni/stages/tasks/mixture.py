@@ -13,8 +13,8 @@ from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.answering import greedy_answers
 from omni.models.omni_model import OmniModel
 from omni.stages.talker import talker_metrics, talker_sums
-from omni.tasks.base import TASKS, SftTask
-from omni.tasks.processor import Processor
+from omni.stages.tasks.base import TASKS, SftTask
+from omni.stages.tasks.processor import Processor
 
 
 class TaskMixture:

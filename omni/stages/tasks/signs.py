@@ -3,7 +3,7 @@
 import numpy as np
 
 from omni.common.text import clean_text
-from omni.tasks.base import SftTask, one_of, sft_task, turn
+from omni.stages.tasks.base import SftTask, one_of, sft_task, turn
 
 
 @sft_task

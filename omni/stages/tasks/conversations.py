@@ -3,7 +3,7 @@
 import numpy as np
 
 from omni.data.conversations import read_conversation
-from omni.tasks.base import SftTask, sft_task
+from omni.stages.tasks.base import SftTask, sft_task
 
 
 @sft_task

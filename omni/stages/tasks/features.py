@@ -11,8 +11,8 @@ from torch import Tensor
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.recordings import measure_samples
 from omni.models.omni_model import OmniModel
-from omni.tasks.base import SftTask
-from omni.tasks.processor import Processor
+from omni.stages.tasks.base import SftTask
+from omni.stages.tasks.processor import Processor
 from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
 from omni.train.run import Run
 
