@@ -5,9 +5,9 @@
 The Thinker of stage A, the audio encoder of stage B and the vision encoder of stage C are joined by two small
 projections: recordings and images become vectors among the Thinker's token embeddings. Then it learns a mixture of
 tasks (``omni/stages/tasks/``), each a conversation that ends with an answer: dialogues, questions about pictures,
-captions, transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the Thinker's hidden
-states. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as they are. The final file holds all
-parts but the speech codec, so that it needs no other folder to answer.
+captions, transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the
+Thinker's hidden states. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as they are. The final
+file holds all parts but the speech codec, so that it needs no other folder to answer.
 """
 
 from pathlib import Path
