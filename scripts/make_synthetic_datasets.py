@@ -13,7 +13,7 @@ images: data/images/annotations.json ([{"image", "caption", "accepted_answers", 
 ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
-combination that training never shows (omni/synthetic/world.py lists them). asr.val_voices.csv has voices that asr.csv
+combination that training never shows (omni/synthetic/holdout.py lists them). asr.val_voices.csv has voices that asr.csv
 has not, ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
@@ -45,7 +45,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from omni.common.errors import Interrupted, RunError, UserError
-from omni.synthetic import pictures, signs, speech, world
+from omni.synthetic import pictures, signs, speech, writing
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
@@ -104,7 +104,7 @@ def text_lines(seed: int, n_lines: int, unseen: bool) -> Iterator[str]:
     """Line i depends on the seed and on i only: a smaller corpus is the beginning of a larger one."""
     split = "held-out" if unseen else "train"
     for i in tqdm(range(n_lines), desc=f"text, {split}", unit="line", disable=not sys.stderr.isatty()):
-        yield world.text_line(random.Random(f"text {split} {seed} {i}"), unseen)
+        yield writing.text_line(random.Random(f"text {split} {seed} {i}"), unseen)
 
 
 def text_files(settings: dict) -> list[Lines]:

@@ -27,7 +27,7 @@ from omni.data.audio import load_audio
 from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.audio_encoder import COLUMNS, error_counts, read_text
-from omni.synthetic import world
+from omni.synthetic import writing
 from omni.train.cli import OneLineErrors, launch
 
 SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
@@ -67,7 +67,7 @@ class Sphinx:
         except ImportError as error:
             raise UserError("expected PocketSphinx: pip install pocketsphinx") from error
         path = folder / "world.arpa"
-        texts = [normalise_text(world.spoken(random.Random(f"second opinion {i}"))) for i in range(SENTENCES)]
+        texts = [normalise_text(writing.spoken(random.Random(f"second opinion {i}"))) for i in range(SENTENCES)]
         path.write_text(bigrams(texts))
         self.decoder = Decoder(lm=str(path), samprate=SAMPLE_RATE, loglevel="FATAL")
 

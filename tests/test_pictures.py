@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 from test_world import true_answer
 
-from omni.synthetic import pictures, signs, world
+from omni.synthetic import facts, holdout, lexicon, pictures, scenes, signs
 
 ROOT = Path(__file__).resolve().parent.parent
 N_PICTURES = 200
@@ -99,15 +99,15 @@ def test_each_shape_looks_unlike_the_others():
     """The most similar of some known shapes, in outline, is of the same kind."""
 
     def look(shape: str, key: str) -> np.ndarray:
-        scene = world.Scene((world.Group(shape, "black", "big", 1, (1, 1)),))
+        scene = scenes.Scene((scenes.Group(shape, "black", "big", 1, (1, 1)),))
         mask = foreground(pictures.render(scene, random.Random(key)))
         left, top, right, bottom = Image.fromarray(mask).getbbox()
         x, y, half = (left + right) // 2, (top + bottom) // 2, (max(right - left, bottom - top) + 1) // 2
         crop = Image.fromarray(mask).convert("L").crop((x - half, y - half, x + half, y + half))
         return np.asarray(crop.resize((24, 24), Image.Resampling.BILINEAR)).astype(int)
 
-    known = [(shape, look(shape, f"known {i}")) for shape in world.SHAPES for i in range(20)]
-    for shape in world.SHAPES:
+    known = [(shape, look(shape, f"known {i}")) for shape in lexicon.SHAPES for i in range(20)]
+    for shape in lexicon.SHAPES:
         for i in range(5):
             seen = look(shape, f"new {i}")
             assert min(known, key=lambda pair: np.abs(pair[1] - seen).sum())[0] == shape
@@ -123,15 +123,15 @@ def test_the_word_on_a_sign_can_be_read():
 
     font = ImageFont.truetype(pictures.FONT_FOLDER / "DejaVuSans-Bold.ttf", 40)
     words = {}
-    for word in world.SIGN_WORDS:
+    for word in facts.SIGN_WORDS:
         page = Image.new("L", (400, 60))
         ImageDraw.Draw(page).text((5, 5), word, fill=255, font=font)
         words[word] = normal(np.asarray(page))
-    shown = world.SIGN_WORDS[::3]
+    shown = facts.SIGN_WORDS[::3]
     n_right = 0
     for i, word in enumerate(shown):
-        group = world.Group("sign", world.COLOURS[i % 10], world.SIZES[i // 10 % 2], 1, (1, 1), word)
-        image = pictures.render(world.Scene((group,)), random.Random(i))
+        group = scenes.Group("sign", lexicon.COLOURS[i % 10], lexicon.SIZES[i // 10 % 2], 1, (1, 1), word)
+        image = pictures.render(scenes.Scene((group,)), random.Random(i))
         rows, columns = (np.flatnonzero(foreground(image).any(axis=axis)) for axis in (1, 0))
         board = np.asarray(image.convert("L")).astype(int)[rows[0] + 2 : rows[-1] - 1, columns[0] + 2 : columns[-1] - 1]
         seen = normal(np.abs(board - np.median(board[:, 0])))
@@ -157,19 +157,19 @@ def test_colours_are_further_apart_than_they_vary():
 def test_caption_and_questions_are_those_of_the_scene_that_is_drawn(made):
     for image, info in made:
         assert image.mode == "RGB" and image.size == (pictures.SIZE, pictures.SIZE)
-        groups = [world.Group(**(group | {"cell": tuple(group["cell"])})) for group in info["groups"]]
+        groups = [scenes.Group(**(group | {"cell": tuple(group["cell"])})) for group in info["groups"]]
         for group in groups:
             assert group.phrase.lower() in info["caption"].lower()
         assert 3 <= len(info["questions"]) <= pictures.QUESTIONS
         assert len({question for question, _ in info["questions"]}) == len(info["questions"])
         for question, answer in info["questions"]:
-            assert true_answer(world.Scene(tuple(groups)), question) in (None, answer)
+            assert true_answer(scenes.Scene(tuple(groups)), question) in (None, answer)
 
 
 def test_captions_tell_pictures_as_one_reads_and_in_one_of_the_ways_of_the_world(made):
     for _, info in made:
-        groups = [world.Group(**(group | {"cell": tuple(group["cell"])})) for group in info["groups"]]
-        ways = {world.caption(world.Scene(tuple(groups)), random.Random(i)) for i in range(64)}
+        groups = [scenes.Group(**(group | {"cell": tuple(group["cell"])})) for group in info["groups"]]
+        ways = {scenes.caption(scenes.Scene(tuple(groups)), random.Random(i)) for i in range(64)}
         assert info["caption"] in ways
         if len(groups) in (2, 4):  # of three, the one in the corner between the others is named second
             places = [info["caption"].lower().index(group.phrase.lower()) for group in groups]
@@ -187,10 +187,10 @@ def test_only_held_out_pictures_show_a_held_out_combination(made, split):
                     found.add((one["shape"], "left of", other["shape"]))
                 if column == other_column and row < other_row:
                     found.add((one["shape"], "above", other["shape"]))
-        assert bool(found & world.HELD_OUT) == split
-        shown |= found & world.HELD_OUT
+        assert bool(found & holdout.HELD_OUT) == split
+        shown |= found & holdout.HELD_OUT
     if split:
-        assert shown == {*world.HELD_OUT_PAIRS, *world.HELD_OUT_RELATIONS}
+        assert shown == {*holdout.HELD_OUT_PAIRS, *holdout.HELD_OUT_RELATIONS}
 
 
 # --- signs ----------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_saved_and_read_again_they_are_the_same_pixels(tmp_path):
 def test_each_class_has_as_many_captions_as_every_other():
     entries = json.loads("".join(pictures.class_captions()))
     captions = [entry["caption"] for entry in entries]
-    sizes = len(world.COLOURS) * len(world.SHAPES) * world.MAX_COUNT * len(world.PLACE_OF) * len(world.SIZES)
+    sizes = len(lexicon.COLOURS) * len(lexicon.SHAPES) * lexicon.MAX_COUNT * len(scenes.PLACE_OF) * len(lexicon.SIZES)
     assert len(set(captions)) == len(captions) == sizes
     for name in pictures.ATTRIBUTES:
         counts = Counter(entry[name] for entry in entries)

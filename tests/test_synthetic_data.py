@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 from omni.data.manifest import load_manifest
-from omni.synthetic import speech, world
+from omni.synthetic import facts, speech
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
 AUDIO = ("--size", "smoke", "--only", "audio")
@@ -175,10 +175,10 @@ def test_images_carry_their_questions(made):
 def test_recordings_carry_what_they_answer_and_what_answers_them(made):
     rows = [row for name in ("asr.csv", "tts.csv") for row in csv.DictReader((made / "audio" / name).open())]
     answered = [row for row in rows if row["answer"]]
-    assert answered and all(world.ANSWERS[row["text"]] == row["answer"] for row in answered)
+    assert answered and all(facts.ANSWERS[row["text"]] == row["answer"] for row in answered)
     asked = [row for row in rows if row.get("question")]
     assert asked and all(
-        world.ANSWERS[question] == row["text"] for row in asked for question in json.loads(row["question"])
+        facts.ANSWERS[question] == row["text"] for row in asked for question in json.loads(row["question"])
     )
 
 

@@ -1,7 +1,7 @@
 """The small world: its English is true and grammatical, and held-out combinations never occur in training text.
 
 `combinations_in` reads combinations back from the finished lines with patterns of its own. It shares nothing with
-`omni/synthetic/world.py` but the word lists, so a leak through any template, question or answer shows.
+the generator but the word lists, so a leak through any template, question or answer shows.
 """
 
 import json
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pytest
 
-from omni.synthetic import world
+from omni.synthetic import facts, holdout, lexicon, scenes, stories, writing
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
 
-COLOUR = "(?:" + "|".join(world.COLOURS) + ")"
+COLOUR = "(?:" + "|".join(lexicon.COLOURS) + ")"
 RELATION = "(left of|right of|above|below)"
 PHRASE = rf"(?:(?:a|an|the|one|two|three|four|five) )?(?:(?:small|big) )?(?:{COLOUR} )?"
 SAYS = r"(?: that says \w+)?"
 
 
 def lines_of(seed: str, n_lines: int, unseen: bool = False) -> list[str]:
-    return [world.text_line(random.Random(f"{seed} {i}"), unseen) for i in range(n_lines)]
+    return [writing.text_line(random.Random(f"{seed} {i}"), unseen) for i in range(n_lines)]
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,12 @@ def combinations_in(line: str) -> set[tuple[str, ...]]:
     text = line.lower()
 
     def pair(colour, noun):
-        shape = singular(noun, world.SHAPES)
+        shape = singular(noun, lexicon.SHAPES)
         if shape:
             found.add((colour, shape))
 
     def relate(one, relation, other):
-        one, other = singular(one, world.SHAPES), singular(other, world.SHAPES)
+        one, other = singular(one, lexicon.SHAPES), singular(other, lexicon.SHAPES)
         if one and other:
             if relation in ("right of", "below"):
                 one, other = other, one
@@ -108,12 +108,14 @@ def combinations_in(line: str) -> set[tuple[str, ...]]:
 
     for unit in units_of(text):
         words = set(words_of(unit))
-        found |= {(p, place) for p in world.PEOPLE if p.lower() in words for place in world.PLACES if place in words}
+        found |= {
+            (p, place) for p in lexicon.PEOPLE if p.lower() in words for place in lexicon.PLACES if place in words
+        }
         found |= {
             (pet, treat)
-            for pet in world.PETS
-            if {pet, world.plural(pet)} & words
-            for treat in world.TREATS
+            for pet in lexicon.PETS
+            if {pet, lexicon.plural(pet)} & words
+            for treat in lexicon.TREATS
             if treat in words
         }
     return found
@@ -141,28 +143,28 @@ def combinations_in(line: str) -> set[tuple[str, ...]]:
 )
 def test_the_reader_of_combinations_can_see_a_leak(line, combination):
     assert combination in combinations_in(line)
-    assert combination in world.HELD_OUT
+    assert combination in holdout.HELD_OUT
 
 
 def test_training_lines_show_no_held_out_combination(train):
     for line in train:
-        assert not combinations_in(line) & world.HELD_OUT, line
+        assert not combinations_in(line) & holdout.HELD_OUT, line
 
 
 def test_held_out_lines_all_show_one(unseen):
     for line in unseen:
-        assert combinations_in(line) & world.HELD_OUT, line
+        assert combinations_in(line) & holdout.HELD_OUT, line
 
 
 def test_each_held_out_combination_is_tested(unseen):
     shown = set().union(*(combinations_in(line) for line in unseen))
-    assert shown >= world.HELD_OUT
+    assert shown >= holdout.HELD_OUT
 
 
 def test_about_a_tenth_of_scenes_and_stories_is_held_out():
     rng = random.Random(0)
-    for sample in (world.sample_scene, world.sample_story):
-        share = sum(world.held_out(sample(rng)) for _ in range(5_000)) / 5_000
+    for sample in (scenes.sample_scene, stories.sample_story):
+        share = sum(holdout.held_out(sample(rng)) for _ in range(5_000)) / 5_000
         assert 0.05 < share < 0.12
 
 
@@ -170,18 +172,18 @@ def test_held_out_words_all_occur_in_training(train, unseen):
     vocabulary = {word.lower() for line in train for word in words_of(line)}
     assert {word.lower() for line in unseen for word in words_of(line)} <= vocabulary
     assert 400 <= len(vocabulary) <= 1200
-    assert {word.lower() for word in world.SIGN_WORDS} <= vocabulary
+    assert {word.lower() for word in facts.SIGN_WORDS} <= vocabulary
 
 
 def test_spoken_sentences(train):
     vocabulary = {word.lower() for line in train for word in words_of(line)}
     for unseen in (False, True):
         for i in range(1_000):
-            text = world.spoken(random.Random(f"{unseen} {i}"), unseen)
+            text = writing.spoken(random.Random(f"{unseen} {i}"), unseen)
             assert re.fullmatch(r"[A-Z][A-Za-z ,.?!]*[.?!]", text), text
             assert 5 <= len(text.split()) <= 10, text
             assert {word.lower() for word in words_of(text)} <= vocabulary, text
-            assert bool(combinations_in(text) & world.HELD_OUT) == unseen, text
+            assert bool(combinations_in(text) & holdout.HELD_OUT) == unseen, text
 
 
 def test_equal_seeds_give_equal_text_and_global_state_is_untouched():
@@ -198,12 +200,12 @@ def test_equal_seeds_give_equal_text_and_global_state_is_untouched():
 # --- answers --------------------------------------------------------------------------------------------------------
 
 
-def true_answer(scene: world.Scene, question: str) -> str | None:
+def true_answer(scene: scenes.Scene, question: str) -> str | None:
     """What a reader who looks at the scene answers; None for a kind of question that is not checked here."""
-    number = ("none", *world.NUMBERS[1:])
+    number = ("none", *lexicon.NUMBERS[1:])
 
     def groups(noun, colour=None):
-        shape = singular(noun, [*world.SHAPES, "sign"])
+        shape = singular(noun, [*lexicon.SHAPES, "sign"])
         return [g for g in scene.groups if g.shape == shape and colour in (None, g.colour)]
 
     def there(found):
@@ -256,8 +258,8 @@ def test_answers_are_true_of_their_scenes():
     checked = total = 0
     for i in range(2_000):
         rng = random.Random(f"answers {i}")
-        scene = world.sample_scene(rng)
-        asked = world.questions(scene, rng)
+        scene = scenes.sample_scene(rng)
+        asked = scenes.questions(scene, rng)
         assert len(dict(asked)) == len(set(asked)), "a question with two answers"
         for question, answer in asked:
             expected = true_answer(scene, question)
@@ -269,15 +271,15 @@ def test_answers_are_true_of_their_scenes():
 def test_captions_and_descriptions_tell_the_whole_scene():
     for i in range(1_000):
         rng = random.Random(f"caption {i}")
-        scene = world.sample_scene(rng)
-        for text in (world.caption(scene, rng), world.describe(scene, rng)):
+        scene = scenes.sample_scene(rng)
+        for text in (scenes.caption(scene, rng), scenes.describe(scene, rng)):
             for group in scene.groups:
                 assert group.phrase in text or group.phrase[0].upper() + group.phrase[1:] in text, (text, group)
 
 
 def test_groups_do_not_overlap_and_differ():
     for i in range(1_000):
-        groups = world.sample_scene(random.Random(f"overlap {i}")).groups
+        groups = scenes.sample_scene(random.Random(f"overlap {i}")).groups
         assert len({(g.colour, g.shape) for g in groups}) == len(groups)
         assert sum(g.shape == "sign" for g in groups) <= 1
         for one in groups:
@@ -288,8 +290,8 @@ def test_groups_do_not_overlap_and_differ():
 
 
 def test_a_fact_has_one_answer():
-    pairs = [pair for kind in world.FACTS.values() for pair in kind]
-    said = [(phrase, answer) for phrases, answer in world.SMALL_TALK for phrase in phrases.split("|")]
+    pairs = [pair for kind in facts.FACTS.values() for pair in kind]
+    said = [(phrase, answer) for phrases, answer in facts.SMALL_TALK for phrase in phrases.split("|")]
     assert len(dict(pairs + said)) == len(set(pairs + said))
     assert ("What is seven plus two?", "Seven plus two is nine.") in pairs
     assert ("What is seven minus five?", "Seven minus five is two.") in pairs
@@ -299,7 +301,7 @@ def test_a_fact_has_one_answer():
 
 
 def test_grammar(train, unseen):
-    plurals = {world.plural(noun) for noun in (*world.SHAPES, *world.GROCERIES, *world.THINGS)}
+    plurals = {lexicon.plural(noun) for noun in (*lexicon.SHAPES, *lexicon.GROCERIES, *lexicon.THINGS)}
     for line in train + unseen:
         text = re.sub(r"<\|\w+\|>", " ", line)
         assert not re.search(r"\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]", text), line

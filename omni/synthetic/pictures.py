@@ -1,4 +1,4 @@
-"""Pictures of the small world: a scene of `omni.synthetic.world`, drawn, with its caption and questions.
+"""Pictures of the small world: a scene of `omni.synthetic.scenes`, drawn, with its caption and questions.
 
 Every function is pure: a picture depends on (seed, index, unseen) only. All randomness comes from Python's own
 generator, and the drawing snaps to whole pixels of a canvas four times as fine, so that the pinned Pillow gives the
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from omni.synthetic import world
+from omni.synthetic import holdout, lexicon, scenes
 
 # (x, y) points: x to the right, y down. "px" is a pixel of the finished picture, "fine" one of the canvas.
 SIZE = 128  # px, both sides
@@ -33,7 +33,7 @@ COLOUR_SPREAD = 10  # each channel of a group's colour varies by this much
 # Radii in px, by the number of shapes: the largest that fit a group's box, so four big ones are smaller than one.
 # The gap between 10 and 13 is what makes "big or small?" a fair question.
 RADIUS = {
-    "small": dict.fromkeys(range(1, world.MAX_COUNT + 1), (9.4, 10.0)),
+    "small": dict.fromkeys(range(1, lexicon.MAX_COUNT + 1), (9.4, 10.0)),
     "big": {1: (16.0, 20.0), 2: (13.2, 14.2), 3: (13.0, 13.6), 4: (13.0, 13.6)},
 }
 BOARD = {"small": ((48, 52), (17, 19)), "big": ((58, 60), (34, 44))}  # a sign's width and height, px
@@ -161,7 +161,7 @@ def _vary(rgb: tuple[int, int, int], spread: int, rng: random.Random) -> tuple[i
     return tuple(min(255, max(0, channel + rng.randint(-spread, spread))) for channel in rgb)
 
 
-def _draw_shapes(canvas: ImageDraw.ImageDraw, group: world.Group, rgb, centre, rng: random.Random) -> None:
+def _draw_shapes(canvas: ImageDraw.ImageDraw, group: scenes.Group, rgb, centre, rng: random.Random) -> None:
     radius = rng.uniform(*RADIUS[group.size][group.count])
     centres = _arrange(group.count, radius, rng)
     reach = _REACH * radius
@@ -190,7 +190,7 @@ def _word_mask(word: str) -> Image.Image:
     return mask
 
 
-def _draw_sign(picture: Image.Image, group: world.Group, rgb, centre, rng: random.Random) -> None:
+def _draw_sign(picture: Image.Image, group: scenes.Group, rgb, centre, rng: random.Random) -> None:
     """A board with the word as large as it fits; a long word is condensed rather than made smaller."""
     width, height = (rng.randint(*sides) for sides in BOARD[group.size])
     x = centre[0] + _shift([0.0], width / 2, rng)
@@ -218,7 +218,7 @@ def _grain(image: Image.Image, strength: int, rng: random.Random) -> Image.Image
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
 
-def render(scene: world.Scene, rng: random.Random) -> Image.Image:
+def render(scene: scenes.Scene, rng: random.Random) -> Image.Image:
     """Draw a scene: RGB, `SIZE` x `SIZE`.
 
     A group stands inside its box, half as wide and high as the picture, with the upper left corner at
@@ -243,7 +243,7 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
     """One picture and all that is said about it.
 
     Args:
-        unseen: show a combination that no training picture shows (`world.held_out`).
+        unseen: show a combination that no training picture shows (`holdout.held_out`).
 
     Returns:
         the image, RGB, 128 x 128, to be saved with `SAVE`;
@@ -252,16 +252,16 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
         of a picture of one group of shapes, else None}. Every answer follows from the picture.
     """
     rng = random.Random(f"picture {'held-out' if unseen else 'train'} {seed} {index}")
-    scene = world.draw(world.sample_scene, rng, unseen)
-    caption = world.caption(scene, rng, in_order=True)
-    asked = world.questions(scene, rng)
+    scene = holdout.draw(scenes.sample_scene, rng, unseen)
+    caption = scenes.caption(scene, rng, in_order=True)
+    asked = scenes.questions(scene, rng)
     rng.shuffle(asked)  # before equal ones are dropped: a question listed twice is likelier to be among the first
     questions = [list(pair) for pair in dict.fromkeys(asked)][:QUESTIONS]
     groups = [
         {"shape": g.shape, "colour": g.colour, "size": g.size, "count": g.count, "cell": list(g.cell), "word": g.word}
         for g in scene.groups
     ]
-    accepted = sorted({world.caption(scene, random.Random(i)) for i in range(CAPTIONS_TRIED)} | {caption})
+    accepted = sorted({scenes.caption(scene, random.Random(i)) for i in range(CAPTIONS_TRIED)} | {caption})
     one = scene.groups[0] if len(scene.groups) == 1 and not scene.groups[0].word else None
     classes = {name: getattr(one, name, None) for name in ATTRIBUTES}  # of several groups, none
     about = {"caption": caption, "accepted_answers": accepted, "questions": questions, "groups": groups}
@@ -270,10 +270,10 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
 
 def class_captions() -> Iterator[str]:
     """Lines of a JSON list of captions with their classes: one group of each colour, shape, count, place and size."""
-    rng, values = random.Random(0), (world.COLOURS, world.SHAPES, range(1, world.MAX_COUNT + 1))
+    rng, values = random.Random(0), (lexicon.COLOURS, lexicon.SHAPES, range(1, lexicon.MAX_COUNT + 1))
     start = "["
-    for colour, shape, count, cell, size in itertools.product(*values, world.PLACE_OF, world.SIZES):
-        caption = world.caption(world.Scene((world.Group(shape, colour, size, count, cell),)), rng)
+    for colour, shape, count, cell, size in itertools.product(*values, scenes.PLACE_OF, lexicon.SIZES):
+        caption = scenes.caption(scenes.Scene((scenes.Group(shape, colour, size, count, cell),)), rng)
         yield start + json.dumps({"caption": caption, "colour": colour, "shape": shape, "count": count})
         start = ","
     yield "]"

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from omni.synthetic import world
+from omni.synthetic import facts, lexicon
 from omni.synthetic.pictures import FONT_FOLDER
 
 # px is a pixel of the finished image; the text is drawn twice as fine.
@@ -76,13 +76,13 @@ _MORE_WORDS = """
 def _world_words() -> set[str]:
     """Every word of the world's tables, in lower case."""
     lists = (
-        world.NUMBERS, world.SHAPES, world.COLOURS, world.SIZES, world.PEOPLE, world.PLACES, world.GROCERIES,
-        world.THINGS, world.ACTIVITIES, world.PETS, world.PET_NAMES, world.TREATS, world.DAYS, world.MONTHS,
-        world.SEASONS, world.SIGN_WORDS,
+        lexicon.NUMBERS, lexicon.SHAPES, lexicon.COLOURS, lexicon.SIZES, lexicon.PEOPLE, lexicon.PLACES,
+        lexicon.GROCERIES, lexicon.THINGS, lexicon.ACTIVITIES, lexicon.PETS, lexicon.PET_NAMES, lexicon.TREATS,
+        lexicon.DAYS, lexicon.MONTHS, lexicon.SEASONS, facts.SIGN_WORDS,
     )  # fmt: skip
     tables = (
-        world.OPPOSITES, world.EATS, world.SAYS, world.LIVES, world.YOUNG, world.COLOUR_OF, world.KINDS, world.USES,
-        world.JOBS, world.CAPITALS,
+        facts.OPPOSITES, facts.EATS, facts.SAYS, facts.LIVES, facts.YOUNG, facts.COLOUR_OF, facts.KINDS, facts.USES,
+        facts.JOBS, facts.CAPITALS,
     )  # fmt: skip
     texts = [text for words in lists for text in words]
     texts += [text for table in tables for pair in table.items() for text in pair]

@@ -1,4 +1,4 @@
-"""Speech of the small world: sentences of `omni.synthetic.world`, read aloud by the espeak-ng synthesiser.
+"""Speech of the small world: sentences of `omni.synthetic.writing`, read aloud by the espeak-ng synthesiser.
 
 espeak-ng remembers: the phase of its pitch flutter, its automatic gain and its noise generators go on from one
 utterance to the next, and no call resets them, so that it reads the same text differently each time. Clips therefore
@@ -21,7 +21,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from omni.synthetic import world
+from omni.synthetic import facts, writing
 
 SAMPLE_RATE = 16_000  # Hz
 GROUP = 32  # clips that one process reads: starting it costs as much as reading one or two
@@ -82,7 +82,7 @@ def sentences(name: str, seed: int, count: int) -> list[str]:
     known: set[str] = set()
     draw = 0
     while len(chosen) < count:
-        text = world.spoken(random.Random(f"speech {name} {seed} {draw}"), collection.unseen)
+        text = writing.spoken(random.Random(f"speech {name} {seed} {draw}"), collection.unseen)
         draw += 1
         if collection.different and text in known:
             continue
@@ -206,6 +206,6 @@ def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) ->
         file = io.BytesIO()
         clip = finish(samples, synthesiser.sample_rate, how, noise_seed)
         soundfile.write(file, clip, SAMPLE_RATE, subtype="PCM_16", format="WAV")
-        questions = world.QUESTIONS.get(texts[index])
-        row = {"text": texts[index], "voice": how.voice, "answer": world.ANSWERS.get(texts[index], "")}
+        questions = facts.QUESTIONS.get(texts[index])
+        row = {"text": texts[index], "voice": how.voice, "answer": facts.ANSWERS.get(texts[index], "")}
         yield file.getvalue(), row | {"question": json.dumps(questions) if questions else ""}
