@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omni.common.errors import Interrupted, RunError, UserError
 from omni.common.files import write_sealed_json
 from omni.common.media import quoted
-from omni.data.download import Archive, Store, gigabytes, log, read_checksums, read_record, replacing
+from omni.data.archives import Archive, replacing
+from omni.data.download import Store, gigabytes, log, read_checksums, read_record
 
 Items = dict[str, list[str]]  # name of an archive -> names of its unpacked items, relative to the dataset's folder
 TableRows = Iterable[dict[str, str]]

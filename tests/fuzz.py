@@ -47,8 +47,8 @@ from stages import make_mix, write_csv
 
 import export
 from omni.common.errors import BadRow, RunError, UserError
+from omni.data.archives import Archive, unpack
 from omni.data.audio import audio_length, load_audio
-from omni.data.download import Archive, unpack
 from omni.data.images import load_image
 from omni.data.lines import read_chunks, split_samples
 from omni.data.manifest import load_manifest

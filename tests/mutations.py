@@ -962,11 +962,11 @@ MUTATIONS = [
         "tests/test_prepare_data.py::test_a_download_stops_at_the_published_size",
     ),
     Mutation(
-        "downloads", "an archive may unpack to anything", "omni/data/download.py",
+        "downloads", "an archive may unpack to anything", "omni/data/archives.py",
         "if self.n_bytes < 0:", "if False:", "tests/test_prepare_data.py::test_a_bomb_is_stopped",
     ),
     Mutation(
-        "downloads", "only some errors of archives are known", "omni/data/download.py",
+        "downloads", "only some errors of archives are known", "omni/data/archives.py",
         "    except _DAMAGES as error:\n",
         "    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:\n",
         "tests/test_prepare_data.py::test_a_zip_that_cannot_be_read",

@@ -25,7 +25,8 @@ import soundfile
 from harness import ROOT, ForkServer, Process, kill_at
 
 from omni.common.errors import RunError
-from omni.data.download import Archive, Transfer, unpack
+from omni.data.archives import Archive, unpack
+from omni.data.download import Transfer
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
