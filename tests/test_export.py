@@ -443,7 +443,7 @@ def test_stages_that_do_not_fit_together_are_refused(folders, tmp_path):
     check({"thinker": retold}, str(folders["omni"]), str(retold), "tokenizers differ")
 
     def wide(payload):
-        payload["config"]["d_ff"] = 48
+        payload["config"]["d_ff"] = payload["architecture"]["d_ff"] = 48
         for name in payload["model"]:
             if "mlp." in name:
                 payload["model"][name] = torch.zeros(16, 48) if "down" in name else torch.zeros(48, 16)
@@ -462,7 +462,7 @@ def test_stages_that_do_not_fit_together_are_refused(folders, tmp_path):
     check({"talker": other}, "talker.pt", "rvq_codec.pt", "frame_ms 40 here, 80 there")
 
     def low(payload):
-        payload["config"]["win_length"] = 320
+        payload["config"]["win_length"] = payload["architecture"]["win_length"] = 320
 
     other = altered(folders["vocoder"], tmp_path / "low", "hifigan.pt", low)
     check({"vocoder": other}, str(other), str(folders["talker"]), "log-mels", "win_length 320 here, 640 there")

@@ -6,7 +6,7 @@ Nothing in the folder can run code when it is opened.
 """
 
 import hashlib
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 
 import torch
@@ -19,26 +19,10 @@ from omni.common.files import file_sha256, read_json
 from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
-from omni.models.architectures import (
-    AudioEncoderArchitecture,
-    OcrArchitecture,
-    ThinkerArchitecture,
-    VisionArchitecture,
-)
-from omni.models.audio_encoder import AudioEncoder
-from omni.models.codec import Codec
-from omni.models.ocr import OcrModel
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
-from omni.models.speech_architectures import CodecArchitecture
-from omni.models.talker import Talker
-from omni.models.thinker import Thinker
-from omni.models.vision_encoder import ViT
-from omni.models.vocoder import Generator, fold_weight_norm
 from omni.stages import STAGES
 from omni.stages.omni import SftConfig
-from omni.stages.talker import TalkerConfig
-from omni.stages.vocoder import VocoderConfig
 from omni.train.checkpoint import build, understood
 from omni.train.config import read_sizes
 
@@ -46,29 +30,14 @@ from omni.train.config import read_sizes
 # The parts
 
 
-def audio_architecture(sizes: dict) -> AudioEncoderArchitecture:
-    """Of an audio encoder's sizes those that the model itself has."""
-    own = {name: sizes[name] for name in AudioEncoderArchitecture.model_fields}
-    return AudioEncoderArchitecture.model_validate(own | {"ctc_vocab_size": sizes["n_tokens"]})
-
-
-def _build_vit(sizes: dict) -> ViT:
-    return ViT(VisionArchitecture.model_validate(sizes))
-
-
-# prefix in model.safetensors -> a module of the sizes in config.json, its weights yet to be loaded
-BUILD: dict[str, Callable[[dict], nn.Module]] = {
-    "thinker": lambda sizes: Thinker(ThinkerArchitecture.model_validate(sizes)),
-    "audio_encoder": lambda sizes: AudioEncoder(audio_architecture(sizes)),
-    "vision_encoder": _build_vit,
-    "talker": lambda sizes: Talker(read_sizes(TalkerConfig, sizes).architecture),
-    "rvq": lambda sizes: Codec(CodecArchitecture.model_validate(sizes)),
-    "vocoder": lambda sizes: fold_weight_norm(Generator(read_sizes(VocoderConfig, sizes).architecture)),
-    "ocr": lambda sizes: OcrModel(OcrArchitecture.model_validate(sizes)),
-}
-
 STAGE_OF = {part.name: stage for stage in STAGES.values() for part in stage.exports}
 PARTS = {part.name: part for stage in STAGES.values() for part in stage.exports}
+
+
+def build_part(name: str, sizes: dict) -> nn.Module:
+    """A part from its architecture in config.json, its weights not loaded yet."""
+    part, stage = PARTS[name], STAGE_OF[name]
+    return (part.model or stage.model)((part.architecture or stage.architecture).model_validate(sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,7 +134,7 @@ class Export:
             raise UserError(f"{self.folder}: has no {name}, which {part.purpose}. Export it with {part.option}")
         weights = {key.removeprefix(f"{name}."): tensor for key, tensor in self.weights(name).items()}
         sizes = self.folder / CONFIG
-        module = build(lambda: BUILD[name](self.config["parts"][name]), weights, self.folder / WEIGHTS, sizes)
+        module = build(lambda: build_part(name, self.config["parts"][name]), weights, self.folder / WEIGHTS, sizes)
         return module.to(device).eval()
 
     def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:

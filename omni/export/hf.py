@@ -9,7 +9,7 @@ from torch import Tensor
 from omni.common.files import write_json
 from omni.data.audio import MelSpec
 from omni.data.tokenizer import END, END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
-from omni.export.bundle import audio_architecture, rounded, write_weights
+from omni.export.bundle import rounded, write_weights
 from omni.export.folder import CONFIG, TOKENIZER, WEIGHTS
 from omni.export.model_card import Part
 from omni.models.architectures import ThinkerArchitecture
@@ -49,7 +49,7 @@ def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer
 
 def write_recogniser(folder: Path, part: Part, tokenizer: CtcTokenizer, dtype: torch.dtype) -> None:
     """Stage B's audio encoder with its CTC head and tokenizer."""
-    arch, weights = audio_architecture(part.sizes), to_parakeet_state_dict(part.module)
+    arch, weights = part.module.architecture, to_parakeet_state_dict(part.module)
     statistics = {name for name in weights if ".running_" in name}
     write_model(folder, parakeet_config(arch), weights, dtype, statistics)
     tokenizer.save(folder / TOKENIZER)
@@ -62,7 +62,7 @@ def preprocessing(parts: dict[str, Part]) -> dict:
     """How each part's input is made from a file."""
     settings = {}
     if "audio_encoder" in parts:
-        spec = audio_mel_spec(audio_architecture(parts["audio_encoder"].sizes))
+        spec = audio_mel_spec(parts["audio_encoder"].module.architecture)
         settings["audio_encoder"] = log_mels(spec, per_utterance=True)
     if "vision_encoder" in parts:
         settings["vision_encoder"] = image_processor(*parts["vision_encoder"].module.img_size)

@@ -39,6 +39,7 @@ class Part:
     step: int
     metrics: dict[str, float]
     notes: list[str] = field(default_factory=list)
+    config: dict = field(default_factory=dict)  # keys of its training
 
 
 def describe(name: str, part: Part) -> dict:

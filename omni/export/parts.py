@@ -5,47 +5,25 @@ import sys
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel
 
 from omni.common.errors import UserError, check_compatible
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import BUILD, weights_sha256
+from omni.export.bundle import PARTS, STAGE_OF, weights_sha256
 from omni.export.folder import TOKENIZER
 from omni.export.model_card import Part, figures
-from omni.models.architectures import (
-    AudioEncoderArchitecture,
-    OcrArchitecture,
-    ThinkerArchitecture,
-    VisionArchitecture,
-)
 from omni.models.codec import fingerprint
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.ctc import CtcTokenizer
 from omni.models.omni_architecture import OmniArchitecture
-from omni.models.speech_architectures import CodecArchitecture
-from omni.models.vocoder import Generator, fold_weight_norm, refuse_other_mels
-from omni.stages.audio_encoder import AudioEncoderConfig
-from omni.stages.ocr import OcrConfig
+from omni.models.vocoder import refuse_other_mels
+from omni.stages import STAGES
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import load_omni
-from omni.stages.talker import CodecConfig, TalkerConfig
-from omni.stages.text import TextConfig
-from omni.stages.vision import VisionConfig
-from omni.stages.vocoder import VocoderConfig
-from omni.train.checkpoint import build, load_stage, saved_config
-from omni.train.config import StageConfig, sizes_of
+from omni.train.checkpoint import load_stage
+from omni.train.config import check_compatible
+from omni.train.stage import load
 
-# part -> stage in the checkpoint, prefix of its step files, final file, its config, what of that are sizes
-STAGES: dict[str, tuple[str, str, str, type[StageConfig], type[BaseModel] | None]] = {
-    "thinker": ("text", "thinker", "thinker.pt", TextConfig, ThinkerArchitecture),
-    "audio_encoder": ("audio_enc", "audio_enc", "audio_enc.pt", AudioEncoderConfig, AudioEncoderArchitecture),
-    "vision_encoder": ("vision", "vision", "vision.pt", VisionConfig, None),
-    "talker": ("talker", "talker", "talker.pt", TalkerConfig, TalkerConfig),
-    "rvq": ("codec", "rvq_codec", "rvq_codec.pt", CodecConfig, CodecArchitecture),
-    "vocoder": ("vocoder", "hifigan", "hifigan.pt", VocoderConfig, VocoderConfig),
-    "ocr": ("ocr", "ocr", "ocr.pt", OcrConfig, OcrArchitecture),
-}
-MAY_DIFFER = ("dropout", "max_mel_length", "ctc_vocab_size")  # of encoders; the last is an upper bound in stage B
+MAY_DIFFER = ("dropout",)  # of encoders
 # no weight depends on these sizes: stage E's may differ from stage A's
 UNWEIGHTED = ("ctx_len", "dropout", "router_aux_loss_coef")
 
@@ -56,34 +34,15 @@ def load_part(name: str, folder: Path) -> Part:
     Raises:
         UserError: nothing there, damaged, or of another stage.
     """
-    stage, prefix, final, cls, sizes_cls = STAGES[name]
-    saved, file = load_saved(folder, stage, prefix, final)
-    config, weights = saved_config(cls, saved), saved["model"]
-    sizes = {} if sizes_cls is None else sizes_of(sizes_cls, config)
-    if name == "vision_encoder":  # of stage C's two towers the one that sees
-        sizes = {key: getattr(config, key) for key in VisionArchitecture.model_fields}
-        weights = {key.removeprefix("vit."): value for key, value in weights.items() if key.startswith("vit.")}
-    if name == "audio_encoder":
-        n_tokens = CtcTokenizer.load(folder / TOKENIZER).vocab_size
-        sizes |= {"max_mel_length": config.max_mel_length, "n_tokens": n_tokens}
-    module = build(
-        lambda: Generator(config.architecture) if name == "vocoder" else BUILD[name](sizes), weights, saved["path"]
-    )
-    if name == "vocoder":  # in training, direction and length of a weight are two tensors
-        fold_weight_norm(module)
-    return Part(module.eval(), sizes, stage, file, saved["step"], saved["metrics"])
-
-
-def load_saved(folder: Path, stage: str, prefix: str, final: str) -> tuple[dict, str]:
-    """What ``load_stage`` finds, and the name of the file; that the stage is still in training goes to stderr."""
-    finished = (folder / final).exists()
-    saved = load_stage(folder, stage, prefix, final)
-    file = final if finished else f"{prefix}_step_{saved['step']}.pt"
-    if not finished:
-        notice(f"{folder}: no {final} yet, exporting {file}")
-    if saved["files"] is None and (folder / TOKENIZER).exists():
-        notice(f"{folder / file}: of an earlier version, without the checksum of {TOKENIZER}, which is taken as it is")
-    return saved, file
+    part, stage = PARTS[name], STAGE_OF[name]
+    loaded = load(stage, folder)
+    if loaded.path.name != stage.final:
+        notice(f"{folder}: no {stage.final} yet, exporting {loaded.path.name}")
+    module = part.take(loaded.model)
+    return Part(
+        module, module.architecture.model_dump(), stage.name, loaded.path.name, loaded.step, loaded.metrics,
+        config=loaded.config,
+    )  # fmt: skip
 
 
 def answering_parts(
@@ -102,28 +61,26 @@ def answering_parts(
         notice("no --omni_ckpt: this export answers text alone, without pictures or recordings")
         return {"thinker": thinker}, tokenizer, None, None
     omni, omni_tokenizer, config = load_omni(args.omni_ckpt, torch.device("cpu"))
-    saved, file = load_saved(args.omni_ckpt, "omni", "omni", "omni_final.pt")
+    stage = STAGES["omni"]
+    saved = load_stage(args.omni_ckpt, stage.name, stage.prefix, stage.final)
+    if saved["path"].name != stage.final:
+        notice(f"{args.omni_ckpt}: no {stage.final} yet, exporting {saved['path'].name}")
     if args.thinker_ckpt is not None:
         if tokenizer.fingerprint != omni_tokenizer.fingerprint:
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
-        check_compatible(
-            args.omni_ckpt, omni.architecture.parts["thinker"], args.thinker_ckpt, thinker.sizes, UNWEIGHTED
-        )
+        sizes = omni.thinker.architecture.model_dump()
+        check_compatible(args.omni_ckpt, sizes, args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
         if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their weights differ. "
                 "Give the folder that stage E used, or leave --thinker_ckpt out"
             )
-    sizes = omni.architecture.parts
-    if "audio_encoder" in sizes:
-        n_tokens, longest = sizes["audio_encoder"]["ctc_vocab_size"], omni.architecture.max_mel_length
-        sizes["audio_encoder"] |= {"n_tokens": n_tokens, "max_mel_length": longest}
-    parts = {
-        name: Part(module, sizes.get(name, {}), "omni", file, saved["step"], saved["metrics"])
-        for name, module in omni.named_children()
-    }
+    parts = {}
+    for name, module in omni.named_children():
+        sizes = {} if STAGE_OF[name] is stage else module.architecture.model_dump()  # of projectors: in "omni"
+        parts[name] = Part(module, sizes, stage.name, saved["path"].name, saved["step"], saved["metrics"])
     return parts, omni_tokenizer, config, omni.architecture
 
 
@@ -185,7 +142,7 @@ def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig 
         notice("no --talker_ckpt: this export has no speech")
         return
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
-    check_compatible(args.talker_ckpt / talker.file, talker.sizes, args.talker_ckpt / codec.file, codec.sizes)
+    check_compatible(args.talker_ckpt / talker.file, talker.config, args.talker_ckpt / codec.file, codec.sizes)
     if "talker" in parts:  # stage E's, which is conditioned on the Thinker's states
         if sft.origins["codec"] != fingerprint(codec.module):
             raise UserError(

@@ -15,6 +15,7 @@ from omni.data.manifest import Manifest
 from omni.data.tokenizer import Tokenizer
 from omni.models.architectures import PictureTextArchitecture, ThinkerArchitecture, VisionArchitecture
 from omni.models.picture_text import PictureTextModel, thinker_digest
+from omni.models.vision_encoder import ViT
 from omni.stages.text import load_thinker
 from omni.train.checkpoint import saved_config
 from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
@@ -127,6 +128,9 @@ STAGE = Stage(
             "encodes pictures",
             "--vision_ckpt or --omni_ckpt",
             figures=("top1_of_64", "zero_shot"),
+            take=lambda model: model.vit,
+            architecture=VisionArchitecture,
+            model=ViT,
         ),
     ),
     letter="C",

@@ -105,6 +105,8 @@ STAGE = Stage(
             "synthesises sound from log-mels",
             "--vocoder_ckpt",
             figures=("mel_l1", "mel_l1_griffin_lim"),
+            take=fold_weight_norm,
+            model=lambda architecture: fold_weight_norm(Generator(architecture)),
         ),
     ),
 )

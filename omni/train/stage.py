@@ -21,6 +21,9 @@ class ExportedPart:
     option: str  # of export.py, that adds it: "--thinker_ckpt or --omni_ckpt"
     figures: tuple[str, ...] = ()  # metrics that the model card names; one ending in * stands for all with that prefix
     command: str = ""  # that uses it, for the model card
+    take: Callable[[nn.Module], nn.Module] = lambda model: model  # the part, of the stage's model
+    architecture: type[BaseModel] | None = None  # default: the stage's
+    model: Callable[[BaseModel], nn.Module] | None = None  # from its architecture; default: the stage's
 
 
 @dataclass(frozen=True)
