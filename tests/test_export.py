@@ -314,7 +314,7 @@ def test_a_thinker_alone_is_enough(folders, tmp_path, capsys):
 
 def test_parts_that_stage_e_had_no_use_for_are_exported_and_not_connected(folders, tmp_path):
     def blind(payload):
-        del payload["config"]["parts"]["vision_encoder"]
+        payload["architecture"] |= {"vision_encoder": None, "n_words": 0}
         payload["model"] = {k: v for k, v in payload["model"].items() if not k.startswith(("vision_", "proj_v"))}
 
     other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", blind)
