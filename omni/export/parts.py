@@ -20,7 +20,6 @@ from omni.stages import STAGES
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import load_omni
 from omni.train.checkpoint import load_stage
-from omni.train.config import check_compatible
 from omni.train.stage import load
 
 MAY_DIFFER = ("dropout",)  # of encoders
