@@ -54,7 +54,8 @@ from omni.data.lines import read_chunks, split_samples
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import Tokenizer
 from omni.data.video import load_frames
-from omni.export.bundle import INFO, Export, info_sha256
+from omni.export.bundle import Export
+from omni.export.folder import INFO, info_sha256
 from omni.models.ctc import CtcTokenizer
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig

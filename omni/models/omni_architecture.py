@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from omni.models.architectures import Architecture, AudioEncoderArchitecture, ThinkerArchitecture, VisionArchitecture
+from omni.models.speech_architectures import TalkerArchitecture
 
 
 class OmniArchitecture(Architecture):
@@ -15,7 +16,9 @@ class OmniArchitecture(Architecture):
     max_mel_length: int | None = Field(None, ge=1, description="mel frames of the longest recording that it encodes")
     vision_encoder: VisionArchitecture | None = None
     n_words: int = Field(0, ge=0, description="words that patches name, the vocabulary of stage C; 0: no word head")
-    talker: dict | None = None
+    talker: TalkerArchitecture | None = None
+    max_codes: int | None = Field(None, ge=1, description="codes of the longest speech that the talker learned from")
+    duration_weight: float = Field(0.3, ge=0, description="weight of the durations in the talker's loss")
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
     image_stack: int = Field(1, ge=1, le=64, description="side of the square of neighbouring patches in one position")
     drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head finds nothing new")

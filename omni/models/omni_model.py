@@ -25,8 +25,6 @@ from omni.models.projector import Projection
 from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
-from omni.stages.talker import TalkerConfig
-from omni.train.config import read_sizes
 
 ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
 COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
@@ -91,9 +89,8 @@ class OmniModel(nn.Module):
             for encoder in self.encoders:
                 encoder.requires_grad_(False)
         if talker := architecture.talker:
-            talker_config = read_sizes(TalkerConfig, talker)
-            self.talker = Talker(talker_config.architecture, use_flash=use_flash).requires_grad_(False)
-            self.duration_weight = talker_config.duration_weight
+            self.talker = Talker(talker, use_flash=use_flash).requires_grad_(False)
+            self.duration_weight = architecture.duration_weight
             self.talker.thinker_proj.requires_grad_(True)
 
     @property

@@ -7,6 +7,8 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from omni.common.errors import UserError
+from omni.models.omni_architecture import OmniArchitecture
+from omni.models.omni_model import OmniModel
 from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
 from omni.train.stage import ExportedPart, Stage
 
@@ -179,6 +181,9 @@ STAGE = Stage(
     unit="tokens",
     best_metric="loss",
     config_name="omni_sft",
+    architecture=OmniArchitecture,
+    model=OmniModel,
+    files=("tokenizer.json",),
     exports=(
         ExportedPart(
             "proj_v",

@@ -25,7 +25,6 @@ from omni.stages.tasks.processor import Processor
 from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig
 from omni.train.checkpoint import build, load_stage, load_weights, saved_config, understood
-from omni.train.config import read_sizes, sizes_of
 
 POSITION_WORDS = (" left", " right", " top", " above", " bottom", " below")  # the Thinker's words for places
 
@@ -64,7 +63,9 @@ def assemble(config: SftConfig, **flash: bool) -> tuple[SftConfig, OmniModel, To
             )
     origins = {name: fingerprint(module) for name, module in modules.items()}
     if config.speech_csv is not None:
-        keys["talker"], modules["talker"] = talker_with_states(config.talker_ckpt, thinker.architecture.d_model)
+        trained, modules["talker"] = talker_with_states(config.talker_ckpt, thinker.architecture.d_model)
+        keys |= {"talker": trained.architecture, "max_codes": trained.max_codes}
+        keys["duration_weight"] = trained.duration_weight
         origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(load_codec(config.talker_ckpt, cpu))}
     joined = {name: getattr(config, name) for name in ("proj_d_ff", "image_stack", "drop_blanks")}
     model = empty_model(OmniArchitecture(**keys, **joined), config, **flash)
@@ -93,9 +94,8 @@ def empty_model(architecture: OmniArchitecture, config: SftConfig, **flash: bool
 
 def processor_of(tokenizer: Tokenizer, architecture: OmniArchitecture, config: SftConfig) -> Processor:
     """The processor for a model of stage E."""
-    talker = read_sizes(TalkerConfig, architecture.talker) if architecture.talker else None
     keys = {"prompt": config.prompt, "cached": config.cache_features, "one_length": config.use_compile}
-    return Processor(tokenizer, architecture, talker=talker, **keys)
+    return Processor(tokenizer, architecture, **keys)
 
 
 def vision_encoder(folder: str) -> tuple[ViT, VisionArchitecture, dict[str, Tensor], Tokenizer | None]:
@@ -112,8 +112,8 @@ def vision_encoder(folder: str) -> tuple[ViT, VisionArchitecture, dict[str, Tens
     return vit, sizes, words, captions
 
 
-def talker_with_states(folder: str, d_model: int) -> tuple[dict, Talker]:
-    """Stage D's talker and its sizes, with a projection of the states of a Thinker of width ``d_model``: zeros, so that
+def talker_with_states(folder: str, d_model: int) -> tuple[TalkerConfig, Talker]:
+    """The config of stage D, and its talker with a projection of a Thinker's states of width ``d_model``: zeros, so that
     it speaks as before.
 
     Raises:
@@ -123,7 +123,7 @@ def talker_with_states(folder: str, d_model: int) -> tuple[dict, Talker]:
     trained = saved_config(TalkerConfig, saved, use_compile=False).model_copy(update={"thinker_d_model": d_model})
     nothing = {"thinker_proj.weight": torch.zeros(trained.d_model, d_model)}
     talker = build(lambda: Talker(trained.architecture), saved["model"] | nothing, saved["path"])
-    return sizes_of(TalkerConfig, trained), talker
+    return trained, talker
 
 
 def below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:

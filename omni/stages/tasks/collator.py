@@ -4,7 +4,6 @@
 # frames, K an encoder's width, R positions of all recordings of a batch; S spoken answers, L symbols of one
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +36,6 @@ class Collator:
     """Callable: at least one ``Encoded`` -> a batch.
 
     Args:
-        talker: of the talker that spoken answers are for.
         cached: images and recordings are features.
         one_length: pad every batch to ``ctx_len``.
 
@@ -56,10 +54,8 @@ class Collator:
         their samples, and ``speech_at`` (S, L), see ``Encoded.speech_token_index``.
     """
 
-    def __init__(
-        self, eos_id: int, architecture: OmniArchitecture, talker: Any = None, *, cached: bool, one_length: bool
-    ) -> None:
-        self.eos_id, self.architecture, self.talker, self.cached = eos_id, architecture, talker, cached
+    def __init__(self, eos_id: int, architecture: OmniArchitecture, *, cached: bool, one_length: bool) -> None:
+        self.eos_id, self.architecture, self.cached = eos_id, architecture, cached
         self.ctx_len, self.one_length = architecture.thinker.ctx_len, one_length
 
     def __call__(self, samples: list[Encoded]) -> dict:
@@ -124,7 +120,7 @@ class Collator:
 
     def _spoken_answers(self, samples: list[Encoded]) -> dict:
         rows = [row for row, sample in enumerate(samples) if sample.utterance is not None]
-        utterances = collate_utterances([samples[row].utterance for row in rows], self.talker, step=8)
+        utterances = collate_utterances([samples[row].utterance for row in rows], self.architecture.talker, step=8)
         at = [torch.tensor(samples[row].speech_token_index) for row in rows]
         padded = pad_sequence(at, batch_first=True, padding_value=-1)
         return {f"speech_{key}": value for key, value in utterances.items() if isinstance(value, Tensor)} | {

@@ -9,7 +9,6 @@ of a user can spell these tokens (``Tokenizer.encode``).
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ class Processor:
         prompt: the system message of every conversation that has none; "": none.
         cached: images and recordings come as features that the encoders have computed before.
         one_length: every batch is padded to ``ctx_len``, as a compiled model wants it.
-        talker: the talker's sizes, where answers are spoken.
     """
 
     def __init__(
@@ -46,7 +44,6 @@ class Processor:
         prompt: str = "",
         cached: bool = False,
         one_length: bool = False,
-        talker: Any = None,
     ):
         self.tokenizer, self.prompt, self.cached = tokenizer, prompt, cached
         self.architecture, self.ctx_len = architecture, architecture.thinker.ctx_len
@@ -54,8 +51,8 @@ class Processor:
         self.max_mel_length = architecture.max_mel_length
         self.mel = mel_spec(self.audio) if self.audio else None
         self.image_positions = architecture.image_side**2 if self.vision else 0
-        self.talker = talker
-        self.collate = Collator(tokenizer.eos_id, architecture, talker, cached=cached, one_length=one_length)
+        self.talker = architecture.talker
+        self.collate = Collator(tokenizer.eos_id, architecture, cached=cached, one_length=one_length)
 
     # Files as parts of a message's content
 

@@ -32,17 +32,17 @@ class SpokenAnswers(SftTask):
         self, manifest: ManifestWithColumns, rows: np.ndarray, processor: Processor, config: Any, **others
     ) -> None:
         super().__init__(manifest, rows, processor, config, **others)
-        self.speech = CodedSpeech(manifest, rows, processor.talker, processor.talker.max_codes, training=False)
+        self.speech = CodedSpeech(manifest, rows, processor.talker, processor.architecture.max_codes, training=False)
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Any, np.ndarray, dict[str, Any]]:
         """The manifest with the codes and durations that stage D's codec and aligner compute; ``rows`` without
         recordings that are too long."""
-        run, talker = side.run, side.processor.talker
+        run, max_codes = side.run, side.processor.architecture.max_codes
         codec, aligner = (load(side.config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
         name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
-        coded, lengths = prepare_speech(run, manifest, codec, aligner, talker.max_codes, name)
-        return coded, leave_out_long(run, manifest, rows, lengths, talker.max_codes), {}
+        coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name)
+        return coded, leave_out_long(run, manifest, rows, lengths, max_codes), {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         text = audible(row["text"]).strip()  # as the talker reads it
