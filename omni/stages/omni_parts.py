@@ -113,8 +113,8 @@ def vision_encoder(folder: str) -> tuple[ViT, VisionArchitecture, dict[str, Tens
 
 
 def talker_with_states(folder: str, d_model: int) -> tuple[TalkerConfig, Talker]:
-    """The config of stage D, and its talker with a projection of a Thinker's states of width ``d_model``: zeros, so that
-    it speaks as before.
+    """The config of stage D, and its talker with a projection of a Thinker's states, of width ``d_model``: zeros, so
+    that it speaks as before.
 
     Raises:
         UserError: nothing there, or damaged.
