@@ -39,6 +39,7 @@ from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
 from omni.common import allocator
 from omni.common.errors import UserError
 from omni.common.files import write_json
+from omni.models.answering import greedy_answers
 from omni.models.codec import Codec
 from omni.models.speaker import Speaker
 from omni.models.talker import Talker
@@ -314,7 +315,7 @@ def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
 
 def bench_generate(bench: Bench) -> None:
     """Greedy tokens of the demo Thinker over those of ``transformers.generate``, the same weights and prompts. Eight
-    prompts at once are answered as validation answers them, by ``OmniModel.answers``."""
+    prompts at once are answered as validation answers them, by ``greedy_answers``."""
     model = omni_of_text(bench.configs).eval()
     thinker, new = model.thinker, bench.sizes.new_tokens
     theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(thinker))["sdpa"].eval()
@@ -324,7 +325,7 @@ def bench_generate(bench: Bench) -> None:
     lengths = torch.full((8,), bench.sizes.prompt)
     ours = {
         1: lambda: list(thinker.generate(prompts[0].tolist(), max_new_tokens=new)),
-        8: lambda: model.answers(thinker.embed_tokens(prompts), lengths, new, stop_ids=(-1,)),
+        8: lambda: greedy_answers(thinker, thinker.embed_tokens(prompts), lengths, new, stop_ids=(-1,)),
     }
     for batch, answer in ours.items():
         mask = torch.ones_like(prompts[:batch])

@@ -153,7 +153,8 @@ def audio_encoder_pair(configs: Path) -> Pair:
 def vit_pair(configs: Path) -> Pair:
     """The ViT and ViTModel without its pooler: the same weights. The loss is a fixed sum over the states."""
     config = read_config("C", configs)
-    ours = ViT(config.architecture.vision, use_flash=config.use_flash)
+    vision = config.architecture.vision.model_copy(update={"dropout": 0.0})
+    ours = ViT(vision, use_flash=config.use_flash)
     images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
     probe = torch.randn(1 + ours.n_patches, config.d_model)
     theirs = opened(

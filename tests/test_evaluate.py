@@ -107,7 +107,7 @@ def test_the_joint_model_task_by_task(task, tmp_path):
     assert found.get(f"accuracy_{task}") == expected.get(f"accuracy_{task}")
     process = evaluate(training, "omni", "--data", data[key], "--task", task, "--limit", "3", "--show", "2")
     assert ": 3 rows" in process.stdout and process.stdout.count("model  ") == 2
-    only_error(evaluate(training, "omni", "--data", data[key]), "--task", "expected one of text, image_question")
+    only_error(evaluate(training, "omni", "--data", data[key]), "--task", "expected one of text, transcription")
 
 
 def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):

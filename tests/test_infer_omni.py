@@ -451,7 +451,7 @@ def test_what_the_folder_cannot_do_is_one_line(folders, merged, media, chat, tmp
 
 def other_vocoder(folders: dict[str, Path], tmp_path: Path) -> Path:
     def narrow(payload):
-        payload["config"]["win_length"] = 320
+        payload["architecture"]["win_length"] = 320
 
     return altered(folders["vocoder"], tmp_path / "narrow", "hifigan.pt", narrow)
 

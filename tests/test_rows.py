@@ -308,7 +308,7 @@ def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
         "Clips/1.WAV": 'there is "1.wav"',
         "clips/1.wav": 'there is "Clips"',
         "C:\\data\\1.wav": 'found none at "C:\\data\\1.wav"',
-        "Clips": "found none",
+        "Clips": "found a folder",
         "loop": "symbolic links",
         "the transcript stands here " * 20: "File name too long",
         "a\x1b[31m.wav": "a\\x1b[31m.wav",

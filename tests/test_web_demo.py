@@ -637,7 +637,7 @@ def test_what_the_model_lacks_is_switched_off_with_the_reason(bare, media):
 def test_what_cannot_be_served_ends_with_code_2(folders, tmp_path):
     from scripts import web_demo
 
-    only_error(start(tmp_path, tmp_path / "absent").wait(), "absent: expected thinker.pt")
+    only_error(start(tmp_path, tmp_path / "absent").wait(), "absent: expected a folder with thinker.pt")
     damaged = shutil.copytree(folders["talker"], tmp_path / "talker")
     (damaged / "talker.pt").write_bytes(b"rubbish")
     with socket.create_server(("127.0.0.1", 0)) as taken:
