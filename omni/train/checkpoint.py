@@ -261,7 +261,7 @@ class _Saved(BaseModel):
 
     stage: str
     config: dict[str, Any]
-    architecture: dict[str, Any] = {}
+    architecture: dict[str, Any]
     step: int
     metrics: dict[str, float]
     model: dict[str, Tensor]

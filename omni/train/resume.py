@@ -236,4 +236,4 @@ class Checkpoints:
 
 def _architecture(module: nn.Module) -> dict:
     """What the module was built from, as plain data."""
-    return module.architecture.model_dump() if hasattr(module, "architecture") else {}
+    return module.architecture.model_dump()
