@@ -16,124 +16,35 @@ counted; nothing is written. --show prints some items beside the model's output.
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 from omni.chat.text import without_controls
-from omni.common.errors import BadRow, RunError, UserError, reading_row
-from omni.common.files import replace_file
+from omni.common.errors import RunError, UserError
 from omni.common.media import visible
-from omni.data.audio import log_mel
-from omni.data.manifest import load_manifest
-from omni.models.aligner import text_symbols
 from omni.stages import STAGES
-from omni.stages.aligner import load_aligner
-from omni.stages.audio_encoder import COLUMNS
-from omni.stages.evaluation import EVALUATE, OMNI_TASKS
-from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
-from omni.stages.talker import Utterance, collate_utterances, load_speaker, talker_metrics, talker_sums
+from omni.stages.evaluation import OMNI_TASKS
 from omni.train.checkpoint import load_stage
-from omni.train.cli import OneLineErrors, launch
-from omni.train.device import pick_device, to_device
-from omni.train.evaluation import EvalResult, add, first_rows, to_stderr
-from omni.train.samples import write_sound
+from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
+from omni.train.device import pick_device
+from omni.train.evaluation import to_stderr
 
-NAMED = 100  # rows left out that are told one by one
-
-
-def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
-    of their resynthesis by vocoder and codec, and of the talker's speech."""
-    speaker = load_speaker(args.ckpt_dir, args.vocoder_ckpt, device)
-    aligner = load_aligner(args.ckpt_dir, device)
-    recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
-    manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
-    result, totals, counts = EvalResult(), {}, {}
-    rows = first_rows(len(manifest), args)
-    for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
-        read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], result.left_out)
-        utterances, recordings = [], []
-        for row, text, recording in read:
-            try:
-                with reading_row():
-                    symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
-                    durations = aligner.align_one(symbols, log_mels)
-            except BadRow as error:
-                result.left_out[manifest.where(row)] = str(error)
-                continue
-            utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
-            recordings.append(recording)
-        if not utterances:
-            continue
-        texts = [utterance.text for utterance in utterances]
-        result.rows += len(texts)
-        add(
-            totals,
-            talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.architecture), device)),
-        )
-        if recognizer is None and args.save_speech is None:
-            for text in texts[: args.show - len(result.shown)]:
-                (codes,) = speaker.codes([text])
-                result.shown.append((text, f"{len(codes) * speaker.code_s:.2f} s of speech"))
-            continue
-        versions = [speaker.versions(recording) for recording in recordings]
-        sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
-        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
-        if args.save_speech:
-            save_speech(args.save_speech, sounds, texts, result.rows - len(texts), speaker.spec.sample_rate)
-        if recognizer is None:
-            continue
-        for kind, waveforms in sounds.items():
-            heard = recognizer.transcribe(waveforms, speaker.spec.sample_rate)
-            counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
-        result.shown += list(zip(texts, heard, strict=True))
-    result.check_rows(args)
-    result.metrics = talker_metrics(totals) | word_error_rates(counts)
-    result.shown = result.shown[: args.show]
-    return result
-
-
-def save_speech(
-    folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
-) -> None:
-    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them. Each file is whole or
-    not there, and a manifest names only sounds that are."""
-    for kind, waveforms in sounds.items():
-        (folder / kind).mkdir(parents=True, exist_ok=True)
-        table = io.StringIO(newline="")
-        rows = csv.writer(table)
-        if not first:
-            rows.writerow(COLUMNS)
-        for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
-            name = f"{kind}/{number:06d}.wav"
-            write_sound(folder / name, waveform.clamp(-1, 1), sample_rate)
-            rows.writerow([name, text])
-        path = folder / f"{kind}.csv"
-        content = (path.read_bytes() if first else b"") + table.getvalue().encode()
-        replace_file(path, lambda file, content=content: file.write(content))
-
-
-EVALUATORS = EVALUATE | {"talker": evaluate_talker}
+NAMED = 100  # rows left out that are named one by one
+EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=EVALUATORS)
+    parser.add_argument("stage", choices=EVALUATED)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
     parser.add_argument("--data", required=True, type=Path, help="text lines, CSV, JSON or JSONL, as in training")
     parser.add_argument("--task", choices=OMNI_TASKS, help="omni: task of the rows of --data")
@@ -152,6 +63,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
+    if args.num_workers:
+        raise_open_file_limit()
     if not args.data.is_file():
         raise UserError(f"--data {args.data}: expected a file, found none")
     if args.save_speech is not None:
@@ -166,11 +79,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    stage, evaluate = STAGES[args.stage], EVALUATORS[args.stage]
+    stage = STAGES[args.stage]
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # the index of somebody else's file does not stay beside it
-        result = evaluate(args, device)
+        result = stage.evaluation()(args, device)
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")

@@ -45,7 +45,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from omni.common.errors import Interrupted, RunError, UserError
-from omni.synthetic import pictures, signs, speech, writing
+from omni.synthetic import facts, pictures, signs, speech, writing
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
@@ -174,11 +174,31 @@ def image_bytes(image: Image.Image, save: dict) -> bytes:
     return file.getvalue()
 
 
+def example_settings(args: argparse.Namespace) -> dict:
+    return {"seed": args.seed, "size": args.size}
+
+
+def examples(settings: dict) -> list[Lines]:
+    """Questions about the first held-out files of the other parts, for the web page (``--examples``)."""
+    _, about = pictures.picture(settings["seed"], 0, unseen=True)
+    spoken = speech.sentences("asr.val", settings["seed"], CLIPS[settings["size"]]["asr.val"])
+    recording = next((i for i, text in enumerate(spoken) if text in facts.ANSWERS), 0)
+    ask = [
+        {"text": "What is your name?"},
+        {"text": "What is the opposite of big?"},
+        {"text": about["questions"][0][0], "files": ["../images/pictures_val/000000.png"]},
+        {"text": "", "files": [f"../audio/asr_val/{recording:06d}.wav"]},
+    ]
+    shown = {"ask": ask, "read": ["../ocr/signs_val/000000.png"]}
+    return [Lines("examples.json", iter(json.dumps(shown, indent=2).splitlines()))]
+
+
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
     "audio": Part(2, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
+    "examples": Part(1, "examples/made.json", example_settings, examples),
 }
 
 # --- what is there already ------------------------------------------------------------------------------------------

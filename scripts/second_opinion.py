@@ -4,14 +4,14 @@
         --save_speech speech
     python scripts/second_opinion.py --csv speech/talker.csv
 
-PocketSphinx (pip install pocketsphinx) with its own acoustic model of American English, and a bigram model of the
-sentences of the built-in world: it knows these words and no others. Prints its word error rate.
+PocketSphinx (pip install pocketsphinx) with its own acoustic model of American English, and a bigram model of other
+texts of the same kind, by default those of the built-in recordings: it knows their words and no others. Prints its
+word error rate.
 """
 
 import argparse
 import json
 import math
-import random
 import sys
 import tempfile
 from collections import Counter, defaultdict
@@ -27,10 +27,8 @@ from omni.data.audio import load_audio
 from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.audio_encoder import COLUMNS, error_counts, read_text
-from omni.synthetic import writing
 from omni.train.cli import OneLineErrors, launch
 
-SENTENCES = 20_000  # of the world, that the bigrams are counted in; held-out combinations are not among them
 DISCOUNT = 0.5  # taken from every bigram's count, for those that were never seen
 SAMPLE_RATE = 16_000
 DITHER = 1e-3  # digital silence has no logarithm
@@ -59,15 +57,14 @@ def bigrams(sentences: list[str]) -> str:
 
 
 class Sphinx:
-    """PocketSphinx with the world's words."""
+    """PocketSphinx with the words and bigrams of some texts."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, texts: list[str]) -> None:
         try:
             from pocketsphinx import Decoder  # not among the requirements: only this script asks it
         except ImportError as error:
             raise UserError("expected PocketSphinx: pip install pocketsphinx") from error
-        path = folder / "world.arpa"
-        texts = [normalise_text(writing.spoken(random.Random(f"second opinion {i}"))) for i in range(SENTENCES)]
+        path = folder / "texts.arpa"
         path.write_text(bigrams(texts))
         self.decoder = Decoder(lm=str(path), samprate=SAMPLE_RATE, loglevel="FATAL")
 
@@ -82,20 +79,36 @@ class Sphinx:
         return heard.hypstr if heard is not None else ""
 
 
+def known_texts(path: Path, folder: str) -> list[str]:
+    """The texts of a manifest, as words."""
+    manifest, texts = load_manifest(path, ("text",), "text", cache_dir=folder, log=lambda line: None), []
+    for row in range(len(manifest)):
+        try:
+            texts.append(normalise_text(manifest[row]["text"]))
+        except BadRow as error:
+            print(f"{manifest.where(row)}: {error}. Left out", file=sys.stderr)
+    return [text for text in texts if text]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", required=True, type=Path, help="manifest with the columns wav and text")
-    parser.add_argument("--limit", type=int, help="listen to the first N rows only")
+    parser.add_argument(
+        "--texts", type=Path, default=Path("data/audio/asr.csv"), metavar="CSV",
+        help="manifest with the column text, of other sentences with the same words (default: data/audio/asr.csv)",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="transcribe the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N texts beside what was heard")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args(argv)
-    if not args.csv.is_file():
-        raise UserError(f"--csv {args.csv}: expected a file, found none")
+    for name in ("csv", "texts"):
+        if not getattr(args, name).is_file():
+            raise UserError(f"--{name} {getattr(args, name)}: expected a file, found none")
     for name, least in (("limit", 1), ("show", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     with tempfile.TemporaryDirectory(prefix="omni_sphinx_") as folder:
-        sphinx = Sphinx(Path(folder))
+        sphinx = Sphinx(Path(folder), known_texts(args.texts, folder))
         manifest = load_manifest(args.csv, COLUMNS, "text", cache_dir=folder, log=lambda line: None)
         texts, heard, left_out = [], [], {}
         for row in tqdm(range(min(len(manifest), args.limit or len(manifest))), disable=None):

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -29,13 +30,14 @@ from omni.chat.ocr import load_reader
 from omni.chat.server import Folder, Guard, names_of, own_folder
 from omni.chat.speech import load_speaker
 from omni.common.errors import UserError
-from omni.common.media import quoted
+from omni.common.files import read_json
+from omni.common.media import kind_of, quoted
 from omni.export.bundle import has_part
-from omni.synthetic import pictures, signs, speech
 from omni.train.cli import OneLineErrors, launch
 from omni.train.device import pick_device
 
 CONNECTIONS = 512  # a visitor has about three
+EXAMPLES = Path("data/examples/examples.json")  # of the built-in data
 
 INSTALL = "pip install --no-deps -r requirements-web.txt"
 try:
@@ -48,19 +50,32 @@ except ImportError as error:  # told by main, as one line
     gr, missing = None, error
 
 
-def draw_examples(assistant: Assistant, folder: Path) -> tuple[list[dict], Path]:
-    """Example questions that suit the model, and a picture of a sign; their files go into ``folder``."""
-    examples = [{"text": "What is the opposite of big?", "files": []}, {"text": "What is your name?", "files": []}]
-    image, facts = pictures.picture(9, 1, unseen=True)
-    image.save(folder / "picture.png")
-    signs.sign(9, 0, unseen=True)[0].save(folder / "sign.png")
-    if not assistant.lacks("vision_encoder"):
-        examples.append({"text": facts["questions"][0][0], "files": [str(folder / "picture.png")]})
-    if not assistant.lacks("audio_encoder"):
-        wav, _ = next(speech.make_clips("asr.val", 9, ["What is the opposite of big?"], 0, 1))
-        (folder / "question.wav").write_bytes(wav)
-        examples.append({"text": "", "files": [str(folder / "question.wav")]})
-    return examples, folder / "sign.png"
+def read_examples(source: Path, assistant: Assistant, folder: Path) -> tuple[list[dict], list[Path]]:
+    """Example questions that suit the model, and pictures of a line of text; copies of their files go into ``folder``.
+
+    Args:
+        source: ``{"ask": [{"text": ..., "files": [...]}, ...], "read": [...]}``, names relative to its folder.
+
+    Raises:
+        UserError: not like that, or a file is missing.
+    """
+    shown = read_json(source)
+
+    def copied(name: str) -> Path:
+        path = source.parent / name
+        if not path.is_file():
+            raise UserError(f"{source}: {quoted(name)}: expected a file, found none")
+        return Path(shutil.copyfile(path, folder / f"example_{len(os.listdir(folder))}{path.suffix}"))
+
+    def suits(path: Path) -> bool:
+        return not assistant.lacks("audio_encoder" if kind_of(path) == "sound" else "vision_encoder")
+
+    try:
+        ask = [{"text": one["text"], "files": [copied(name) for name in one.get("files", [])]} for one in shown["ask"]]
+        read = [copied(name) for name in shown["read"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{source}: expected {{"ask": [{{"text": ..., "files": [...]}}], "read": [...]}}') from error
+    return [one | {"files": list(map(str, one["files"]))} for one in ask if all(map(suits, one["files"]))], read
 
 
 def optional(load: Callable, folder: Path, given: bool, part: str) -> tuple:
@@ -83,6 +98,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
     parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, for OCR")
+    parser.add_argument(
+        "--examples", metavar="FILE", type=Path, default=EXAMPLES if EXAMPLES.is_file() else None,
+        help="JSON file of questions to offer, see docs/usage.md (default: those of the built-in data, if it is there)",
+    )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default: this machine only")
     parser.add_argument("--port", type=int, default=7860, help="7860; 0: any that is free")
     parser.add_argument("--max_upload_mb", type=float, default=10, help="largest file that can be uploaded, in MB (10)")
@@ -145,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     reader = optional(lambda: load_reader(folder, args.ocr_ckpt, device), folder, bool(args.ocr_ckpt), "ocr")
     with own_folder() as temporary:
         os.environ["GRADIO_TEMP_DIR"] = str(temporary)
-        examples = draw_examples(assistant, temporary)
+        examples = read_examples(args.examples, assistant, temporary) if args.examples else ([], [])
         kept = Folder(temporary, int(args.max_disk_mb * 1e6), KEPT_S + 2 * CLEANED_S)
         page = Page(assistant, speaker, reader, args.max_requests, kept.take)
         blocks = build(page, folder.resolve().name, *examples)

@@ -369,7 +369,7 @@ MUTATIONS = [
     Mutation(
         "index", "an index is rewritten without its lock", "omni/data/index.py",
         "with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):", "with contextlib.nullcontext():",
-        "tests/test_rows.py::test_thirty_processes_open_a_touched_manifest_at_once",
+        "tests/test_rows.py::test_an_index_in_a_folder_that_cannot_be_written",
     ),
     Mutation(
         "index", "a damaged array is used", "omni/data/index.py",
@@ -1016,6 +1016,31 @@ MUTATIONS = [
     Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # this program is the process's own\n", "    if False:\n", "tests/test_allocator.py",
+    ),
+    Mutation(
+        "evaluation", "a batch that does not come is waited for", "omni/train/evaluation.py",
+        "lambda waited_s: waited_s >= _TIMEOUT_S", "lambda waited_s: False",
+        "tests/test_evaluate.py -k worker_that_hangs",
+    ),
+    Mutation(
+        "checkpoints", "one without its architecture is opened with the default sizes", "omni/train/checkpoint.py",
+        "    architecture: dict[str, Any]\n", "    architecture: dict[str, Any] = {}\n",
+        "tests/test_export.py -k without_an_architecture",
+    ),
+    Mutation(
+        "the page stays up", "questions are offered that the model cannot take", "scripts/web_demo.py",
+        "return not assistant.lacks(", "return True or assistant.lacks(",
+        "tests/test_web_demo.py -k examples_are_copied",
+    ),
+    Mutation(
+        "structure", "the built-in world is known elsewhere", "scripts/web_demo.py",
+        "from omni.train.device import pick_device", "from omni.train.device import pick_device\nimport omni.synthetic",
+        "tests/test_rooms.py -k built_in_world",
+    ),
+    Mutation(
+        "structure", "models import what stands above them", "omni/models/thinker.py",
+        "from omni.models.decoding import", "import omni.train.config\nfrom omni.models.decoding import",
+        "tests/test_rooms.py -k downwards",
     ),
 ]  # fmt: skip
 

@@ -1,15 +1,23 @@
 """scripts/evaluate.py: the figures of validation, on any file, from the checkpoint alone."""
 
 import json
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import Process, Training, run_script
 from stages import STAGES, StageCase
 from test_bad_rows import read_rows, spoil
 from test_config import only_error
 
+import omni.train.evaluation
 import scripts.evaluate as evaluate_script
+from omni.common.errors import RunError
+from omni.stages import STAGES as TABLE
+from omni.train.evaluation import EvalResult, evaluate_rows
+from omni.train.stage import Stage
 
 HELD_OUT_KEY = {"text": "val_text", "vision": "val_manifest"}  # of the others: val_csv
 
@@ -112,11 +120,30 @@ def test_the_joint_model_task_by_task(task, tmp_path):
 
 def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):
     text, controls = "a\x1b[2Jb\x9bc\rd\te", "".join(map(chr, (*range(32), *range(127, 160))))
-    judgement = evaluate_script.EvalResult({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])
-    monkeypatch.setattr(evaluate_script, "EVALUATORS", {"text": lambda *_: judgement})
+    judgement = EvalResult({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])
+    monkeypatch.setattr(Stage, "evaluation", lambda _: lambda *_: judgement)
     monkeypatch.setattr(evaluate_script, "load_stage", lambda *_: {"step": 1})
     (tmp_path / "a.txt").touch()
     evaluate_script.main(["text", "--ckpt_dir", "x", "--data", str(tmp_path / "a.txt"), "--show", "1"])
     out, err = capsys.readouterr()
     assert out.startswith("true   a[2Jbcd\te\nmodel  \t\n\n")
     assert err.endswith("\n") and err[:-1].isprintable()
+
+
+def test_a_worker_that_hangs_ends_the_evaluation(tmp_path, monkeypatch):
+    """A batch that does not come is waited for as long as in training, and no longer."""
+
+    def late(*_):
+        time.sleep(5)
+        yield {"bad_rows": {}, "notes": [], "rows": [0, 1], "n_targets": 0}
+
+    monkeypatch.setattr(omni.train.evaluation, "_TIMEOUT_S", 1)
+    monkeypatch.setattr(omni.train.evaluation, "build_loader", late)
+    monkeypatch.setattr(omni.train.evaluation, "ResumableDataset", lambda *_, **__: SimpleNamespace(steps_per_epoch=1))
+    with pytest.raises(RunError, match="a.csv: no batch came in 1 s"):
+        evaluate_rows(None, SimpleNamespace(data="a.csv", num_workers=1), torch.device("cpu"), dict, 2)
+
+
+def test_every_stage_that_the_script_offers_has_its_evaluation():
+    assert set(evaluate_script.EVALUATED) == set(TABLE) - {"aligner"}
+    assert all(callable(TABLE[name].evaluation()) for name in evaluate_script.EVALUATED)

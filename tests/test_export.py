@@ -11,6 +11,7 @@ import pytest
 import torch
 from harness import ROOT, ForkServer, Process, kill_at
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from stages import OCR, OMNI, TALKER, VOCODER, WORDS
 from test_config import only_error
@@ -25,13 +26,16 @@ from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import Export
 from omni.export.folder import info_sha256, is_export, is_own_file
+from omni.models.architectures import Architecture
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
+from omni.stages import STAGES as TABLE
 from omni.stages.audio_encoder import load_audio_encoder
 from omni.stages.omni_parts import load_omni, processor_of
 from omni.stages.text import load_thinker
 from omni.stages.vocoder import load_vocoder
 from omni.train import checkpoint
+from omni.train.stage import load
 
 CPU = torch.device("cpu")
 SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")
@@ -594,3 +598,28 @@ def test_the_script_refuses_in_one_line(folders, tmp_path):
     only_error(run(tmp_path, "export.py", *options({"ocr": folders["ocr"]}, tmp_path / "merged")), "--thinker_ckpt")
     process = run(tmp_path, "export.py", *options({"thinker": folders["thinker"]}, tmp_path / ("x" * 300)))
     only_error(process, "xxx: File name too long")
+
+
+FOLDERS = {"text": "thinker", "audio_enc": "audio", "codec": "talker", "aligner": "talker"}  # others: their own name
+
+
+@pytest.mark.parametrize("stage", TABLE.values(), ids=lambda stage: stage.name)
+def test_a_model_is_built_from_its_architecture_and_opened_by_its_row(folders, stage):
+    """No training config is at hand: sizes as a checkpoint keeps them are enough, for every stage."""
+    loaded = load(stage, folders[FOLDERS.get(stage.name, stage.name)])
+    assert isinstance(loaded.architecture, Architecture) and loaded.model.architecture == loaded.architecture
+    sizes = json.loads(json.dumps(loaded.architecture.model_dump()))
+    assert not {"save_dir", "lr", "seed", "batch_size", "max_steps"} & set(sizes)
+    model = stage.model(stage.architecture.model_validate(sizes))
+    shapes = {name: tensor.shape for name, tensor in loaded.model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.architecture.dropout = 0.5
+
+
+@pytest.mark.parametrize("stage", TABLE.values(), ids=lambda stage: stage.name)
+def test_a_checkpoint_without_an_architecture_is_of_another_version(folders, stage, tmp_path):
+    source = folders[FOLDERS.get(stage.name, stage.name)]
+    other = altered(source, tmp_path / "old", stage.final, lambda payload: payload.pop("architecture"))
+    with pytest.raises(UserError, match=rf'{stage.final}: of another version: key "architecture": Field required'):
+        load(stage, other)

@@ -11,8 +11,8 @@ import torch
 from omni.common.errors import RunError, UserError
 from omni.common.files import remove_temporary, replace_file
 from omni.common.lock import FolderLock
+from omni.stages.evaluation import save_speech
 from omni.train import checkpoint
-from scripts.evaluate import save_speech
 
 KINDS = ("link to a file", "link into nowhere", "link to a folder", "second name", "folder", "pipe", "words")
 

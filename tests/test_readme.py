@@ -8,7 +8,11 @@ import subprocess
 import pytest
 from harness import ROOT
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests/README.md", *ROOT.glob("docs/*.md")])
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "checkpoints/README.md", "tests/README.md")
+]
+PAGES = sorted([*PAGES, *ROOT.glob("docs/*.md")])
 RESULTS = json.loads((ROOT / "docs/results.json").read_text())
 
 # README's figure -> where docs/results.json has it, how it is written, and the stage whose minutes stand beside it

@@ -388,7 +388,8 @@ def test_an_array_is_what_was_written(tmp_path):
 
 
 def test_an_index_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
-    path, _ = make_index(tmp_path)
+    path, folder = make_index(tmp_path)
+    before = (folder / "meta.json").read_bytes()
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
@@ -396,6 +397,7 @@ def test_an_index_in_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(omni.data.index, "FolderLock", SimpleNamespace(wait_for=refuse))
     os.utime(path, (1, 1))
     assert len(load(path)) == 50, "the same bytes at another time"
+    assert (folder / "meta.json").read_bytes() == before, "nothing is written there without the lock"
     path.write_text("wav,text\n1.wav,one\n")
     with pytest.raises(UserError, match=r"index-.*: Permission denied\. Set cache_dir"):
         load(path)

@@ -756,3 +756,36 @@ def test_in_a_browser(browser, site, merged, media, tmp_path, capsys):
     assert (tmp_path / "page.png").stat().st_size > 5000
     away = [url for url in requests if not url.startswith((site.url, "data:", "blob:"))]
     assert away == [] and len(requests) > 20
+
+
+class Deaf:
+    """An assistant that takes pictures and no recordings."""
+
+    def lacks(self, encoder: str) -> str | None:
+        return "no recordings" if encoder == "audio_encoder" else None
+
+
+def test_examples_are_copied_and_those_that_do_not_suit_the_model_left_out(tmp_path):
+    from scripts.web_demo import read_examples
+
+    (tmp_path / "shown").mkdir()
+    (tmp_path / "page").mkdir()
+    shutil.copy(picture(tmp_path), tmp_path / "shown" / "a b.png")
+    soundfile.write(tmp_path / "shown" / "c.wav", np.zeros(1600), 16_000)
+    ask = [{"text": "Hello!"}, {"text": "What is it?", "files": ["a b.png"]}, {"text": "", "files": ["c.wav"]}]
+    source = tmp_path / "shown" / "examples.json"
+    source.write_text(json.dumps({"ask": ask, "read": ["a b.png"]}))
+    asked, read = read_examples(source, Deaf(), tmp_path / "page")
+    assert [one["text"] for one in asked] == ["Hello!", "What is it?"] and asked[0]["files"] == []
+    copies = [Path(asked[1]["files"][0]), *read]
+    assert all(path.parent == tmp_path / "page" for path in copies) and len(set(copies)) == 2
+    assert {path.read_bytes() for path in copies} == {(tmp_path / "shown" / "a b.png").read_bytes()}
+    for wrong, message in (
+        ({"ask": [{"text": "x", "files": ["none.png"]}], "read": []}, "none.png: expected a file"),
+        ({"ask": ["x"], "read": []}, "expected {"),
+        ({"read": []}, "expected {"),
+        ([], "expected a JSON object"),
+    ):
+        source.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=message):
+            read_examples(source, Deaf(), tmp_path / "page")

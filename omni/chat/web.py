@@ -301,13 +301,13 @@ def bound_gradio(blocks: gr.Blocks, page: Page) -> None:
     page.unread = lambda session_hash: unread[session_hash].qsize() if session_hash in unread else 0
 
 
-def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
+def build(page: Page, name: str, examples: list[dict], signs: list[Path]) -> gr.Blocks:
     """The layout of the page, and the functions of its buttons.
 
     Args:
         name: of the model.
         examples: questions as ``gr.MultimodalTextbox`` takes them.
-        sign: a picture of a line of text.
+        signs: pictures of a line of text.
     """
     assistant, able, absent = page.assistant, ["text"], []
     no_images, no_audio = assistant.lacks("vision_encoder"), assistant.lacks("audio_encoder")
@@ -341,7 +341,8 @@ def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
                 )  # fmt: skip
                 with gr.Row():
                     stop, new = gr.Button("Stop", size="sm"), gr.Button("New chat", size="sm")
-                gr.Examples([[example] for example in examples], box, label="Examples")
+                if examples:
+                    gr.Examples([[example] for example in examples], box, label="Examples")
             with gr.Column(scale=1, min_width=260):
                 aloud = gr.Checkbox(
                     not no_speech, label="Speak the answer", interactive=not no_speech, info=no_speech or griffin_lim
@@ -371,8 +372,8 @@ def build(page: Page, name: str, examples: list[dict], sign: Path) -> gr.Blocks:
             picture.preprocess = lambda given: given and given.path  # omni.data.images judges the file, not Gradio
             read = gr.Button("Read it", variant="primary", interactive=not no_ocr)
             found = gr.Textbox(label="Text", interactive=False, buttons=["copy"])
-            if not no_ocr:
-                gr.Examples([[str(sign)]], picture, label="Examples")
+            if signs and not no_ocr:
+                gr.Examples([[str(sign)] for sign in signs], picture, label="Examples")
 
         in_turns = {"concurrency_limit": None}  # page.turns bounds them
         talk = [chat, box, player, answer_wav]

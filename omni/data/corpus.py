@@ -299,7 +299,7 @@ class PackedTokens:
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
         """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows. With
-        a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then the batch's ``weight``."""
+        a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then ``n_targets``."""
         if self._array is None:
             self._array = self.tokens.open()
         window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE_INDEX, dtype=np.int64)

@@ -295,7 +295,7 @@ class ManifestDataset:
         raise NotImplementedError
 
     def collate(self, samples: list) -> dict:
-        """At least one sample as a batch: tensors, and ``weight``, the number of targets of the loss."""
+        """At least one sample as a batch: tensors, and ``n_targets``, the number of targets of the loss."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -305,8 +305,8 @@ class ManifestDataset:
         """The samples of ``rows``, and under ``bad_rows`` what was wrong with those that cannot be used; under
         ``sample_rows``, the row in whose slot each sample stands.
 
-        For no rows, a batch of one row with ``weight`` 0. Without a single sample there is nothing to collate: the
-        batch then has ``weight`` 0 and no tensors.
+        For no rows, a batch of one row with ``n_targets`` 0. Without a single sample there is nothing to collate: the
+        batch then has ``n_targets`` 0 and no tensors.
         """
         bad: dict[str, str] = {}
         found = [(int(row), self._sample(int(row), epoch, bad)) for row in rows]

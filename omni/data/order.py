@@ -78,9 +78,9 @@ class BatchSource(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """The rows as one micro-batch: tensors, and ``weight``, the number of targets the loss is a mean over.
+        """The rows as one micro-batch: tensors, and ``n_targets``, the number of targets the loss is a mean over.
 
-        For no rows: any well-formed batch with ``weight`` 0. Random augmentation is keyed by (seed, epoch, row).
+        For no rows: any well-formed batch with ``n_targets`` 0. Random augmentation is keyed by (seed, epoch, row).
         Under ``bad_rows`` it may name rows that cannot be used: where -> why.
         """
 

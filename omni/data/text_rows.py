@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from omni.common.host import Host
 from omni.data.formats import TextLines
-from omni.data.manifest import Manifest, load_manifest, prepare_manifest
+from omni.data.manifest import Manifest, load_manifest
 
 
 def load_text(path: str | Path, **how) -> Manifest:
@@ -14,8 +13,3 @@ def load_text(path: str | Path, **how) -> Manifest:
         how: as of ``load_manifest``.
     """
     return load_manifest(path, ("text",), "text", kind=TextLines, **how)
-
-
-def prepare_text(run: Host, path: str) -> Manifest:
-    """``load_text``, once for all processes of a run."""
-    return prepare_manifest(run, path, ("text",), "text", kind=TextLines)

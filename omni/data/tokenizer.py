@@ -97,6 +97,22 @@ def check_ids(serialized: str) -> None:
         raise ValueError(f"expected ids from 0 to {len(ids) - 1}, found others")
 
 
+def check_size(tokenizer: "Tokenizer", path: Path, vocab_size: int) -> None:
+    """
+    Args:
+        tokenizer: read from ``path``; one of ``omni.models.ctc`` as well.
+        vocab_size: of the model beside it.
+
+    Raises:
+        UserError: the two differ.
+    """
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"{path}: expected {vocab_size} entries as in the model, found {tokenizer.vocab_size}. "
+            "The two files are not of one run"
+        )
+
+
 class Tokenizer:
     """Byte-level BPE. Build one with ``train`` or ``load``."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from omni.common.errors import UserError, check_compatible
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import Tokenizer, check_size
 from omni.export.bundle import PARTS, STAGE_OF, weights_sha256
 from omni.export.folder import TOKENIZER
 from omni.export.model_card import Part, figures
@@ -51,11 +51,7 @@ def answering_parts(
     architecture."""
     if args.thinker_ckpt is not None:
         thinker, tokenizer = load_part("thinker", args.thinker_ckpt), Tokenizer.load(args.thinker_ckpt / TOKENIZER)
-        if tokenizer.vocab_size != thinker.sizes["vocab_size"]:
-            raise UserError(
-                f"{args.thinker_ckpt / TOKENIZER}: expected {thinker.sizes['vocab_size']} entries as in the model, "
-                f"found {tokenizer.vocab_size}. The two files are not of one run"
-            )
+        check_size(tokenizer, args.thinker_ckpt / TOKENIZER, thinker.sizes["vocab_size"])
     if args.omni_ckpt is None:
         notice("no --omni_ckpt: this export answers text alone, without pictures or recordings")
         return {"thinker": thinker}, tokenizer, None, None

@@ -88,10 +88,6 @@ class PictureTextModel(nn.Module):
             words = word_loss(self._log_absent(patches), tokens, ends)
         return contrastive_loss(pictures, captions, scale, same), words, scale
 
-    def embed_pictures(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, E) float32, of length 1."""
-        return self._pooled(self.vit(images)[:, 1:])
-
     def _log_absent(self, patches: Tensor) -> Tensor:
         """(B, P, D) -> (B, V), see ``noisy_or_log_absent``. Logits of many patches and a large vocabulary are a step's
         largest tensor: some pictures at a time, and made again in the backward."""

@@ -20,6 +20,7 @@ from omni.data.audio import load_speech, log_mel, normalise_features, perturb_sp
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples, static_lengths
+from omni.data.tokenizer import check_size
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, mel_spec, output_frames
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
@@ -92,6 +93,7 @@ STAGE = Stage(
     model=AudioEncoder,
     switches=("use_flash",),
     files=("tokenizer.json",),
+    evaluate="omni.stages.evaluation:evaluate_audio_enc",
 )
 
 
@@ -104,12 +106,8 @@ def load_audio_encoder(
         UserError: a file is missing or damaged, or the two are not of one run.
     """
     loaded, path = load(STAGE, folder, device), Path(folder) / "tokenizer.json"
-    tokenizer, size = CtcTokenizer.load(path), loaded.architecture.ctc_vocab_size
-    if tokenizer.vocab_size != size:
-        raise UserError(
-            f"{path}: expected {size} entries as in the model, found {tokenizer.vocab_size}. "
-            "The two files are not of one run"
-        )
+    tokenizer = CtcTokenizer.load(path)
+    check_size(tokenizer, path, loaded.architecture.ctc_vocab_size)
     # static shapes are for compiled training
     return loaded.model, tokenizer, saved_config(AudioEncoderConfig, vars(loaded), use_compile=False)
 

@@ -78,6 +78,7 @@ STAGE = Stage(
             figures=("reconstruction_mse",),
         ),
     ),
+    evaluate="omni.stages.evaluation:evaluate_codec",
 )
 
 

@@ -4,28 +4,37 @@
 """
 
 import argparse
+import csv
+import io
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from omni.common.errors import UserError
+from omni.common.errors import BadRow, UserError, reading_row
+from omni.common.files import replace_file
+from omni.data.audio import log_mel
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
+from omni.models.aligner import text_symbols
 from omni.models.ocr import read_text
 from omni.models.thinker import Thinker
 from omni.stages import ocr
+from omni.stages.aligner import load_aligner
 from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
 from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums, load_codec
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.omni_parts import load_omni, processor_of
+from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
+from omni.stages.talker import Utterance, collate_utterances, load_speaker, talker_metrics, talker_sums
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.mixture import AnswerScore, EvalItems
 from omni.stages.text import load_thinker, text_metrics, text_sums
@@ -34,6 +43,7 @@ from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_o
 from omni.train.checkpoint import load_stage, saved_config
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
+from omni.train.samples import write_sound
 from omni.train.stage import load
 
 # those that need no second file, and no folder of another stage
@@ -97,7 +107,7 @@ def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalRe
         said.extend(transcribe(model, tokenizer, batch["features"], batch["lengths"])[: len(batch["texts"])])
         return {}
 
-    result, _ = evaluate_rows(rows, config, args, device, sums, args.batch_size)
+    result, _ = evaluate_rows(rows, args, device, sums, args.batch_size)
     (word_errors, words), (character_errors, characters) = error_counts(texts, said)
     result.metrics = {"wer": word_errors / words, "cer": character_errors / characters}
     result.shown = list(zip(texts, said, strict=True))[: args.show]
@@ -112,7 +122,7 @@ def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResul
     classes = Classes.beside(manifest.path)
     rows = CaptionRows(manifest, order, tokenizer, config, training=False, classes=classes)
     ranking = CaptionRanking(tokenizer, config.ctx_len, classes)
-    result, totals = evaluate_rows(rows, config, args, device, partial(ranking.sums, model), GROUP)
+    result, totals = evaluate_rows(rows, args, device, partial(ranking.sums, model), GROUP)
     result.metrics = ranking.metrics(totals)
     batch = to_device(rows.batch(np.arange(min(GROUP, len(rows)) if args.show else 0), epoch=0), device)
     if batch["n_targets"]:
@@ -128,7 +138,7 @@ def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult
     config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), codec.architecture, config.max_codes, training=False)
-    result, totals = evaluate_rows(rows, config, args, device, partial(codec_sums, codec), args.batch_size)
+    result, totals = evaluate_rows(rows, args, device, partial(codec_sums, codec), args.batch_size)
     result.metrics = codec_metrics(totals)
     return result
 
@@ -138,7 +148,7 @@ def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
     model, config = loaded.model, saved_config(OcrConfig, vars(loaded), image_root=args.image_root)
     manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
-    result, totals = evaluate_rows(rows, config, args, device, partial(ocr_sums, model), args.batch_size)
+    result, totals = evaluate_rows(rows, args, device, partial(ocr_sums, model), args.batch_size)
     result.metrics = ocr_metrics(totals)
     batch = to_device(rows.batch(np.arange(min(args.show, len(rows))), epoch=0), device)
     if batch["n_targets"]:
@@ -153,7 +163,7 @@ def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResu
     codec = load_codec_of(config)
     rows = Clips(manifest, first_rows(len(manifest), args), config, training=False, codec=codec)
     score = VocoderScore(model.architecture)
-    result, totals = evaluate_rows(rows, config, args, device, partial(score.sums, model), args.batch_size)
+    result, totals = evaluate_rows(rows, args, device, partial(score.sums, model), args.batch_size)
     result.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
         batch = rows.batch(np.array([row]), epoch=0)
@@ -173,7 +183,7 @@ def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
     manifest = task.open(args.data, cache_dir=args.cache_dir, log=to_stderr)
     rows = task(manifest, first_rows(len(manifest), args), processor, config, seed=0, training=False)
     items, score = EvalItems({args.task: rows}, processor, len(rows)), AnswerScore(processor, config.max_answer_tokens)
-    result, totals = evaluate_rows(items, config, args, device, partial(score.sums, model), args.batch_size)
+    result, totals = evaluate_rows(items, args, device, partial(score.sums, model), args.batch_size)
     result.metrics = score.metrics(totals)
     for row in range(min(args.show, len(rows))):
         batch = to_device(items.batch(np.array([row]), epoch=0), device)
@@ -184,12 +194,73 @@ def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
     return result
 
 
-EVALUATE = {
-    "text": evaluate_text,
-    "audio_enc": evaluate_audio_enc,
-    "vision": evaluate_vision,
-    "codec": evaluate_codec,
-    "ocr": evaluate_ocr,
-    "vocoder": evaluate_vocoder,
-    "omni": evaluate_omni,
-}
+def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
+    """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
+    of their resynthesis by vocoder and codec, and of the talker's speech."""
+    speaker = load_speaker(args.ckpt_dir, args.vocoder_ckpt, device)
+    aligner = load_aligner(args.ckpt_dir, device)
+    recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
+    manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
+    result, totals, counts = EvalResult(), {}, {}
+    rows = first_rows(len(manifest), args)
+    for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
+        read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], result.left_out)
+        utterances, recordings = [], []
+        for row, text, recording in read:
+            try:
+                with reading_row():
+                    symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
+                    durations = aligner.align_one(symbols, log_mels)
+            except BadRow as error:
+                result.left_out[manifest.where(row)] = str(error)
+                continue
+            utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
+            recordings.append(recording)
+        if not utterances:
+            continue
+        texts = [utterance.text for utterance in utterances]
+        result.rows += len(texts)
+        add(
+            totals,
+            talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.architecture), device)),
+        )
+        if recognizer is None and args.save_speech is None:
+            for text in texts[: args.show - len(result.shown)]:
+                (codes,) = speaker.codes([text])
+                result.shown.append((text, f"{len(codes) * speaker.code_s:.2f} s of speech"))
+            continue
+        versions = [speaker.versions(recording) for recording in recordings]
+        sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
+        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
+        if args.save_speech:
+            save_speech(args.save_speech, sounds, texts, result.rows - len(texts), speaker.spec.sample_rate)
+        if recognizer is None:
+            continue
+        for kind, waveforms in sounds.items():
+            heard = recognizer.transcribe(waveforms, speaker.spec.sample_rate)
+            counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
+        result.shown += list(zip(texts, heard, strict=True))
+    result.check_rows(args)
+    result.metrics = talker_metrics(totals) | word_error_rates(counts)
+    result.shown = result.shown[: args.show]
+    return result
+
+
+def save_speech(
+    folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
+) -> None:
+    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them. Each file is whole or
+    not there, and a manifest names only sounds that are."""
+    for kind, waveforms in sounds.items():
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        table = io.StringIO(newline="")
+        rows = csv.writer(table)
+        if not first:
+            rows.writerow(COLUMNS)
+        for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
+            name = f"{kind}/{number:06d}.wav"
+            write_sound(folder / name, waveform.clamp(-1, 1), sample_rate)
+            rows.writerow([name, text])
+        path = folder / f"{kind}.csv"
+        content = (path.read_bytes() if first else b"") + table.getvalue().encode()
+        replace_file(path, lambda file, content=content: file.write(content))

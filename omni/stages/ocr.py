@@ -71,6 +71,7 @@ STAGE = Stage(
     config=OcrConfig,
     architecture=OcrArchitecture,
     model=OcrModel,
+    evaluate="omni.stages.evaluation:evaluate_ocr",
 )
 
 

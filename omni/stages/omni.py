@@ -201,4 +201,5 @@ STAGE = Stage(
     letter="E",
     script="sft_omni.py",
     config=SftConfig,
+    evaluate="omni.stages.evaluation:evaluate_omni",
 )

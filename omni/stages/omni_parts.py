@@ -3,6 +3,7 @@
 # D the Thinker's width, V vocabulary
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import Tokenizer, check_size
 from omni.models.architectures import VisionArchitecture
 from omni.models.codec import fingerprint
 from omni.models.omni_architecture import OmniArchitecture
@@ -158,10 +159,6 @@ def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Toke
     tokenizer = Tokenizer.load(path)
     with understood(saved["path"]):
         architecture = OmniArchitecture.model_validate(saved["architecture"])
-    if tokenizer.vocab_size != architecture.thinker.vocab_size:
-        raise UserError(
-            f"{path}: expected {architecture.thinker.vocab_size} entries as in the model, found "
-            f"{tokenizer.vocab_size}. The two files are not of one run"
-        )
-    make = lambda: empty_model(architecture, config, use_flash=config.use_flash)  # noqa: E731
+    check_size(tokenizer, path, architecture.thinker.vocab_size)
+    make = partial(empty_model, architecture, config, use_flash=config.use_flash)
     return build(make, saved["model"], saved["path"]).to(device).eval(), tokenizer, config

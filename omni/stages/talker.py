@@ -112,6 +112,7 @@ STAGE = Stage(
             command='python infer_chat.py --ckpt_dir merged_model --text "What is your name?" --audio_out answer.wav',
         ),
     ),
+    evaluate="omni.stages.evaluation:evaluate_talker",
 )
 
 

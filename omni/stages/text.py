@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.data.corpus import sample_lines
-from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer, check_size
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.thinker import Thinker
 from omni.train.config import TEXT_HINT, StageConfig, input_file
@@ -62,6 +62,7 @@ STAGE = Stage(
     model=Thinker,
     switches=("use_flash",),
     files=("tokenizer.json",),
+    evaluate="omni.stages.evaluation:evaluate_text",
 )
 
 
@@ -72,12 +73,8 @@ def load_thinker(folder: str | Path, device: torch.device | str) -> tuple[Thinke
         UserError: a file is missing or damaged, or the two are not of one run.
     """
     loaded, path = load(STAGE, folder, device), Path(folder) / "tokenizer.json"
-    tokenizer, size = Tokenizer.load(path), loaded.architecture.vocab_size
-    if tokenizer.vocab_size != size:
-        raise UserError(
-            f"{path}: expected {size} entries as in the model, found {tokenizer.vocab_size}. "
-            "The two files are not of one run"
-        )
+    tokenizer = Tokenizer.load(path)
+    check_size(tokenizer, path, loaded.architecture.vocab_size)
     return loaded.model, tokenizer, loaded.metrics
 
 

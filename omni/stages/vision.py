@@ -140,6 +140,7 @@ STAGE = Stage(
     model=PictureTextModel,
     switches=("use_flash",),
     files=("tokenizer.json",),
+    evaluate="omni.stages.evaluation:evaluate_vision",
 )
 
 

@@ -109,6 +109,7 @@ STAGE = Stage(
             model=lambda architecture: fold_weight_norm(Generator(architecture)),
         ),
     ),
+    evaluate="omni.stages.evaluation:evaluate_vocoder",
 )
 
 

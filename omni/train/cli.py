@@ -136,7 +136,7 @@ def raise_open_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         if soft < _WORKERS_FILES:
             raise UserError(
-                f'key "num_workers": expected 0 where a process may have {soft} open files, or a limit of at least '
+                f"num_workers: expected 0 where a process may have {soft} open files, or a limit of at least "
                 f"{_WORKERS_FILES} (ulimit -n)"
             )
 

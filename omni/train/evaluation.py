@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from omni.common.errors import UserError
+from omni.common.errors import RunError, UserError
 from omni.data.manifest import ManifestDataset
-from omni.data.order import ResumableDataset, build_loader
+from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader
 from omni.train.config import StageConfig
 from omni.train.device import to_device
+
+_TIMEOUT_S = StageConfig.model_fields["loader_timeout_s"].default
 
 
 @dataclass
@@ -38,7 +40,6 @@ class EvalResult:
 
 def evaluate_rows(
     rows: ManifestDataset,
-    config: StageConfig,
     args: argparse.Namespace,
     device: torch.device,
     sums: Callable[[dict], dict[str, Tensor]],
@@ -51,7 +52,10 @@ def evaluate_rows(
     """
     result, totals = EvalResult(), {}
     dataset = ResumableDataset(rows, seed=0, batch_size=batch_size, shuffle=False)
-    for batch in tqdm(build_loader(dataset, args.num_workers, device), total=dataset.steps_per_epoch, disable=None):
+    batches = arriving(build_loader(dataset, args.num_workers, device), lambda waited_s: waited_s >= _TIMEOUT_S)
+    for batch in tqdm(batches, total=dataset.steps_per_epoch, disable=None):
+        if batch is None:
+            raise RunError(f"{args.data}: {NO_BATCH.format(_TIMEOUT_S)}")
         result.left_out |= batch["bad_rows"]
         for text in batch["notes"]:
             to_stderr(text)

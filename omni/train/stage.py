@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from omni.train import checkpoint
 from omni.train.config import StageConfig
+from omni.train.evaluation import EvalResult
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Stage:
     architecture: type[BaseModel] | None = None
     model: Callable[..., nn.Module] | None = None  # from its architecture, and its switches
     switches: tuple[str, ...] = ()  # keys of the config that choose how it computes, and change no weight: use_flash
+    evaluate: str = ""  # "module:function" by which scripts/evaluate.py evaluates it; imported when it is called
     files: tuple[str, ...] = ()  # in the same folder: what the model is of no use without, such as a tokenizer
+
+    def evaluation(self) -> Callable[..., EvalResult]:
+        """The function that ``evaluate`` names: (options of scripts/evaluate.py, device) -> result."""
+        module, _, function = self.evaluate.partition(":")
+        return getattr(import_module(module), function)
 
     def is_in(self, folder: str | Path) -> bool:
         """Whether ``folder`` has the final file or a step file, damaged or not."""
