@@ -48,7 +48,7 @@ class DemoStage:
     metrics: dict[str, str | None]  # name -> target ("< 10", "< another + 0.1"), None: reported only
     data: dict[str, str]  # config key -> file below the data folder, for a smoke run with data of its own
     smoke: tuple[str, ...] = ()  # overrides for a training of seconds
-    held_out: str | None = None  # data of which a few items are printed beside the model's output
+    held_out: str | None = None  # data; a few of its items are printed beside the model's output
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it takes
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
     alone: bool = False  # trains alone, on all cores

@@ -62,7 +62,7 @@ def page(reports: list[tuple[str, str, float]], made: str) -> str:
     lines = [
         "# What `make torture` counted",
         "",
-        f"{made}. Seconds are those of the tests, of which several run at once.",
+        f"{made}. Seconds of the tests themselves; several run at once.",
         "",
         "| promise | tests | passed | failed | skipped | seconds |",
         "| --- | --- | ---: | ---: | ---: | ---: |",

@@ -29,7 +29,7 @@ from omni.common.media import quoted
 
 BLOCK_BYTES = 1 << 20
 _SMALL_BYTES = 16 << 20  # what an archive of next to nothing may hold
-_FEW = 100  # files of an archive of which only some are wanted
+_MOST_ITEMS = 100  # taken from an archive that does not tell how many it has
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
     items, extras, needed = [], set(), set()
     is_packed = not source.is_dir()
     left = _Allowance(archive.most_unpacked(source.stat().st_size) if is_packed else sys.maxsize)
-    most_items = 2 * archive.count or _FEW
+    most_items = 2 * archive.count or _MOST_ITEMS
     total = min(stop_at or archive.count, archive.count) or None
     try:
         with contextlib.closing(_members(source, archive.root)) as members, progress(total, "file", source.name) as bar:

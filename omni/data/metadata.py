@@ -45,7 +45,7 @@ def without_metadata(source: Media, file: BinaryIO) -> BinaryIO:
 
 
 class _Pieces:
-    """A file of which no more than so many pieces are read: a GIF or PNG can be of millions, a few bytes each."""
+    """A file from which only so many pieces are read: a GIF or PNG can have millions, a few bytes each."""
 
     def __init__(self, source: Media, file: BinaryIO) -> None:
         self.source, self.file, self.left = source, file, MAX_READS

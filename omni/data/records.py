@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 
 class _Gatherer:
-    """Cuts a stream of chunks into records, of which the bytes of one, up to ``MAX_ROW_BYTES``, are held."""
+    """Cuts a stream of chunks into records; it holds the bytes of one, up to ``MAX_ROW_BYTES``."""
 
     def __init__(self, start: int) -> None:
         self.start = self.at = start  # of the open record, of the next chunk

@@ -61,8 +61,8 @@ class Aligner(nn.Module):
     def forward(self, symbols: Tensor, text_lengths: Tensor, log_mels: Tensor, lengths: Tensor) -> Tensor:
         """
         Args:
-            symbols: (B, L), see ``text_symbols``, of which ``text_lengths`` (B,) count.
-            log_mels: (B, T, M), T whole codes, of which ``lengths`` (B,) frames count.
+            symbols: (B, L) of ``text_symbols``, valid up to ``text_lengths`` (B,).
+            log_mels: (B, T, M), T whole codes, valid up to ``lengths`` (B,) frames.
 
         Returns:
             Scores (B, S, L) in float32; a softmax over the bytes makes probabilities of them.

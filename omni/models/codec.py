@@ -106,7 +106,7 @@ class Codec(nn.Module):
         return self.to_latent(self.encoder_norm(x)), mask
 
     def reconstruct(self, quantised: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, C), of which ``mask`` (B, N) count -> normalised log-mels (B, T, M)."""
+        """(B, N, C), valid where ``mask`` (B, N) -> normalised log-mels (B, T, M)."""
         x = self.from_latent(quantised)
         mask = None if mask is None else mask[..., None].to(x.dtype)
         for block in self.decoder:
@@ -141,7 +141,7 @@ class Codec(nn.Module):
         return self.encode(padded[None], torch.tensor([T], device=device))[0]
 
     def resynthesise(self, log_mels: Tensor) -> Tensor:
-        """What is left of log-mels (..., T, M), without padding, after coding; the same shape."""
+        """Log-mels (..., T, M), without padding, coded and decoded again."""
         T = log_mels.shape[-2]
         clips = log_mels.reshape(-1, *log_mels.shape[-2:])
         coded = [self.decode(self.encode_one(clip)[None])[0, :T] for clip in clips]

@@ -125,7 +125,7 @@ class Talker(nn.Module):
     # The text ----------------------------------------------------------------------------------------------------
 
     def encode_text(self, symbols: Tensor, lengths: Tensor, thinker_states: Tensor | None = None) -> Tensor:
-        """(B, L) symbols, of which ``lengths`` (B,) count -> (B, L, D).
+        """(B, L) symbols, valid up to ``lengths`` (B,) -> (B, L, D).
 
         Args:
             thinker_states: (B, L, thinker_d_model), for each symbol the Thinker's hidden state of its token; zeros
