@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             )
 
         # --- Validation: does a picture find its caption among 64? -----------------------------------------------
-        validation = None
+        validation, classes = None, Classes.beside(held_out.path)
         if len(held_out_rows) > 1:
-            groups, classes = in_distinct_groups(held_out, held_out_rows), Classes.beside(held_out.path)
+            groups = in_distinct_groups(held_out, held_out_rows)
             rows = CaptionRows(held_out, groups, tokenizer, config, training=False, classes=classes)
             split, ranking = held_out_set(run, rows, GROUP), CaptionRanking(tokenizer, config.ctx_len, classes)
             validation = Validation(split, ranking.sums, ranking.metrics)
@@ -92,6 +92,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             "tokenizer": tokenizer.fingerprint,
             "requested vocab_size": str(requested_vocab_size),
         }
+        if classes is not None:
+            fingerprint["classes"] = classes.sha256
         if thinker is not None:
             fingerprint["Thinker"] = bytes(model.thinker_sha256.tolist()).hex()
         return train(

@@ -1018,6 +1018,10 @@ MUTATIONS = [
         "    if argv is None:  # this program is the process's own\n", "    if False:\n", "tests/test_allocator.py",
     ),
     Mutation(
+        "config drift", "other classes of a zero-shot validation are taken for the same", "train_vision.py",
+        'fingerprint["classes"] = classes.sha256', "pass", "tests/test_vision.py -k other_classes",
+    ),
+    Mutation(
         "evaluation", "a batch that does not come is waited for", "omni/train/evaluation.py",
         "lambda waited_s: waited_s >= _TIMEOUT_S", "lambda waited_s: False",
         "tests/test_evaluate.py -k worker_that_hangs",

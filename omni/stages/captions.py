@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
-from omni.common.files import parse_json, read_text
+from omni.common.files import file_sha256, parse_json, read_text
 from omni.common.media import quoted
 from omni.common.text import visible
 from omni.data.images import load_image, normalise
@@ -50,6 +50,7 @@ class Classes:
     captions: list[str]
     names: dict[str, list[str]]  # attribute -> classes, in the order in which they first appear
     labels: dict[str, Tensor]  # attribute -> (captions,) class of each caption, -1: none
+    sha256: str  # of the file
 
     @classmethod
     def beside(cls, manifest: str | Path) -> Self | None:
@@ -81,7 +82,8 @@ class Classes:
         labels = {
             name: torch.tensor([classes.get(str(row.get(name)), -1) for row in rows]) for name, classes in names.items()
         }
-        return cls([row["caption"] for row in rows], {name: list(classes) for name, classes in names.items()}, labels)
+        classes = {name: list(classes) for name, classes in names.items()}
+        return cls([row["caption"] for row in rows], classes, labels, file_sha256(path))
 
     def of_row(self, row: dict) -> list[int]:
         """The class of each attribute, -1 where the row has none."""
