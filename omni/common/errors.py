@@ -34,7 +34,7 @@ def check_compatible(
         UserError: two models that must agree in these keys do not; the message names both and each difference.
     """
     found = [
-        f"{key} {sizes[key]} here, {value} there"
+        f"{key} {sizes.get(key)} here, {value} there"
         for key, value in other_sizes.items()
         if sizes.get(key) != value and key not in may_differ
     ]
