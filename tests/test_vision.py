@@ -558,10 +558,10 @@ def test_every_row_comes_once_an_epoch_with_its_own_caption(tmp_path):
 
 
 def test_other_classes_are_other_data(tmp_path):
-    training = VISION.training(tmp_path, max_steps=6)
+    training = VISION.training(tmp_path)
     path = (tmp_path / training.config["train_manifest"]).with_suffix(".classes.json")
     path.write_text(json.dumps(ENTRIES))
-    assert training.run(prelude=kill_at_step(5)).returncode == -9
+    assert training.run(prelude=kill_at_step(9)).returncode == -9
     path.write_text(json.dumps(ENTRIES[1:]))
     only_error(training.run(), "data (classes)", "new save_dir")
     path.write_text(json.dumps(ENTRIES))
