@@ -21,7 +21,7 @@ import torch
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, write_json
 from omni.data.tokenizer import chat_template
-from omni.export.bundle import buffers_of, rounded, write_weights
+from omni.export.bundle import PARTS, STAGE_OF, buffers_of, rounded, write_weights
 from omni.export.folder import CONFIG, FORMAT, INFO, WEIGHTS, check_target, finite, info_sha256, is_own_file, new_folder
 from omni.export.hf import image_processor, preprocessing, write_language, write_model, write_recogniser
 from omni.export.model_card import describe, loss_of_quality, model_card
@@ -29,10 +29,9 @@ from omni.export.parts import add_audio_encoder, add_speech, add_vision_encoder,
 from omni.models.thinker import qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import to_vit_state_dict, vit_config
 from omni.models.vocoder import speecht5_config, to_speecht5_state_dict
-from omni.stages.omni import SftConfig
 from omni.train.cli import OneLineErrors, launch
-from omni.train.config import sizes_of
 
+ALONE = [part for part in PARTS.values() if part.alone]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -44,7 +43,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--vision_ckpt", type=Path, metavar="DIR", help="stage C")
     parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="stage D: talker and codec")
     parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="stage F (without it: Griffin-Lim)")
-    parser.add_argument("--ocr_ckpt", type=Path, metavar="DIR", help="stage G")
+    for part in ALONE:
+        letter = STAGE_OF[part.name].letter
+        parser.add_argument(part.option, type=Path, metavar="DIR", help=f"stage {letter}: {part.name}, {part.purpose}")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="a new or empty folder")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: half the size, a little worse")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --output_dir")
@@ -61,13 +62,15 @@ def main(argv: list[str] | None = None) -> None:
     check_target(args.output_dir, args.force)
 
     # --- The trained parts, which must fit together --------------------------------------------------------------
-    parts, tokenizer, sft, architecture = answering_parts(args)
+    parts, sft, architecture = answering_parts(args)
     recogniser = add_audio_encoder(args, parts, sft)
     add_vision_encoder(args, parts, sft)
     add_speech(args, parts, sft)
-    if args.ocr_ckpt is not None:
-        parts["ocr"] = load_part("ocr", args.ocr_ckpt)
-    thinker, dtype, template = parts["thinker"].module, DTYPES[args.dtype], chat_template(sft.prompt if sft else "")
+    for part in ALONE:
+        if (source := getattr(args, part.option.strip("-"))) is not None:
+            parts[part.name] = load_part(part.name, source)
+    thinker, tokenizer = parts["thinker"].module, parts["thinker"].tokenizer
+    dtype, template = DTYPES[args.dtype], chat_template(sft.prompt if sft else "")
 
     # --- One folder, whole or not at all -----------------------------------------------------------------------------
     with new_folder(args.output_dir, args.force) as folder:
@@ -78,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
         write_weights(folder / WEIGHTS, weights)
         about = {"model_type": "micro_omni", "format": FORMAT, "dtype": args.dtype}
         sizes = {name: part.sizes for name, part in parts.items()}
-        omni = {"architecture": architecture.model_dump(), "config": sizes_of(SftConfig, sft)} if sft else None
+        omni = None
+        if sft is not None:
+            omni = {"architecture": architecture.model_dump(), "prompt": sft.prompt, "origins": sft.origins}
         write_json(folder / CONFIG, about | {"parts": sizes, "omni": omni}, indent=2)
         write_json(folder / "preprocessor_config.json", preprocessing(parts), indent=2)
         write_language(folder, thinker.architecture, tokenizer, template)
@@ -92,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
             write_model(folder / "vision_encoder", vit_config(vit), to_vit_state_dict(vit.state_dict()), dtype)
             write_json(folder / "vision_encoder" / "preprocessor_config.json", image_processor(*vit.img_size), indent=2)
         if recogniser is not None:
-            write_recogniser(folder / "audio_encoder", *recogniser, dtype)
+            write_recogniser(folder / "audio_encoder", recogniser, dtype)
         if "vocoder" in parts:
             vocoder = parts["vocoder"].module
             config, statistics = speecht5_config(vocoder.architecture), buffers_of(vocoder)

@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
+from omni.common.numerics import weights_sha256
 from omni.data.audio import load_audio
 from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.data.recordings import static_lengths
 from omni.models.aligner import Aligner
-from omni.models.codec import Codec, fingerprint, mel_spec
+from omni.models.codec import Codec, mel_spec
 from omni.models.speaker import Speaker
 from omni.models.speech_architectures import AlignerArchitecture, CodecArchitecture
 from omni.models.talker import Talker, talker_loss
 from omni.stages.aligner import STAGE as ALIGNER
-from omni.stages.aligner import SpokenTexts, aligner_loss, aligner_metrics, aligner_sums, load_aligner, prepare_speech
+from omni.stages.aligner import SpokenTexts, aligner_loss, aligner_metrics, aligner_sums, prepare_speech
 from omni.stages.codec import STAGE as CODEC
 from omni.stages.codec import (
     SpeechClips,
@@ -36,7 +37,6 @@ from omni.stages.codec import (
     codec_sums,
     count_codes,
     leave_out_long,
-    load_codec,
     prepare_mel_statistics,
 )
 from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references
@@ -47,6 +47,7 @@ from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
 from omni.train.samples import save_samples
+from omni.train.stage import load
 
 COLUMNS = ("text", "wav")
 DOWNSTREAM = {"codec": (ALIGNER, STAGE), "aligner": (STAGE,)}  # stage -> the stages whose models depend on its model
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:
             with run.sub_stage(config.codec, CODEC):
                 figures = train_codec(run, clips, val_clips, data)
-        codec = load_codec(run.save_dir, run.device)
+        codec = load(CODEC, run.save_dir, run.device).model
 
         # --- Second part: the aligner ------------------------------------------------------------------------------
         if config.codec_ckpt and (Path(config.codec_ckpt) / ALIGNER.final).exists():
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             val_texts = SpokenTexts(val_manifest, val_rows, config.aligner.architecture, **val_keys)
             with run.sub_stage(config.aligner, ALIGNER):
                 figures = figures | train_aligner(run, codec, texts, val_texts, data)
-        aligner = load_aligner(run.save_dir, run.device)
+        aligner = load(ALIGNER, run.save_dir, run.device).model
 
         # --- Codes and durations of all recordings, computed once --------------------------------------------------
         coded, _ = val_coded, _ = prepare_speech(run, manifest, codec, aligner, config.max_codes, "train")
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
-        computed = {"codec": fingerprint(codec), "aligner": fingerprint(aligner)}
+        computed = {"codec": weights_sha256(codec), "aligner": weights_sha256(aligner)}
         computed |= {"codes": coded.sha256, "validation codes": val_coded.sha256}
         return train(
             run,
@@ -170,7 +171,7 @@ def train_aligner(
     aligner.mel_mean.copy_(codec.mel_mean)
     aligner.mel_std.copy_(codec.mel_std)
     loss = partial(aligner_loss, alignment_frames=aligner.alignment_frames)
-    data = data | {"mel": fingerprint(codec)}
+    data = data | {"mel": weights_sha256(codec)}
     return train_part(run, aligner, loss, (aligner_sums, aligner_metrics), (texts, val_texts), data)
 
 
@@ -183,11 +184,8 @@ def train_part(
     data: dict[str, str],
     after_update: Callable[[Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Train what the talker needs, as ``run.config`` says: the metrics of its final file.
-
-    Args:
-        judge: sums and metrics of the validation; sources: to train and to validate on.
-    """
+    """Train what the talker needs, as ``run.config`` says. ``judge``: sums and metrics of the validation; ``sources``:
+    to train and to validate on. Returns the metrics of its final file."""
     source, val_source = sources
     validation = Validation(held_out_set(run, val_source), *judge) if len(val_source) else None
     optimizer = build_optimizer(run.prepare(model), run.config)

@@ -16,12 +16,13 @@ from omni.data.manifest import account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.models.picture_text import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups, report_cut_captions
-from omni.stages.text import load_thinker
+from omni.stages.text import STAGE as THINKER
 from omni.stages.vision import STAGE, VisionConfig, prepare_tokenizer, train_tokenizer
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
+from omni.train.stage import load
 
 COLUMNS = ("image", "caption")
 
@@ -41,7 +42,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Text tower and tokenizer ----------------------------------------------------------------------------
         requested_vocab_size, thinker = config.vocab_size, None
         if config.use_thinker_for_text:
-            thinker, thinker_tokenizer, _ = load_thinker(config.thinker_ckpt, run.device)
+            opened = load(THINKER, config.thinker_ckpt, run.device)
+            thinker, thinker_tokenizer = opened.model, opened.tokenizer
             tokenizer = prepare_tokenizer(run, lambda: thinker_tokenizer)
             if tokenizer.fingerprint != thinker_tokenizer.fingerprint:
                 raise UserError(f"{run.save_dir}: its tokenizer.json is not the Thinker's. Use a new save_dir")

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from omni.common.numerics import weights_sha256
 from omni.data.audio import log_mel
 from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
-from omni.models.codec import fingerprint
 from omni.models.vocoder import Discriminators, Generator, frozen, mel_spec
 from omni.stages.codec import mel_statistics_of
 from omni.stages.vocoder import (
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Train -----------------------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
         if codec is not None:  # a training without one may go on with it, but not with another one or without it again
-            data["codec"] = fingerprint(codec)
+            data["codec"] = weights_sha256(codec)
         return train(
             run,
             phases,

@@ -39,14 +39,12 @@ from benchmarks.bench_pairs import PAIRS, STAGES, as_qwen3, omni_of_text, opened
 from omni.common import allocator
 from omni.common.errors import UserError
 from omni.common.files import write_json
+from omni.export.bundle import open_model
 from omni.models.answering import greedy_answers
 from omni.models.codec import Codec
 from omni.models.speaker import Speaker
 from omni.models.talker import Talker
 from omni.models.vocoder import Generator, fold_weight_norm
-from omni.stages.codec import load_codec
-from omni.stages.talker import load_talker
-from omni.stages.vocoder import load_vocoder
 from omni.train import checkpoint
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import StageConfig
@@ -343,7 +341,7 @@ def bench_speak(bench: Bench) -> None:
     if bench.vocoder_ckpt is None:
         vocoder = fold_weight_norm(Generator(read_config("F", bench.configs).architecture)).eval()
     else:
-        vocoder = load_vocoder(bench.vocoder_ckpt, CPU)
+        vocoder = open_model("vocoder", bench.vocoder_ckpt).model
     kinds = {"hifigan": vocoder, "griffin_lim": None}
     speakers = {name: Speaker(talker, codec, vocoder) for name, vocoder in kinds.items()}
     parts: dict[str, Callable[[], object]] = {}
@@ -362,7 +360,8 @@ def bench_speak(bench: Bench) -> None:
 def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
     """Talker and codec, and whose weights they have."""
     if bench.talker_ckpt is not None:
-        return load_talker(bench.talker_ckpt, CPU), load_codec(bench.talker_ckpt, CPU), f"talker of {bench.talker_ckpt}"
+        talker, codec = (open_model(part, bench.talker_ckpt).model for part in ("talker", "rvq"))
+        return talker, codec, f"talker of {bench.talker_ckpt}"
     config = read_config("D", bench.configs)
     talker, codec = Talker(config.architecture).eval(), Codec(config.codec.architecture).eval()
     with torch.no_grad():

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from omni.data.images import normalise
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS
-from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ocr import OcrModel
 from omni.models.omni_architecture import OmniArchitecture
@@ -35,7 +34,7 @@ from omni.stages import STAGES as TABLE
 from omni.stages.audio_encoder import ctc_loss
 from omni.stages.ocr import OcrConfig, encode_texts, ocr_loss
 from omni.stages.vocoder import mel_loss
-from omni.train.config import StageConfig, sizes_of
+from omni.train.config import StageConfig
 
 # Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
 ATTENTIONS = ("sdpa", "eager")
@@ -262,7 +261,7 @@ def mixed_pair(configs: Path) -> Pair:
 def omni_of_text(configs: Path) -> OmniModel:
     """An omni model of stage A's sizes for text alone."""
     thinker = read_config("A", configs)
-    sizes = sizes_of(ThinkerArchitecture, thinker) | {"dropout": 0.0}
+    sizes = thinker.architecture.model_copy(update={"dropout": 0.0})
     config = read_config("E", configs)
     return OmniModel(OmniArchitecture(thinker=sizes), use_flash=config.use_flash, one_length=config.use_compile)
 

@@ -31,10 +31,10 @@ from omni.common.errors import RunError, UserError
 from omni.common.media import visible
 from omni.stages import STAGES
 from omni.stages.evaluation import OMNI_TASKS
-from omni.train.checkpoint import load_stage
 from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
 from omni.train.device import pick_device
 from omni.train.evaluation import to_stderr
+from omni.train.stage import load
 
 NAMED = 100  # rows left out that are named one by one
 EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
@@ -83,24 +83,24 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # the index of somebody else's file does not stay beside it
-        result = stage.evaluation()(args, device)
+        opened = load(stage, args.ckpt_dir, device)
+        result = stage.evaluation()(args, opened, device)
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")
-    step = load_stage(args.ckpt_dir, stage.name, stage.prefix, stage.final)["step"]
     for where, why in list(result.left_out.items())[:NAMED]:
         to_stderr(visible(f"{where}: {why}. Left out"))
     if (more := len(result.left_out) - NAMED) > 0:
         to_stderr(f"and {more:,} more rows left out")
     if args.json:
-        facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": step, "data": str(args.data)}
+        facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": opened.step, "data": str(args.data)}
         counts = {"rows": result.rows, "rows_left_out": len(result.left_out)}
         print(json.dumps(facts | counts | result.metrics))
         return
     for truth, said in result.shown:
         print(f"true   {without_controls(truth)}\nmodel  {without_controls(said)}\n")
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
-    print(f"{args.ckpt_dir} (step {step}) on {args.data}: {result.rows} rows{left_out}")
+    print(f"{args.ckpt_dir} (step {opened.step}) on {args.data}: {result.rows} rows{left_out}")
     for name, value in result.metrics.items():
         print(f"  {name:<24}{value:.4f}")
 

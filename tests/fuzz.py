@@ -57,13 +57,15 @@ from omni.data.video import load_frames
 from omni.export.bundle import Export
 from omni.export.folder import INFO, info_sha256
 from omni.models.ctc import CtcTokenizer
+from omni.stages import STAGES
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
-from omni.stages.text import TextConfig, load_thinker
+from omni.stages.text import TextConfig
 from omni.stages.vision import VisionConfig
 from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
 from omni.train.config import load_config
+from omni.train.stage import load
 
 SECONDS = 20  # for one case
 ADDRESS_SPACE = 4 << 30  # beyond what the process has at its beginning
@@ -219,7 +221,7 @@ def make_stages(folder: Path) -> None:
 
 
 def read_stage(path: Path) -> None:
-    load_thinker(path.parent, torch.device("cpu"))
+    load(STAGES["text"], path.parent)
 
 
 def reseal_checkpoint(path: Path) -> None:
@@ -242,7 +244,7 @@ def read_export(path: Path) -> None:
     merged = Export(folder)
     merged.tokenizer()
     for name in merged.components:
-        merged.part(name, "cpu")
+        merged.open(name)
     for name in merged.checksums:
         merged.file(name)
 

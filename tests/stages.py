@@ -143,7 +143,13 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
 
 def save_model(path: Path, stage: str, config: StageConfig, model: nn.Module) -> None:
     """A final file of a randomly initialised model."""
-    payload = {"format": 1, "stage": stage, "config": config.model_dump(), "step": 1, "metrics": {}}
+    payload = {
+        "format": checkpoint.FORMAT_VERSION,
+        "stage": stage,
+        "config": config.model_dump(),
+        "step": 1,
+        "metrics": {},
+    }
     if hasattr(model, "architecture"):
         payload["architecture"] = model.architecture.model_dump()
     checkpoint.save(path, payload | {"model": model.state_dict()})

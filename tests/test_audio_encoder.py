@@ -23,18 +23,19 @@ from omni.models import audio_encoder, ctc
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
+from omni.stages import STAGES
 from omni.stages.audio_encoder import (
     AudioEncoderConfig,
     EvalSets,
     Utterances,
     ctc_loss,
     error_counts,
-    load_audio_encoder,
     score_metrics,
     score_sums,
     transcribe,
 )
 from omni.train.optim import build_adamw
+from omni.train.stage import load
 
 V = 30  # tokens, without the blank
 
@@ -377,7 +378,8 @@ def test_two_held_out_files_have_their_own_metrics_which_the_final_file_reproduc
     training.finish()
     metrics = training.final_file()["metrics"]
     assert metrics["wer"] == metrics["wer_unseen_voices"] and {"loss", "cer"} <= set(metrics)
-    model, tokenizer, trained_with = load_audio_encoder(training.save_dir, torch.device("cpu"))
+    opened = load(STAGES["audio_enc"], training.save_dir)
+    model, tokenizer, trained_with = opened.model, opened.tokenizer, opened.config_as(AudioEncoderConfig)
     rows = Utterances(
         load_manifest(path, ("wav", "text"), "text"), np.arange(24), trained_with, tokenizer, training=False
     )

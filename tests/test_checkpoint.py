@@ -20,7 +20,16 @@ from omni.train import checkpoint
 @pytest.fixture
 def sealed(tmp_path) -> Path:
     path = tmp_path / "stage_step_7.pt"
-    checkpoint.save(path, {"format": 1, "weights": torch.arange(24.0).view(4, 6), "step": 7, "name": "x", "none": None})
+    checkpoint.save(
+        path,
+        {
+            "format": checkpoint.FORMAT_VERSION,
+            "weights": torch.arange(24.0).view(4, 6),
+            "step": 7,
+            "name": "x",
+            "none": None,
+        },
+    )
     return path
 
 
@@ -62,7 +71,7 @@ def test_every_truncation_is_detected(sealed):
 
 def test_a_pickle_with_code_is_refused_even_with_a_valid_checksum(tmp_path):
     path, marker = tmp_path / "evil_step_1.pt", tmp_path / "marker"
-    checkpoint.save(path, {"format": 1, "weights": Marker(marker)})
+    checkpoint.save(path, {"format": checkpoint.FORMAT_VERSION, "weights": Marker(marker)})
     with pytest.raises(checkpoint.DamagedCheckpoint):
         checkpoint.load(path)
     assert not marker.exists()
@@ -94,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(sealed):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(RunError, match="Earlier files are intact"):
-            checkpoint.save(sealed, {"format": 1, "weights": torch.zeros(10_000)})
+            checkpoint.save(sealed, {"format": checkpoint.FORMAT_VERSION, "weights": torch.zeros(10_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sealed.read_bytes() == before
@@ -103,7 +112,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary(sealed):
 
 def test_order_and_retention_are_numeric(tmp_path):
     for step in (9, 10, 100, 20):
-        checkpoint.save(tmp_path / f"stage_step_{step}.pt", {"format": 1, "step": step})
+        checkpoint.save(tmp_path / f"stage_step_{step}.pt", {"format": checkpoint.FORMAT_VERSION, "step": step})
     for name in ("stage_step_x.pt", "stage_step_3.pt.bak", "other_step_500.pt"):
         (tmp_path / name).touch()
     assert [step for step, _ in checkpoint.step_files(tmp_path, "stage")] == [100, 20, 10, 9]
@@ -214,7 +223,7 @@ def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
 def test_a_malicious_checkpoint_is_refused_by_the_run(stage, tmp_path):
     training, marker = stage.training(tmp_path), tmp_path / "marker"
     training.save_dir.mkdir()
-    checkpoint.save(training.step_path(5), {"format": 1, "phases": Marker(marker)})
+    checkpoint.save(training.step_path(5), {"format": checkpoint.FORMAT_VERSION, "phases": Marker(marker)})
     assert training.run().returncode == 1
     assert not marker.exists()
 

@@ -122,7 +122,7 @@ def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):
     text, controls = "a\x1b[2Jb\x9bc\rd\te", "".join(map(chr, (*range(32), *range(127, 160))))
     judgement = EvalResult({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])
     monkeypatch.setattr(Stage, "evaluation", lambda _: lambda *_: judgement)
-    monkeypatch.setattr(evaluate_script, "load_stage", lambda *_: {"step": 1})
+    monkeypatch.setattr(evaluate_script, "load", lambda *_: SimpleNamespace(step=1))
     (tmp_path / "a.txt").touch()
     evaluate_script.main(["text", "--ckpt_dir", "x", "--data", str(tmp_path / "a.txt"), "--show", "1"])
     out, err = capsys.readouterr()

@@ -24,16 +24,14 @@ from omni.common.errors import RunError, UserError
 from omni.common.files import write_json
 from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import Export
+from omni.export.bundle import Export, open_model
 from omni.export.folder import info_sha256, is_export, is_own_file
 from omni.models.architectures import Architecture
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
 from omni.stages import STAGES as TABLE
-from omni.stages.audio_encoder import load_audio_encoder
-from omni.stages.omni_parts import load_omni, processor_of
-from omni.stages.text import load_thinker
-from omni.stages.vocoder import load_vocoder
+from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import processor_of
 from omni.train import checkpoint
 from omni.train.stage import load
 
@@ -129,7 +127,8 @@ def foreign(cls, folder: Path, **more):
 @torch.no_grad()
 def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
     transformers = pytest.importorskip("transformers")
-    omni, ours, _ = load_omni(folders["omni"], CPU)
+    opened = open_model("omni", folders["omni"])
+    omni, ours = opened.model, opened.tokenizer
     theirs = foreign(transformers.AutoModelForCausalLM, merged / "thinker")
     tokenizer = transformers.AutoTokenizer.from_pretrained(merged / "thinker")
     text = " One red  cat\nnear — a 🙂 dog "
@@ -137,7 +136,7 @@ def test_the_thinker_opens_in_transformers_as_stage_e_left_it(folders, merged):
     assert ids[0].tolist() == ours.encode(text)
     expected = omni.thinker(ids)
     torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-5, rtol=0)
-    stage_a, _, _ = load_thinker(folders["thinker"], CPU)
+    stage_a = open_model("thinker", folders["thinker"]).model
     assert (stage_a(ids) - expected).abs().max() > 0.1, "stage E has changed it, so that the difference would be seen"
 
     chat = [{"role": "user", "content": "red cat"}]
@@ -181,7 +180,7 @@ def test_the_vision_encoder_opens_in_transformers(folders, merged, tmp_path):
     pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
     ours = normalise(load_image(path, 16, 16)[None])
     torch.testing.assert_close(pixels, ours, atol=1e-5, rtol=0)
-    expected = load_omni(folders["omni"], CPU)[0].vision_encoder(ours)
+    expected = open_model("omni", folders["omni"]).model.vision_encoder(ours)
     torch.testing.assert_close(theirs(pixels).last_hidden_state, expected, atol=1e-5, rtol=0)
     # a picture of another size is resized alike, but for the last bit of a byte
     large = picture(tmp_path, (40, 24))
@@ -193,7 +192,8 @@ def test_the_vision_encoder_opens_in_transformers(folders, merged, tmp_path):
 def test_the_audio_encoder_opens_in_transformers(folders, merged):
     transformers = pytest.importorskip("transformers")
     theirs = foreign(transformers.ParakeetForCTC, merged / "audio_encoder")
-    model, tokenizer, _ = load_audio_encoder(folders["audio"], CPU)
+    opened = open_model("audio_encoder", folders["audio"])
+    model, tokenizer = opened.model, opened.tokenizer
     features = torch.randn(1, 96, 80)
     expected, _ = model(features, torch.tensor([96]))
     mask = torch.ones(1, 96, dtype=torch.bool)
@@ -208,7 +208,7 @@ def test_the_vocoder_opens_in_transformers(folders, merged):
     transformers = pytest.importorskip("transformers")
     theirs = foreign(transformers.SpeechT5HifiGan, merged / "vocoder")
     log_mels = torch.randn(2, 30, 80)
-    expected = load_vocoder(folders["vocoder"], CPU)(log_mels)
+    expected = open_model("vocoder", folders["vocoder"]).model(log_mels)
     assert expected.std() > 1e-3, "silence would be equal to silence"
     torch.testing.assert_close(theirs(log_mels), expected, atol=1e-5, rtol=0)
 
@@ -223,8 +223,9 @@ def test_the_chat_template_begins_as_every_conversation_of_stage_e_did(folders, 
     other = altered(folders["omni"], tmp_path / "omni", "omni_final.pt", change)
     export.main(options({"omni": other}, tmp_path / "merged"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged" / "thinker")
-    model, tokenizer, config = load_omni(other, CPU)
-    processor, chat = processor_of(tokenizer, model.architecture, config), [{"role": "user", "content": "red"}]
+    opened = open_model("omni", other)
+    config = opened.config_as(SftConfig, cache_features=False)
+    processor, chat = processor_of(opened.tokenizer, opened.architecture, config), [{"role": "user", "content": "red"}]
     processor.ctx_len = 1000
     for messages in (chat, [{"role": "system", "content": "Be long."}, *chat]):
         expected = processor.encode(messages).ids
@@ -257,7 +258,7 @@ def test_the_folder_alone_is_every_model_of_the_stages(folders, merged, tmp_path
         assert answers[0] == answers[1] != []
 
     speakers = [
-        load_speaker(moved, None, None, CPU)[0],
+        load_speaker(moved, None, None, CPU, mine)[0],
         load_speaker(folders["omni"], folders["talker"], folders["vocoder"], CPU, stage)[0],
     ]
     assert all(speaker.uses_thinker_states for speaker in speakers)
@@ -277,7 +278,7 @@ def test_what_the_folder_says_of_itself(folders, merged):
     assert not [name for name in files if Path(name).suffix not in (".json", ".safetensors", ".md")], "no pickles"
     assert {name.split("/")[0] for name in files if "/" in name} == set(SUBFOLDERS)
     for name, part in info["components"].items():
-        weights = Export(merged).part(name, CPU) if not name.startswith("proj") else None
+        weights = open_model(name, merged).model if not name.startswith("proj") else None
         if weights is not None:
             assert part["parameters"] == sum(parameter.numel() for parameter in weights.parameters())
     saved = checkpoint.load(folders["ocr"] / "ocr.pt")
@@ -311,9 +312,9 @@ def test_a_thinker_alone_is_enough(folders, tmp_path, capsys):
     assert answers[0] == answers[1]
     for part, option in (("talker", "--talker_ckpt"), ("ocr", "--ocr_ckpt"), ("vocoder", "--vocoder_ckpt")):
         with pytest.raises(UserError, match=f"has no {part}.*{option}"):
-            Export(output).part(part, CPU)
+            open_model(part, output)
     with pytest.raises(UserError, match="--omni_ckpt"):
-        Export(output).omni(CPU)
+        open_model("omni", output)
 
 
 def test_parts_that_stage_e_had_no_use_for_are_exported_and_not_connected(folders, tmp_path):
@@ -407,7 +408,7 @@ def test_another_version_s_folder_is_refused(merged, tmp_path):
     folder = shutil.copytree(merged, tmp_path / "merged")
     info = json.loads((folder / "model_info.json").read_text()) | {"format": 9}
     write_json(folder / "model_info.json", info | {"sha256": info_sha256(info)})
-    with pytest.raises(UserError, match="written in format 9, this version reads format 1"):
+    with pytest.raises(UserError, match="written in format 9, this version reads format 2"):
         Export(folder)
 
 
@@ -610,7 +611,7 @@ def test_a_model_is_built_from_its_architecture_and_opened_by_its_row(folders, s
     assert isinstance(loaded.architecture, Architecture) and loaded.model.architecture == loaded.architecture
     sizes = json.loads(json.dumps(loaded.architecture.model_dump()))
     assert not {"save_dir", "lr", "seed", "batch_size", "max_steps"} & set(sizes)
-    model = stage.model(stage.architecture.model_validate(sizes))
+    model = stage.prepare(stage.model(stage.architecture.model_validate(sizes)))
     shapes = {name: tensor.shape for name, tensor in loaded.model.state_dict().items()}
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     with pytest.raises(ValidationError, match="frozen"):

@@ -103,10 +103,10 @@ def tree(tmp_path) -> Tree:
 
 
 def test_a_new_stage(tree):
-    """It trains, is killed and resumed to the same bits, opens by its row of the table, and can be judged."""
+    """It trains, is killed and resumed to the same bits, is evaluated and exported, and opens wherever it is."""
     example = read_page()["A new stage"]
     tree.add(example)
-    train, evaluate = example.commands
+    train, evaluate, export = example.commands
     config = json.loads(example.files["configs/language_demo.json"])
     longer = ("--set", "max_steps=300")  # time enough to kill it
     whole, killed = tree.folder / config["save_dir"], tree.folder / "killed"
@@ -126,18 +126,23 @@ def test_a_new_stage(tree):
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
-    opened = "from omni.stages import STAGES; from omni.train.stage import load"
-    tree.run(["python", "-c", f"{opened}; print(load(STAGES['language'], '{killed}').architecture)"])
-    judged = tree.run(evaluate)
-    accuracy = float(re.search(r"^  accuracy +([\d.]+)$", judged, re.MULTILINE)[1])
-    assert accuracy > 0.9, judged
+    evaluated = tree.run(evaluate)
+    accuracy = float(re.search(r"^  accuracy +([\d.]+)$", evaluated, re.MULTILINE)[1])
+    assert accuracy > 0.9, evaluated
+
+    train_thinker(tree)
+    assert "language.pt, step 300" in tree.run(export)
+    step_file = max(killed.glob("language_step_*.pt"), key=lambda path: int(path.stem.split("_")[-1]))
+    opened = "from omni.export.bundle import open_model; from omni.common.numerics import weights_sha256"
+    sources = [str(path) for path in ("merged_model", killed, step_file)]
+    digests = tree.run(
+        ["python", "-c", f"{opened}\nfor s in {sources}: print(weights_sha256(open_model('language', s).model))"]
+    )
+    assert len(set(digests.split())) == 1, digests
 
 
-def test_a_new_task(tree):
-    """It trains by itself, its metric is reported, and evaluate.py knows it."""
-    example = read_page()["A new task of stage E"]
-    tree.add(example)
-    train, evaluate = example.commands
+def train_thinker(tree: Tree) -> None:
+    """A Thinker of two steps, in the folder of the demo's."""
     words = ["cat", "dog", "red", "green", "blue", "two", "four", "six", "hot", "cold"]
     dialogues = [f"<|user|>{a} {b}?<|assistant|>{b} {a}.<|end|>\n" for a in words for b in words]
     (tree.folder / "corpus.txt").write_text("".join(dialogues))
@@ -147,6 +152,14 @@ def test_a_new_task(tree):
     }  # fmt: skip
     overrides = [word for key, value in thinker.items() for word in ("--set", f"{key}={value}")]
     tree.run(["python", "train_text.py", "--config", "configs/thinker_demo.json"], *overrides)
+
+
+def test_a_new_task(tree):
+    """It trains by itself, its metric is reported, and evaluate.py knows it."""
+    example = read_page()["A new task of stage E"]
+    tree.add(example)
+    train, evaluate = example.commands
+    train_thinker(tree)
     log = tree.run(train)
     assert "accuracy_multiple_choice" in log, log
     judged = tree.run(evaluate)

@@ -74,7 +74,15 @@ def test_what_is_no_file_is_no_leftover_and_no_checkpoint(tmp_path, kind):
     put(save_dir / ".merged.omni-partial", kind, tmp_path / "one")
     remove_temporary(save_dir)
     assert os.path.lexists(save_dir / ".merged.omni-partial")
-    payload = {"format": 1, "stage": "ocr", "config": {}, "architecture": {}, "step": 4, "metrics": {}, "model": {}}
+    payload = {
+        "format": checkpoint.FORMAT_VERSION,
+        "stage": "ocr",
+        "config": {},
+        "architecture": {},
+        "step": 4,
+        "metrics": {},
+        "model": {},
+    }
     if kind == "link to a file":  # to a checkpoint, it would be one
         return
     put(save_dir / "ocr_step_9.pt", kind, tmp_path / "two")

@@ -24,34 +24,23 @@ from omni.export.folder import INFO, info_sha256
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import OcrModel
 from omni.models.vocoder import Generator
-from omni.stages.aligner import load_aligner
-from omni.stages.audio_encoder import load_audio_encoder
-from omni.stages.codec import load_codec
-from omni.stages.ocr import OcrConfig, load_ocr
+from omni.stages import STAGES as TABLE
+from omni.stages.ocr import OcrConfig
 from omni.stages.omni import SftConfig
-from omni.stages.omni_parts import assemble, load_omni
-from omni.stages.talker import load_talker
-from omni.stages.text import load_thinker
-from omni.stages.vision import load_vision_encoder
-from omni.stages.vocoder import VocoderConfig, load_vocoder
+from omni.stages.omni_parts import assemble
+from omni.stages.vocoder import VocoderConfig
 from omni.train import checkpoint
+from omni.train.stage import load
 
 CPU = torch.device("cpu")
 WRONG = (
     None, "", "x", "../../etc/passwd", True, -1, 0, 1.5, 10**8, 10**12, 10**30, float("nan"), [], {}, [1, "x"],
     {"x": None}, "x" * 10_000, "a\nb",
 )  # fmt: skip
-LOADERS = {  # file -> its folder, and who reads it
-    "thinker.pt": ("thinker", load_thinker),
-    "audio_enc.pt": ("audio_enc", load_audio_encoder),
-    "vision.pt": ("vision", load_vision_encoder),
-    "ocr.pt": ("ocr", load_ocr),
-    "hifigan.pt": ("vocoder", load_vocoder),
-    "talker.pt": ("said/codec", load_talker),
-    "rvq_codec.pt": ("said/codec", load_codec),
-    "aligner.pt": ("said/codec", load_aligner),
-    "omni_final.pt": ("omni", load_omni),
-}
+FOLDERS = {  # stage -> its folder
+    "text": "thinker", "audio_enc": "audio_enc", "vision": "vision", "ocr": "ocr", "vocoder": "vocoder",
+    "talker": "said/codec", "codec": "said/codec", "aligner": "said/codec", "omni": "omni",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +118,10 @@ def damages(content: bytes, flips: int, seed: int) -> list[bytes]:
 # Keys and sizes
 
 
-@pytest.mark.parametrize("file", LOADERS)
-def test_an_altered_checkpoint_is_one_line_or_the_same_model(stages, monkeypatch, file):
-    folder, load = stages / LOADERS[file][0], LOADERS[file][1]
-    whole, rng = checkpoint.load(folder / file), random.Random(file)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_an_altered_checkpoint_is_one_line_or_the_same_model(stages, monkeypatch, name):
+    folder, stage = stages / FOLDERS[name], TABLE[name]
+    whole, rng = checkpoint.load(folder / stage.final), random.Random(stage.final)
     loaded = 0
     with little_memory():
         for path in rng.sample(places(whole), 24):
@@ -140,7 +129,7 @@ def test_an_altered_checkpoint_is_one_line_or_the_same_model(stages, monkeypatch
                 payload = changed(whole, path, new)
                 monkeypatch.setattr(checkpoint, "load", lambda _, payload=payload: payload)
                 try:
-                    load(folder, CPU)
+                    load(stage, folder)
                     loaded += 1
                 except UserError as error:
                     one_line(error, str(folder))
@@ -151,8 +140,8 @@ def test_another_format_is_one_line(stages, tmp_path):
     whole = checkpoint.load(stages / "ocr" / "ocr.pt")
     for wrong in (*WRONG, torch.zeros(2)):
         checkpoint.save(tmp_path / "ocr.pt", whole | {"format": wrong})
-        with pytest.raises(UserError, match="this version reads format 1") as error:
-            load_ocr(tmp_path, CPU)
+        with pytest.raises(UserError, match="this version reads format 2") as error:
+            load(TABLE["ocr"], tmp_path)
         one_line(error.value)
 
 
@@ -163,7 +152,7 @@ def test_weights_that_the_file_does_not_hold_in_full_are_refused(stages, tmp_pat
     weights = whole["model"] | {name: torch.zeros(1).expand(rows, 16)}
     checkpoint.save(tmp_path / "thinker.pt", whole | {"model": weights})
     with little_memory(), pytest.raises(UserError, match="does not hold in full") as error:
-        load_thinker(tmp_path, CPU)
+        load(TABLE["text"], tmp_path)
     one_line(error.value, "thinker.pt")
 
 
@@ -197,10 +186,9 @@ def test_an_altered_export_is_one_line_or_the_same_model(merged, tmp_path, file)
                 try:
                     opened = Export(folder)
                     for part in ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "ocr"):
-                        opened.part(part, CPU)
-                    opened.omni(CPU)
+                        opened.open(part)
+                    opened.open("omni")
                     load_speaker(folder, None, None, CPU)
-                    opened.tokenizer()
                 except UserError as error:
                     one_line(error, str(folder))
 
@@ -245,17 +233,8 @@ def test_a_sealed_json_file_is_what_was_written_or_nothing(tmp_path):
 # Tokenizers
 
 
-@pytest.mark.parametrize(
-    ("stage", "load"),
-    [
-        (TEXT, load_thinker),
-        (AUDIO_ENC, load_audio_encoder),
-        (VISION, load_vision_encoder),
-        (OMNI, load_omni),
-    ],
-    ids=["text", "audio_enc", "vision", "omni"],
-)
-def test_a_model_s_tokenizer_is_sealed_with_it(stage, load, tmp_path):
+@pytest.mark.parametrize("stage", [TEXT, AUDIO_ENC, VISION, OMNI], ids=lambda stage: stage.name)
+def test_a_model_s_tokenizer_is_sealed_with_it(stage, tmp_path):
     training = stage.training(tmp_path, max_steps=2, max_epochs=None)
     training.finish()
     path = training.save_dir / "tokenizer.json"
@@ -265,7 +244,7 @@ def test_a_model_s_tokenizer_is_sealed_with_it(stage, load, tmp_path):
 
     def refused() -> None:
         with pytest.raises(UserError, match=r"tokenizer\.json") as error:
-            load(training.save_dir, CPU)
+            load(TABLE[stage.name], training.save_dir)
         one_line(error.value)
 
     for damaged in damages(content, 50, seed=4):
@@ -278,7 +257,7 @@ def test_a_model_s_tokenizer_is_sealed_with_it(stage, load, tmp_path):
     final.unlink()  # now the step file is what is loaded
     refused()
     path.write_bytes(content)
-    load(training.save_dir, CPU)
+    load(TABLE[stage.name], training.save_dir)
 
 
 def test_a_tokenizer_that_does_more_than_ours_is_refused(tmp_path):

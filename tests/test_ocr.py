@@ -18,8 +18,10 @@ from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.layers import KVCache
 from omni.models.ocr import END, OcrModel, read_text
-from omni.stages.ocr import OcrConfig, OcrRows, column_loss, encode_texts, load_ocr, ocr_loss, ocr_metrics, ocr_sums
+from omni.stages import STAGES
+from omni.stages.ocr import OcrConfig, OcrRows, column_loss, encode_texts, ocr_loss, ocr_metrics, ocr_sums
 from omni.train.config import load_config
+from omni.train.stage import load
 
 SIZES = {
     "img_height": 16, "img_width": 64, "patch_height": 16, "patch_width": 4, "vision_d_model": 32, "vision_layers": 1,
@@ -248,7 +250,7 @@ def test_rows_that_cannot_be_used_are_named_and_the_final_file_reads_alone(tmp_p
     alone = tmp_path / "alone"
     alone.mkdir()
     shutil.copy(training.save_dir / "ocr.pt", alone)
-    model = load_ocr(alone, "cpu")
+    model = load(STAGES["ocr"], alone).model
     assert model.architecture.characters == "".join(sorted(set("".join(WORDS)))) and not model.training
     sizes = model.architecture
     image = load_image(tmp_path / "lines" / "ocr.csv0.png", sizes.height, sizes.width, fit="pad")
@@ -275,7 +277,7 @@ omni.stages.ocr.OcrRows.read = read
 def test_given_characters_are_kept_and_cannot_change(tmp_path):
     training = stage(tmp_path, train_csv=write_rows(tmp_path, WORDS), val_split=0.0, characters="CATDOG")
     assert "nothing will be validated" in training.finish().stdout
-    assert load_ocr(training.save_dir, "cpu").architecture.characters == "ACDGOT"
+    assert load(STAGES["ocr"], training.save_dir).architecture.characters == "ACDGOT"
     only_error(training.changed(characters="CATS", max_steps=6).run(), "characters.json", "new save_dir")
 
 

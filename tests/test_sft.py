@@ -29,9 +29,10 @@ from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.models.ops import round_up
 from omni.models.projector import Projection
+from omni.stages import STAGES as TABLE
 from omni.stages.omni import SftConfig
-from omni.stages.omni_parts import assemble, embeddings_of, load_omni, processor_of
-from omni.stages.talker import Utterance, load_talker
+from omni.stages.omni_parts import assemble, embeddings_of, processor_of
+from omni.stages.talker import Utterance
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.base import SftTask
 from omni.stages.tasks.dialogue import parse_dialogue
@@ -39,10 +40,11 @@ from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture
 from omni.stages.tasks.pictures import Captions
 from omni.stages.tasks.prepare import prepare_tasks
 from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
-from omni.train.checkpoint import load, load_weights, save
+from omni.train import checkpoint
+from omni.train.checkpoint import load_weights, save
 from omni.train.optim import build_adamw
 from omni.train.run import Run
-from omni.train.stage import Stage
+from omni.train.stage import Stage, load
 
 CPU = torch.device("cpu")
 SHAPES = {"single": {}, "stacked": {"image_stack": 2, "drop_blanks": False}, "prompted": {"prompt": "one two"}}
@@ -324,7 +326,7 @@ def test_before_training_what_is_seen_already_reads_like_its_names(folder):
     _, model, tokenizer = assemble(small_config(folder))
     words, table = Tokenizer.load(folder / "vision" / "tokenizer.json"), model.thinker.embed_tokens.weight
     torch.testing.assert_close(
-        model.proj_v.word_head.weight, load(folder / "vision/vision.pt")["model"]["word_head.weight"]
+        model.proj_v.word_head.weight, checkpoint.load(folder / "vision/vision.pt")["model"]["word_head.weight"]
     )
     shown = words.encode(" dog")
     word_head = model.proj_v.word_head
@@ -353,7 +355,7 @@ def test_before_training_a_place_reads_like_the_words_for_it(folder):
 
 
 def test_an_encoder_without_word_loss_is_projected_only(folder, tmp_path):
-    saved = load(folder / "vision" / "vision.pt")
+    saved = checkpoint.load(folder / "vision" / "vision.pt")
     saved["model"] = {name: weight for name, weight in saved["model"].items() if "word_head" not in name}
     shutil.copytree(folder / "vision", tmp_path / "vision")
     save(tmp_path / "vision" / "vision.pt", saved)
@@ -413,7 +415,7 @@ def test_the_talker_hears_what_the_thinker_thinks_while_it_answers(folder):
 @torch.no_grad()
 def test_before_training_the_talker_speaks_as_stage_d_left_it(folder):
     config, model, tokenizer = assemble(small_config(folder))
-    alone, symbols = load_talker(folder / "said/codec", CPU), text_symbols("red cat")
+    alone, symbols = load(TABLE["talker"], folder / "said/codec").model, text_symbols("red cat")
     states = [torch.randn(len(symbols), model.architecture.thinker.d_model)]
     said = [codes for codes, _ in model.talker.generate([symbols], max_frames=9, thinker_states=states)]
     assert said and all(map(torch.equal, said, [codes for codes, _ in alone.generate([symbols], max_frames=9)]))
@@ -965,10 +967,11 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
     for name in ("thinker", "audio_enc", "vision", "said"):  # gone while it is loaded
         (trained.folder / name).rename(trained.folder / f"{name} elsewhere")
     try:
-        model, tokenizer, config = load_omni(tmp_path, CPU)
+        opened = load(TABLE["omni"], tmp_path)
     finally:
         for name in ("thinker", "audio_enc", "vision", "said"):
             (trained.folder / f"{name} elsewhere").rename(trained.folder / name)
+    model, config = opened.model, opened.config_as(SftConfig, cache_features=False)
     final = trained.final_file()
     assert final["stage"] == "omni" and differences(model.state_dict(), final["model"]) == []
     assert {key.split(".")[0] for key in final["model"]} == {
@@ -981,7 +984,7 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
     _, begun, _ = assemble(small_config(trained.folder))
     for name in ("audio_encoder", "vision_encoder"):
         assert differences(getattr(model, name).state_dict(), getattr(begun, name).state_dict()) == []
-    processor = processor_of(tokenizer, model.architecture, config)
+    processor = processor_of(opened.tokenizer, model.architecture, config)
     messages = [
         user(processor.image(trained.folder / "0.png"), processor.recording(trained.folder / "0.wav"), text("what?"))
     ]
@@ -990,7 +993,7 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
     assert list(generate(begun.eval(), processor, messages, max_new_tokens=5)) == answer
     shutil.copy(trained.step_path(trained.steps()[-1]), tmp_path)
     (tmp_path / "omni_final.pt").unlink()  # while it still trains
-    assert load_omni(tmp_path, CPU)[0].architecture == model.architecture
+    assert load(TABLE["omni"], tmp_path).model.architecture == model.architecture
 
 
 def test_accuracy_is_reported_for_each_task(trained):
@@ -1005,9 +1008,9 @@ def test_accuracy_is_reported_for_each_task(trained):
 def test_another_tokenizer_beside_the_final_file_is_refused(trained, tmp_path):
     shutil.copy(trained.save_dir / "omni_final.pt", tmp_path)
     with pytest.raises(UserError, match=r"tokenizer.json"):
-        load_omni(tmp_path, CPU)
+        load(TABLE["omni"], tmp_path)
     with pytest.raises(UserError, match="expected omni_final.pt or omni_step_"):
-        load_omni(trained.folder / "thinker", CPU)
+        load(TABLE["omni"], trained.folder / "thinker")
 
 
 def test_another_base_model_in_the_same_save_dir_is_refused(trained, tmp_path):
@@ -1058,8 +1061,8 @@ def test_the_mix_as_an_object_and_a_mix_of_text_alone(tmp_path):
     training.config["task_weights"] = {"sign": 1.0}
     assert "no file of the mix has rows for the task sign" in training.finish().stdout
     assert {key.split(".")[0] for key in training.final_file()["model"]} == {"thinker"}
-    model, tokenizer, config = load_omni(training.save_dir, CPU)
-    processor = processor_of(tokenizer, model.architecture, config)
+    opened = load(TABLE["omni"], training.save_dir)
+    model, processor = opened.model, Processor(opened.tokenizer, opened.architecture)
     for attach, file in ((processor.image, "0.png"), (processor.recording, "0.wav")):
         with pytest.raises(BadRow, match="has no"):
             attach(tmp_path / file)

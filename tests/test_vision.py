@@ -31,6 +31,7 @@ from omni.models.picture_text import (
 )
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT, to_vit_state_dict, vit_config
+from omni.stages import STAGES as TABLE
 from omni.stages.captions import (
     GROUP,
     CaptionRanking,
@@ -40,8 +41,9 @@ from omni.stages.captions import (
     in_distinct_groups,
     pad_captions,
 )
-from omni.stages.vision import VisionConfig, load_vision_encoder
+from omni.stages.vision import VisionConfig, attach_thinker
 from omni.train.optim import build_adamw
+from omni.train.stage import load
 
 CPU = torch.device("cpu")
 
@@ -435,7 +437,8 @@ def test_a_held_out_manifest_is_judged_and_the_encoder_loads(tmp_path):
     metrics = training.metrics("val")[-1]
     assert {"loss", "top1_of_64", "top1_of_64_pictures", "zero_shot", "zero_shot_count"} <= metrics.keys()
     assert training.newest()["data"]["samples"] == "24", "nothing is taken from the training manifest"
-    model, tokenizer, config = load_vision_encoder(training.save_dir, CPU)
+    opened = load(TABLE["vision"], training.save_dir)
+    model, tokenizer, config = opened.model, opened.tokenizer, opened.config_as(VisionConfig)
     assert not model.training and model.vit(torch.zeros(2, 3, 16, 16)).shape == (2, 1 + 4, config.d_model)
     assert differences(model.state_dict(), training.final_file()["model"]) == []
     tokens, ends = pad_captions([encode_caption(tokenizer, "a red cat", config.ctx_len)])
@@ -469,14 +472,16 @@ def test_a_frozen_thinker_reads_the_captions_and_stays_as_it_is(tmp_path):
     killed.finish()
     assert differences(killed.state(), reference.state()) == []
 
-    model, tokenizer, config = load_vision_encoder(reference.save_dir, CPU)
+    opened = load(TABLE["vision"], reference.save_dir)
+    attach_thinker(opened)
+    model, tokenizer, config = opened.model, opened.tokenizer, opened.config_as(VisionConfig)
     tokens, ends = pad_captions([encode_caption(tokenizer, text, config.ctx_len) for text in ("one cat", "two dogs")])
     assert model.embed_captions(tokens, ends).shape == (2, config.embed_dim)
     moved = tmp_path / "moved"
     thinker.save_dir.rename(moved)
-    load_vision_encoder(reference.save_dir, CPU, moved)
+    attach_thinker(opened, moved)
     with pytest.raises(UserError, match="not the Thinker"):
-        load_vision_encoder(reference.save_dir, CPU, other.save_dir)
+        attach_thinker(opened, other.save_dir)
 
 
 def test_an_absent_thinker_is_one_line(tmp_path):

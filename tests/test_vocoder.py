@@ -26,6 +26,7 @@ from omni.models.vocoder import (
     speecht5_config,
     to_speecht5_state_dict,
 )
+from omni.stages import STAGES
 from omni.stages.vocoder import (
     Clips,
     VocoderConfig,
@@ -33,12 +34,12 @@ from omni.stages.vocoder import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
-    load_vocoder,
     mel_loss,
     segment_log_mel,
     split_column,
 )
 from omni.train.config import load_config
+from omni.train.stage import load
 
 SIZES = {
     "n_mels": 20, "upsample_rates": [8, 5, 4], "upsample_initial_channel": 32, "resblock_kernel_sizes": [3, 7],
@@ -382,7 +383,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     training.finish()
     final = training.final_file()
     assert 0 < final["metrics"]["mel_l1_griffin_lim"] < final["metrics"]["mel_l1"]
-    model = load_vocoder(training.save_dir, "cpu")
+    model = load(STAGES["vocoder"], training.save_dir).model
     assert not model.training and not any("parametrizations" in name for name in model.state_dict())
     assert model.mean.abs().max() > 0 and model.architecture.n_mels == 20
     step = final["step"]

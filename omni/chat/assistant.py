@@ -9,15 +9,12 @@ from omni.common.errors import BadRow, UserError
 from omni.common.media import Media, quoted
 from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
-from omni.export.bundle import Export
+from omni.export.bundle import Export, open_model
 from omni.export.folder import is_export
-from omni.models.omni_model import OmniModel
-from omni.models.thinker import Thinker
 from omni.stages import STAGES
-from omni.stages.omni import SftConfig
-from omni.stages.omni_parts import load_omni
 from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
-from omni.stages.text import load_thinker
+from omni.train.checkpoint import understood
+from omni.train.stage import Loaded
 
 MAX_FRAMES = 16  # of a video, where nothing else is said and the context holds so many
 # A text is measured before it is tokenised, which takes 200 times its size. Texts have 1 to 6 characters a token; only
@@ -31,23 +28,19 @@ class Assistant:
 
     Args:
         folder: its origin, for messages.
-        metrics: figures of the Thinker's training.
-        omni, config: those of stage E; None: it takes text alone.
+        opened: a Thinker, or the model of stage E.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        thinker: Thinker,
-        tokenizer: Tokenizer,
-        metrics: dict[str, float],
-        omni: OmniModel | None = None,
-        config: SftConfig | None = None,
-    ) -> None:
-        self.folder, self.thinker, self.tokenizer, self.metrics, self.omni = folder, thinker, tokenizer, metrics, omni
-        self.processor = None if omni is None else Processor(tokenizer, omni.architecture, prompt=config.prompt)
-        self.config = config
-        self.ctx_len = thinker.architecture.ctx_len
+    def __init__(self, folder: Path, opened: Loaded) -> None:
+        self.folder, self.tokenizer, self.metrics = folder, opened.tokenizer, opened.metrics
+        self.omni = self.processor = None
+        self.thinker, self.origins = opened.model, {}
+        if hasattr(opened.model, "thinker"):
+            self.omni, self.thinker = opened.model, opened.model.thinker
+            with understood(opened.path):
+                prompt, self.origins = opened.config["prompt"], opened.config["origins"]
+            self.processor = Processor(self.tokenizer, self.omni.architecture, prompt=prompt)
+        self.ctx_len = self.thinker.architecture.ctx_len
 
     @classmethod
     def load(cls, folder: Path, device: torch.device) -> "Assistant":
@@ -56,17 +49,9 @@ class Assistant:
         Raises:
             UserError: the folder has none, is damaged, or holds files of several runs.
         """
-        if is_export(folder):
-            merged = Export(folder)
-            tokenizer, metrics = merged.tokenizer(), merged.components["thinker"]["metrics"]
-            if merged.config["omni"] is None:
-                return cls(folder, merged.part("thinker", device), tokenizer, metrics)
-            omni, config = merged.omni(device)
-            return cls(folder, omni.thinker, tokenizer, metrics, omni, config)
-        if STAGES["omni"].is_in(folder):
-            omni, tokenizer, config = load_omni(folder, device)
-            return cls(folder, omni.thinker, tokenizer, {}, omni, config)
-        return cls(folder, *load_thinker(folder, device))
+        source = Export(folder) if is_export(folder) else folder
+        answers_all = source.config["omni"] is not None if isinstance(source, Export) else STAGES["omni"].is_in(folder)
+        return cls(folder, open_model("omni" if answers_all else "thinker", source, device))
 
     # Attachments: parts of a message
 

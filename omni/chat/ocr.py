@@ -7,10 +7,8 @@ import torch
 from omni.common.errors import BadRow, UserError
 from omni.common.media import Media
 from omni.data.images import load_image
-from omni.export.bundle import Export, source_of
-from omni.export.folder import is_export
+from omni.export.bundle import open_model, source_of
 from omni.models.ocr import OcrModel, read_text
-from omni.stages.ocr import load_ocr
 
 
 def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> OcrModel:
@@ -19,8 +17,7 @@ def load_reader(folder: Path, ocr_ckpt: Path | None, device: torch.device) -> Oc
     Raises:
         UserError: there is none, or it is damaged.
     """
-    source = source_of("ocr", ocr_ckpt, folder)
-    return Export(source).part("ocr", device) if is_export(source) else load_ocr(source, device)
+    return open_model("ocr", source_of("ocr", ocr_ckpt, folder), device).model
 
 
 def read_picture(reader: OcrModel, path: Media) -> str:

@@ -17,14 +17,11 @@ from omni.chat.assistant import AnswerStates, Assistant
 from omni.common.errors import UserError
 from omni.common.files import replace_file
 from omni.common.media import quoted
-from omni.export.bundle import Export, source_of
-from omni.export.folder import CONFIG, INFO, is_export
-from omni.models.codec import fingerprint
+from omni.common.numerics import weights_sha256
+from omni.export.bundle import Export, open_model, source_of
+from omni.export.folder import is_export
 from omni.models.speaker import MAX_SECONDS, Speaker
-from omni.stages import STAGES
-from omni.stages.talker import load_speaker as load_stage_speaker
-from omni.stages.vocoder import load_vocoder_for
-from omni.train.checkpoint import load_stage, understood
+from omni.models.vocoder import refuse_other_mels
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
 UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
@@ -52,28 +49,22 @@ def load_speaker(
     Raises:
         UserError: there is none, it is damaged, or the vocoder reads other log-mels than the codec writes.
     """
-    source, stage = source_of("talker", talker_ckpt, folder), STAGES["talker"]
+    source = source_of("talker", talker_ckpt, folder)
     if is_export(source):
-        export = Export(source)
-        talker, codec, facts = export.part("talker", device), export.part("rvq", device), export.components["talker"]
-        vocoder = export.part("vocoder", device) if export.has("vocoder") else None
-        with understood(source / CONFIG):
-            uses_thinker_states = bool(((export.config["omni"] or {}).get("architecture") or {}).get("talker"))
-        speaker = Speaker(talker, codec, vocoder, uses_thinker_states=uses_thinker_states)
-        if vocoder_ckpt is not None:
-            speaker.vocoder = load_vocoder_for(source, speaker.spec, vocoder_ckpt, device)
-        if talker_ckpt is not None:  # another export's talker has learnt from another Thinker's states
-            speaker.uses_thinker_states = False
-    else:
-        speaker = load_stage_speaker(source, vocoder_ckpt, device)
-        facts = load_stage(source, stage.name, stage.prefix, stage.final)
-        own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
-        if own is not None and assistant.config.origins["codec"] == fingerprint(speaker.codec):
-            speaker = Speaker(own, speaker.codec, speaker.vocoder, uses_thinker_states=True)
-    with understood(source / INFO):
-        perplexity = facts["metrics"].get("code_perplexity")
-        judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
-        return speaker, f"{source}: talker of step {facts['step']}, {judged}"
+        source = Export(source)
+    opened, codec = (open_model(part, source, device) for part in ("talker", "rvq"))
+    speaker = Speaker(opened.model, codec.model)
+    own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
+    if own is not None and assistant.origins["codec"] == weights_sha256(codec.model):
+        speaker = Speaker(own, codec.model, uses_thinker_states=True)
+    if vocoder_ckpt is not None:
+        speaker.vocoder = open_model("vocoder", vocoder_ckpt, device).model
+        refuse_other_mels(vocoder_ckpt, speaker.vocoder.architecture, codec.path.parent, speaker.spec)
+    elif isinstance(source, Export) and source.has("vocoder"):
+        speaker.vocoder = source.open("vocoder", device).model
+    perplexity = opened.metrics.get("code_perplexity")
+    judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
+    return speaker, f"{opened.path.parent}: talker of step {opened.step}, {judged}"
 
 
 def sentences(text: str) -> list[str]:

@@ -1,9 +1,11 @@
-"""Numerical precision."""
+"""Weights and their precision."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 
 @contextmanager
@@ -21,3 +23,12 @@ def true_float32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         settings.fp32_precision = before
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hex digest of the names, types, shapes and values of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -5,11 +5,12 @@ All weights stand in one ``model.safetensors``, each part's under its prefix; ``
 Nothing in the folder can run code when it is opened.
 """
 
-import hashlib
-from collections.abc import Container
+from collections.abc import Callable, Container
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -17,14 +18,11 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, read_json
 from omni.common.media import quoted
-from omni.data.tokenizer import Tokenizer
+from omni.data.tokenizer import Tokenizer, check_size
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
-from omni.models.omni_architecture import OmniArchitecture
-from omni.models.omni_model import OmniModel
 from omni.stages import STAGES
-from omni.stages.omni import SftConfig
 from omni.train.checkpoint import build, understood
-from omni.train.config import read_sizes
+from omni.train.stage import Loaded, load
 
 # ---------------------------------------------------------------------------------------------------------------
 # The parts
@@ -32,12 +30,6 @@ from omni.train.config import read_sizes
 
 STAGE_OF = {part.name: stage for stage in STAGES.values() for part in stage.exports}
 PARTS = {part.name: part for stage in STAGES.values() for part in stage.exports}
-
-
-def build_part(name: str, sizes: dict) -> nn.Module:
-    """A part from its architecture in config.json, its weights not loaded yet."""
-    part, stage = PARTS[name], STAGE_OF[name]
-    return (part.model or stage.model)((part.architecture or stage.architecture).model_validate(sizes))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -60,15 +52,6 @@ def write_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """Safetensors, the same bytes for the same weights: metadata of several entries have no fixed order."""
     save_file(weights, path, metadata={"format": "pt"})
     path.chmod(path.parent.stat().st_mode & 0o666)  # as the umask made the folder; safetensors lets the owner read only
-
-
-def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """Digest of names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -111,9 +94,6 @@ class Export:
     def has(self, part: str) -> bool:
         return part in self.components
 
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.file(TOKENIZER))
-
     def weights(self, *parts: str) -> dict[str, Tensor]:
         """The weights of some parts, with their prefixes."""
         path = self.file(WEIGHTS)
@@ -123,35 +103,61 @@ class Export:
         except SafetensorError as error:
             raise UserError(f"{path}: damaged weights: {quoted(error)}") from error
 
-    def part(self, name: str, device: torch.device | str) -> nn.Module:
-        """A part ready to run: float32, in evaluation mode.
+    def open(self, name: str, device: torch.device | str = "cpu") -> Loaded:
+        """Open a part, or "omni": stage E's model, with the keys ``prompt`` and ``origins`` as its ``config``.
 
         Raises:
             UserError: the folder does not have it; the message says which option of ``export.py`` brings it.
         """
-        if not self.has(name):
-            part = PARTS[name]
-            raise UserError(f"{self.folder}: has no {name}, which {part.purpose}. Export it with {part.option}")
-        weights = {key.removeprefix(f"{name}."): tensor for key, tensor in self.weights(name).items()}
-        sizes = self.folder / CONFIG
-        module = build(lambda: build_part(name, self.config["parts"][name]), weights, self.folder / WEIGHTS, sizes)
-        return module.to(device).eval()
-
-    def omni(self, device: torch.device | str) -> tuple[OmniModel, SftConfig]:
-        """The omni model and its config, as ``load_omni`` returns them, without the tokenizer.
-
-        Raises:
-            UserError: the folder was exported without stage E.
-        """
-        if self.config.get("omni") is None:
-            raise UserError(f"{self.folder}: its Thinker takes text alone. Export it with --omni_ckpt")
-        sizes = self.folder / CONFIG
+        sizes, weights = self.folder / CONFIG, self.folder / WEIGHTS
         with understood(sizes):
-            config = read_sizes(SftConfig, self.config["omni"]["config"])
-            architecture = OmniArchitecture.model_validate(self.config["omni"]["architecture"])
-        weights = self.weights(*architecture.parts, "proj_a", "proj_v")
-        model = build(lambda: OmniModel(architecture), weights, self.folder / WEIGHTS, sizes)
-        return model.to(device).eval(), config
+            make, architecture, config = self._omni() if name == "omni" else self._part(name)
+        tokenizer = None
+        if name in ("omni", "thinker"):
+            tokenizer, stage = Tokenizer.load(self.file(TOKENIZER)), STAGES["omni" if name == "omni" else "text"]
+            check_size(tokenizer, self.folder / TOKENIZER, stage.vocab_size(architecture))
+        parts = (*architecture.parts, "proj_a", "proj_v") if name == "omni" else (name,)
+        prefix = "" if name == "omni" else f"{name}."
+        state_dict = {key.removeprefix(prefix): tensor for key, tensor in self.weights(*parts).items()}
+        model = build(lambda: make(architecture), state_dict, weights, sizes).to(device).eval().requires_grad_(False)
+        with understood(self.folder / INFO):
+            facts = self.components["thinker" if name == "omni" else name]
+            return Loaded(model, architecture, config, facts["step"], facts["metrics"], weights, tokenizer)
+
+    def _part(self, name: str) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
+        part, stage = PARTS[name], STAGE_OF[name]
+        if not self.has(name):
+            raise UserError(f"{self.folder}: has no {name}, which {part.purpose}. Export it with {part.option}")
+        architecture = (part.architecture or stage.architecture).model_validate(self.config["parts"][name])
+        return part.model or stage.model, architecture, {}
+
+    def _omni(self) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
+        if (keys := self.config["omni"]) is None:
+            raise UserError(f"{self.folder}: its Thinker takes text alone. Export it with --omni_ckpt")
+        stage, config = STAGES["omni"], {key: keys[key] for key in ("prompt", "origins")}
+        return stage.model, stage.architecture.model_validate(keys["architecture"]), config
+
+
+def open_model(name: str, source: "str | Path | Export", device: torch.device | str = "cpu") -> Loaded:
+    """Open a trained model, wherever it is.
+
+    Args:
+        name: a part of an export ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "vocoder", "ocr"), or
+            "omni", the whole of stage E.
+        source: an export; or a stage's folder, final file or step file.
+
+    Raises:
+        UserError: it is not there, damaged, or of another version.
+    """
+    if not isinstance(source, Export) and is_export(Path(source)):
+        source = Export(source)
+    if isinstance(source, Export):
+        return source.open(name, device)
+    if name == "omni":
+        return load(STAGES["omni"], source, device)
+    opened, part = load(STAGE_OF[name], source, device), PARTS[name]
+    model = part.take(opened.model)
+    return replace(opened, model=model, architecture=model.architecture)
 
 
 def has_part(folder: Path, part: str) -> bool:

@@ -16,7 +16,7 @@ from omni.common.files import OwnFiles, file_sha256, fsync, open_regular, parse_
 from omni.common.lock import FolderLock
 from omni.common.media import quoted
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_info.json", "tokenizer.json"
 PARTIAL = ".{name}.omni-partial"  # the folder in which an export grows, beside the one that it becomes
 REPLACED = ".{name}.omni-replaced"  # and the earlier export, until the new one stands in its place

@@ -16,7 +16,6 @@ from omni.models.architectures import ThinkerArchitecture
 from omni.models.audio_encoder import mel_spec as audio_mel_spec
 from omni.models.audio_encoder import parakeet_config, to_parakeet_state_dict
 from omni.models.codec import mel_spec as codec_mel_spec
-from omni.models.ctc import CtcTokenizer
 
 
 def write_model(
@@ -47,12 +46,12 @@ def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer
     write_json(folder / "generation_config.json", ends | {"do_sample": False, "max_new_tokens": longest}, indent=2)
 
 
-def write_recogniser(folder: Path, part: Part, tokenizer: CtcTokenizer, dtype: torch.dtype) -> None:
+def write_recogniser(folder: Path, part: Part, dtype: torch.dtype) -> None:
     """Stage B's audio encoder with its CTC head and tokenizer."""
     arch, weights = part.module.architecture, to_parakeet_state_dict(part.module)
     statistics = {name for name in weights if ".running_" in name}
     write_model(folder, parakeet_config(arch), weights, dtype, statistics)
-    tokenizer.save(folder / TOKENIZER)
+    part.tokenizer.save(folder / TOKENIZER)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", settings, indent=2)
     write_json(folder / "preprocessor_config.json", log_mels(audio_mel_spec(arch), per_utterance=True), indent=2)

@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from omni.common.numerics import weights_sha256
 from omni.data.tokenizer import Tokenizer
-from omni.export.bundle import PARTS, rounded, weights_sha256
+from omni.export.bundle import PARTS, rounded
 from omni.models.thinker import Thinker
 
 ANSWER_TOKENS = 32  # per question that --dtype bfloat16 is measured on
@@ -40,6 +42,7 @@ class Part:
     metrics: dict[str, float]
     notes: list[str] = field(default_factory=list)
     config: dict = field(default_factory=dict)  # keys of its training
+    tokenizer: Any = None  # of the Thinker, and of stage B
 
 
 def describe(name: str, part: Part) -> dict:
@@ -51,7 +54,7 @@ def describe(name: str, part: Part) -> dict:
         "source": part.file,
         "step": part.step,
         "metrics": part.metrics,
-        "source_weights_sha256": weights_sha256(part.module.state_dict()),
+        "source_weights_sha256": weights_sha256(part.module),
         "notes": part.notes,
     }
 

@@ -4,23 +4,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from omni.common.errors import UserError, check_compatible
-from omni.data.tokenizer import Tokenizer, check_size
-from omni.export.bundle import PARTS, STAGE_OF, weights_sha256
-from omni.export.folder import TOKENIZER
+from omni.common.numerics import weights_sha256
+from omni.export.bundle import STAGE_OF, open_model
 from omni.export.model_card import Part, figures
-from omni.models.codec import fingerprint
 from omni.models.codec import mel_spec as codec_mel_spec
-from omni.models.ctc import CtcTokenizer
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.vocoder import refuse_other_mels
 from omni.stages import STAGES
 from omni.stages.omni import SftConfig
-from omni.stages.omni_parts import load_omni
-from omni.train.checkpoint import load_stage
-from omni.train.stage import load
+from omni.train.stage import Loaded, Stage
 
 MAY_DIFFER = ("dropout",)  # of encoders
 # no weight depends on these sizes: stage E's may differ from stage A's
@@ -33,41 +26,37 @@ def load_part(name: str, folder: Path) -> Part:
     Raises:
         UserError: nothing there, damaged, or of another stage.
     """
-    part, stage = PARTS[name], STAGE_OF[name]
-    loaded = load(stage, folder)
-    if loaded.path.name != stage.final:
-        notice(f"{folder}: no {stage.final} yet, exporting {loaded.path.name}")
-    module = part.take(loaded.model)
+    opened, stage = open_model(name, folder), STAGE_OF[name]
+    notice_unfinished(opened, stage)
     return Part(
-        module, module.architecture.model_dump(), stage.name, loaded.path.name, loaded.step, loaded.metrics,
-        config=loaded.config,
+        opened.model, opened.architecture.model_dump(), stage.name, opened.path.name, opened.step, opened.metrics,
+        config=opened.config, tokenizer=opened.tokenizer,
     )  # fmt: skip
 
 
-def answering_parts(
-    args: argparse.Namespace,
-) -> tuple[dict[str, Part], Tokenizer, SftConfig | None, OmniArchitecture | None]:
-    """The Thinker and its tokenizer; with stage E also the encoders and projectors, and that stage's config and
-    architecture."""
+def notice_unfinished(opened: Loaded, stage: Stage) -> None:
+    if opened.path.name != stage.final:
+        notice(f"{opened.path.parent}: no {stage.final} yet, exporting {opened.path.name}")
+
+
+def answering_parts(args: argparse.Namespace) -> tuple[dict[str, Part], SftConfig | None, OmniArchitecture | None]:
+    """The Thinker; with stage E also the encoders and projectors, and that stage's config and architecture."""
     if args.thinker_ckpt is not None:
-        thinker, tokenizer = load_part("thinker", args.thinker_ckpt), Tokenizer.load(args.thinker_ckpt / TOKENIZER)
-        check_size(tokenizer, args.thinker_ckpt / TOKENIZER, thinker.sizes["vocab_size"])
+        thinker = load_part("thinker", args.thinker_ckpt)
     if args.omni_ckpt is None:
         notice("no --omni_ckpt: this export answers text alone, without pictures or recordings")
-        return {"thinker": thinker}, tokenizer, None, None
-    omni, omni_tokenizer, config = load_omni(args.omni_ckpt, torch.device("cpu"))
-    stage = STAGES["omni"]
-    saved = load_stage(args.omni_ckpt, stage.name, stage.prefix, stage.final)
-    if saved["path"].name != stage.final:
-        notice(f"{args.omni_ckpt}: no {stage.final} yet, exporting {saved['path'].name}")
+        return {"thinker": thinker}, None, None
+    opened, stage = open_model("omni", args.omni_ckpt), STAGES["omni"]
+    notice_unfinished(opened, stage)
+    omni, config = opened.model, opened.config_as(SftConfig)
     if args.thinker_ckpt is not None:
-        if tokenizer.fingerprint != omni_tokenizer.fingerprint:
+        if thinker.tokenizer.fingerprint != opened.tokenizer.fingerprint:
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their tokenizers differ"
             )
         sizes = omni.thinker.architecture.model_dump()
         check_compatible(args.omni_ckpt, sizes, args.thinker_ckpt, thinker.sizes, UNWEIGHTED)
-        if config.origins and config.origins["thinker"] != fingerprint(thinker.module):
+        if config.origins and config.origins["thinker"] != weights_sha256(thinker.module):
             raise UserError(
                 f"{args.omni_ckpt}: another Thinker than that of {args.thinker_ckpt}: their weights differ. "
                 "Give the folder that stage E used, or leave --thinker_ckpt out"
@@ -75,24 +64,23 @@ def answering_parts(
     parts = {}
     for name, module in omni.named_children():
         sizes = {} if STAGE_OF[name] is stage else module.architecture.model_dump()  # of projectors: in "omni"
-        parts[name] = Part(module, sizes, stage.name, saved["path"].name, saved["step"], saved["metrics"])
-    return parts, omni_tokenizer, config, omni.architecture
+        parts[name] = Part(module, sizes, stage.name, opened.path.name, opened.step, opened.metrics)
+    parts["thinker"].tokenizer = opened.tokenizer
+    return parts, config, omni.architecture
 
 
-def add_audio_encoder(
-    args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None
-) -> tuple[Part, CtcTokenizer] | None:
-    """Add the audio encoder. Returns stage B's, which transcribes speech, with its CTC tokenizer."""
+def add_audio_encoder(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> Part | None:
+    """Add the audio encoder. Returns stage B's, which transcribes speech."""
     if args.audio_ckpt is None:
         if "audio_encoder" in parts:
             notice("no --audio_ckpt: the audio encoder has no CTC tokenizer, so not for ParakeetForCTC")
         return None
-    recogniser, tokenizer = load_part("audio_encoder", args.audio_ckpt), CtcTokenizer.load(args.audio_ckpt / TOKENIZER)
+    recogniser = load_part("audio_encoder", args.audio_ckpt)
     if add_encoder("audio_encoder", recogniser, args.audio_ckpt, args, parts, sft):
         measured = figures("audio_encoder", recogniser.metrics) or "not measured"
         origin = f"{recogniser.file}, step {recogniser.step}: {measured}"
         parts["audio_encoder"].notes.append(f"audio_encoder/ has stage B's, which transcribes speech ({origin})")
-    return recogniser, tokenizer
+    return recogniser
 
 
 def add_vision_encoder(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig | None) -> None:
@@ -118,7 +106,7 @@ def add_encoder(
         parts[name] = encoder
         return False
     check_compatible(args.omni_ckpt, parts[name].sizes, folder, encoder.sizes, MAY_DIFFER)
-    changed = weights_sha256(parts[name].module.state_dict()) != weights_sha256(encoder.module.state_dict())
+    changed = weights_sha256(parts[name].module) != weights_sha256(encoder.module)
     if changed and sft.freeze_encoders:
         raise UserError(
             f"{args.omni_ckpt}: its {name}, which stage E did not train (freeze_encoders), is not the one of {folder}. "
@@ -139,7 +127,7 @@ def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig 
     talker, codec = load_part("talker", args.talker_ckpt), load_part("rvq", args.talker_ckpt)
     check_compatible(args.talker_ckpt / talker.file, talker.config, args.talker_ckpt / codec.file, codec.sizes)
     if "talker" in parts:  # stage E's, which is conditioned on the Thinker's states
-        if sft.origins["codec"] != fingerprint(codec.module):
+        if sft.origins["codec"] != weights_sha256(codec.module):
             raise UserError(
                 f"{args.omni_ckpt}: its talker predicts the codes of another codec than that of {args.talker_ckpt}. "
                 "Give the folder that stage E used"

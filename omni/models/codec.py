@@ -7,8 +7,6 @@ to predict the codes.
 
 # B clips, T mel frames, M mel channels, N = T / frames_per_code latents, C latent width, D model width, Q codebooks
 
-import hashlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,11 +144,3 @@ class Codec(nn.Module):
         clips = log_mels.reshape(-1, *log_mels.shape[-2:])
         coded = [self.decode(self.encode_one(clip)[None])[0, :T] for clip in clips]
         return torch.stack(coded).view(log_mels.shape)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of the weights: codes mean nothing to another codec."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()

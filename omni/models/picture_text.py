@@ -3,7 +3,6 @@
 # B pictures and as many captions, H and W height and width in pixels, P patches, D model width, V vocabulary
 # T tokens of a caption, E width of the common space
 
-import hashlib
 import math
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from omni.common.numerics import true_float32
+from omni.common.numerics import true_float32, weights_sha256
 from omni.models.architectures import PictureTextArchitecture
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
@@ -60,7 +59,7 @@ class PictureTextModel(nn.Module):
     def attach_thinker(self, thinker: Thinker) -> None:
         """Embed captions with ``thinker``, on its device already and frozen from here on."""
         self._frozen = [thinker.requires_grad_(False).eval()]
-        self.thinker_sha256.copy_(thinker_digest(thinker))
+        self.thinker_sha256.copy_(torch.tensor(list(bytes.fromhex(weights_sha256(thinker)))))
 
     def forward(
         self, images: Tensor, tokens: Tensor, ends: Tensor, same: Tensor | None = None
@@ -183,12 +182,3 @@ def noisy_or_log_absent(logits: Tensor, dim: int) -> Tensor:
 def rarity_of(counts: Tensor, captions: int) -> Tensor:
     """What tokens (V,) count that stand in ``counts`` of some captions: the log of the inverse share, 0 if in all."""
     return torch.log((1 + captions) / (1 + counts))
-
-
-def thinker_digest(thinker: Thinker) -> Tensor:
-    """SHA-256 of a Thinker's weights, (32,) uint8."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(thinker.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)

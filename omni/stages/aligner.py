@@ -1,7 +1,6 @@
 """The second part of stage D, the aligner: config, texts with their recordings, metrics, and all texts' durations."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,14 +8,15 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow
 from omni.common.host import Host
+from omni.common.numerics import weights_sha256
 from omni.data.manifest import Manifest
 from omni.models.aligner import Aligner, aligner_nats, check_fits, likeliest_durations, text_symbols
-from omni.models.codec import Codec, fingerprint
+from omni.models.codec import Codec
 from omni.models.ops import round_up
 from omni.models.speech_architectures import AlignerArchitecture
 from omni.stages.codec import SpeechClips, SpeechConfig, count_codes, prepare_codes
 from omni.train.precompute import ManifestWithColumns, RaggedArray, precompute
-from omni.train.stage import Stage, load
+from omni.train.stage import Stage
 
 MAX_TEXT_BYTES = 4096
 
@@ -42,11 +42,6 @@ STAGE = Stage(
     architecture=AlignerArchitecture,
     model=Aligner,
 )
-
-
-def load_aligner(folder: str | Path, device: torch.device | str) -> Aligner:
-    """The aligner that stage D left in ``folder``, frozen. See ``omni.train.stage.load``."""
-    return load(STAGE, folder, device).model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -114,7 +109,7 @@ def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str
         scores = aligner(symbols, text_lengths, log_mels, lengths)
         return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
 
-    belongs_to = {"aligner": fingerprint(aligner)}
+    belongs_to = {"aligner": weights_sha256(aligner)}
     return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
 
 

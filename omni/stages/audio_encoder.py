@@ -20,15 +20,13 @@ from omni.data.audio import load_speech, log_mel, normalise_features, perturb_sp
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples, static_lengths
-from omni.data.tokenizer import check_size
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, mel_spec, output_frames
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
 from omni.models.ops import round_up
-from omni.train.checkpoint import saved_config
 from omni.train.config import ASR_HINT, StageConfig, input_file
 from omni.train.run import Run
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Stage
 
 COLUMNS = ("wav", "text")
 
@@ -92,24 +90,10 @@ STAGE = Stage(
     architecture=AudioEncoderArchitecture,
     model=AudioEncoder,
     switches=("use_flash",),
-    files=("tokenizer.json",),
+    tokenizer=CtcTokenizer,
+    vocab_size=lambda architecture: architecture.ctc_vocab_size,
     evaluate="omni.stages.evaluation:evaluate_audio_enc",
 )
-
-
-def load_audio_encoder(
-    folder: str | Path, device: torch.device | str
-) -> tuple[AudioEncoder, CtcTokenizer, AudioEncoderConfig]:
-    """The model of ``folder`` in evaluation mode, its tokenizer, and the config that it was trained with.
-
-    Raises:
-        UserError: a file is missing or damaged, or the two are not of one run.
-    """
-    loaded, path = load(STAGE, folder, device), Path(folder) / "tokenizer.json"
-    tokenizer = CtcTokenizer.load(path)
-    check_size(tokenizer, path, loaded.architecture.ctc_vocab_size)
-    # static shapes are for compiled training
-    return loaded.model, tokenizer, saved_config(AudioEncoderConfig, vars(loaded), use_compile=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------

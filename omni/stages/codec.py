@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 
 from omni.common.caches import require_finite
 from omni.common.host import Host
+from omni.common.numerics import weights_sha256
 from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
 from omni.data.manifest import Manifest, ManifestDataset, read_some, spread
 from omni.data.measure import files_digest
 from omni.data.recordings import measure_samples, static_lengths
-from omni.models.codec import Codec, fingerprint, mel_spec
+from omni.models.codec import Codec, mel_spec
 from omni.models.quantizer import masked_mean
 from omni.models.speech_architectures import CodecArchitecture, SpeechFrames
 from omni.train.config import TTS_HINT, StageConfig, input_file
 from omni.train.precompute import RaggedArray, precompute
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Stage
 
 STATISTICS_CLIPS = 256
 
@@ -80,11 +80,6 @@ STAGE = Stage(
     ),
     evaluate="omni.stages.evaluation:evaluate_codec",
 )
-
-
-def load_codec(folder: str | Path, device: torch.device | str) -> Codec:
-    """The codec that stage D left in ``folder``, frozen. See ``omni.train.stage.load``."""
-    return load(STAGE, folder, device).model.requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -193,7 +188,7 @@ def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str) -> Rag
         lengths = -(-batch["lengths"].numpy() // codec.architecture.frames_per_code)
         return [one[:length].astype(np.uint16) for length, one in zip(lengths, codes, strict=True)]
 
-    return precompute(run, f"{name}.codes", clips, "wav", {"codec": fingerprint(codec)}, make, note="coding")
+    return precompute(run, f"{name}.codes", clips, "wav", {"codec": weights_sha256(codec)}, make, note="coding")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """How scripts/evaluate.py evaluates each stage: with the rows, sums and metrics of the validation in training.
 
-``evaluate_*(args, device)`` takes the options of that script.
+``evaluate_*(args, opened, device)`` takes the options of that script and the stage's trained model.
 """
 
 import argparse
@@ -24,34 +24,35 @@ from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.aligner import text_symbols
+from omni.models.codec import mel_spec
 from omni.models.ocr import read_text
+from omni.models.speaker import Speaker
 from omni.models.thinker import Thinker
-from omni.stages import ocr
-from omni.stages.aligner import load_aligner
-from omni.stages.audio_encoder import COLUMNS, Utterances, error_counts, load_audio_encoder, transcribe
+from omni.stages import STAGES
+from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, Utterances, error_counts, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
-from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums, load_codec
+from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
-from omni.stages.omni_parts import load_omni, processor_of
+from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import processor_of
 from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
-from omni.stages.talker import Utterance, collate_utterances, load_speaker, talker_metrics, talker_sums
+from omni.stages.talker import Utterance, collate_utterances, talker_metrics, talker_sums
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.mixture import AnswerScore, EvalItems
-from omni.stages.text import load_thinker, text_metrics, text_sums
-from omni.stages.vision import load_vision_encoder
-from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder, split_column
-from omni.train.checkpoint import load_stage, saved_config
+from omni.stages.text import text_metrics, text_sums
+from omni.stages.vision import VisionConfig, attach_thinker
+from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for, split_column
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
 from omni.train.samples import write_sound
-from omni.train.stage import load
+from omni.train.stage import Loaded, load
 
 # those that need no second file, and no folder of another stage
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
 
 
-def evaluate_text(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    thinker, tokenizer, _ = load_thinker(args.ckpt_dir, device)
+def evaluate_text(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    thinker, tokenizer = opened.model, opened.tokenizer
     result, totals, text_bytes = EvalResult(), {}, 0
     for batch in text_batches(args, thinker, tokenizer):
         result.rows += batch["lines"]
@@ -95,8 +96,9 @@ def text_lines(path: Path) -> Iterator[bytes]:
         row += count_lines(chunk)
 
 
-def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    model, tokenizer, config = load_audio_encoder(args.ckpt_dir, device)
+def evaluate_audio_enc(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    model, tokenizer = opened.model, opened.tokenizer
+    config = opened.config_as(AudioEncoderConfig, use_compile=False)  # static shapes are for compiled training
     manifest = load_manifest(args.data, COLUMNS, "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = Utterances(manifest, first_rows(len(manifest), args), config, tokenizer, training=False)
     texts: list[str] = []
@@ -114,9 +116,10 @@ def evaluate_audio_enc(args: argparse.Namespace, device: torch.device) -> EvalRe
     return result
 
 
-def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    model, tokenizer, config = load_vision_encoder(args.ckpt_dir, device, args.thinker_ckpt)
-    config = config.model_copy(update={"image_root": args.image_root})
+def evaluate_vision(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    attach_thinker(opened, args.thinker_ckpt)
+    model, tokenizer = opened.model, opened.tokenizer
+    config = opened.config_as(VisionConfig, image_root=args.image_root)
     manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
     order = in_distinct_groups(manifest, first_rows(len(manifest), args))
     classes = Classes.beside(manifest.path)
@@ -133,9 +136,8 @@ def evaluate_vision(args: argparse.Namespace, device: torch.device) -> EvalResul
     return result
 
 
-def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    codec = load_codec(args.ckpt_dir, device)
-    config = saved_config(CodecConfig, load_stage(args.ckpt_dir, "codec", "rvq_codec", "rvq_codec.pt"))
+def evaluate_codec(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    codec, config = opened.model, opened.config_as(CodecConfig)
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = SpeechClips(manifest, first_rows(len(manifest), args), codec.architecture, config.max_codes, training=False)
     result, totals = evaluate_rows(rows, args, device, partial(codec_sums, codec), args.batch_size)
@@ -143,9 +145,8 @@ def evaluate_codec(args: argparse.Namespace, device: torch.device) -> EvalResult
     return result
 
 
-def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    loaded = load(ocr.STAGE, args.ckpt_dir, device)
-    model, config = loaded.model, saved_config(OcrConfig, vars(loaded), image_root=args.image_root)
+def evaluate_ocr(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    model, config = opened.model, opened.config_as(OcrConfig, image_root=args.image_root)
     manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=args.cache_dir, log=to_stderr)
     rows = OcrRows(manifest, first_rows(len(manifest), args), config, training=False)
     result, totals = evaluate_rows(rows, args, device, partial(ocr_sums, model), args.batch_size)
@@ -156,10 +157,9 @@ def evaluate_ocr(args: argparse.Namespace, device: torch.device) -> EvalResult:
     return result
 
 
-def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResult:
-    model = load_vocoder(args.ckpt_dir, device)
+def evaluate_vocoder(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
+    model, config = opened.model, opened.config_as(VocoderConfig)
     manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
-    config = saved_config(VocoderConfig, load_stage(args.ckpt_dir, "vocoder", "hifigan", "hifigan.pt"))
     codec = load_codec_of(config)
     rows = Clips(manifest, first_rows(len(manifest), args), config, training=False, codec=codec)
     score = VocoderScore(model.architecture)
@@ -174,12 +174,13 @@ def evaluate_vocoder(args: argparse.Namespace, device: torch.device) -> EvalResu
     return result
 
 
-def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
+def evaluate_omni(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
     if args.task is None:
         raise UserError(f"--task: expected one of {', '.join(OMNI_TASKS)}, found none")
-    model, tokenizer, config = load_omni(args.ckpt_dir, device)
-    config = config.model_copy(update={"image_root": args.image_root})
-    task, processor = TASKS[args.task], processor_of(tokenizer, model.architecture, config)
+    # one padded length is for compiled training, and cached features are those of the training's files
+    config = opened.config_as(SftConfig, use_compile=False, cache_features=False, image_root=args.image_root)
+    model, task = opened.model, TASKS[args.task]
+    processor = processor_of(opened.tokenizer, model.architecture, config)
     manifest = task.open(args.data, cache_dir=args.cache_dir, log=to_stderr)
     rows = task(manifest, first_rows(len(manifest), args), processor, config, seed=0, training=False)
     items, score = EvalItems({args.task: rows}, processor, len(rows)), AnswerScore(processor, config.max_answer_tokens)
@@ -194,11 +195,12 @@ def evaluate_omni(args: argparse.Namespace, device: torch.device) -> EvalResult:
     return result
 
 
-def evaluate_talker(args: argparse.Namespace, device: torch.device) -> EvalResult:
+def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
     """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
     of their resynthesis by vocoder and codec, and of the talker's speech."""
-    speaker = load_speaker(args.ckpt_dir, args.vocoder_ckpt, device)
-    aligner = load_aligner(args.ckpt_dir, device)
+    codec, aligner = (load(STAGES[name], args.ckpt_dir, device).model for name in ("codec", "aligner"))
+    vocoder = load_vocoder_for(args.ckpt_dir, mel_spec(codec.architecture), args.vocoder_ckpt, device)
+    speaker = Speaker(opened.model, codec, vocoder)
     recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     result, totals, counts = EvalResult(), {}, {}

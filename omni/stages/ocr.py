@@ -7,7 +7,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import jiwer
 import numpy as np
@@ -29,7 +28,7 @@ from omni.models.ctc import ctc_nll
 from omni.models.ocr import END, OcrModel, read_text, start_symbol
 from omni.train.config import OCR_HINT, StageConfig, input_file, resumable
 from omni.train.run import Run
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Stage
 
 
 class OcrConfig(OcrArchitecture, StageConfig):
@@ -62,6 +61,7 @@ STAGE = Stage(
             "ocr",
             "reads pictures of text",
             "--ocr_ckpt",
+            alone=True,
             figures=("cer", "exact"),
             command="python infer_chat.py --ckpt_dir merged_model --ocr --image sign.png",
         ),
@@ -73,15 +73,6 @@ STAGE = Stage(
     model=OcrModel,
     evaluate="omni.stages.evaluation:evaluate_ocr",
 )
-
-
-def load_ocr(folder: str | Path, device: torch.device | str) -> OcrModel:
-    """The model of ``folder``, in evaluation mode.
-
-    Raises:
-        UserError: no checkpoint there, or a damaged one.
-    """
-    return load(STAGE, folder, device).model
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import ClassVar, Self
 from pydantic import Field, model_validator
 
 from omni.common.errors import UserError
+from omni.data.tokenizer import Tokenizer
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
@@ -183,7 +184,9 @@ STAGE = Stage(
     config_name="omni_sft",
     architecture=OmniArchitecture,
     model=OmniModel,
-    files=("tokenizer.json",),
+    switches=("use_flash",),
+    tokenizer=Tokenizer,
+    vocab_size=lambda architecture: architecture.thinker.vocab_size,
     exports=(
         ExportedPart(
             "proj_v",

@@ -1,9 +1,8 @@
-"""The omni model, made of what stages A to D left, and loaded again."""
+"""The omni model, made of the models of stages A to D."""
 
 # D the Thinker's width, V vocabulary
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
-from omni.data.tokenizer import Tokenizer, check_size
+from omni.common.numerics import weights_sha256
+from omni.data.tokenizer import Tokenizer
 from omni.models.architectures import VisionArchitecture
-from omni.models.codec import fingerprint
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
 from omni.models.talker import Talker
 from omni.models.vision_encoder import ViT
-from omni.stages.audio_encoder import load_audio_encoder
-from omni.stages.codec import load_codec
+from omni.stages import STAGES
+from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
 from omni.stages.tasks.processor import Processor
-from omni.stages.text import load_thinker
 from omni.stages.vision import VisionConfig
-from omni.train.checkpoint import build, load_stage, load_weights, saved_config, understood
+from omni.train.checkpoint import build, load_stage, load_weights, saved_config
+from omni.train.stage import load
 
 POSITION_WORDS = (" left", " right", " top", " above", " bottom", " below")  # the Thinker's words for places
 
@@ -42,16 +41,16 @@ def assemble(config: SftConfig, **flash: bool) -> tuple[SftConfig, OmniModel, To
     Raises:
         UserError: a stage's file is missing, damaged or of another stage, or its sizes do not fit.
     """
-    cpu = torch.device("cpu")
-    thinker, tokenizer, _ = load_thinker(config.thinker_ckpt, cpu)
+    opened = load(STAGES["text"], config.thinker_ckpt)
+    thinker, tokenizer = opened.model, opened.tokenizer
     ctx_len = config.ctx_len or thinker.architecture.ctx_len
     sizes = thinker.architecture.model_copy(update={"dropout": config.dropout, "ctx_len": ctx_len})
     keys: dict[str, Any] = {"thinker": sizes}
     modules: dict[str, nn.Module] = {"thinker": thinker}
     if config.audio_ckpt is not None:
-        modules["audio_encoder"], audio_tokenizer, trained = load_audio_encoder(config.audio_ckpt, cpu)
-        keys["audio_encoder"] = modules["audio_encoder"].architecture
-        keys["max_mel_length"] = trained.max_mel_length
+        recognizer = load(STAGES["audio_enc"], config.audio_ckpt)
+        modules["audio_encoder"], keys["audio_encoder"] = recognizer.model, recognizer.architecture
+        keys["max_mel_length"] = recognizer.config_as(AudioEncoderConfig).max_mel_length
     words: dict[str, Tensor] = {}
     if config.vision_ckpt is not None:
         modules["vision_encoder"], keys["vision_encoder"], words, captions = vision_encoder(config.vision_ckpt)
@@ -62,12 +61,13 @@ def assemble(config: SftConfig, **flash: bool) -> tuple[SftConfig, OmniModel, To
                 f'{config.vision_ckpt}: has {side} x {side} patches, key "image_stack": expected a divisor of {side}, '
                 f"found {config.image_stack}"
             )
-    origins = {name: fingerprint(module) for name, module in modules.items()}
+    origins = {name: weights_sha256(module) for name, module in modules.items()}
     if config.speech_csv is not None:
         trained, modules["talker"] = talker_with_states(config.talker_ckpt, thinker.architecture.d_model)
         keys |= {"talker": trained.architecture, "max_codes": trained.max_codes}
         keys["duration_weight"] = trained.duration_weight
-        origins |= {"talker": fingerprint(modules["talker"]), "codec": fingerprint(load_codec(config.talker_ckpt, cpu))}
+        codec = load(STAGES["codec"], config.talker_ckpt).model
+        origins |= {"talker": weights_sha256(modules["talker"]), "codec": weights_sha256(codec)}
     joined = {name: getattr(config, name) for name in ("proj_d_ff", "image_stack", "drop_blanks")}
     model = empty_model(OmniArchitecture(**keys, **joined), config, **flash)
     for name, module in modules.items():
@@ -83,7 +83,7 @@ def assemble(config: SftConfig, **flash: bool) -> tuple[SftConfig, OmniModel, To
         top, bottom = torch.stack(more[:2]).mean(dim=0), torch.stack(more[2:]).mean(dim=0)
         model.proj_v.start_from_positions(left, right, top, bottom)
     if model.proj_a is not None:
-        units = embeddings_of(audio_tokenizer.units, tokenizer, embeddings)
+        units = embeddings_of(recognizer.tokenizer.units, tokenizer, embeddings)
         model.proj_a.start_from_units(torch.cat((units, embeddings[model.audio_id, None])))  # last, the blank
     return config.model_copy(update={"origins": origins}), model, tokenizer
 
@@ -144,21 +144,3 @@ def embeddings_of(units: Sequence[str], tokenizer: Tokenizer, embeddings: Tensor
         ids = min((tokenizer.encode(spelling, allow_special=False) for spelling in spellings if spelling), key=len)
         rows.append(embeddings[ids].mean(dim=0))
     return torch.stack(rows)
-
-
-def load_omni(folder: str | Path, device: torch.device) -> tuple[OmniModel, Tokenizer, SftConfig]:
-    """What stage E left in ``folder``, which is all that is needed: the model in evaluation mode, float32; its
-    tokenizer; the config, see ``processor_of``.
-
-    Raises:
-        UserError: a file is missing or damaged, or the two are not of one run.
-    """
-    saved, path = load_stage(folder, "omni", prefix="omni", final="omni_final.pt"), Path(folder) / "tokenizer.json"
-    # one padded length is for compiled training; and the cached features of training's files are not at hand
-    config = saved_config(SftConfig, saved, use_compile=False, cache_features=False)
-    tokenizer = Tokenizer.load(path)
-    with understood(saved["path"]):
-        architecture = OmniArchitecture.model_validate(saved["architecture"])
-    check_size(tokenizer, path, architecture.thinker.vocab_size)
-    make = partial(empty_model, architecture, config, use_flash=config.use_flash)
-    return build(make, saved["model"], saved["path"]).to(device).eval(), tokenizer, config

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, reading_row
 from omni.common.host import Host
+from omni.common.numerics import weights_sha256
 from omni.data.audio import load_audio, log_mel, normalise_features, resample
 from omni.data.manifest import Manifest
 from omni.data.measure import files_digest
 from omni.models.audio_encoder import mel_spec
-from omni.models.codec import fingerprint
 from omni.models.ctc import normalise_text
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.talker import Talker
-from omni.stages.audio_encoder import error_counts, load_audio_encoder, transcribe
+from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe
 from omni.stages.talker import talker_metrics, talker_sums
+from omni.train.stage import load
 
 _BATCH = 16  # recordings that are transcribed at a time
 
@@ -31,7 +32,8 @@ class Recognizer:
     """
 
     def __init__(self, folder: str | Path, device: torch.device) -> None:
-        self.model, self.tokenizer, config = load_audio_encoder(folder, device)
+        opened = load(STAGE, folder, device)
+        self.model, self.tokenizer, config = opened.model, opened.tokenizer, opened.config_as(AudioEncoderConfig)
         self.spec, self.max_frames, self.device = mel_spec(config), config.max_mel_length, device
 
     @torch.no_grad()
@@ -103,7 +105,7 @@ def prepare_references(
         return rates
 
     models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "recognizer": recognizer.model}
-    belongs_to = {name: fingerprint(model) for name, model in models.items() if model is not None}
+    belongs_to = {name: weights_sha256(model) for name, model in models.items() if model is not None}
     belongs_to |= {"data": manifest.sha256, "rows": len(rows), "files": files_digest(manifest, rows, "wav")}
     return run.cached_json("references.json", belongs_to, make)
 

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,17 +14,14 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
 from omni.data.manifest import ManifestDataset
-from omni.models.codec import mel_spec
 from omni.models.ops import round_up
-from omni.models.speaker import Speaker
 from omni.models.speech_architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
 from omni.models.talker import Talker, code_nats, duration_nats, frame_targets
 from omni.stages.aligner import AlignerConfig, pad_bytes, read_symbols
-from omni.stages.codec import CodecConfig, SpeechConfig, load_codec, padded_codes, read_log_mels
-from omni.stages.vocoder import load_vocoder_for
+from omni.stages.codec import CodecConfig, SpeechConfig, padded_codes, read_log_mels
 from omni.train.config import ConfigType, StageConfig, resumable
 from omni.train.precompute import ManifestWithColumns
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Stage
 
 
 class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechConfig):
@@ -114,22 +110,6 @@ STAGE = Stage(
     ),
     evaluate="omni.stages.evaluation:evaluate_talker",
 )
-
-
-def load_talker(folder: str | Path, device: torch.device | str) -> Talker:
-    """The talker that stage D left in ``folder``. See ``omni.train.stage.load``."""
-    return load(STAGE, folder, device).model
-
-
-def load_speaker(folder: str | Path, vocoder_folder: str | Path | None, device: torch.device | str) -> Speaker:
-    """The models that stage D, and if given stage F, left in their folders.
-
-    Raises:
-        UserError: nothing there, damaged, or a vocoder of other log-mels than the codec's.
-    """
-    talker, codec = load_talker(folder, device), load_codec(folder, device)
-    vocoder = load_vocoder_for(folder, mel_spec(codec.architecture), vocoder_folder, device)
-    return Speaker(talker, codec, vocoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,18 +4,17 @@ import math
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.data.corpus import sample_lines
-from omni.data.tokenizer import IGNORE_INDEX, Tokenizer, check_size
+from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.thinker import Thinker
 from omni.train.config import TEXT_HINT, StageConfig, input_file
 from omni.train.run import Run
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Stage
 
 
 class TextConfig(ThinkerArchitecture, StageConfig):
@@ -61,21 +60,10 @@ STAGE = Stage(
     architecture=ThinkerArchitecture,
     model=Thinker,
     switches=("use_flash",),
-    files=("tokenizer.json",),
+    tokenizer=Tokenizer,
+    vocab_size=lambda architecture: architecture.vocab_size,
     evaluate="omni.stages.evaluation:evaluate_text",
 )
-
-
-def load_thinker(folder: str | Path, device: torch.device | str) -> tuple[Thinker, Tokenizer, dict[str, float]]:
-    """The model of ``folder`` in evaluation mode, its tokenizer, and the metrics it was saved with.
-
-    Raises:
-        UserError: a file is missing or damaged, or the two are not of one run.
-    """
-    loaded, path = load(STAGE, folder, device), Path(folder) / "tokenizer.json"
-    tokenizer = Tokenizer.load(path)
-    check_size(tokenizer, path, loaded.architecture.vocab_size)
-    return loaded.model, tokenizer, loaded.metrics
 
 
 def text_sums(model: nn.Module, batch: dict) -> dict[str, Tensor]:

@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from omni.common.errors import BadRow, UserError
+from omni.common.numerics import weights_sha256
 from omni.common.text import visible
 from omni.data.manifest import Manifest
 from omni.data.tokenizer import Tokenizer
 from omni.models.architectures import PictureTextArchitecture, ThinkerArchitecture, VisionArchitecture
-from omni.models.picture_text import PictureTextModel, thinker_digest
+from omni.models.picture_text import PictureTextModel
 from omni.models.vision_encoder import ViT
-from omni.stages.text import load_thinker
-from omni.train.checkpoint import saved_config
+from omni.stages.text import STAGE as THINKER
 from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
 from omni.train.run import Run
-from omni.train.stage import ExportedPart, Stage, load
+from omni.train.stage import ExportedPart, Loaded, Stage, load
 
 TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no merge that matters
 
@@ -139,32 +138,28 @@ STAGE = Stage(
     architecture=PictureTextArchitecture,
     model=PictureTextModel,
     switches=("use_flash",),
-    files=("tokenizer.json",),
+    tokenizer=Tokenizer,
+    vocab_size=lambda architecture: architecture.text.vocab_size,
     evaluate="omni.stages.evaluation:evaluate_vision",
 )
 
 
-def load_vision_encoder(
-    folder: str | Path, device: torch.device | str, thinker_ckpt: str | Path | None = None
-) -> tuple[PictureTextModel, Tokenizer, VisionConfig]:
-    """The model of ``folder`` in evaluation mode: ``model.vit`` for pictures alone, ``model`` to compare them with
-    captions; its tokenizer, and the config that it was trained with.
+def attach_thinker(opened: Loaded, thinker_ckpt: str | Path | None = None) -> None:
+    """Give an opened model its Thinker, if it was trained with one (``use_thinker_for_text``).
 
     Args:
-        thinker_ckpt: present folder of the Thinker of ``use_thinker_for_text``; default: that of the training.
+        thinker_ckpt: present folder of that Thinker; default: that of the training.
 
     Raises:
         UserError: a file is missing or damaged, or the Thinker is not the one of the training.
     """
-    loaded, tokenizer = load(STAGE, folder, device), Tokenizer.load(Path(folder) / "tokenizer.json")
-    model, config = loaded.model, saved_config(VisionConfig, vars(loaded))
-    if loaded.architecture.uses_thinker:
-        source = thinker_ckpt or config.thinker_ckpt
-        thinker, _, _ = load_thinker(source, device)
-        if not torch.equal(thinker_digest(thinker), model.thinker_sha256.cpu()):
+    if opened.architecture.uses_thinker:
+        source = thinker_ckpt or opened.config_as(VisionConfig).thinker_ckpt
+        thinker = load(THINKER, source, next(opened.model.parameters()).device).model
+        if weights_sha256(thinker) != bytes(opened.model.thinker_sha256.tolist()).hex():
+            folder = opened.path.parent
             raise UserError(f"{source}: not the Thinker that {folder} was trained with. Give that one as thinker_ckpt")
-        model.attach_thinker(thinker)
-    return model, tokenizer, config
+        opened.model.attach_thinker(thinker)
 
 
 def prepare_tokenizer(run: Run, make: Callable[[], Tokenizer]) -> Tokenizer:

@@ -19,7 +19,7 @@ from omni.models.codec import Codec
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
 from omni.models.vocoder import Generator, fold_weight_norm, mel_spec, refuse_other_mels
-from omni.stages.codec import load_codec
+from omni.stages.codec import STAGE as CODEC
 from omni.train.config import TTS_HINT, StageConfig, input_file, resumable
 from omni.train.stage import ExportedPart, Stage, load
 
@@ -99,13 +99,13 @@ STAGE = Stage(
     config_name="vocoder",
     architecture=VocoderArchitecture,
     model=Generator,
+    prepare=fold_weight_norm,
     exports=(
         ExportedPart(
             "vocoder",
             "synthesises sound from log-mels",
             "--vocoder_ckpt",
             figures=("mel_l1", "mel_l1_griffin_lim"),
-            take=fold_weight_norm,
             model=lambda architecture: fold_weight_norm(Generator(architecture)),
         ),
     ),
@@ -113,22 +113,17 @@ STAGE = Stage(
 )
 
 
-def load_vocoder(folder: str | Path, device: torch.device | str) -> Generator:
-    """The generator that stage F left in ``folder``, weight norm folded. See ``omni.train.stage.load``."""
-    return fold_weight_norm(load(STAGE, folder, device).model)
-
-
 def load_vocoder_for(
     codec: Path | str, spec: MelSpec, folder: str | Path | None, device: torch.device | str
 ) -> Generator | None:
-    """``load_vocoder`` for the log-mels of ``codec``, which messages name so; None without a folder.
+    """The vocoder in ``folder``, for the log-mels of ``codec``, which messages name so; None without a folder.
 
     Raises:
         UserError: no checkpoint there, a damaged one, or one of other log-mels.
     """
     if folder is None:
         return None
-    vocoder = load_vocoder(folder, device)
+    vocoder = load(STAGE, folder, device).model
     refuse_other_mels(folder, vocoder.architecture, codec, spec)
     return vocoder
 
@@ -137,7 +132,7 @@ def load_codec_of(config: VocoderConfig) -> Codec | None:
     """The codec of ``codec_ckpt``, on the CPU, where rows are read; None without one."""
     if config.codec_ckpt is None:
         return None
-    codec = load_codec(config.codec_ckpt, "cpu")
+    codec = load(CODEC, config.codec_ckpt).model
     refuse_other_mels("this config", config.architecture, config.codec_ckpt, codec_mel_spec(codec.architecture))
     return codec
 

@@ -31,7 +31,7 @@ from omni.common.media import quoted
 from omni.train.config import with_new_names
 from omni.train.progress import read_validated
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DAMAGED_SUFFIX = ".damaged"
 
 _TAG = b"sha256:"
@@ -215,8 +215,9 @@ def newest(folder: Path, prefix: str, warn: Callable[[str], None]) -> dict | Non
     return None
 
 
-def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
-    """A stage's weights: its final file, or, while it still trains, its newest step file.
+def load_stage(source: str | Path, stage: str, prefix: str, final: str) -> dict:
+    """A stage's weights: of the file ``source``; or of the folder ``source`` its final file or, while it still trains,
+    its newest step file.
 
     Returns:
         A dict with ``stage, config, step, metrics, files, path, model``, the last being a state dict on CPU.
@@ -224,19 +225,8 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
     Raises:
         UserError: nothing there, damaged, or of another stage; the message names the file.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder with {final}, found {'a file' if folder.exists() else 'nothing'}")
-    steps = step_files(folder, prefix)
-    path = folder / final
-    if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{path}: expected a checkpoint, found a folder, a pipe or a link into nowhere")
-    if not path.exists():
-        if not steps:
-            raise UserError(
-                f"{folder}: expected {final} or {prefix}_step_<N>.pt, found neither. Train this stage first"
-            )
-        path = steps[0][1]
+    path = _checkpoint_in(Path(source), prefix, final)
+    folder = path.parent
     try:
         payload = load(path)
     except DamagedCheckpoint as error:
@@ -252,6 +242,27 @@ def load_stage(folder: str | Path, stage: str, prefix: str, final: str) -> dict:
             raise ValueError("weights that the file does not hold in full")
     _compare_files(folder, path, saved.files)
     return dict(saved) | {"path": path}
+
+
+def _checkpoint_in(source: Path, prefix: str, final: str) -> Path:
+    """The file that ``source`` is, or holds.
+
+    Raises:
+        UserError: there is none.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        found = "a pipe or a device" if source.exists() else "nothing"
+        raise UserError(f"{source}: expected a folder with {final}, found {found}")
+    path = source / final
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path}: expected a checkpoint, found a folder, a pipe or a link into nowhere")
+    if path.exists():
+        return path
+    if not (steps := step_files(source, prefix)):
+        raise UserError(f"{source}: expected {final} or {prefix}_step_<N>.pt, found neither. Train this stage first")
+    return steps[0][1]
 
 
 class _Saved(BaseModel):

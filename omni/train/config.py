@@ -17,7 +17,6 @@ from omni.common.media import quoted
 from omni.data.records import other_encoding
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
-ModelType = TypeVar("ModelType", bound=BaseModel)
 
 TEXT_HINT = "python scripts/make_synthetic_datasets.py writes data/text/tiny_corpus.txt; any UTF-8 text will do"
 ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
@@ -118,26 +117,6 @@ class StageConfig(BaseModel):
                 hint = f" ({extra['hint']})" if extra["hint"] else ""
                 found = f"none at {path}" if path else "an empty name; null is for no file"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
-
-
-def sizes_of(cls: type[BaseModel], config: BaseModel) -> dict:
-    """The keys of ``config`` that ``cls`` has, without those that do not change the weights: paths, printing."""
-    resumable = {name for name, field in cls.model_fields.items() if (field.json_schema_extra or {}).get("resumable")}
-    return {name: getattr(config, name) for name in cls.model_fields if name not in resumable}
-
-
-def read_sizes(cls: type[ModelType], sizes: dict) -> ModelType:
-    """The inverse of ``sizes_of``; what a stage's config must have beside the sizes, such as files, is "-".
-
-    Raises:
-        ValueError: they are not the sizes of such a part.
-    """
-    rest: dict = {}
-    if issubclass(cls, StageConfig):
-        rest = {name: "-" for name, field in cls.model_fields.items() if field.is_required()} | {"max_steps": 1}
-    if "text_path" in cls.model_fields:
-        rest["text_path"] = "-"
-    return cls.model_validate(rest | sizes)
 
 
 def read_keys(path: str) -> dict:

@@ -1,16 +1,19 @@
-"""A stage: its row in the table of stages (``omni.stages.STAGES``), and how the model that it left is opened again."""
+"""A stage: its row in the table of stages (``omni.stages.STAGES``), and how its trained model is opened."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel
 from torch import nn
 
+from omni.data.tokenizer import Tokenizer, check_size
+from omni.models.ctc import CtcTokenizer
 from omni.train import checkpoint
-from omni.train.config import StageConfig
+from omni.train.config import ConfigType, StageConfig
 from omni.train.evaluation import EvalResult
 
 
@@ -23,6 +26,7 @@ class ExportedPart:
     option: str  # of export.py, that adds it: "--thinker_ckpt or --omni_ckpt"
     figures: tuple[str, ...] = ()  # metrics that the model card names; one ending in * stands for all with that prefix
     command: str = ""  # that uses it, for the model card
+    alone: bool = False  # it fits any other part: export.py only has to copy it
     take: Callable[[nn.Module], nn.Module] = lambda model: model  # the part, of the stage's model
     architecture: type[BaseModel] | None = None  # default: the stage's
     model: Callable[[BaseModel], nn.Module] | None = None  # from its architecture; default: the stage's
@@ -45,11 +49,13 @@ class Stage:
     architecture: type[BaseModel] | None = None
     model: Callable[..., nn.Module] | None = None  # from its architecture, and its switches
     switches: tuple[str, ...] = ()  # keys of the config that choose how it computes, and change no weight: use_flash
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # the trained model, made ready to run
+    tokenizer: type[Tokenizer] | type[CtcTokenizer] | None = None  # class of the tokenizer.json beside the model
+    vocab_size: Callable[[BaseModel], int] | None = None  # entries of that tokenizer, by the model's architecture
     evaluate: str = ""  # "module:function" by which scripts/evaluate.py evaluates it; imported when it is called
-    files: tuple[str, ...] = ()  # in the same folder: what the model is of no use without, such as a tokenizer
 
     def evaluation(self) -> Callable[..., EvalResult]:
-        """The function that ``evaluate`` names: (options of scripts/evaluate.py, device) -> result."""
+        """The function that ``evaluate`` names: (options of scripts/evaluate.py, ``Loaded``, device) -> result."""
         module, _, function = self.evaluate.partition(":")
         return getattr(import_module(module), function)
 
@@ -58,28 +64,51 @@ class Stage:
         return (Path(folder) / self.final).exists() or bool(checkpoint.step_files(Path(folder), self.prefix))
 
 
+TOKENIZER = "tokenizer.json"
+
+
 @dataclass(frozen=True)
 class Loaded:
-    """A stage's model, opened."""
+    """A trained model, opened."""
 
-    model: nn.Module  # float32, in evaluation mode
+    model: nn.Module  # float32, frozen, in evaluation mode
     architecture: BaseModel
-    config: dict  # keys of the training that made it
+    config: dict  # keys of its training
     step: int
     metrics: dict[str, float]
-    path: Path  # the file that was read
+    path: Path  # the file of its weights
+    tokenizer: Any = None  # that of the stage's row
+
+    def config_as(self, cls: type[ConfigType], **changes) -> ConfigType:
+        """The config of its training, some of its keys changed.
+
+        Raises:
+            UserError: it is of another version.
+        """
+        return checkpoint.saved_config(cls, vars(self), **changes)
 
 
-def load(stage: Stage, folder: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model that ``stage`` left in ``folder``: of its final file, or while it still trains of its newest step file.
+def load(stage: Stage, source: str | Path, device: torch.device | str = "cpu") -> Loaded:
+    """Open the model that ``stage`` has trained.
+
+    Args:
+        source: its folder, of which the final file is read or, while it still trains, the newest step file; or one of
+            these files.
 
     Raises:
         UserError: nothing there, damaged, of another stage or of another version.
     """
-    saved = checkpoint.load_stage(folder, stage.name, stage.prefix, stage.final)
+    saved = checkpoint.load_stage(source, stage.name, stage.prefix, stage.final)
     with checkpoint.understood(saved["path"]):
         architecture = stage.architecture.model_validate(saved["architecture"])
         switches = {name: saved["config"][name] for name in stage.switches}
+    tokenizer = None
+    if stage.tokenizer is not None:
+        path = saved["path"].with_name(TOKENIZER)
+        tokenizer = stage.tokenizer.load(path)
+        check_size(tokenizer, path, stage.vocab_size(architecture))
     model = checkpoint.build(lambda: stage.model(architecture, **switches), saved["model"], saved["path"])
-    model = model.to(device).eval()
-    return Loaded(model, architecture, saved["config"], saved["step"], saved["metrics"], saved["path"])
+    model = stage.prepare(model).to(device).eval().requires_grad_(False)
+    return Loaded(
+        model, architecture, saved["config"], saved["step"], saved["metrics"], saved["path"], tokenizer=tokenizer
+    )

@@ -7,12 +7,15 @@ import numpy as np
 
 from omni.common.text import audible
 from omni.data.manifest import Manifest
-from omni.stages.aligner import load_aligner, prepare_speech
-from omni.stages.codec import leave_out_long, load_codec
+from omni.stages.aligner import STAGE as ALIGNER
+from omni.stages.aligner import prepare_speech
+from omni.stages.codec import STAGE as CODEC
+from omni.stages.codec import leave_out_long
 from omni.stages.talker import CodedSpeech
 from omni.stages.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
 from omni.stages.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
+from omni.train.stage import load
 
 
 @sft_task
@@ -39,7 +42,7 @@ class SpokenAnswers(SftTask):
         """The manifest with the codes and durations that stage D's codec and aligner compute; ``rows`` without
         recordings that are too long."""
         run, max_codes = side.run, side.processor.architecture.max_codes
-        codec, aligner = (load(side.config.talker_ckpt, run.device) for load in (load_codec, load_aligner))
+        codec, aligner = (load(stage, side.config.talker_ckpt, run.device).model for stage in (CODEC, ALIGNER))
         name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
         coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name)
         return coded, leave_out_long(run, manifest, rows, lengths, max_codes), {}
