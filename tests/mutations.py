@@ -71,7 +71,7 @@ MUTATIONS = [
     ),
     Mutation(
         "boundaries", "a validation that was killed is not taken up again", "omni/train/loop.py",
-        "self.save_and_validate()  # a run that was stopped in its validation takes it up again", "pass",
+        "self.save_and_validate()  # repeats a validation that was interrupted", "pass",
         "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
     ),
     Mutation(
@@ -1015,7 +1015,7 @@ MUTATIONS = [
     ),
     Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
-        "    if argv is None:  # this program is the process's own\n", "    if False:\n", "tests/test_allocator.py",
+        "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),
     Mutation(
         "config drift", "other classes of a zero-shot validation are taken for the same", "train_vision.py",
