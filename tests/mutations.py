@@ -717,7 +717,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only ours is replaced", "what arrives during the export is not looked for", "omni/export/folder.py",
-        "check_target(target, replace)  # once more: making the export took a while", "pass",
+        "check_target(target, replace)  # again, as the export took a while", "pass",
         "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one -k while",
     ),
     Mutation(
