@@ -40,7 +40,7 @@ class Side:
 
 
 class SftTask(ManifestDataset):
-    """Rows of one task. A sample is (sequence, accepted answers); the answers are normalised, {} if it is not scored.
+    """Rows of one task. A sample is (sequence, accepted answers); the answers are normalised, none if not scored.
 
     A new task is a subclass with ``@sft_task`` in a new file of this folder; it sets these class variables.
 

@@ -75,7 +75,7 @@ class Processor:
 
     @staticmethod
     def _opened(path: Media, cached: np.ndarray | None, read: Callable[[Media], Tensor]) -> Tensor:
-        """Cached features, or the file as a tensor. Empty features are of a file that could not be read."""
+        """Cached features, or the file as a tensor. Empty features belong to a file that could not be read."""
         if cached is None:
             return read(path)
         if not len(cached):
