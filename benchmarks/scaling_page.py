@@ -1,4 +1,4 @@
-"""The page that benchmarks/scaling.py writes: its figures as tables, and what they come to at a billion rows."""
+"""The page of benchmarks/scaling.py: its figures as tables, and their extrapolation to a billion rows."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ BILLION = 10**9
 
 @dataclass
 class Cost:
-    """Of a function of a script, in all its calls."""
+    """Cost of a script's function, over all its calls."""
 
     seconds: float = 0.0
-    peak_mb: float = 0.0  # of the process, meanwhile
-    added_mb: float = 0.0  # what of it the process did not have before
-    reads: int = 0  # rows; counted in a later start only
+    peak_mb: float = 0.0  # of the process, during the calls
+    added_mb: float = 0.0  # above the memory before a call
+    reads: int = 0  # rows read; counted in a later start only
 
 
 @dataclass
 class Start:
-    """One run of a script, to where it would train."""
+    """One run of a script, up to its training."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
     # (workers, part of the epoch) -> median seconds to the first batch, and the most rows read until then
@@ -39,30 +39,30 @@ class Start:
 
 @dataclass
 class Figures:
-    """Of one kind of data: the first start and a later one on ``count`` rows, and both on ``fewer``, a tenth."""
+    """Figures of one kind of data: a first and a later start on ``count`` rows, and both on ``fewer``, a tenth."""
 
     what: str
-    bounded: tuple[str, ...]  # functions that, from some size on, take the same for any number of rows
+    bounded: tuple[str, ...]  # functions whose cost does not grow beyond some number of rows
     count: int
     fewer: int
     file_mb: float
-    made_mb: float  # beside the file
+    made_mb: float  # caches beside the file
     first_of_fewer: Start
     later_of_fewer: Start
     first: Start
     later: Start
 
     def at_a_billion(self, many: float, few: float) -> float:
-        """What was ``many`` for ``count`` rows and ``few`` for ``fewer``: on the straight line through the two."""
+        """A cost of ``many`` for ``count`` rows and ``few`` for ``fewer``, extrapolated linearly."""
         return many + max(0.0, many - few) / (self.count - self.fewer) * (BILLION - self.count)
 
     def billion(self) -> list[str]:
-        """File, made beside it, first start, its memory, later start, its memory, rows it reads."""
+        """Size of file and caches, seconds and memory of a first and of a later start, rows read by the latter."""
         first_s, added_mb = 0.0, 0.0
         for name, cost in self.first.costs.items():
             few = self.first_of_fewer.costs[name]
             first_s += cost.seconds if name in self.bounded else self.at_a_billion(cost.seconds, few.seconds)
-            if name != "prepare_tokenizer":  # its memory is of distinct words
+            if name != "prepare_tokenizer":  # whose memory grows with the distinct words
                 added_mb = max(added_mb, self.at_a_billion(cost.added_mb, few.added_mb))
         later_mb = self.at_a_billion(self.later.peak_mb, self.later_of_fewer.peak_mb)
         first_mb = max(self.first.peak_mb + added_mb, later_mb)
@@ -75,7 +75,7 @@ class Figures:
 
 @dataclass
 class Order:
-    """What the rows of one step cost to compute, among so many."""
+    """Cost of computing the rows of one step, among ``rows``."""
 
     rows: int
     us_per_sample: float
@@ -88,11 +88,11 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def prepared(f: Figures) -> list[list[str]]:
-    """The lines of a table about one kind of data: its functions, and all of it."""
+    """The table's lines for one kind of data: one for each function, and their sum."""
     lines = []
     for name, cost in f.first.costs.items():
         later, few = f.later.costs[name], f.first_of_fewer.costs[name]
-        speed = f"{f.file_mb / cost.seconds:,.1f} MB/s" if name.startswith("prepare") else ""  # the whole file
+        speed = f"{f.file_mb / cost.seconds:,.1f} MB/s" if name.startswith("prepare") else ""  # of the whole file
         lines.append([f.what, f"`{name}`", f"{cost.seconds:.2f} s", speed])
         lines[-1] += [f"{cost.peak_mb:,.0f} MB", f"{cost.added_mb:.1f} MB", f"{few.added_mb:.1f} MB"]
         lines[-1] += [f"{later.seconds:.3f} s", f"{later.reads:,}"]
@@ -105,7 +105,7 @@ def prepared(f: Figures) -> list[list[str]]:
 def page(made: str, base_mb: float, figures: list[Figures], orders: list[Order]) -> str:
     """
     Args:
-        made: the command, when and where it ran.
+        made: command, date and machine.
         base_mb: memory of a process that has only imported the scripts.
     """
     late, within, resumed = [], True, []
