@@ -1,10 +1,10 @@
-"""Switches off, one at a time, what keeps a promise, and shows that a test then fails.
+"""Switches mechanisms off, one at a time, and checks that a test then fails.
 
     python tests/mutations.py                        all of them, about half an hour on 2 cores
     python tests/mutations.py --only lock --page docs/mutations.md
 
-Each mutation is a piece of text that stands exactly once in a file, and what takes its place in a copy of the tree. A
-mutation that no test notices ends the run with exit code 1, as does one whose text is no longer there.
+Each mutation is a text that stands exactly once in a file, and its replacement in a copy of the tree. The exit code is
+1 if no test notices a mutation, or if its text no longer stands in the file.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COPIED = (
 @dataclass(frozen=True)
 class Mutation:
     promise: str
-    what: str  # is switched off
+    what: str  # effect of the mutation
     file: str
     old: str
     new: str
