@@ -166,7 +166,7 @@ PAGE = """# How it scales
 
 {made}
 
-Each stage's own script ran up to where training would begin, on data made for it. A process that has only imported
+Each stage's own script ran up to the beginning of training, on made-up data. A process that has only imported
 the scripts holds {base}; preparing took at most {peak}. The first batch of a run resumed at 99 % of an epoch
 came after {ratios} times the time that it takes at the beginning, and {within} rows were read for it than
 batch x (prefetch + 1) x workers.
@@ -176,8 +176,8 @@ batch x (prefetch + 1) x workers.
 {files}
 
 Text becomes a tokenizer and a cache of tokens; a manifest an index of byte positions. Stage B also reads the header of
-every recording and counts the tokens of every text. A later start finds all that; what it reads are held-out rows.
-"Added" is what a function took beyond what the process held before it.
+every recording and counts the tokens of every text. A later start finds all that and reads only held-out rows.
+"Added" is a function's peak above the memory before it.
 
 {prepared}
 
@@ -190,17 +190,17 @@ sequences of tokens, slices of a file; stage B's are recordings, read and turned
 
 ## The order of an epoch
 
-A keyed permutation says which row stands at a position, so no list of rows is shuffled or kept.
+A keyed permutation gives the row at each position, so no list of rows is shuffled or stored.
 
 {order}
 
 ## A billion rows, computed
 
-On the straight line through the figures for all rows and for a tenth of them. Nothing of this was run.
+Extrapolated linearly from the figures for all rows and for a tenth of them; none of this was run.
 
 {billion}
 
-Position, order and reading a row cost the same as before. What grows:
+Position, order and reading a row cost the same as before. These costs grow:
 
 - **Memory, of the stages that read manifests.** Which rows train is a list, 8 bytes a row; stage B has another, of
   lengths, and copies of both while it makes them. An index is collected in memory before it is written, 36 bytes a row.
@@ -208,13 +208,13 @@ Position, order and reading a row cost the same as before. What grows:
   table: it is trained on all texts, A's on 24 MiB and C's on half a million captions.
 - **The first start of stage B.** It reads every header, and every text three times. Here 64 recordings serve all rows
   and lie in the page cache; a billion files on a disk take longer.
-- **What a kill costs** while an index or the lengths are made: all that was done of them. Of a text it is 16 MiB.
+- **The loss by a kill** while an index or the lengths are made: all of them so far. Of a text it is 16 MiB.
 - **Every start** goes through the list of rows once more. Stages B and C read all held-out rows, and `val_split` holds
-  out a share of however many there are; a held-out file (`val_csv`, `val_manifest`) can be small.
+  out a share of all rows; a held-out file (`val_csv`, `val_manifest`) can be small.
 
 ## From one process to two in mid-run
 
-A position counts the samples of all processes, and the samples of a step are the same however they are dealt out. A run
+A position counts the samples of all processes, and each step has the same samples, however they are distributed. A run
 of one process therefore goes on with two if the samples per step stay as they are: `batch_size` halved, or
 `gradient_accumulation_steps`.
 
@@ -225,6 +225,6 @@ torchrun --nproc_per_node=2 train_text.py --config my.json --set batch_size=4   
 
 With other samples per step the run is refused. The tests in `tests/test_distributed.py` kill such a run and go on with
 two processes, and the other way round: every step trains on the rows that one process would have had, and the losses
-agree up to the order of sums. Random states belong to processes, so dropout is another than it would have been. Stage C
+agree up to the order of sums. Random states belong to processes, so dropout differs. Stage C
 needs `gradient_accumulation_steps` halved: its loss compares the samples of a micro-batch with each other.
 """

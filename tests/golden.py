@@ -5,8 +5,7 @@
 
 Each demo config takes 40 steps on the built-in data; then come an export, answers to a text, a picture and a recording,
 and a spoken sentence. It prints the digests of every loss, of all weights, of the answers and of the samples. They do
-not depend on names: a renamed weight or metric keeps its digest. They depend on the kind of processor, so compare on one
-machine only.
+not depend on names: a renamed weight or metric keeps its digest. They depend on the processor: compare on one machine.
 """
 
 import argparse
