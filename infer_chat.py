@@ -36,7 +36,7 @@ from omni.train.device import pick_device
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
-    parser.add_argument("--text", help="question to answer before exit; default: a conversation")
+    parser.add_argument("--text", help="single question to answer; default: a conversation")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeatable")
     parser.add_argument("--audio_in", metavar="FILE", action="append", default=[], help="a recording; repeatable")
     parser.add_argument(

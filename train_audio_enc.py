@@ -4,7 +4,7 @@
 
 The data are a manifest with the columns wav and text: recordings of any rate and format that libsndfile reads, named
 relative to the manifest. The first run trains a small tokenizer on the texts and measures the recordings by their
-headers. scripts/check_mel_lengths.py says beforehand which rows max_mel_length will leave out.
+headers. scripts/check_mel_lengths.py counts the rows that max_mel_length will leave out.
 """
 
 from functools import partial

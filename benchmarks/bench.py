@@ -555,7 +555,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="folder of stage D; default: random weights")
     parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="folder of stage F; default: random weights")
-    parser.add_argument("--smoke", action="store_true", help="test with small sizes and one repeat")
+    parser.add_argument("--smoke", action="store_true", help="small sizes and one repeat, as a test")
     args = parser.parse_args(argv)
     for name in args.parts:
         if name not in PARTS:

@@ -183,7 +183,7 @@ def _delete_if_dead(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Requests
 
-# The browser itself refuses what the page might want from other machines, whatever Gradio puts into it.
+# The browser refuses to load from other machines, whatever Gradio puts into the page.
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 UPLOAD = "/gradio_api/upload"
 # Other routes that the page uses. Gradio has more; some of them write files or start programs.

@@ -211,7 +211,7 @@ class Page:
         if self.take(2 * sum(map(len, pieces))):
             yield stream, (rate, np.concatenate(pieces))
         else:
-            warn("the page's disk space is used up: what was said cannot be played again")
+            warn("the page's disk space is used up: this speech cannot be played again")
 
     async def read(self, path: str | None) -> str:
         """The text in a picture file."""

@@ -192,7 +192,7 @@ UNFINISHED = OwnFiles(_is_unfinished, frozenset(SUBFOLDERS))  # before the expor
 
 
 def is_export(folder: str | Path) -> bool:
-    """Whether ``export.py`` wrote the folder; ``Export`` tells what is damaged or missing."""
+    """Whether ``export.py`` wrote the folder; ``Export`` checks it for damaged or missing files."""
     return (Path(folder) / INFO).is_file() or (Path(folder) / WEIGHTS).is_file()
 
 

@@ -169,7 +169,7 @@ class Utterances(ManifestDataset):
         if rng is None:
             return Utterance(self._features(waveform), tokens, text)
         if unknown := self.tokenizer.unknown(text):
-            raise BadRow(f"its characters {' '.join(sorted(unknown))} have no token: the tokenizer is of other texts")
+            raise BadRow(f"its characters {' '.join(sorted(unknown))} have no token: the tokenizer has other texts")
         if not self._fits(tokens, waveform):
             raise BadRow(f"needs {frames_needed(tokens)} output frames for its text, has {self._frames(waveform)}")
         if config.speed_perturb:

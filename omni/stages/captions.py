@@ -92,7 +92,7 @@ class Classes:
 
 
 class CaptionRows(ManifestDataset):
-    """Rows with ``image`` and ``caption``, and perhaps classes, as samples.
+    """Rows with ``image``, ``caption`` and optional classes as samples.
 
     Args:
         tokenizer, config: how captions and pictures are encoded. Under ``use_compile`` every caption is padded to
@@ -143,7 +143,7 @@ class CaptionRows(ManifestDataset):
 
 
 def encode_caption(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
-    """Token ids of a caption, cut to ``max_tokens`` with the end-of-text token that stands last."""
+    """Token ids of a caption and the end-of-text token, cut to ``max_tokens`` in all."""
     return tokenizer.encode(visible(text), allow_special=False)[: max_tokens - 1] + [tokenizer.eos_id]
 
 

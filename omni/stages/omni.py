@@ -44,7 +44,7 @@ class SftConfig(StageConfig):
     image_manifest: str | None = input_file(
         None,
         hint=PICTURES_HINT,
-        description="manifest of caption and image_question: image, caption, perhaps questions and accepted_answers",
+        description="manifest of caption and image_question: image, caption, optionally questions and accepted_answers",
     )
     val_image_manifest: str | None = input_file(None, hint=PICTURES_HINT)
     image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")
@@ -64,7 +64,7 @@ class SftConfig(StageConfig):
     speech_csv: str | None = input_file(
         None,
         hint=TTS_HINT,
-        description="CSV of the task spoken_answer: text, wav in the talker's voice, perhaps question",
+        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question",
     )
     val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
     jsonl_path: str | None = input_file(

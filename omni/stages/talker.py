@@ -32,7 +32,7 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     }
 
     codec_ckpt: str | None = resumable(
-        None, description="folder with an rvq_codec.pt, and perhaps an aligner.pt, to use; default: they are trained"
+        None, description="folder with a trained rvq_codec.pt, optionally also aligner.pt; default: both are trained"
     )
     codec_steps: int = resumable(5000, ge=1, description="optimizer updates of the codec, which is trained first")
     codec_lr: float = resumable(1e-3, gt=0, description="peak learning rate of the codec")

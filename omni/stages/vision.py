@@ -45,7 +45,7 @@ class VisionConfig(VisionArchitecture, StageConfig):
     )
     use_thinker_for_text: bool = Field(False, description="frozen Thinker of stage A in place of a trained text tower")
     thinker_ckpt: str | None = resumable(None, description="folder of stage A, for use_thinker_for_text")
-    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound for the captions' own tokenizer")
+    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="largest vocabulary of the captions' own tokenizer")
     text_d_model: int = Field(
         256, ge=8, le=1_000_000, description="width of the text tower; no effect under use_thinker_for_text"
     )

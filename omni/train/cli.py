@@ -82,7 +82,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         reason = " ".join(str(error).split())
         if "does not have a deterministic implementation" in reason:
             what = reason.split(" does not have")[0]
-            print(f'error: key "deterministic": expected false, as {what} adds up in any order', file=sys.stderr)
+            print(f'error: key "deterministic": expected false, as {what} has no deterministic kernel', file=sys.stderr)
             return EXIT_BAD_INPUT
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason):
             what = "hangs" if "imed out" in reason else "has ended"

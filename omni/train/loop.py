@@ -131,7 +131,7 @@ class Loop:
                 where, why = list(batch["bad_rows"].items())[-1]
                 # only this process has met it, and only the first process prints its UserErrors
                 error = UserError if run.is_main else RunError
-                raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
+                raise error(f"{where}: {why}. The {len(batch['bad_rows']) - 1} rows before it cannot be used either")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
         sums = [(batch["n_targets"], batch.get("n_tokens", batch["n_targets"])) for batch in micro_batches]

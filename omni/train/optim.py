@@ -102,7 +102,7 @@ def hidden_kernels(module: nn.Module) -> list[nn.Parameter]:
 
 class OrthogonalUpdates(torch.optim.Optimizer):
     """Momentum SGD whose update of a kernel is the nearest matrix with singular values of about 1, so that directions
-    which rarely get a gradient move as far as the others. A convolution's kernel is seen as a matrix, (out, rest).
+    which rarely get a gradient move as far as the others. A convolution's kernel counts as a matrix, (out, rest).
 
     Equal to ``torch.optim.Muon`` with ``match_rms_adamw``, which takes matrices only and updates them one by one; here
     kernels of one shape are updated together.

@@ -139,7 +139,7 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
     if changed:
         return f"{values}: {changed + int(gone.sum()):,} {count} changed"
     if gone.any():  # such as a disk that is not mounted: the result of hours is kept
-        files.run.log(f"{values}: {gone.sum():,} {count} it was made of cannot be read: it is used as it is")
+        files.run.log(f"{values}: {gone.sum():,} {count} behind it cannot be read: it is used as it is")
     if problem or len(suspects):  # other times, the same content
         write_arrays(facts, belongs_to, values=np.where(gone, before, files.facts))
     return ""

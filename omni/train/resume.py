@@ -180,7 +180,7 @@ class Checkpoints:
         if step < training.total_steps and (found := run.from_main(made)):
             key = f"{run.stage.name}_steps"
             raise UserError(
-                f"{self.final_path}: finished at step {step}, and {found} was made of it, so "
+                f"{self.final_path}: finished at step {step}, and {found} depends on it, so "
                 f"{key} cannot be {training.total_steps}. Use a new save_dir, or put {key} back to {step}"
             )
 

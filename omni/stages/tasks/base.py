@@ -93,8 +93,7 @@ class SftTask(ManifestDataset):
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Manifest, np.ndarray, dict[str, Any]]:
-        """The manifest, perhaps with computed columns; those of ``rows`` that the task can use; further arguments of
-        the class."""
+        """The manifest, with columns computed for the task; the usable ``rows``; further arguments of the class."""
         return manifest, rows, {}
 
     def readers(self, kind: str) -> list[Any]:
@@ -150,7 +149,7 @@ class SftTask(ManifestDataset):
         return self.processor.collate([encoded for encoded, _ in samples])
 
     def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, set[str]] | None:
-        """The sample of ``row``, in training perhaps that of a row after it; ``bad`` gets the errors by row."""
+        """The sample of ``row``; in training, of the next good row if it is bad. Adds errors by row to ``bad``."""
         return self._sample(row, epoch, bad)
 
     image_root = property(lambda self: self.config.image_root)

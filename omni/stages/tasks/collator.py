@@ -48,7 +48,7 @@ class Collator:
 
         With recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,), or cached ``frames`` (A, U, K), zero
         beyond their number; ``n_frames`` (A,), that number; ``audio_at`` (R,), indices as above, and ``audio_from``
-        (R,), which of all A * U padded frames stands there; ``transcript_ids`` (A, L) and ``transcript_lengths`` (A,).
+        (R,), the frames' indices among all A * U; ``transcript_ids`` (A, L) and ``transcript_lengths`` (A,).
 
         With spoken answers: the result of ``collate_utterances`` as ``speech_symbols`` and so on; ``speech_rows`` (S,),
         their samples, and ``speech_at`` (S, L), see ``Encoded.speech_token_index``.
