@@ -6,11 +6,10 @@
 
     python infer_chat.py --ckpt_dir merged_model
 
-With --omni_ckpt, the Thinker is stage E's, with encoders and projectors; the folders of stages A to C are then compared
-with it, and the metrics of their own training are taken over. An export lacks the abilities of the stages left out. In
-it, thinker/ opens with transformers' AutoModelForCausalLM, vision_encoder/ with ViTModel, audio_encoder/ with
-ParakeetForCTC and vocoder/ with SpeechT5HifiGan. Two exports of the same checkpoints are the same bytes; a killed
-export leaves nothing that could be taken for one.
+With --omni_ckpt, Thinker, encoders and projectors come from stage E; the folders of stages A to C must match it, and
+add the metrics of their training. An export lacks the abilities of omitted stages. Transformers opens its sub-folders:
+thinker/ with AutoModelForCausalLM, vision_encoder/ with ViTModel, audio_encoder/ with ParakeetForCTC and vocoder/ with
+SpeechT5HifiGan. Two exports of the same checkpoints are the same bytes; a killed export leaves no partial one.
 """
 
 import argparse
@@ -38,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--omni_ckpt", type=Path, metavar="DIR", help="stage E: the Thinker, encoders, projectors")
-    parser.add_argument("--thinker_ckpt", type=Path, metavar="DIR", help="stage A; beside --omni_ckpt compared with it")
+    parser.add_argument("--thinker_ckpt", type=Path, metavar="DIR", help="stage A; must match --omni_ckpt")
     parser.add_argument("--audio_ckpt", type=Path, metavar="DIR", help="stage B")
     parser.add_argument("--vision_ckpt", type=Path, metavar="DIR", help="stage C")
     parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="stage D: talker and codec")
@@ -47,7 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         letter = STAGE_OF[part.name].letter
         parser.add_argument(part.option, type=Path, metavar="DIR", help=f"stage {letter}: {part.name}, {part.purpose}")
     parser.add_argument("--output_dir", type=Path, metavar="DIR", required=True, help="a new or empty folder")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: half the size, a little worse")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: half the size, slightly worse")
     parser.add_argument("--force", action="store_true", help="replace an earlier export in --output_dir")
     args = parser.parse_args(argv)
     if args.omni_ckpt is None and args.thinker_ckpt is None:

@@ -3,8 +3,8 @@
 ``--ckpt_dir`` is a folder of stage A or stage E, or an export, which needs no other folder. With ``--text`` or a
 recorded question it answers once, and stdout holds the answer and nothing else. Otherwise it holds a conversation:
 ``/image FILE``, ``/audio FILE`` and ``/video FILE`` attach a file to the next message, ``/drop`` removes the
-attachments, ``/reset`` forgets the conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer. A FILE may be
-dragged into the window; here as in the options it may also be a data URI.
+attachments, ``/reset`` forgets the conversation, ``/quit`` or Ctrl-D leaves, Ctrl-C stops an answer. Each FILE may also
+be a data URI.
 
     python infer_chat.py --ckpt_dir merged_model --image cat.png --text "What is in the picture?" --audio_out answer.wav
     python infer_chat.py --ckpt_dir merged_model --audio_in question.wav
@@ -36,7 +36,7 @@ from omni.train.device import pick_device
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="folder of stage A or E, or an exported one")
-    parser.add_argument("--text", help="answer this and exit; without it: a conversation")
+    parser.add_argument("--text", help="single question to answer; default: a conversation")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; repeatable")
     parser.add_argument("--audio_in", metavar="FILE", action="append", default=[], help="a recording; repeatable")
     parser.add_argument(
@@ -45,7 +45,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--video_frames", metavar="N", type=int, help="frames of a video (default: as many as fit)")
     parser.add_argument(
-        "--audio_out", metavar="FILE.wav", type=Path, help="speak the answer into it (a conversation: FILE_1.wav ...)"
+        "--audio_out",
+        metavar="FILE.wav",
+        type=Path,
+        help="file for the spoken answer (conversation: FILE_1.wav ...)",
     )
     parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
     parser.add_argument("--ocr", action="store_true", help="print the text of each --image and exit")
@@ -55,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", help="system message at the beginning of the conversation")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="longest answer, in tokens (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0 (default): greedy")
+    parser.add_argument("--temperature", type=float, default=0.0, help="sampling temperature; 0 (default): greedy")
     parser.add_argument("--top_k", type=int, help="sample from the k most likely tokens only")
     parser.add_argument("--top_p", type=float, help="nucleus sampling: tokens of this total probability")
     parser.add_argument("--seed", type=int, help="seed of the sampling")

@@ -6,8 +6,8 @@ The Thinker of stage A, the audio encoder of stage B and the vision encoder of s
 projections: recordings and images become vectors among the Thinker's token embeddings. Then it learns a mixture of
 tasks (``omni/stages/tasks/``), each a conversation that ends with an answer: dialogues, questions about pictures,
 captions, transcripts, spoken questions, signs, and spoken answers, where the talker of stage D learns to use the
-Thinker's hidden states. Only answers have a loss. Encoders (``freeze_encoders``) and talker stay as they are. The final
-file holds all parts but the speech codec, so that it needs no other folder to answer.
+Thinker's hidden states. Only answers have a loss. The encoders are frozen (``freeze_encoders``). The final file has all
+parts but the speech codec.
 """
 
 from pathlib import Path
@@ -35,12 +35,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(SftConfig, __doc__, argv)
     with Run(config, STAGE, notices, device) as run:
         # --- Model: those of the stages before, joined -------------------------------------------------------------
-        # on a GPU, fused attention sums the gradient of its mask, the audio encoder's positions, in a random order
+        # on a GPU, fused attention sums the gradient of the audio encoder's relative positions in a random order
         in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
         config, model, tokenizer = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
-        run.config = config  # with the origins of the parts, which checkpoints contain
+        run.config = config  # checkpoints contain the origins of the parts
         model.to(run.device)
-        if config.use_compile:  # the encoders see another number of pictures in every batch
+        if config.use_compile:  # the number of pictures differs between batches
             model.thinker.compile(dynamic=False)
 
         balance_weight = model.architecture.thinker.router_aux_loss_coef  # of a loss that is 0 without experts
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         processor = processor_of(tokenizer, model.architecture, config)
         tasks, val_tasks, data = prepare_tasks(run, config, processor)
-        saved_tokenizer = save_tokenizer(run, tokenizer)  # not before: data that cannot be used leave no file behind
+        saved_tokenizer = save_tokenizer(run, tokenizer)  # here, so that unusable data leave no file behind
         if config.cache_features:
             cache_features(run, model, processor, [*tasks.values(), *val_tasks.values()])
         mix = TaskMixture(tasks, config.task_weights, processor, config.seed)
@@ -87,10 +87,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def save_tokenizer(run: Run, tokenizer: Tokenizer) -> Tokenizer:
-    """Put the Thinker's tokenizer into ``save_dir``, beside the model that needs it, and read it from there.
+    """Copy the Thinker's tokenizer to ``save_dir``, and read it from there.
 
     Raises:
-        UserError: another one is there.
+        UserError: ``save_dir`` has another tokenizer.
     """
     path = Path(run.config.save_dir) / "tokenizer.json"
     with run.main_process_first():

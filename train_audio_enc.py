@@ -4,7 +4,7 @@
 
 The data are a manifest with the columns wav and text: recordings of any rate and format that libsndfile reads, named
 relative to the manifest. The first run trains a small tokenizer on the texts and measures the recordings by their
-headers. scripts/check_mel_lengths.py says beforehand which rows max_mel_length will leave out.
+headers. scripts/check_mel_lengths.py counts the rows that max_mel_length will leave out.
 """
 
 from functools import partial
@@ -55,9 +55,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Model -----------------------------------------------------------------------------------------------
         if config.use_compile:  # each padded length is compiled
             torch._dynamo.config.recompile_limit = 4 * len(static_lengths(config.max_mel_length))
-        # fused attention on a GPU adds up the gradient of its mask, our relative positions, in any order
+        # on a GPU, fused attention sums the gradient of the relative positions in a random order
         use_flash = config.use_flash and not (config.deterministic and run.device.type == "cuda")
-        # the CTC head is as large as the vocabulary really is
+        # the CTC head has the size of the actual vocabulary
         architecture = config.architecture.model_copy(update={"ctc_vocab_size": tokenizer.vocab_size})
         model = run.prepare(AudioEncoder(architecture, use_flash=use_flash))
 

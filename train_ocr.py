@@ -2,8 +2,8 @@
 
     python train_ocr.py --config configs/ocr_tiny.json
 
-The data are CSV rows of a picture's file name and the text that stands on it. The first run indexes the CSV and
-collects its characters; every run after that starts at once.
+The data are CSV rows of a picture's file name and its text. The first run indexes the CSV and collects its characters;
+every run after that starts at once.
 """
 
 import numpy as np
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_rows, lengths = leave_out_long_texts(run, manifest, train_rows)
         val_rows, _ = leave_out_long_texts(run, val_manifest, val_rows)
         account_for_split(run, manifest, train_rows, val_manifest, val_rows)
-        # the characters belong to the model: they are part of its architecture
+        # the characters are part of the model's architecture
         characters = prepare_characters(run, (manifest, train_rows), (val_manifest, val_rows))
         config = run.config = config.model_copy(update={"characters": characters})
         lines = OcrRows(manifest, train_rows, config, seed=config.seed, training=True, lengths=lengths)

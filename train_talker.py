@@ -2,10 +2,10 @@
 
     python train_talker.py --config configs/talker_tiny.json
 
-The data are CSV rows of a text and its recording, best of one voice. First the codec learns to write log-mels as codes
-and to read them back (rvq_codec.pt), then the aligner which byte of a text is spoken when (aligner.pt). Both are
-frozen, all recordings are coded and aligned once, and the talker learns to predict durations and codes from texts
-(talker.pt). Validation measures the word error rate of its speech, with the recogniser of stage B if there is one.
+The data are CSV rows of a text and its recording, preferably of one voice. First the codec learns to encode log-mels as
+codes and to decode them (rvq_codec.pt), then the aligner learns when each byte of a text is spoken (aligner.pt). Both
+are frozen, all recordings are coded and aligned once, and the talker learns to predict durations and codes from texts
+(talker.pt). With a recogniser of stage B, validation measures the word error rate of the talker's speech.
 """
 
 from collections.abc import Callable
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         account_for_split(run, manifest, train_rows, val_manifest, val_rows)
         if not len(train_rows):
             raise UserError(f"{manifest.path}: not one of its {len(manifest)} rows is left to train on")
-        if not lengths[train_rows].any():  # says why
+        if not lengths[train_rows].any():  # raises with the reason
             rows, rate = train_rows[-100:], config.sample_rate
             read_some(manifest, rows, 100, lambda row: load_audio(manifest.file(row["wav"]), rate), run.check_stop)
         if not len(val_rows):
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_keys = val_keys | {"training": True, "lengths": lengths[train_rows]}
         clips = SpeechClips(manifest, train_rows, config.codec.architecture, **train_keys)
         val_clips = SpeechClips(val_manifest, val_rows, config.codec.architecture, **val_keys)
-        training_set(run, clips)  # refuses an impossible batch_size now, and not after hours of training the codec
+        training_set(run, clips)  # raises for an impossible batch_size before hours of training the codec
 
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict[str, str]) -> dict[str, float]:
-    """The first part of the stage: the metrics of ``rvq_codec.pt``."""
+    """Train the first part of the stage; returns the metrics of ``rvq_codec.pt``."""
     codec = Codec(run.config.architecture)
     statistics = prepare_mel_statistics(run, clips)
     codec.mel_mean.copy_(torch.tensor(statistics["mean"]))
@@ -166,7 +166,7 @@ def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict
 def train_aligner(
     run: Run, codec: Codec, texts: SpokenTexts, val_texts: SpokenTexts, data: dict[str, str]
 ) -> dict[str, float]:
-    """The second part of the stage: the metrics of ``aligner.pt``."""
+    """Train the second part of the stage; returns the metrics of ``aligner.pt``."""
     aligner = Aligner(run.config.architecture)
     aligner.mel_mean.copy_(codec.mel_mean)
     aligner.mel_std.copy_(codec.mel_std)
@@ -184,8 +184,8 @@ def train_part(
     data: dict[str, str],
     after_update: Callable[[Tensor], None] | None = None,
 ) -> dict[str, float]:
-    """Train what the talker needs, as ``run.config`` says. ``judge``: sums and metrics of the validation; ``sources``:
-    to train and to validate on. Returns the metrics of its final file."""
+    """Train the codec or the aligner by ``run.config``; returns the metrics of its final file. ``judge``: sums and
+    metrics of the validation; ``sources``: rows for training and for validation."""
     source, val_source = sources
     validation = Validation(held_out_set(run, val_source), *judge) if len(val_source) else None
     optimizer = build_optimizer(run.prepare(model), run.config)

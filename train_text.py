@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with Run(config, STAGE, notices, device) as run:
         # --- Data: lines -> tokens -> sequences of ctx_len -------------------------------------------------------
         tokenizer = prepare_tokenizer(run, config)
-        # the model is as large as the vocabulary really is, and the checkpoint says so
+        # the model has the size of the actual vocabulary
         requested_vocab_size = config.vocab_size
         config = run.config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
         if config.val_text:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             },
             files={"tokenizer.json": tokenizer.sha256},
             validation=validation,
-            # whether chatting with this model makes sense, or only continuing a text
+            # whether the model can chat, or only continue a text
             summary={"dialogue_share": corpus.dialogues / (corpus.train.samples + corpus.val.samples)},
         )
 

@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if config.val_manifest:
             held_out = prepare_manifest(run, config.val_manifest, COLUMNS, key="image")
             train_rows, held_out_rows = np.arange(len(manifest)), np.arange(len(held_out))
-        else:  # by the picture's name: all captions of a picture stand on one side
+        else:  # by the picture's name: all captions of a picture are on one side
             train_rows, held_out_rows = split_rows(manifest, config.val_split)
         account_for_split(run, manifest, train_rows, held_out, held_out_rows)
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             sizes = {"ctx_len": min(config.ctx_len, thinker.architecture.ctx_len)}
         else:
             tokenizer = prepare_tokenizer(run, lambda: train_tokenizer(run, manifest, train_rows))
-            # the text tower is as large as the vocabulary really is, and the checkpoint says so
+            # the text tower has the size of the actual vocabulary
             sizes = {"vocab_size": tokenizer.vocab_size}
         config = run.config = config.model_copy(update=sizes)
 

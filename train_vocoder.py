@@ -3,10 +3,9 @@
     python train_vocoder.py --config configs/vocoder_tiny.json
 
 The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
-trains the discriminators (from adv_start_step on), then the generator, on random segments. Generated held-out
-clips are written to save_dir/samples at each validation, beside those of Griffin-Lim. It can run beside all
-other stages. codec_ckpt fine-tunes it to the log-mels of stage D's codec: added to a finished training with more
-max_steps, training continues from its last step.
+trains the discriminators (from adv_start_step on), then the generator, on random segments. Validation writes generated
+held-out clips to save_dir/samples, beside those of Griffin-Lim. The stage needs no other one. codec_ckpt
+trains on the log-mels of stage D's codec; with a larger max_steps it fine-tunes a finished training.
 """
 
 from functools import partial
@@ -40,7 +39,7 @@ from omni.train.optim import build_optimizer
 from omni.train.run import Run
 from omni.train.samples import save_samples
 
-BETAS = (0.8, 0.99)  # of HiFi-GAN: two networks that chase each other need a short memory
+BETAS = (0.8, 0.99)  # of HiFi-GAN: a short memory, as each network trains against the other
 STATISTICS_CLIPS = 64
 COLUMNS = ("wav",)
 
@@ -67,10 +66,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generator.scale.copy_(torch.tensor(statistics["std"]))
         generator, discriminators = run.prepare(generator), run.prepare(discriminators)
         spec = mel_spec(config)
-        # under torchrun the wrapped generator has to run in its own phase, and of several micro-batches only one
-        # graph should be held at a time
+        # under torchrun the wrapped generator must run in its own phase, and several micro-batches would keep
+        # several graphs in memory
         generate_once = run.world == 1 and train_set.accumulation == 1
-        handed_over: list[Tensor] = []  # what the discriminators' phase generated, for the generator's
+        handed_over: list[Tensor] = []  # from the discriminators' phase to the generator's
 
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(generate_once):
@@ -116,7 +115,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         # --- Train -----------------------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
-        if codec is not None:  # a training without one may go on with it, but not with another one or without it again
+        if codec is not None:  # a training may add a codec, but not change or remove it
             data["codec"] = weights_sha256(codec)
         return train(
             run,

@@ -3,9 +3,9 @@
     python benchmarks/bench.py                  all of it, about ten minutes on 2 cores
     python benchmarks/bench.py train resume     some parts
 
-What is measured is printed, one table line a figure, and written to --json, where figures of parts that were not run
-stay if they are of the same machine and versions. All at the sizes of the demo configs; the parts loop and speak also
-want the demo's data and checkpoints, and say so where these are missing.
+Prints a line for each figure and writes the figures to --json, where those of other parts stay if they are of the same
+machine and versions. All sizes are those of the demo configs; the parts loop and speak also need the demo's data and
+checkpoints, and report where these are missing.
 """
 
 import argparse
@@ -61,14 +61,14 @@ PREFETCHED = 2  # batches that each worker of a data loader has ready, at most
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured, where no config says it."""
+    """Sizes of the measurements that no config contains."""
 
     repeats: int = 9
     warm_up: int = 2
     matmul: int = 2048  # rows and columns
     prompt: int = 16
     new_tokens: int = 96
-    blocks: int = 5  # of so many steps each, in the part loop
+    blocks: int = 5  # of ``block_steps`` each, in the part loop
     block_steps: int = 4
     checkpoint_floats: int = 30_000_000
     corpus_lines: int = 1_000_000
@@ -82,7 +82,7 @@ SMOKE = Sizes(
 
 @dataclass
 class Bench:
-    """What the parts are given, and where their figures go."""
+    """Inputs of the parts, and their figures."""
 
     sizes: Sizes
     configs: Path
@@ -91,7 +91,7 @@ class Bench:
     figures: dict[str, dict] = field(default_factory=dict)
 
     def add(self, name: str, value: float, unit: str, note: str) -> None:
-        """``unit`` "x" is of a ratio; ``note`` says of what to what."""
+        """Record a figure; ``unit`` "x" is a ratio, which ``note`` explains."""
         date = time.strftime("%Y-%m-%d %H:%M")
         self.figures[name] = {"value": round(value, 4), "unit": unit, "note": note, "date": date}
         print(f"{name:<36}{value:>8.2f} {unit:<3}{note}", flush=True)
@@ -118,11 +118,11 @@ class Bench:
 
 
 def bench_train(bench: Bench) -> None:
-    """A step of each of ``PAIRS``: forward, backward, clipping and AdamW, the same on both sides; see bench_pairs.py
-    for what is the same computation. Throughput over that of the library with the faster of its attentions.
+    """A step of each of ``PAIRS`` (see bench_pairs.py): forward, backward, clipping and AdamW on both sides. Throughput
+    over that of the library with the faster of its attentions.
 
-    Beside it, the share of the machine's rate of large matrix products in the same dtype: products and convolutions
-    of forward and backward, attention counted in full, over the time of the whole step.
+    Also the share of the machine's rate of large matrix products in the same dtype: operations of products,
+    convolutions and full attention in forward and backward, over the time of the whole step.
     """
     for make in PAIRS:
         torch.manual_seed(0)
@@ -144,7 +144,7 @@ def bench_train(bench: Bench) -> None:
 
 
 def step_of(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.dtype | None) -> Callable[[], None]:
-    """One training step of ``model``, to be called again and again."""
+    """A function that makes one training step of ``model``."""
     optimizer = build_adamw(model.train(), lr=1e-4, wd=0.1)
 
     def step() -> None:
@@ -159,8 +159,8 @@ def step_of(model: nn.Module, loss: Callable[[nn.Module], Tensor], dtype: torch.
 
 
 def count_flops(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
-    """Of forward and backward. The counter does not know the CPU's fused attention, so plain attention is counted,
-    up to twice the products that a causal one needs."""
+    """Operations of forward and backward. The counter does not know the CPU's fused attention, so it counts plain
+    attention: up to twice the products of a causal one."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss(model).backward()
     return counter.get_total_flops()
@@ -173,30 +173,30 @@ class Enough(Exception):
     """Ends a run whose steps have been timed."""
 
 
-STEPS = omni.train.loop.Loop.steps  # as it is before anyone watches
+STEPS = omni.train.loop.Loop.steps  # before ``Watch`` replaces it
 
 
 @dataclass
 class Watch:
-    """Sits in the loop of a real run, and times it in blocks of steps: some as the loop makes them, the next ones bare.
+    """Times blocks of steps in the loop of a real run, alternating with blocks of bare steps.
 
-    Both on batches that are new, since oneDNN makes kernels for each shape when it first meets it. What the one block
-    is more work than the other is seen from bare steps on both of them once more. While bare steps run, the loader's
-    workers prepare batches for which the loop might have had to wait; so that many steps go by before each block.
+    Both blocks have new batches, since oneDNN makes kernels for each new shape; bare steps on both, repeated, give the
+    ratio of their work. While bare steps run, the loader's workers prepare batches for which the loop might have had
+    to wait; therefore the loop first uses up as many batches before each block.
 
-    At the end the same batches once more, without workers: what remains is the loop's own doing.
+    At the end the loop runs the same batches without workers, which leaves its own overhead.
     """
 
     sizes: Sizes
     stage: str = ""
     # of each block
     seconds: list[float] = field(default_factory=list)  # of the loop
-    overheads: list[float] = field(default_factory=list)  # that time over the bare steps'
+    overheads: list[float] = field(default_factory=list)  # that time over the time of bare steps
     own_overheads: list[float] = field(default_factory=list)  # the same without workers
-    waits: list[float] = field(default_factory=list)  # the share of the loop's time that it waits for batches
+    waits: list[float] = field(default_factory=list)  # share of the loop's time spent waiting for batches
 
     def steps(self, loop: omni.train.loop.Loop) -> Iterator[list[dict]]:
-        """In the place of ``Loop.steps``."""
+        """Replaces ``Loop.steps``."""
         training = loop.training
         self.stage, steps, kept = training.run.stage.name, STEPS(loop), []
         for block in range(1 + self.sizes.blocks):
@@ -207,7 +207,7 @@ class Watch:
                 asked = time.perf_counter()
                 looped.append(next(steps))
                 wait += time.perf_counter() - asked
-                yield looped[-1]  # the loop comes back when it wants the next
+                yield looped[-1]  # resumes when the loop asks for the next
             seconds = time.perf_counter() - started
             others = [next(steps) for _ in looped]
             bare = bare_seconds(training, others)
@@ -217,7 +217,7 @@ class Watch:
                 self.overheads.append(seconds / bare)
                 self.waits.append(wait / seconds)
                 kept.append(looped)
-        steps.close()  # and with them the loader's workers
+        steps.close()  # ends the loader's workers
         for looped in kept:
             bare_seconds(training, looped)  # makes the kernels for these shapes
             started = time.perf_counter()
@@ -244,17 +244,17 @@ def bare_step(training: Training, micro_batches: list[dict]) -> None:
                 loss, _ = phase.loss(phase.module, batch)
             (loss / len(micro_batches)).backward()
         phase.optimizer.step()
-        if phase.after_update is not None:  # what no gradient moves
+        if phase.after_update is not None:
             phase.after_update(torch.ones(()))
 
 
 def bench_loop(bench: Bench) -> None:
     """The real scripts on the demo's data: time of a step in the loop, with loading, clipping, checks and logs but
-    without validation and checkpoints, over that of the bare step; the same without loading, which leaves what the loop
-    itself does; and the share of the time that the loop waits for batches.
+    without validation and checkpoints, over that of the bare step; the same without loading, for the loop alone; and
+    the share of the time that the loop waits for batches.
 
-    Of stage D it is the first training, the codec's, of stage F the steps before ``adv_start_step``; stage E learns
-    from the held-out files, whose features are made in seconds.
+    Stage D trains its codec, stage F makes steps before ``adv_start_step``, and stage E trains on the held-out files,
+    whose features take seconds.
     """
     for letter in STAGES:
         with tempfile.TemporaryDirectory() as folder:
@@ -279,7 +279,7 @@ def bench_loop(bench: Bench) -> None:
 
 
 def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
-    """The demo config, to be run in an empty folder for as many steps as are wanted, without interruptions."""
+    """The demo config in an empty folder, with unlimited steps, no validation and no checkpoints."""
     keys = {"save_dir": f"{folder}/run", "max_steps": NEVER, "val_freq": NEVER, "checkpoint_freq": NEVER}
     if letter == "D":
         keys |= {"codec_steps": NEVER, "audio_ckpt": None}
@@ -287,7 +287,7 @@ def loop_config(letter: str, configs: Path, folder: str) -> StageConfig:
     if letter == "E":
         sources = ("text_path", "image_manifest", "asr_csv", "question_csv", "speech_csv")
         held_out = {key: path for key in sources if (path := getattr(config, f"val_{key}")) is not None}
-        if "question_csv" in held_out:  # those are many
+        if "question_csv" in held_out:  # they are many
             held_out["question_csv"] = held_out["asr_csv"]
         config = config.model_copy(update=held_out | {f"val_{key}": None for key in held_out})
     return config
@@ -312,8 +312,8 @@ def watched_run(letter: str, config: Path, sizes: Sizes) -> Watch:
 
 
 def bench_generate(bench: Bench) -> None:
-    """Greedy tokens of the demo Thinker over those of ``transformers.generate``, the same weights and prompts. Eight
-    prompts at once are answered as validation answers them, by ``greedy_answers``."""
+    """Greedy tokens of the demo Thinker over those of ``transformers.generate``, with the same weights and prompts.
+    ``greedy_answers``, which validation uses, answers eight prompts at once."""
     model = omni_of_text(bench.configs).eval()
     thinker, new = model.thinker, bench.sizes.new_tokens
     theirs = opened(transformers.Qwen3ForCausalLM, *as_qwen3(thinker))["sdpa"].eval()
@@ -334,8 +334,8 @@ def bench_generate(bench: Bench) -> None:
 
 
 def bench_speak(bench: Bench) -> None:
-    """From a sentence to its sound: computing time over the sound's own, and the time until the first piece of it.
-    With Griffin-Lim there is one piece."""
+    """Speech of a sentence: computing time over its duration, and time to its first piece. Griffin-Lim makes a single
+    piece."""
     torch.manual_seed(0)
     talker, codec, origin = speaking_parts(bench)
     if bench.vocoder_ckpt is None:
@@ -358,14 +358,14 @@ def bench_speak(bench: Bench) -> None:
 
 
 def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
-    """Talker and codec, and whose weights they have."""
+    """Talker and codec, and the origin of their weights."""
     if bench.talker_ckpt is not None:
         talker, codec = (open_model(part, bench.talker_ckpt).model for part in ("talker", "rvq"))
         return talker, codec, f"talker of {bench.talker_ckpt}"
     config = read_config("D", bench.configs)
     talker, codec = Talker(config.architecture).eval(), Codec(config.codec.architecture).eval()
     with torch.no_grad():
-        talker.depth.heads[0, :, -1] = 0.0  # or chance might end the sentence at its first frame
+        talker.depth.heads[0, :, -1] = 0.0  # random weights might end the sentence at its first frame
     return talker, codec, "talker of random weights"
 
 
@@ -373,7 +373,7 @@ def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
 
 
 def bench_checkpoint(bench: Bench) -> None:
-    """Sealed, synced and verified files, over those of ``torch.save``."""
+    """Time for sealed, synced and verified files, over ``torch.save`` and ``torch.load``."""
     payload = {"format": checkpoint.FORMAT_VERSION, "weights": torch.randn(bench.sizes.checkpoint_floats)}
     with tempfile.TemporaryDirectory() as folder:
         path, plain = Path(folder) / "sealed_step_1.pt", Path(folder) / "plain.pt"
@@ -394,7 +394,7 @@ def bench_checkpoint(bench: Bench) -> None:
 
 
 class SmallTraining:
-    """A small Thinker on a made-up corpus, started over and over, and killed when it has made a step."""
+    """A small Thinker on a made-up corpus, started repeatedly, and killed after its first step."""
 
     def __init__(self, folder: str, lines: int) -> None:
         self.folder, corpus, self.started = Path(folder), Path(folder) / "corpus.txt", 0
@@ -417,10 +417,10 @@ class SmallTraining:
         """Start, wait for the first step, ``end`` it.
 
         Returns:
-            that step, and how many there would be.
+            That step, and the total number of steps.
         """
         line = [*self.command, "--set", f"save_dir={self.folder / save_dir}"]
-        # stderr: what the orphaned workers have to say about the kill
+        # no stderr, where orphaned workers report the kill
         environment = {
             name: value for name, value in os.environ.items() if name != allocator.VARIABLE
         }  # as users start it
@@ -443,7 +443,7 @@ class SmallTraining:
 
 
 def bench_resume(bench: Bench) -> None:
-    """Time to the first step on a million-line corpus: resumed at 99 % over fresh, both with the token cache there."""
+    """Time to the first step on a million-line corpus: resumed at 99 % over fresh, both with a token cache."""
     with tempfile.TemporaryDirectory() as folder:
         training = SmallTraining(folder, bench.sizes.corpus_lines)
         ((_, path),) = checkpoint.step_files(Path(folder) / "run", "thinker")
@@ -463,8 +463,8 @@ def bench_resume(bench: Bench) -> None:
 
 
 def bench_startup(bench: Bench) -> None:
-    """``--help`` and the first step of a small training, tokenizer and token cache being there, over the time that
-    ``import torch`` takes."""
+    """Time of ``--help``, and of the first step of a small training with tokenizer and token cache, over the time of
+    ``import torch``."""
 
     def python(*arguments: str) -> None:
         subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL)
@@ -491,7 +491,7 @@ PARTS = {
 
 
 def machine() -> dict:
-    """What figures depend on, beside the code."""
+    """Machine, versions and settings of the figures."""
     names = [line.partition(":")[2].strip() for line in cpu_facts() if line.startswith("model name")]
     return {
         "torch": torch.__version__,
@@ -509,7 +509,7 @@ def cpu_facts() -> list[str]:
 
 
 def write_figures(path: Path, figures: dict[str, dict]) -> None:
-    """Into the figures that are there already, if they are of this machine and these versions."""
+    """Add to the figures in ``path``, if they are of this machine and these versions; else replace them."""
     facts, kept = machine(), {}
     if path.exists():
         written = json.loads(path.read_text())
@@ -520,7 +520,7 @@ def write_figures(path: Path, figures: dict[str, dict]) -> None:
 
 
 def target_of(name: str) -> tuple[str, Callable[[float], bool]] | None:
-    """What a figure ought to be, in words and as a condition; None where it only informs."""
+    """The target of a figure, in words and as a condition; None if it has none."""
     if name.startswith("train/") and not name.endswith("matmul_share"):
         return "at least 1.2", lambda value: value >= 1.2
     if name == "generate/batch_1":
@@ -533,7 +533,7 @@ def target_of(name: str) -> tuple[str, Callable[[float], bool]] | None:
 
 
 def page(written: dict, command: str) -> str:
-    """``written``, the JSON, for people."""
+    """The page of the figures ``written``."""
     facts = ", ".join(f"{name} {value}" for name, value in written["machine"].items())
     lines = ["# Speed", "", f"`{command}`, {written['date']}: {facts}.", "", " ".join(__doc__.split("\n\n")[0].split())]
     lines += ["", "| figure | value | target | what |", "| --- | ---: | --- | --- |"]
@@ -549,11 +549,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/bench.json", metavar="FILE", help="figures")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="also as a table, with the targets")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs", metavar="DIR", help="of the *_demo.json")
-    parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="stage D, to speak; default: random weights")
-    parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="stage F, likewise")
-    parser.add_argument("--smoke", action="store_true", help="once, and little of it: whether it runs, not how fast")
+    parser.add_argument("--page", type=Path, metavar="FILE.md", help="file for a table of figures and targets")
+    parser.add_argument(
+        "--configs", type=Path, default=ROOT / "configs", metavar="DIR", help="folder of the *_demo.json"
+    )
+    parser.add_argument("--talker_ckpt", type=Path, metavar="DIR", help="folder of stage D; default: random weights")
+    parser.add_argument("--vocoder_ckpt", type=Path, metavar="DIR", help="folder of stage F; default: random weights")
+    parser.add_argument("--smoke", action="store_true", help="small sizes and one repeat, as a test")
     args = parser.parse_args(argv)
     for name in args.parts:
         if name not in PARTS:
@@ -569,5 +571,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    allocator.restart_with_settings()  # what is ours and what it is measured against run under the same
+    allocator.restart_with_settings()  # both sides of a ratio have the same allocator
     launch(main)

@@ -1,7 +1,7 @@
 """What ``bench.py`` compares: each stage's model beside one of ``transformers``, on the same random batch.
 
-Sizes are those of the demo configs, weights random. Dropout is 0 on both sides, since the libraries have it in other
-places, and without it the losses of most pairs are equal; tests/test_bench.py holds them to that.
+Sizes are those of the demo configs, weights random. Dropout is 0, since the libraries have it in other places; without
+it most pairs have equal losses, which tests/test_bench.py checks.
 """
 
 # B batch, T positions or frames, D model width, M mel channels, S samples, L text bytes, Q codebooks
@@ -36,26 +36,26 @@ from omni.stages.ocr import OcrConfig, encode_texts, ocr_loss
 from omni.stages.vocoder import mel_loss
 from omni.train.config import StageConfig
 
-# Which is faster on a CPU depends on dtype and sizes; the faster one is the reference.
+# The reference is the faster one, which on a CPU depends on dtype and sizes.
 ATTENTIONS = ("sdpa", "eager")
-CHARACTERS = string.ascii_letters + string.digits + " -"  # as many as a training set of signs has, about
+CHARACTERS = string.ascii_letters + string.digits + " -"  # about as many as a training set of signs has
 
 
 STAGES = {stage.letter: stage for stage in TABLE.values()}  # D: the talker, the last of its three
 
 
 def read_config(letter: str, configs: Path, **keys) -> StageConfig:
-    """A stage's config in a folder of demo configs, with other ``keys``; whether its files exist is not asked."""
+    """A stage's config in a folder of demo configs, with other ``keys``, without a check of its files."""
     stage = STAGES[letter]
     return stage.config.model_validate(json.loads((configs / f"{stage.config_name}_demo.json").read_text()) | keys)
 
 
 @dataclass
 class Pair:
-    """One training loss, computed by ours and by theirs.
+    """One training loss, computed by our model and by a library's.
 
-    ``theirs`` are the library's ways to do it, by name; none where the library has no such model. ``equal`` says that
-    the two losses are the same number, up to rounding.
+    ``theirs``: the library's models by name of their attention; none if the library has no such model. ``equal``:
+    the two losses are equal, up to rounding.
     """
 
     stage: str
@@ -73,7 +73,7 @@ class Pair:
 
 
 def opened(cls: type, config: dict, weights: dict[str, Tensor], **keys) -> dict[str, nn.Module]:
-    """An export as the library opens it, once with each of its attentions."""
+    """The library's model from an export, with each of its attentions."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
         exported = {name: weight.detach().clone().contiguous() for name, weight in weights.items()}
@@ -120,8 +120,8 @@ def as_qwen3(thinker: Thinker) -> tuple[dict, dict[str, Tensor]]:
 def audio_encoder_pair(configs: Path) -> Pair:
     """The audio encoder with its CTC loss and ParakeetForCTC: the same weights, the same loss.
 
-    Our channel scales are its batch norms in evaluation. In its own training it would compute batch statistics, which
-    costs it more than is counted here. The CTC of each is its own.
+    Our channel scales are its batch norms in evaluation; in its training, batch statistics would cost more. Each has
+    its own CTC loss.
     """
     config = read_config("B", configs, dropout=0.0)
     ours = AudioEncoder(config.architecture, use_flash=config.use_flash)
@@ -172,7 +172,7 @@ def vit_pair(configs: Path) -> Pair:
 
 
 def pictures_alone(configs: Path) -> Pair:
-    """All of stage C's step: both towers, contrast and word loss. No library has this model."""
+    """The whole step of stage C: both towers, contrast and word loss. No library has this model."""
     config = read_config("C", configs, use_thinker_for_text=False)
     images = normalise(random_images(config.batch_size, config.img_size, config.img_size))
     tokens = torch.randint(1, config.vocab_size, (config.batch_size, config.ctx_len))
@@ -188,7 +188,7 @@ def pictures_alone(configs: Path) -> Pair:
 
 def talker_pair(configs: Path) -> Pair:
     """The talker's decoder over frames and Qwen3Model: the same weights, the same input vectors. The loss is a fixed
-    sum over the states. What comes before and after has no counterpart: text, durations, the codes of a frame."""
+    sum over the states. Text, durations and the codes of a frame have no counterpart."""
     config = read_config("D", configs, dropout=0.0)
     talker, frames = Talker(config.architecture, use_flash=config.use_flash), 1 + config.max_codes // 2
     ours = nn.ModuleDict({"layers": talker.layers, "norm": talker.norm})
@@ -200,10 +200,10 @@ def talker_pair(configs: Path) -> Pair:
     for name in ATTENTIONS:
         qwen3 = transformers.Qwen3Config(**sizes, attn_implementation=name)
         theirs[name] = transformers.Qwen3Model(qwen3).train()
-        theirs[name].load_state_dict(ours.state_dict(), strict=False)  # it has an embedding, which nothing uses
+        theirs[name].load_state_dict(ours.state_dict(), strict=False)  # without its unused embedding
 
     def our_loss(model: nn.Module) -> Tensor:
-        y = x.clone().requires_grad_()  # in training its gradient goes on to what makes it
+        y = x.clone().requires_grad_()  # as training needs the gradient of the inputs
         for layer in model["layers"]:
             y, _ = layer(y, cos, sin, None, None)
         return (model["norm"](y).float() * probe).mean()
@@ -216,7 +216,7 @@ def talker_pair(configs: Path) -> Pair:
 
 
 def talker_alone(configs: Path) -> Pair:
-    """All of the talker's step, with text and durations. No library has this model."""
+    """The whole step of the talker, with text and durations. No library has this model."""
     config = read_config("D", configs)
     B, T = config.batch_size, max(2, config.max_codes // 2)
     batch = {
@@ -232,12 +232,12 @@ def talker_alone(configs: Path) -> Pair:
 
 
 def mixed_pair(configs: Path) -> Pair:
-    """Stage E's Thinker over embeddings, answers alone having a loss, and Qwen3ForCausalLM: the same weights and loss.
+    """Stage E's Thinker on embeddings with a loss on answers only, and Qwen3ForCausalLM: the same weights and loss.
 
-    Three quarters of the rows fill an eighth to a half of the context, the others up to all of it. Theirs are padded
-    to the longest, with an attention mask, and have logits at every position, as a plain implementation has them; ours
-    are grouped by length, and have logits at targets. So the gain of that is in the ratio, beside the model's own
-    speed. Projections, encoders (whose features are kept) and talker are on neither side.
+    Three quarters of the rows fill an eighth to a half of the context, the others up to all of it. Their rows are
+    padded to the longest, with an attention mask and logits at every position, as in a plain implementation; ours are
+    grouped by length, with logits at targets. So the ratio includes this gain. Neither side has projections, encoders
+    (their features are cached) or talker.
     """
     config, omni = read_config("E", configs), omni_of_text(configs)
     architecture = omni.thinker.architecture
@@ -246,7 +246,7 @@ def mixed_pair(configs: Path) -> Pair:
     sizes[: 3 * B // 4] = torch.linspace(T / 8, T / 2, 3 * B // 4).long()
     tokens, place = torch.randint(vocab_size, (B, T)), torch.arange(T)
     mask = place < sizes[:, None]  # (B, T)
-    answers = mask & (place >= (sizes - T // 8)[:, None])  # what is learnt stands at the end
+    answers = mask & (place >= (sizes - T // 8)[:, None])  # targets are at the end
     targets = torch.where(answers, torch.randint(vocab_size, (B, T)), IGNORE_INDEX)
     batch = {"tokens": tokens, "targets": targets, "sizes": sizes}
 
@@ -259,7 +259,7 @@ def mixed_pair(configs: Path) -> Pair:
 
 
 def omni_of_text(configs: Path) -> OmniModel:
-    """An omni model of stage A's sizes for text alone."""
+    """An omni model of stage A's sizes, for text only."""
     thinker = read_config("A", configs)
     sizes = thinker.architecture.model_copy(update={"dropout": 0.0})
     config = read_config("E", configs)
@@ -289,9 +289,8 @@ def vocoder_pair(configs: Path) -> Pair:
 def ocr_pair(configs: Path) -> Pair:
     """OCR without its convolutional stem and its CTC loss, and VisionEncoderDecoderModel of ViT and TrOCR.
 
-    The same sizes, not the same computation: the encoders are equal; their decoder normalises after each sum, has
-    LayerNorm, GELU and no rotation, and its feed-forward is half as wide again, so that its two matrices have as many
-    weights as our three.
+    The encoders are equal. Their decoder normalises after each sum and has LayerNorm, GELU and no rotary positions; its
+    feed-forward is 1.5 times as wide, so that its two matrices have as many weights as our three.
     """
     config = read_config("G", configs, conv_stem=False, ctc_weight=0.0, dropout=0.0, characters=CHARACTERS)
     ours = OcrModel(config.architecture, use_flash=config.use_flash)
@@ -313,7 +312,7 @@ def ocr_pair(configs: Path) -> Pair:
         for name, vit in vits.items()
     }
     for name, model in theirs.items():
-        model.encoder.set_attn_implementation(name)  # TrOCR has but its own
+        model.encoder.set_attn_implementation(name)  # TrOCR has only one attention
 
     def their_loss(model: nn.Module) -> Tensor:
         return model(pixel_values=normalise(images), decoder_input_ids=symbols, labels=targets, use_cache=False).loss
@@ -323,7 +322,7 @@ def ocr_pair(configs: Path) -> Pair:
 
 
 def ocr_alone(configs: Path) -> Pair:
-    """All of stage G's step, with stem and CTC. No library has this model."""
+    """The whole step of stage G, with stem and CTC. No library has this model."""
     config = read_config("G", configs, characters=CHARACTERS)
     batch = dict(zip(("images", "symbols", "targets"), lines_of_text(config), strict=True))
     ours = OcrModel(config.architecture, use_flash=config.use_flash)
@@ -337,7 +336,7 @@ def lines_of_text(config: OcrConfig) -> tuple[Tensor, Tensor, Tensor]:
     return random_images(config.batch_size, config.height, config.width), *encode_texts(texts, config)
 
 
-# The second of a stage, with no library's beside it, is for its share of the machine's matrix products.
+# A stage's second pair has no library's model; it only gives the share of the machine's matrix products.
 PAIRS = (
     thinker_pair, audio_encoder_pair, vit_pair, pictures_alone, talker_pair, talker_alone, mixed_pair, vocoder_pair,
     ocr_pair, ocr_alone,

@@ -1,10 +1,10 @@
-"""What preparing data and resuming cost as the data grow: 10 million lines of text, a million rows of a manifest.
+"""The cost of preparing data and of resuming on large data: 10 million lines of text, a million rows of a manifest.
 
     python benchmarks/scaling.py --out docs/scaling.md            about a quarter of an hour on 2 cores, 2 GB in TMPDIR
-    python benchmarks/scaling.py --lines 20000 --rows 2000        half a minute: whether it runs, not how fast
+    python benchmarks/scaling.py --lines 20000 --rows 2000        half a minute, as a test
 
-The stages' own scripts run on data that are made for it, up to where training would begin. The page is printed; with
---out it is written as well. On Linux, which says how much memory a process has had.
+The stages' own scripts run on made-up data up to the beginning of training. The page is printed, and with --out also
+written. Linux only, as it reads the memory of processes from /proc.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def in_own_process(function: Callable, *arguments):
 
 
 def memory_mb(key: str) -> float:
-    """Of this process: ``VmRSS`` now, ``VmHWM`` at its peak. Not by ``getrusage``, whose peak may be the parent's."""
+    """Memory of this process: ``VmRSS`` now, ``VmHWM`` at its peak. (``getrusage`` may give the parent's peak.)"""
     return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024 / 1e6
 
 
@@ -59,12 +59,12 @@ def memory_mb(key: str) -> float:
 
 
 def start(case: Case, folder: Path, base_mb: float, later: bool, repeats: int) -> Start:
-    """Run the script of ``case`` in ``folder``, in this process, which ends with it.
+    """Run the script of ``case`` in ``folder``, in this process.
 
     Args:
-        base_mb: memory of a process that has imported the script. A fork of one still has to map the libraries.
-        later: everything has been made, by a first start. The rows that are read nevertheless are counted.
-        repeats: how often the first batch is timed; 0: not at all.
+        base_mb: memory of a process that has imported the script; its fork has not mapped all libraries yet.
+        later: a first start has made all caches. Counts the rows that are still read.
+        repeats: number of timings of the first batch.
     """
     result, reads, script = Start(), multiprocessing.Value("q"), importlib.import_module(case.script)
     not_mapped_mb = base_mb - memory_mb("VmRSS")
@@ -73,7 +73,7 @@ def start(case: Case, folder: Path, base_mb: float, later: bool, repeats: int) -
         function, cost = getattr(script, name), result.costs.setdefault(name, Cost())
 
         def call(*args, **kwargs):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             held, seen, started = memory_mb("VmRSS"), reads.value, time.perf_counter()
             value = function(*args, **kwargs)
             cost.seconds += time.perf_counter() - started
@@ -97,7 +97,7 @@ def start(case: Case, folder: Path, base_mb: float, later: bool, repeats: int) -
             one_row = counted(Manifest.__getitem__, reads, rows=lambda row: 1)
             stack.enter_context(mock.patch.object(Manifest, "__getitem__", one_row))
             stack.enter_context(mock.patch.object(PackedTokens, "batch", counted(PackedTokens.batch, reads, rows=len)))
-        stack.enter_context(mock.patch.object(script, "build_optimizer"))  # the first one takes a second of imports
+        stack.enter_context(mock.patch.object(script, "build_optimizer"))  # its first call takes a second of imports
         stack.enter_context(mock.patch.object(script, "train", train))
         arguments = ["--config", str(ROOT / f"configs/{case.config}.json"), "--device", "cpu"]
         script.main(arguments + [word for setting in settings for word in ("--set", setting)])
@@ -105,7 +105,7 @@ def start(case: Case, folder: Path, base_mb: float, later: bool, repeats: int) -
 
 
 def counted(read: Callable, reads, rows: Callable) -> Callable:
-    """The method ``read``, which adds to ``reads``, also in a loader's worker, how many rows it is called for."""
+    """The method ``read``, which also adds the number of its rows to ``reads``, in loader workers too."""
 
     def call(source, which, *others):
         with reads:
@@ -116,17 +116,17 @@ def counted(read: Callable, reads, rows: Callable) -> Callable:
 
 
 def resume(result: Start, run: Run, dataset: ResumableDataset, reads, repeats: int) -> None:
-    """From a ``skip_samples`` to the first batch, at each of ``PARTS``: seconds, and rows read."""
+    """Seconds and rows read from setting ``skip_samples`` to the first batch, at each of ``PARTS``."""
     times, counts, points = {}, {}, list(itertools.product(WORKERS, PARTS))
     turns = [random.Random(repeat).sample(points, len(points)) for repeat in range(repeats + 1)]
     for repeat, (workers, part) in ((repeat, point) for repeat, turn in enumerate(turns) for point in turn):
-        resumed = copy.copy(dataset)  # with nothing computed yet
+        resumed = copy.copy(dataset)  # without cached values
         resumed.skip_samples = int(part * dataset.steps_per_epoch) * dataset.samples_per_step
         seen, started = reads.value, time.perf_counter()
         loader = build_loader(resumed, workers, run.device)
         batches = iter(loader)
         next(batches)
-        if repeat:  # the first one imports and opens what all the others share
+        if repeat:  # the first one imports and opens for all others
             times.setdefault((workers, part), []).append(time.perf_counter() - started)
         counts[workers, part] = max(counts.get((workers, part), 0), reads.value - seen)
         result.most_reads[workers] = dataset.batch_size * ((loader.prefetch_factor or 0) + 1) * max(1, workers)
@@ -138,7 +138,7 @@ def resume(result: Start, run: Run, dataset: ResumableDataset, reads, repeats: i
 
 
 def measure(case: Case, count: int, base_mb: float, repeats: int) -> Figures:
-    """A first and a later start, on ``count`` rows and on a tenth of them, each in a process of its own."""
+    """A first and a later start, on ``count`` rows and on a tenth of them, each in its own process."""
     starts, fewer = [], count // 10
     with tempfile.TemporaryDirectory() as name:
         for rows, times in ((fewer, 0), (count, repeats)):
@@ -152,7 +152,7 @@ def measure(case: Case, count: int, base_mb: float, repeats: int) -> Figures:
 
 
 def order(rows: int) -> Order:
-    """Computing which rows a step has, the epoch's last one."""
+    """Cost of computing the rows of an epoch's last step."""
     positions = np.arange(rows - STEP_SAMPLES, rows)
     seconds = min(timeit.repeat(lambda: permute(positions, rows, key=1), number=100, repeat=5)) / 100
     tracemalloc.start()
@@ -164,12 +164,14 @@ def order(rows: int) -> Order:
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=int, default=10_000_000, metavar="N", help="of text; default: 10 million")
-    parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="of each manifest; default: a million")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="of a time to the first batch; default: 9")
+    parser.add_argument("--lines", type=int, default=10_000_000, metavar="N", help="lines of text; default: 10 million")
+    parser.add_argument(
+        "--rows", type=int, default=1_000_000, metavar="N", help="rows of a manifest; default: a million"
+    )
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timings of the first batch; default: 9")
     parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the page there; default: print it only")
     args = parser.parse_args(argv)
-    if args.lines < 10_000 or args.rows < 1000 or args.repeats < 1:  # a tenth is measured too, and has to fill a step
+    if args.lines < 10_000 or args.rows < 1000 or args.repeats < 1:  # a tenth of the rows must fill a step
         raise UserError("expected at least --lines 10000, --rows 1000 and --repeats 1")
     for case in CASES:
         importlib.import_module(case.script)
@@ -177,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = {case: args.lines if case.file == "corpus.txt" else args.rows for case in CASES}
     load = os.getloadavg()[0]
     figures = [measure(case, count, base_mb, args.repeats) for case, count in counts.items()]
-    from bench import machine  # last, since it imports what would be in the memory of every fork
+    from bench import machine  # last, since its imports would be in the memory of every fork
 
     facts = machine()
     made = f"`python benchmarks/scaling.py --lines {args.lines} --rows {args.rows}`, {time.strftime('%Y-%m-%d')}, "

@@ -1,4 +1,4 @@
-"""What benchmarks/scaling.py measures: made-up data of any size, and the stages' scripts that read them."""
+"""Made-up data of any size for benchmarks/scaling.py, and the stages' scripts that read them."""
 
 import itertools
 import json
@@ -10,11 +10,11 @@ import numpy as np
 import soundfile
 
 SYLLABLES = [c + v for c in "bcdfghjklmnprstvwxyz" for v in "aeiou"]
-RECORDINGS = 64  # that all rows of a CSV share, of one length: each batch is the same work
+RECORDINGS = 64  # shared by all rows of a CSV, of equal length, so that all batches cost the same
 
 
 def sentences(count: int, fewest: int, most: int) -> Iterator[str]:
-    """So many sentences, of so many words. There are a million words, and as in texts the first ones are frequent."""
+    """``count`` sentences of ``fewest`` to ``most`` of a million words, the first ones more frequent, as in texts."""
     rng = np.random.default_rng(0)
     words = ["".join(word) for n in (1, 2, 3) for word in itertools.product(SYLLABLES, repeat=n)]
     for first in range(0, count, 100_000):
@@ -48,16 +48,16 @@ def write_json(path: Path, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A stage's script with data of its kind."""
+    """A stage's script and its data."""
 
     what: str
     write: Callable[[Path, int], None]
     file: str
     script: str
     config: str
-    key: str  # of the config, that names the file
-    functions: tuple[str, ...]  # of the script, on data, before it trains
-    bounded: tuple[str, ...] = ()  # of these, what reads no more than so much, however much there is
+    key: str  # config key of the file
+    functions: tuple[str, ...]  # of the script, on data, before training
+    bounded: tuple[str, ...] = ()  # those that read a bounded part of the data
     settings: tuple[str, ...] = ()
     resumed: bool = True
 
@@ -78,8 +78,8 @@ CASES = (
         settings=(
             "val_manifest=null", "val_split=0.02", "image_root=null", "use_thinker_for_text=false", "thinker_ckpt=null",
         ),
-        resumed=False,  # not without the pictures themselves
+        resumed=False,  # needs the pictures themselves
     ),
 )  # fmt: skip
-# small, as the model is made but not trained
+# small, as the model is not trained
 SETTINGS = ("batch_size=8", "n_layers=1", "d_model=64", "n_heads=2", "d_ff=64", "use_compile=false")

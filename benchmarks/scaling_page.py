@@ -1,4 +1,4 @@
-"""The page that benchmarks/scaling.py writes: its figures as tables, and what they come to at a billion rows."""
+"""The page of benchmarks/scaling.py: its figures as tables, and their extrapolation to a billion rows."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ BILLION = 10**9
 
 @dataclass
 class Cost:
-    """Of a function of a script, in all its calls."""
+    """Cost of a script's function, over all its calls."""
 
     seconds: float = 0.0
-    peak_mb: float = 0.0  # of the process, meanwhile
-    added_mb: float = 0.0  # what of it the process did not have before
-    reads: int = 0  # rows; counted in a later start only
+    peak_mb: float = 0.0  # of the process, during the calls
+    added_mb: float = 0.0  # above the memory before a call
+    reads: int = 0  # rows read; counted in a later start only
 
 
 @dataclass
 class Start:
-    """One run of a script, to where it would train."""
+    """One run of a script, up to its training."""
 
     costs: dict[str, Cost] = field(default_factory=dict)
     # (workers, part of the epoch) -> median seconds to the first batch, and the most rows read until then
@@ -39,30 +39,30 @@ class Start:
 
 @dataclass
 class Figures:
-    """Of one kind of data: the first start and a later one on ``count`` rows, and both on ``fewer``, a tenth."""
+    """Figures of one kind of data: a first and a later start on ``count`` rows, and both on ``fewer``, a tenth."""
 
     what: str
-    bounded: tuple[str, ...]  # functions that, from some size on, take the same for any number of rows
+    bounded: tuple[str, ...]  # functions whose cost does not grow beyond some number of rows
     count: int
     fewer: int
     file_mb: float
-    made_mb: float  # beside the file
+    made_mb: float  # caches beside the file
     first_of_fewer: Start
     later_of_fewer: Start
     first: Start
     later: Start
 
     def at_a_billion(self, many: float, few: float) -> float:
-        """What was ``many`` for ``count`` rows and ``few`` for ``fewer``: on the straight line through the two."""
+        """A cost of ``many`` for ``count`` rows and ``few`` for ``fewer``, extrapolated linearly."""
         return many + max(0.0, many - few) / (self.count - self.fewer) * (BILLION - self.count)
 
     def billion(self) -> list[str]:
-        """File, made beside it, first start, its memory, later start, its memory, rows it reads."""
+        """Size of file and caches, seconds and memory of a first and of a later start, rows read by the latter."""
         first_s, added_mb = 0.0, 0.0
         for name, cost in self.first.costs.items():
             few = self.first_of_fewer.costs[name]
             first_s += cost.seconds if name in self.bounded else self.at_a_billion(cost.seconds, few.seconds)
-            if name != "prepare_tokenizer":  # its memory is of distinct words
+            if name != "prepare_tokenizer":  # whose memory grows with the distinct words
                 added_mb = max(added_mb, self.at_a_billion(cost.added_mb, few.added_mb))
         later_mb = self.at_a_billion(self.later.peak_mb, self.later_of_fewer.peak_mb)
         first_mb = max(self.first.peak_mb + added_mb, later_mb)
@@ -75,7 +75,7 @@ class Figures:
 
 @dataclass
 class Order:
-    """What the rows of one step cost to compute, among so many."""
+    """Cost of computing the rows of one step, among ``rows``."""
 
     rows: int
     us_per_sample: float
@@ -88,11 +88,11 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def prepared(f: Figures) -> list[list[str]]:
-    """The lines of a table about one kind of data: its functions, and all of it."""
+    """The table's lines for one kind of data: one for each function, and their sum."""
     lines = []
     for name, cost in f.first.costs.items():
         later, few = f.later.costs[name], f.first_of_fewer.costs[name]
-        speed = f"{f.file_mb / cost.seconds:,.1f} MB/s" if name.startswith("prepare") else ""  # the whole file
+        speed = f"{f.file_mb / cost.seconds:,.1f} MB/s" if name.startswith("prepare") else ""  # of the whole file
         lines.append([f.what, f"`{name}`", f"{cost.seconds:.2f} s", speed])
         lines[-1] += [f"{cost.peak_mb:,.0f} MB", f"{cost.added_mb:.1f} MB", f"{few.added_mb:.1f} MB"]
         lines[-1] += [f"{later.seconds:.3f} s", f"{later.reads:,}"]
@@ -105,7 +105,7 @@ def prepared(f: Figures) -> list[list[str]]:
 def page(made: str, base_mb: float, figures: list[Figures], orders: list[Order]) -> str:
     """
     Args:
-        made: the command, when and where it ran.
+        made: command, date and machine.
         base_mb: memory of a process that has only imported the scripts.
     """
     late, within, resumed = [], True, []
@@ -166,7 +166,7 @@ PAGE = """# How it scales
 
 {made}
 
-Each stage's own script ran up to where training would begin, on data made for it. A process that has only imported
+Each stage's own script ran up to the beginning of training, on made-up data. A process that has only imported
 the scripts holds {base}; preparing took at most {peak}. The first batch of a run resumed at 99 % of an epoch
 came after {ratios} times the time that it takes at the beginning, and {within} rows were read for it than
 batch x (prefetch + 1) x workers.
@@ -176,8 +176,8 @@ batch x (prefetch + 1) x workers.
 {files}
 
 Text becomes a tokenizer and a cache of tokens; a manifest an index of byte positions. Stage B also reads the header of
-every recording and counts the tokens of every text. A later start finds all that; what it reads are held-out rows.
-"Added" is what a function took beyond what the process held before it.
+every recording and counts the tokens of every text. A later start finds all that and reads only held-out rows.
+"Added" is a function's peak above the memory before it.
 
 {prepared}
 
@@ -190,17 +190,17 @@ sequences of tokens, slices of a file; stage B's are recordings, read and turned
 
 ## The order of an epoch
 
-A keyed permutation says which row stands at a position, so no list of rows is shuffled or kept.
+A keyed permutation gives the row at each position, so no list of rows is shuffled or stored.
 
 {order}
 
 ## A billion rows, computed
 
-On the straight line through the figures for all rows and for a tenth of them. Nothing of this was run.
+Extrapolated linearly from the figures for all rows and for a tenth of them; none of this was run.
 
 {billion}
 
-Position, order and reading a row cost the same as before. What grows:
+Position, order and reading a row cost the same as before. These costs grow:
 
 - **Memory, of the stages that read manifests.** Which rows train is a list, 8 bytes a row; stage B has another, of
   lengths, and copies of both while it makes them. An index is collected in memory before it is written, 36 bytes a row.
@@ -208,13 +208,13 @@ Position, order and reading a row cost the same as before. What grows:
   table: it is trained on all texts, A's on 24 MiB and C's on half a million captions.
 - **The first start of stage B.** It reads every header, and every text three times. Here 64 recordings serve all rows
   and lie in the page cache; a billion files on a disk take longer.
-- **What a kill costs** while an index or the lengths are made: all that was done of them. Of a text it is 16 MiB.
+- **The loss by a kill** while an index or the lengths are made: all of them so far. Of a text it is 16 MiB.
 - **Every start** goes through the list of rows once more. Stages B and C read all held-out rows, and `val_split` holds
-  out a share of however many there are; a held-out file (`val_csv`, `val_manifest`) can be small.
+  out a share of all rows; a held-out file (`val_csv`, `val_manifest`) can be small.
 
 ## From one process to two in mid-run
 
-A position counts the samples of all processes, and the samples of a step are the same however they are dealt out. A run
+A position counts the samples of all processes, and each step has the same samples, however they are distributed. A run
 of one process therefore goes on with two if the samples per step stay as they are: `batch_size` halved, or
 `gradient_accumulation_steps`.
 
@@ -225,6 +225,6 @@ torchrun --nproc_per_node=2 train_text.py --config my.json --set batch_size=4   
 
 With other samples per step the run is refused. The tests in `tests/test_distributed.py` kill such a run and go on with
 two processes, and the other way round: every step trains on the rows that one process would have had, and the losses
-agree up to the order of sums. Random states belong to processes, so dropout is another than it would have been. Stage C
+agree up to the order of sums. Random states belong to processes, so dropout differs. Stage C
 needs `gradient_accumulation_steps` halved: its loss compares the samples of a micro-batch with each other.
 """

@@ -1,4 +1,4 @@
-"""How long are the recordings of a manifest, in mel frames, and what does a max_mel_length leave out?
+"""Measure the recordings of a manifest in mel frames, and count the rows that max_mel_length leaves out.
 
     python scripts/check_mel_lengths.py --csv data/audio/production_asr.csv
     python scripts/check_mel_lengths.py --config configs/audio_enc_tiny.json
@@ -32,18 +32,18 @@ from omni.stages.talker import TalkerConfig
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import load_config, read_keys
 
-_NAMED = 5  # rows that are named; all are counted
+_NAMED = 5  # rows to print; all are counted
 _PERCENTILES = (0, 5, 25, 50, 75, 90, 95, 99, 99.9, 100)
 
 
 @dataclass(frozen=True)
 class Frames:
-    """How a stage counts time, and what it allows."""
+    """A stage's unit of time and its bounds."""
 
     csv: str
     columns: tuple[str, ...]
     sample_rate: int
-    samples: int  # of a frame
+    samples: int  # per frame
     why: str
     max_mel_length: int
     cache_dir: str | None
@@ -151,7 +151,7 @@ def report_lengths(lengths: np.ndarray, frames: Frames, limit: int) -> None:
 
 
 def report_texts(manifest: Manifest, lengths: np.ndarray, frames: Frames) -> None:
-    """Rows that CTC cannot learn, since their text needs more output frames than there are."""
+    """Print the rows whose text needs more output frames than the recording has."""
     tokenizer = CtcTokenizer.load(frames.tokenizer) if frames.tokenizer and frames.tokenizer.exists() else None
     units = f"tokens of {frames.tokenizer}" if tokenizer else "characters, since there is no tokenizer.json yet"
 
@@ -179,7 +179,7 @@ def plot(lengths: np.ndarray, frames: Frames, limit: int, path: str) -> None:
     axes.legend()
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:  # ValueError: not a format that it knows
+    except (OSError, ValueError) as error:  # ValueError: an unknown format
         raise UserError(f"--plot {path}: cannot write it: {error}") from error
     print(f"histogram in {path}")
 

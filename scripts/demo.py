@@ -1,12 +1,11 @@
-"""The whole of μOmni on a laptop: make the built-in data, train and evaluate every stage, and ask the models.
+"""Run all of μOmni on a laptop: make the built-in data, train and evaluate every stage, and ask the models.
 
     python scripts/demo.py            the demo configs, to their targets
-    python scripts/demo.py --smoke    the same on a few steps, in a temporary folder: does everything run?
+    python scripts/demo.py --smoke    a few steps of each stage in a temporary folder, as a test
 
-Without a GPU, two stages train side by side, each on half of the cores: models of this size keep no two cores busy. The
-longest one, which needs the others, comes last and has all cores to itself.
-Interrupt it when you like and run it again: what is finished is skipped, what is half-done goes on. The figures, all
-on held-out data, are written to checkpoints/demo_results.json.
+Without a GPU, two stages train side by side on half of the cores each, as models of this size cannot use more. Stage E,
+the longest, needs the others and trains alone at the end. After an interruption the same command continues. All results
+are on held-out data and go to checkpoints/demo_results.json.
 """
 
 import argparse
@@ -72,7 +71,7 @@ TASKS = (  # of stage E
     "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
 )  # fmt: skip
 
-STAGES = [  # in the order of priority: first the one that another waits for, then the longest
+STAGES = [  # by priority: first the stages that others need, then the longest
     DemoStage(
         name="audio_enc",
         stage=TABLE["audio_enc"],
@@ -189,7 +188,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="omni_smoke_") as folder:
             return smoke(Path(folder))
     finally:
-        for process in _children:  # if something went wrong here; one that has ended does not mind
+        for process in _children:  # after an error here; harmless for a process that has ended
             process.terminate()
 
 
@@ -201,7 +200,7 @@ def demo() -> int:
     finished = {stage.name for stage in STAGES if (stage.folder / stage.stage.final).exists()}
 
     def ended(stage: DemoStage, seconds: float, code: int) -> None:
-        if stage.name not in finished:  # a run in several parts costs their sum; to see that it is finished, nothing
+        if stage.name not in finished:  # the time of a run in several parts is their sum
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
         if not code:
             metrics = load(stage.folder / stage.stage.final)["metrics"]
@@ -262,15 +261,13 @@ def smoke(folder: Path) -> int:
 # --- Running scripts of this repository ------------------------------------------------------------------------------
 
 
-_asked = threading.Event()  # this process has been asked to stop
+_asked = threading.Event()  # set by a request to stop
 _children: list[subprocess.Popen] = []
 
 
 def heed_signals() -> None:
-    """Pass each Ctrl-C, SIGTERM, SIGQUIT and hang-up on as one SIGTERM, upon which a child saves and ends.
-
-    We wait for it, so that it has the time to save; subprocess.run would kill it after a quarter of a second.
-    """
+    """Pass Ctrl-C, SIGTERM, SIGQUIT and hang-up on to each child as one SIGTERM, and wait until it has saved and ended;
+    subprocess.run would kill it after a quarter of a second."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop())
 
@@ -346,10 +343,10 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
         tell(f"=== {stage.name}: {'finished' if code == 0 else 'ended'} after {seconds / 60:.1f} min")
         ended(stage, seconds, code)
         finished.add(stage.name)
-        if code and not failed and not _asked.is_set():  # the others save and end too; asked twice, they would not save
+        if code and not failed and not _asked.is_set():  # the others save and end; asked twice, they would not save
             for process in running.values():
                 process.terminate()
-        if code:  # the next run goes on with all of them
+        if code:  # the next run continues all of them
             failed = failed or code
             waiting.clear()
     if failed or _asked.is_set():
@@ -357,7 +354,7 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
 
 
 def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[str], together: int) -> list[DemoStage]:
-    """The stages to start now. One that trains alone waits for all others, and all others wait for it."""
+    """The stages to start now. A stage that trains alone waits for all others, and they wait for it."""
     busy = [stage for stage in STAGES if stage.name in running]
     ready = [stage for stage in waiting if stage.waits_for <= finished]
     if any(stage.alone for stage in busy):
@@ -386,7 +383,7 @@ def show(stage: DemoStage, folders: dict[str, Path], data: Path, items: int) -> 
 
 
 def export(folders: dict[str, Path], output: Path) -> None:
-    """All stages in one folder."""
+    """Export all stages into one folder."""
     print(f"\n=== Export to {output}", flush=True)
     stages = ("thinker", "audio_enc", "vision", "talker", "vocoder", "ocr")
     options = {"omni": "sft", "audio": "audio_enc"} | {name: name for name in stages if name != "audio_enc"}
@@ -395,7 +392,7 @@ def export(folders: dict[str, Path], output: Path) -> None:
 
 
 def ask_exported(model: Path, data: Path, sounds: Path) -> None:
-    """One question for each kind of input and output, about items that are not in the training data."""
+    """Ask one question for each kind of input and output, about held-out items."""
     picture = json.loads((data / "images/annotations.val.json").read_text())[0]
     recording = first_row(data / "audio/asr.val.csv")
     sign = first_row(data / "ocr/ocr.val.csv")

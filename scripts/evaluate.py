@@ -11,8 +11,8 @@
     python scripts/evaluate.py omni      --ckpt_dir checkpoints/omni_sft_demo  --task image_question \\
         --data data/images/annotations.val.json
 
-The metrics are those of the validation in training. A row that cannot be used is left out, named on stderr and
-counted; nothing is written. --show prints some items beside the model's output.
+The metrics are those of the validation in training. Unusable rows are left out, counted, and named on stderr. --show
+prints some items beside the model's output.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from omni.train.device import pick_device
 from omni.train.evaluation import to_stderr
 from omni.train.stage import load
 
-NAMED = 100  # rows left out that are named one by one
+NAMED = 100  # omitted rows to print; all are counted
 EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     stage = STAGES[args.stage]
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
-        args.cache_dir = folder  # the index of somebody else's file does not stay beside it
+        args.cache_dir = folder  # an index beside a user's file would stay there
         opened = load(stage, args.ckpt_dir, device)
         result = stage.evaluation()(args, opened, device)
     for name, value in result.metrics.items():

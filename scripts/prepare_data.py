@@ -3,8 +3,8 @@
     python scripts/prepare_data.py tinystories librispeech ljspeech coco mjsynth   # all stages: a download of 42 GB
     python scripts/prepare_data.py librispeech --subset dev-clean --limit 500      # a small try
 
-Interrupt it when you like, the same line goes on. Archives go to <out>/downloads, are compared with their published
-checksum, unpacked, and deleted.
+After an interruption the same command continues. Archives go to <out>/downloads, are compared with their published
+checksums, unpacked, and deleted.
 """
 
 import argparse
@@ -39,7 +39,7 @@ TableRows = Iterable[dict[str, str]]
 def as_published(path: Path) -> Iterator[Path]:
     """
     Raises:
-        RunError: the block finds something else in the file than what is published: no UTF-8, other fields.
+        RunError: the block finds other content than published: no UTF-8, other fields.
     """
     try:
         yield path
@@ -79,7 +79,7 @@ def librispeech_transcript(name: str) -> str:
 
 
 def ljspeech_rows(folder: Path, items: Items) -> dict[str, TableRows]:
-    """The normalised column, in which numbers are spelled out as they are spoken."""
+    """The normalised column, in which numbers are spelled out."""
     metadata = folder / "LJSpeech-1.1/metadata.csv"
     with as_published(metadata), open(metadata, newline="", encoding="utf-8") as file:
         texts = {line[0]: line[2] for line in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE)}
@@ -102,7 +102,7 @@ def coco_rows(folder: Path, items: Items) -> dict[str, TableRows]:
 
 
 def flickr8k_rows(folder: Path, items: Items) -> dict[str, TableRows]:
-    """The published training and development images; the test images are in neither file."""
+    """The published training and development images, without the test images."""
     text = folder / "Flickr8k_text"
     with as_published(text / "Flickr8k.token.txt") as path:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -118,21 +118,21 @@ def flickr8k_rows(folder: Path, items: Items) -> dict[str, TableRows]:
 
 
 def caption_rows(captions: Iterable[tuple[str, str]], images: list[str]) -> TableRows:
-    """One row per caption, so an image with five captions stands in five rows."""
+    """One row per caption, so an image with five captions has five rows."""
     present = set(images)
     return ({"image": name, "caption": text} for name, text in captions if name in present)
 
 
 def in_words(text: str) -> str:
-    """With one blank between words, and nothing else."""
+    """``text`` with single blanks between its words."""
     text = " ".join(text.split())
-    text.encode()  # half of a surrogate pair is valid JSON, and no text
+    text.encode()  # raises for half of a surrogate pair, which JSON allows
     return text
 
 
 def mjsynth_rows(folder: Path, items: Items) -> dict[str, TableRows]:
-    """The word stands in the file's name, ``1_pintle_58130.jpg``. The OCR stage holds out words by ``val_split``: the
-    published split holds out images, whose words are all in the training images, too."""
+    """The word is in the file's name, ``1_pintle_58130.jpg``. The OCR stage holds out words by ``val_split``: the
+    published split holds out images of words that training images show, too."""
     (names,) = items.values()
     return {"production_ocr.csv": ({"image": name, "text": Path(name).stem.split("_")[1]} for name in sorted(names))}
 
@@ -160,8 +160,8 @@ def tinystories_lines(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
 
 
 # --- what there is ----------------------------------------------------------------------------------------------------
-# Where sizes and checksums come from: LibriSpeech and LJSpeech: torchaudio and tensorflow-datasets; COCO:
-# tensorflow-datasets; TinyStories: its pages at Hugging Face; WikiText: several loaders of it agree; MJSynth: mmocr.
+# Sources of sizes and checksums: tensorflow-datasets (LibriSpeech, LJSpeech, COCO), torchaudio (LibriSpeech, LJSpeech),
+# its pages at Hugging Face (TinyStories), several loaders that agree (WikiText), mmocr (MJSynth).
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ class Dataset:
     about: str
     licence: str
     archives: tuple[Archive, ...]
-    rows: Callable[[Path, Items], dict[str, TableRows]] | None = None  # None: unpacking writes what is trained on
+    rows: Callable[[Path, Items], dict[str, TableRows]] | None = None  # None: unpacking writes the final files
     subsets: tuple[str, ...] = ()  # taken without --subset
     limit: int | None = None  # without --limit
-    size: str = ""  # of the download, where it is not published to the byte
+    size: str = ""  # of the download, if the exact size is not published
 
 
 def _librispeech(subset: str, size: int, count: int, checksum: str) -> Archive:
@@ -314,7 +314,7 @@ DATASETS = {
 
 
 def prepare(store: Store, name: str, args: argparse.Namespace) -> None:
-    """Bring one dataset to the disk, and write what is trained on."""
+    """Download and unpack one dataset, and write the files to train on."""
     dataset = DATASETS[name]
     folder = Path(args.out) / dataset.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -335,14 +335,14 @@ def prepare(store: Store, name: str, args: argparse.Namespace) -> None:
 
 
 def chosen_archives(dataset: Dataset, args: argparse.Namespace) -> list[Archive]:
-    """Those of the chosen subsets, or of the usual ones if none of this dataset was chosen."""
+    """The archives of the chosen subsets; by default of ``dataset.subsets``."""
     available = {archive.subset for archive in dataset.archives}
     chosen = available & set(args.subset or ()) or set(dataset.subsets)
     return [archive for archive in dataset.archives if not archive.subset or archive.subset in chosen]
 
 
 def claim(store: Store, outputs: list[Path]) -> None:
-    """Remember which files this script made: others it will not overwrite."""
+    """Record the files that this script made, as it does not overwrite others."""
     known = read_claims(store)
     made = known | {str(path.resolve()) for path in outputs}
     if made != known:
@@ -350,7 +350,7 @@ def claim(store: Store, outputs: list[Path]) -> None:
 
 
 def read_claims(store: Store) -> set[str]:
-    """Without a record that can be believed, none: what is there is taken for somebody else's."""
+    """The recorded files; none if the record is missing or damaged."""
     found = read_record(store.folder / "made.json")
     found = found.get("files") if isinstance(found, dict) else found
     return {path for path in found if isinstance(path, str)} if isinstance(found, list) else set()
@@ -358,7 +358,7 @@ def read_claims(store: Store) -> set[str]:
 
 def write_csv(file: BinaryIO, rows: TableRows) -> int:
     rows = iter(rows)
-    first = next(rows)  # there is one: an archive without items is refused
+    first = next(rows)  # exists, as an archive without items is refused
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     writer = csv.DictWriter(text, first, lineterminator="\n")
     writer.writeheader()
@@ -437,11 +437,11 @@ def parse_args() -> argparse.Namespace:
         "--from",
         dest="from_dir",
         metavar="DIR",
-        help="download nothing: the archives, or what they hold, are in DIR",
+        help="folder with the archives or their contents; nothing is downloaded",
     )
     parser.add_argument("--mirror", metavar="URL", help="download URL/<archive> instead of the publisher's address")
     parser.add_argument(
-        "--checksums", metavar="FILE", help="as written by sha256sum or md5sum; wins over the published checksums"
+        "--checksums", metavar="FILE", help="output of sha256sum or md5sum, in place of the published checksums"
     )
     parser.add_argument("--keep_archives", action="store_true", help="do not delete archives after unpacking")
     parser.add_argument("--force", action="store_true", help="overwrite files that this script did not make")

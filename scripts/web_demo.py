@@ -1,10 +1,10 @@
 """Talk to a trained model in the browser: ``python scripts/web_demo.py --ckpt_dir merged_model``.
 
 The page holds conversations about text, pictures and recordings and streams spoken answers; it also speaks texts and
-reads pictures of text. Abilities that the model lacks are switched off, with the reason. It needs Gradio (``make
-web``). Nothing leaves the machine: no telemetry, no share link, and the page loads nothing from elsewhere. Uploads are
-deleted after an hour, when the program ends (Ctrl-C), and at the latest at its next start. Visitors take turns at the
-model; the size of requests and the disk space of all visitors are bounded.
+reads pictures of text. It disables abilities that the model lacks, with the reason. It needs Gradio (``make web``).
+Nothing leaves the machine: no telemetry, no share link, and the page loads nothing from elsewhere. Uploads are deleted
+after an hour and when the program ends (Ctrl-C), at the latest at its next start. Visitors take turns at the model; the
+size of requests and the total disk space are bounded.
 
     python scripts/web_demo.py --ckpt_dir checkpoints/thinker_demo --talker_ckpt checkpoints/talker_demo --port 8000
 """
@@ -37,7 +37,7 @@ from omni.train.cli import OneLineErrors, launch
 from omni.train.device import pick_device
 
 CONNECTIONS = 512  # a visitor has about three
-EXAMPLES = Path("data/examples/examples.json")  # of the built-in data
+EXAMPLES = Path("data/examples/examples.json")  # part of the built-in data
 
 INSTALL = "pip install --no-deps -r requirements-web.txt"
 try:
@@ -46,7 +46,7 @@ try:
     from fastapi import FastAPI
 
     from omni.chat.web import CLEANED_S, KEPT_S, MAX_FILES, Page, build
-except ImportError as error:  # told by main, as one line
+except ImportError as error:  # main reports it in one line
     gr, missing = None, error
 
 
@@ -57,7 +57,7 @@ def read_examples(source: Path, assistant: Assistant, folder: Path) -> tuple[lis
         source: ``{"ask": [{"text": ..., "files": [...]}, ...], "read": [...]}``, names relative to its folder.
 
     Raises:
-        UserError: not like that, or a file is missing.
+        UserError: the file has another form, or a file in it is missing.
     """
     shown = read_json(source)
 
@@ -88,7 +88,7 @@ def optional(load: Callable, folder: Path, given: bool, part: str) -> tuple:
         return None, str(error)
 
 
-# Gradio's share buttons hand files to a public site; there is nothing for them to do here
+# Gradio's share buttons hand files to a public site
 STYLE = '[aria-label="Share"] { display: none !important; }'
 
 
@@ -103,10 +103,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="JSON file of questions to offer, see docs/usage.md (default: those of the built-in data, if it is there)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; the default: this machine only")
-    parser.add_argument("--port", type=int, default=7860, help="7860; 0: any that is free")
+    parser.add_argument("--port", type=int, default=7860, help="port (7860); 0: any free one")
     parser.add_argument("--max_upload_mb", type=float, default=10, help="largest file that can be uploaded, in MB (10)")
-    parser.add_argument("--max_disk_mb", type=float, default=1000, help="of all files that are kept, in MB (1000)")
-    parser.add_argument("--max_requests", type=int, default=100, help="answered at a time; more are refused (100)")
+    parser.add_argument("--max_disk_mb", type=float, default=1000, help="disk space of all files, in MB (1000)")
+    parser.add_argument("--max_requests", type=int, default=100, help="requests at a time; more are refused (100)")
     parser.add_argument(
         "--allow_origin", action="append", default=[], metavar="http://NAME",
         help="address by which the page may be called, or from whose pages it may be used; may be given several times",
@@ -130,7 +130,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
     """A listening socket and the page's address; warns on stderr if others can reach it.
 
     Raises:
-        UserError: no such address here, or the port is taken.
+        UserError: this machine has no such address, or the port is taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -148,7 +148,7 @@ def listen(host: str, port: int) -> tuple[socket.socket, str]:
 
 
 def clean_up(kept: Folder, ended: threading.Event) -> None:
-    """Delete old files that Gradio does not know of, until ``ended``."""
+    """Delete old files, also those unknown to Gradio, until ``ended``."""
     while not ended.wait(CLEANED_S):
         kept.clean()
 
@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
             app, blocks, path="/", footer_links=[], run_history=False, ssr_mode=False, show_error=False,
             max_file_size=int(args.max_upload_mb * 1e6), theme=theme, css=STYLE,
         )  # fmt: skip
-        # Mounting leaves them False; Gradio then reads any file of this machine that a visitor names, and serves SVGs
-        # that were uploaded as pages.
+        # Mounting leaves them False; Gradio would then read any file that a visitor names, and serve uploaded SVGs as
+        # pages.
         blocks.has_launched = blocks.is_running = True
         kept.keep_what_is_there()
         names = names_of(args.host, listening.getsockname()[0], args.allow_origin)

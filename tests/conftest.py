@@ -14,7 +14,7 @@ from stages import STAGES  # noqa: E402
 
 from omni.common import allocator  # noqa: E402
 
-os.environ |= allocator.settings()  # or each script that a test runs would start twice
+os.environ |= allocator.settings()  # else each script that a test runs would start twice
 
 
 def pytest_addoption(parser):
@@ -33,8 +33,8 @@ def stage(request):
 
 
 def pytest_collection_modifyitems(items):
-    """What tests the loop alone is repeated for every stage by `make torture`; `make test` has one stage with one
-    phase, and where that makes a difference one with two."""
+    """`make torture` repeats tests of the loop for every stage; `make test` runs them for one stage with one phase
+    and, where phases matter, for one with two."""
     for item in items:
         if loop := item.get_closest_marker("loop"):
             shown_by = ("text",) if loop.kwargs.get("phases") == 1 else ("text", "vocoder")

@@ -53,7 +53,7 @@ def child(request: dict) -> None:
 
 
 def main() -> None:
-    gc.freeze()  # the children share these pages as long as nobody writes to them
+    gc.freeze()  # the children share these pages as long as no process writes to them
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,11 +1,11 @@
-"""Damages good files by the thousand and reads them: an answer, a bad row or one line, and nothing else.
+"""Damages and reads thousands of files: each must give an answer, a bad row or a one-line error.
 
     python tests/fuzz.py --count 20000 --page docs/reliability.md     all kinds, in turn: some minutes on 2 cores
     python tests/fuzz.py --only films --seed 7 --keep findings        one kind; the files of findings are kept
     python tests/fuzz.py --only films --seed 7 --case 1234            one case again, with its traceback
 
-A case is a pure function of (seed, kind, number). It runs in a process that was forked for some of them, under a limit
-of memory and of time, so a crash of a library is a finding like any other, and the rest goes on.
+A case is a pure function of (seed, kind, number). A forked process runs some of them, under a limit of memory and time,
+so a library's crash is a finding like any other, and the remaining cases still run.
 """
 
 import argparse
@@ -69,19 +69,19 @@ from omni.train.stage import load
 
 SECONDS = 20  # for one case
 ADDRESS_SPACE = 4 << 30  # beyond what the process has at its beginning
-RESIDENT = 2 << 30  # by which memory may grow in one case
+RESIDENT = 2 << 30  # growth of memory in one case
 CHUNK = 100  # cases of a process
 OUTCOMES = ("good", "bad row", "one line", "finding")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Files of one kind, and who reads them."""
+    """Files of one kind and their reader."""
 
     make: Callable[[Path], None]  # writes small good files into a folder
     read: Callable[[Path], None]  # reads one of them; an assertion that fails is a finding
     only: Callable[[Path], bool] = lambda path: True  # the files that are damaged
-    reseal: Callable[[Path], None] | None = None  # makes checksums right again: damage that was written so
+    reseal: Callable[[Path], None] | None = None  # makes checksums valid again, for damage that the writer made
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def damaged(data: bytes, other: bytes, tokens: tuple[bytes, ...], rng: random.Ra
 
 
 def prepare(name: str, folder: Path) -> Path:
-    """The good files of a kind, made once."""
+    """Make the good files of a kind once."""
     good = folder / name
     if not good.exists():
         good.mkdir()
@@ -376,7 +376,7 @@ def files_of(kind: Kind, folder: Path) -> list[Path]:
 
 
 def write_case(name: str, number: int, seed: int, folder: Path) -> tuple[Path, dict[Path, bytes]]:
-    """Damage a file of ``folder``: its path, and what must be put back afterwards."""
+    """Damage a file of ``folder``; returns its path and the contents to restore afterwards."""
     kind, rng = KINDS[name], random.Random(f"{seed}/{name}/{number}")
     files = files_of(kind, folder)
     path, other = rng.choice(files), rng.choice(files)
@@ -386,14 +386,14 @@ def write_case(name: str, number: int, seed: int, folder: Path) -> tuple[Path, d
     )
     if kind.reseal and rng.random() < 0.7:
         before |= {file: file.read_bytes() for file in folder.rglob("*") if file.name == INFO and file != path}
-        # the list of checksums may be none any more
+        # the list of checksums may be damaged
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
             kind.reseal(path)
     return path, before
 
 
 def outcome_of(read: Callable[[Path], None], path: Path) -> tuple[str, str]:
-    """One of OUTCOMES, and for a finding what it is."""
+    """One of OUTCOMES, and the description of a finding."""
     try:
         read(path)
         return "good", ""
@@ -409,7 +409,7 @@ def outcome_of(read: Callable[[Path], None], path: Path) -> tuple[str, str]:
 
 
 def _status(key: str) -> int:
-    """Bytes, from what Linux tells of this process; 0 elsewhere."""
+    """Bytes, from Linux's status of this process; 0 on other systems."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -419,16 +419,16 @@ def _status(key: str) -> int:
 
 def _forget_peak() -> None:
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 def work(name: str, numbers: range, seed: int, good: Path, pipe: int) -> None:
-    """In a forked process: run cases, and tell of each that it begins and how it ended."""
+    """Run cases in a forked process, and report the beginning and the outcome of each."""
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 2)
     warnings.simplefilter("ignore")
-    faulthandler.disable()  # the parent tells of a crash
-    os.chdir(ROOT)  # configs name files of it
+    faulthandler.disable()  # the parent reports a crash
+    os.chdir(ROOT)  # configs name files relative to it
     torch.set_num_threads(1)
     if size := _status("VmSize"):
         resource.setrlimit(resource.RLIMIT_AS, (size + ADDRESS_SPACE,) * 2)
@@ -502,7 +502,7 @@ def run(names: list[str], count: int, seed: int, folder: Path, workers: int = 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What is told of it
+# Report
 
 
 def table(results: dict[str, list[dict]], made: str) -> str:

@@ -4,9 +4,8 @@
     make golden ARGS=--write   run, and make them the new reference
 
 Each demo config takes 40 steps on the built-in data; then come an export, answers to a text, a picture and a recording,
-and a spoken sentence. Printed are the digests of every loss, of all weights, of the answers and of the samples. They do
-not depend on names: a renamed weight or metric keeps its digest. They do depend on the kind of processor, so compare on
-one machine only.
+and a spoken sentence. It prints the digests of every loss, of all weights, of the answers and of the samples. They do
+not depend on names: a renamed weight or metric keeps its digest. They depend on the processor: compare on one machine.
 """
 
 import argparse
@@ -90,7 +89,7 @@ def main() -> int:
 
 
 def digests(folder: Path, only: list[str] | None = None) -> dict[str, str]:
-    """Run everything, or ``only`` some stages and what they need, below ``folder``: what is compared, by name."""
+    """Run everything, or ``only`` some stages and those that they need, below ``folder``; returns digests by name."""
     if not (ROOT / "data" / "text" / "tiny_corpus.txt").exists():
         run("scripts/make_synthetic_datasets.py")
     found = {}
@@ -148,7 +147,7 @@ def train(name: str, folder: Path) -> None:
 
 
 def run(*command: str | Path) -> str:
-    """What a script of this repository prints to stdout; its failure is ours."""
+    """Run a script of this repository and return its stdout; exit if it fails."""
     words = [sys.executable, *map(str, command)]
     process = subprocess.run(words, cwd=ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
     if process.returncode:
@@ -164,7 +163,7 @@ def sha(*chunks: bytes) -> str:
 
 
 def of_weights(weights: dict[str, torch.Tensor]) -> str:
-    """Of the tensors, whatever their names are."""
+    """Digest of the tensors, whatever their names."""
 
     def of_one(tensor: torch.Tensor) -> bytes:
         flat = tensor.detach().contiguous().flatten()
@@ -175,7 +174,7 @@ def of_weights(weights: dict[str, torch.Tensor]) -> str:
 
 
 def of_metrics(path: Path) -> str:
-    """Of the figures of each step, whatever their names are, without speed and memory."""
+    """Digest of the figures of each step, whatever their names, without speed and memory."""
     return sha(*(" ".join(figures(json.loads(line))).encode() for line in path.read_text().splitlines()))
 
 
@@ -185,7 +184,7 @@ def figures(row: dict) -> Iterable[str]:
 
 
 def processor() -> str:
-    """What bits depend on beside the program: the processor, and torch."""
+    """Processor and torch version, on which the bits depend."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.processor()
     return f"{name}, torch {torch.__version__}"

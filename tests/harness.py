@@ -35,7 +35,7 @@ import time, omni.train.loop
 omni.train.loop.STEP_HOOKS.append(lambda run, step, rows: time.sleep(0.02))
 """
 
-# A worker of the first epoch stops at its third batch, for ever, and the clock by which it is waited for goes faster.
+# A worker of the first epoch stops for ever at one batch, and the clock of the wait runs faster.
 HUNG_WORKER = """
 import os, signal, time, types, omni.data.order
 _iter = omni.data.order.ResumableDataset.__iter__
@@ -157,7 +157,7 @@ class Process:
         return self.wait()
 
     def wait_for(self, text: str, timeout: float = 60) -> None:
-        """Until ``text`` stands in what the process printed so far."""
+        """Wait until the process has printed ``text``."""
         deadline = time.monotonic() + timeout
         while text not in self.output.with_suffix(".out").read_text():
             assert time.monotonic() < deadline, f"{text!r} was not printed in {timeout} s"
@@ -175,7 +175,7 @@ class Training:
     config: dict
     prelude: str = ""
     _count: int = field(default=0)
-    seconds: float = 0.0  # that the last ``finish`` took
+    seconds: float = 0.0  # of the last ``finish``
 
     @property
     def save_dir(self) -> Path:
@@ -224,7 +224,7 @@ class Training:
         return self.folder / f"{self.save_dir.name}.trace"
 
     def trace(self) -> dict[tuple[int, int], str]:
-        """(step, rank) -> rows. A step that a kill made necessary again must have had the same rows."""
+        """(step, rank) -> rows. A step that is repeated after a kill must have the same rows."""
         rows = {}
         for line in self.trace_path.read_text().splitlines():
             step, rank, value = line.split(" ", 2)
@@ -233,11 +233,11 @@ class Training:
         return rows
 
     def traced(self) -> int:
-        """How many steps were begun, those that a kill made necessary again among them."""
+        """Number of steps begun, repeated ones included."""
         return self.trace_path.read_text().count("\n") if self.trace_path.exists() else 0
 
     def last_traced(self) -> int:
-        """The step that was begun last; -1 before the first."""
+        """The last step begun; -1 before the first."""
         return int(self.trace_path.read_text().splitlines()[-1].split()[0]) if self.traced() else -1
 
     def steps(self) -> list[int]:
@@ -261,7 +261,7 @@ class Training:
         return [{k: v for k, v in row.items() if not k.endswith(speed)} for row in rows if row["kind"] == kind]
 
     def state(self) -> dict:
-        """Everything that must be the same bits however often the run was killed."""
+        """Everything that must be bit-identical, however often the run was killed."""
         newest, final = self.newest(), self.final_file()
         for payload in (newest, final):
             payload["config"] = {k: v for k, v in payload["config"].items() if k not in ("save_dir", "num_workers")}
@@ -275,9 +275,9 @@ class Training:
 def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
     """SIGKILL at instants drawn from the duration of ``reference``, which has finished and traces its steps.
 
-    A run that ends before its kill comes is followed by one in a new folder; where the machine has become slower, and
-    even a late kill comes before the first step, later ones are drawn as well. It goes on until at least ``kills / 2``
-    kills came after training had begun and runs were resumed at several different steps: else it would prove nothing.
+    A run that ends before its kill is followed by one in a new folder. If even a late kill comes before the first step,
+    as the machine has become slower, later instants are drawn. It goes on until at least ``kills / 2`` kills came in
+    training and runs were resumed at several different steps: else it would prove nothing.
 
     Returns:
         The trainings that were killed, all finished.
@@ -309,8 +309,8 @@ def kill_at_random_instants(reference: Training, kills: int) -> list[Training]:
 
 @contextmanager
 def small_disk(size: int) -> Iterator[Path]:
-    """A file system of ``size`` bytes, mounted where only a process of this block sees it; the block may look in from
-    outside. Where that is not allowed, the test is skipped."""
+    """A file system of ``size`` bytes, mounted for one process of this block; the block can read it from outside. Skips
+    the test if mounting is not allowed."""
     if shutil.which("unshare") is None:
         pytest.skip("no unshare here")
     mount = f"mount -t tmpfs -o size={size} tmpfs /mnt && echo mounted && exec sleep 600"
@@ -327,7 +327,7 @@ def small_disk(size: int) -> Iterator[Path]:
 
 
 def run_script(training: Training, script: str, *arguments: str) -> Process:
-    """Another script of the repository on what a training has left behind."""
+    """Run another script of the repository on the files of a training."""
     output = training.folder / f"script{len(list(training.folder.glob('script*.out')))}"
     request = {
         "argv": [str(ROOT / script), *arguments, "--ckpt_dir", str(training.save_dir), "--device", "cpu"],
@@ -350,7 +350,7 @@ def trained_weights(training: Training) -> dict:
 
 
 def losses(row: dict) -> dict:
-    """Of a row of metrics: the loss, or that of each phase."""
+    """The loss in a row of metrics, or the losses of the phases."""
     return {name: value for name, value in row.items() if name == "loss" or name.endswith("_loss")}
 
 

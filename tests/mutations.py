@@ -1,10 +1,10 @@
-"""Switches off, one at a time, what keeps a promise, and shows that a test then fails.
+"""Switches mechanisms off, one at a time, and checks that a test then fails.
 
     python tests/mutations.py                        all of them, about half an hour on 2 cores
     python tests/mutations.py --only lock --page docs/mutations.md
 
-Each mutation is a piece of text that stands exactly once in a file, and what takes its place in a copy of the tree. A
-mutation that no test notices ends the run with exit code 1, as does one whose text is no longer there.
+Each mutation is a text that stands exactly once in a file, and its replacement in a copy of the tree. The exit code is
+1 if no test notices a mutation, or if its text no longer stands in the file.
 """
 
 import argparse
@@ -40,7 +40,7 @@ COPIED = (
 @dataclass(frozen=True)
 class Mutation:
     promise: str
-    what: str  # is switched off
+    what: str  # effect of the mutation
     file: str
     old: str
     new: str
@@ -71,7 +71,7 @@ MUTATIONS = [
     ),
     Mutation(
         "boundaries", "a validation that was killed is not taken up again", "omni/train/loop.py",
-        "self.save_and_validate()  # a run that was stopped in its validation takes it up again", "pass",
+        "self.save_and_validate()  # repeats a validation that was interrupted", "pass",
         "tests/test_signals.py::test_a_signal_saves_and_stops -k text",
     ),
     Mutation(
@@ -717,7 +717,7 @@ MUTATIONS = [
     ),
     Mutation(
         "only ours is replaced", "what arrives during the export is not looked for", "omni/export/folder.py",
-        "check_target(target, replace)  # once more: making the export took a while", "pass",
+        "check_target(target, replace)  # again, as the export took a while", "pass",
         "tests/test_export_folder.py::test_whatever_else_lies_in_an_export_survives_the_next_one -k while",
     ),
     Mutation(
@@ -1015,7 +1015,7 @@ MUTATIONS = [
     ),
     Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
-        "    if argv is None:  # this program is the process's own\n", "    if False:\n", "tests/test_allocator.py",
+        "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),
     Mutation(
         "config drift", "other classes of a zero-shot validation are taken for the same", "train_vision.py",

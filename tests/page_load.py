@@ -1,5 +1,4 @@
-"""Many visitors at once at the real web page, one of them hostile: who is answered or refused, how late, and what
-memory the page takes.
+"""Load test of the real web page: many visitors, hostile requests, their answers and times, and the page's memory.
 
     python tests/page_load.py --ckpt_dir merged_model --visitors 64
 
@@ -39,7 +38,7 @@ class Outcome:
 
 
 class Visitor:
-    """As the page's own JavaScript asks, without a browser."""
+    """Sends the requests of the page's JavaScript, without a browser."""
 
     def __init__(self, url: str, config: dict) -> None:
         self.api, self.session = f"{url}/gradio_api", secrets.token_hex(8)
@@ -57,7 +56,7 @@ class Visitor:
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     async def call(self, name: str, *data) -> str:
-        """What an event ends with: "answered", or the message that the page shows."""
+        """The result of an event: "answered", or the message that the page shows."""
         event = self.events[name]
         body = {"fn_index": event["id"], "session_hash": self.session, "data": list(data)}
         body["data"][:0] = [None] * (len(event["inputs"]) - len(data))  # the page's own state
@@ -78,7 +77,7 @@ class Visitor:
 
 
 class Answered(Exception):
-    """By something else than 200."""
+    """An HTTP status other than 200."""
 
     def __init__(self, answer: httpx.Response) -> None:
         super().__init__(f"{answer.status_code} {answer.text.strip()[:150]}")
@@ -96,7 +95,7 @@ async def timed(who: str, what) -> Outcome:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Who comes
+# Visitors
 
 
 def png() -> bytes:
@@ -132,14 +131,14 @@ def bomb() -> bytes:
 
 
 def large() -> bytes:
-    """A picture as large as is allowed."""
+    """A picture of the largest allowed size."""
     file = io.BytesIO()
     Image.new("RGB", (8000, 8000)).save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def film() -> bytes:
-    """A minute in 1280 x 720."""
+    """A film of a minute in 1280 x 720."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", 25)
@@ -153,7 +152,7 @@ def film() -> bytes:
 
 
 def hostile(url: str, config: dict) -> dict[str, tuple]:
-    """Name -> what is done, and what must come of it (a regular expression)."""
+    """Name -> request, and a regular expression of the expected result."""
 
     def visitor() -> Visitor:
         return Visitor(url, config)
@@ -227,7 +226,7 @@ def hostile(url: str, config: dict) -> dict[str, tuple]:
 
 
 def memory_gb(pid: int) -> float:
-    """The most that the page has taken."""
+    """Peak memory of the page."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())[1]) / 1e6
 
 

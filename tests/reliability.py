@@ -1,4 +1,4 @@
-"""The counts of a run of the tests as a part of a page: `make torture` writes docs/reliability.md with them."""
+"""The counts of a test run as a part of docs/reliability.md, which `make torture` writes."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What is promised -> the files whose tests hold it to that
+# promise -> the files with its tests
 PROMISES = {
     "exact resume, wherever a run is killed": ("test_resume.py", "test_codec.py"),
     "checkpoints: atomic, checked, kept in order": ("test_checkpoint.py",),
@@ -51,7 +51,7 @@ def page(reports: list[tuple[str, str, float]], made: str) -> str:
     """
     Args:
         reports: file of a test, its outcome ("" for what passed around it: set-up, tear-down), seconds.
-        made: when, of what and where, in one line.
+        made: date, commit and machine, in one line.
     """
     counts, seconds = defaultdict(int), defaultdict(float)
     for file, outcome, duration in reports:

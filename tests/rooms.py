@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "rooms.svg"
-# Lowest first: a package imports only those before it. The built-in world stands aside, for its generator alone.
+# Lowest first: a package imports only those before it. Only the data generator imports ``synthetic``.
 ORDER = ("common", "data", "models", "train", "stages", "export", "chat")
 ASIDE = "synthetic"
 WHAT = {
@@ -48,7 +48,7 @@ def room(path: Path) -> str:
 
 
 def edges() -> Counter:
-    """(package, package that it imports) -> in how many of its files."""
+    """(package, imported package) -> number of files with such an import."""
     return Counter(
         (room(path), other)
         for path in files()

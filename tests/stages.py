@@ -38,7 +38,7 @@ class StageCase:
     script: str
     prefix: str
     final: str
-    config: dict  # sizes of seconds, not minutes; several epochs
+    config: dict  # sizes for a training of seconds, with several epochs
     make_data: Callable[[Path], dict]  # writes data into a folder, returns the config keys that point to it
     size_key: str  # a key that sets the model's size
     data_key: str  # the key that names the data file
@@ -68,7 +68,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 
 
 def make_speech(folder: Path, clips: int = 24) -> dict:
-    """A tone per word, with noise: as much as CTC needs to have something to do."""
+    """A noisy tone per word, which CTC can learn."""
     path = folder / "asr.csv"
     if not path.exists():
         rng, rows = np.random.default_rng(5), []
@@ -105,7 +105,7 @@ def make_signs(folder: Path, signs: int = 24) -> dict:
 
 
 def make_clips(folder: Path, clips: int = 24) -> dict:
-    """Short tones with overtones, with texts, of which two clips have the same."""
+    """Short tones with overtones, and texts; two clips have the same text."""
     path = folder / "clips.csv"
     if not path.exists():
         rng, rows = np.random.default_rng(5), []
@@ -119,7 +119,7 @@ def make_clips(folder: Path, clips: int = 24) -> dict:
 
 
 def make_sentences(folder: Path, clips: int = 24) -> dict:
-    """A tone per letter, as clips with their texts; and a codec and an aligner, as good as chance has made them."""
+    """A tone per letter, as clips with their texts; and a randomly initialised codec and aligner."""
     path = folder / "tts.csv"
     if not path.exists():
         rng, rows = np.random.default_rng(5), []
@@ -169,7 +169,7 @@ SMALL_TALKER = (
     }
 )  # fmt: skip
 
-# what all of them share: a training of seconds, with several epochs, validations and checkpoints
+# shared by all stages: a training of seconds, with several epochs, validations and checkpoints
 SHORT = {
     "batch_size": 2, "max_epochs": 3, "lr": 1e-2, "warmup_steps": 3, "use_amp": False, "num_workers": 0,
     "print_freq": 3, "val_freq": 7, "val_split": 0.2, "checkpoint_freq": 5, "dropout": 0.2,
@@ -265,7 +265,7 @@ TALKER = StageCase(
 
 
 def make_mix(folder: Path) -> dict:
-    """Dialogues, pictures and recordings; and a Thinker and encoders, as good as chance has made them."""
+    """Dialogues, pictures and recordings; and a randomly initialised Thinker and encoders."""
     chat = folder / "chat.txt"
     pictures, speech = make_images(folder, 18), make_speech(folder, 4)
     if not chat.exists():

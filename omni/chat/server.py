@@ -1,7 +1,4 @@
-"""Protection of the web page: turns at the model, bounds on requests, and a folder of its own.
-
-Needs no Gradio.
-"""
+"""Protection of the web page, without Gradio: turns at the model, bounds on requests, and a folder for files."""
 
 import asyncio
 import contextlib
@@ -28,16 +25,15 @@ from omni.common.media import quoted
 # ---------------------------------------------------------------------------------------------------------------
 # Turns
 
-SLICE_S = 0.05  # how long one job computes before the next has its turn, if others wait
+SLICE_S = 0.05  # computing time of a job before the next has its turn
 
 
 class Turns:
-    """One thread that computes for all visitors, round robin, a slice of time each, so that no request waits for the
-    whole of another. A second thread reads files in the same order: a large file delays no answer, and no two files
-    are in memory.
+    """One thread computes for all visitors, round robin in slices of time, so that a short request does not wait for a
+    long one. A second thread reads files one by one: a large file delays no answer, and only one is in memory.
 
     Args:
-        most: jobs at a time, those that wait included.
+        most: largest number of jobs at a time, waiting ones included.
     """
 
     def __init__(self, most: int) -> None:
@@ -49,7 +45,7 @@ class Turns:
         """A job that takes turns.
 
         Raises:
-            UserError: there are too many.
+            UserError: there are too many jobs.
         """
         if self.jobs >= self.most:
             raise UserError(f"{self.jobs} requests are being answered, which is as many as this page takes. Try later")
@@ -60,21 +56,21 @@ class Turns:
             self.jobs -= 1
 
     async def compute(self, function: Callable, *arguments):
-        """The result of ``function``, computed when its turn comes; not at all, if its job is cancelled before."""
+        """The result of ``function``, computed when its turn comes, unless its job is cancelled before."""
         return await _run(self._model, function, arguments)
 
     async def read(self, function: Callable, *arguments):
-        """As ``compute``, where files are read."""
+        """``compute`` in the thread that reads files."""
         return await _run(self._files, function, arguments)
 
     async def slices(self, pieces: Iterator) -> AsyncIterator[list]:
-        """Yield the items of ``pieces`` in lists, as many as one slice of time makes, at least one."""
+        """Yield the items of ``pieces`` in lists, each computed in one slice of time, with at least one item."""
         while slice_ := await self.compute(_slice, pieces):
             yield slice_
 
 
 async def _run(thread: ThreadPoolExecutor, function: Callable, arguments: tuple):
-    context = contextvars.copy_context()  # Gradio's, which knows whose warning it is
+    context = contextvars.copy_context()  # assigns warnings to Gradio's visitors
     return await asyncio.get_running_loop().run_in_executor(thread, context.run, function, *arguments)
 
 
@@ -92,15 +88,15 @@ def _slice(pieces: Iterator) -> list:
 
 _PREFIX, _OWNER = "omni_web_", ".owner"
 _MARK = b"folder of a page of scripts/web_demo.py\n"
-_BLOCK = 1 << 16  # bytes that the smallest file counts as, as there must not be any number of them
+_BLOCK = 1 << 16  # bytes that each file counts at least, to bound the number of files
 
 
 class Folder:
-    """The page's uploads and speech on disk, bounded in sum.
+    """The page's uploads and speech on disk, of bounded total size.
 
     Args:
         max_bytes: of all files.
-        kept_s: files are deleted so many seconds after they were last written.
+        kept_s: seconds from the last writing of a file to its deletion.
     """
 
     def __init__(self, path: Path, max_bytes: int, kept_s: float) -> None:
@@ -108,7 +104,7 @@ class Folder:
         self.own = frozenset()
 
     def keep_what_is_there(self) -> None:
-        """Keep the files that are there now for good."""
+        """Never delete the files that exist now."""
         self.own = frozenset(path for path, _ in self._files())
 
     def clean(self) -> None:
@@ -143,7 +139,7 @@ class Folder:
 def own_folder(parent: Path | None = None) -> Iterator[Path]:
     """Yield a new folder, deleted at the end. Folders of killed pages are deleted now.
 
-    Each holds a file that says so, locked by its page as long as it lives.
+    Each contains a file that its page keeps locked while it runs.
     """
     parent = Path(tempfile.gettempdir()) if parent is None else parent
     for path in parent.glob(f"{_PREFIX}*"):
@@ -165,7 +161,7 @@ def _delete_if_dead(path: Path) -> None:
     """Delete ``path`` if it is the folder of a page that no longer runs."""
     try:
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # a file, a link, somebody else's
+    except OSError:  # a file, a link, or another user's folder
         return
     try:
         owner = os.open(_OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
@@ -187,15 +183,15 @@ def _delete_if_dead(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Requests
 
-# The browser itself refuses what the page might want from other machines, whatever Gradio puts into it.
+# The browser refuses to load from other machines, whatever Gradio puts into the page.
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
 UPLOAD = "/gradio_api/upload"
-# What else the page sends. Gradio has more routes; some of them write files or start other programs.
+# Other routes that the page uses. Gradio has more; some of them write files or start programs.
 SENDS = ("/gradio_api/queue/join", "/gradio_api/run/", "/gradio_api/api/", "/gradio_api/cancel", "/gradio_api/reset")
-# What writes a file, or loads from elsewhere, although it is a GET.
+# Routes of GET that write a file or load from elsewhere.
 CLOSED = re.compile("/gradio_api/(deep_link|proxy=|file[=/]https?:)", re.IGNORECASE)
 MAX_JSON_BYTES = 1_000_000  # a text of the greatest length, each character escaped
-IDLE_S = 30  # how long the next bytes of a request may take
+IDLE_S = 30  # longest wait for the next bytes of a request
 
 
 class Refused(Exception):
@@ -214,11 +210,11 @@ class Guard:
     """ASGI: passes the page's own requests, of bounded size, to ``app``; adds POLICY to every response.
 
     Args:
-        names: lower-case host names by which the page may be called. Another one may be a site's that was made to
-            lead here. Addresses are always allowed, as no site can have them made to.
+        names: lower-case host names by which the page may be called; another site may point its own name here.
+            Addresses are always allowed, as no site can redirect them.
         origins: other origins (``https://example.org``) whose pages may use this one.
         folder: where uploads go.
-        max_upload: bytes of all files that are sent together.
+        max_upload: bytes of all files in one request.
     """
 
     def __init__(self, app, names: set[str], origins: set[str], folder: Folder, max_upload: int) -> None:
@@ -270,7 +266,7 @@ class Guard:
             return False
 
     async def _make_room(self, exchange: "Exchange") -> None:
-        """Bound the disk space of the upload, each part as it comes."""
+        """Bound the disk space of the upload while it arrives."""
         await asyncio.to_thread(self.folder.clean)
         arrived = 0
 
@@ -304,7 +300,7 @@ class Exchange:
         if self._body is not None:
             body, self._body = self._body, None
             return {"type": "http.request", "body": body, "more_body": False}
-        if self._ended:  # all that comes now is the visitor's leaving
+        if self._ended:  # the only event left is the end of the connection
             return await self._receive()
         try:
             return await self._next()
@@ -322,7 +318,7 @@ class Exchange:
         return event
 
     async def read_all(self, most: int) -> None:
-        """Wait for the whole body, so that no work begins before its size is known."""
+        """Read the whole body, so that no work begins before its size is known."""
         body = bytearray()
         while not self._ended:
             body += (await self._next()).get("body", b"")
@@ -339,7 +335,7 @@ class Exchange:
         await self._send(event)
 
     async def end(self) -> None:
-        """Send the refusal as the page's JavaScript shows it, unless a response has begun."""
+        """Send the refusal in the form that the page shows, unless a response has begun."""
         if self.refusal is not None and not self._answered:
             body = json.dumps({"detail": self.refusal.reason}).encode() + b"\n"
             head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -348,7 +344,7 @@ class Exchange:
 
 
 def names_of(host: str, address: str, origins: set[str]) -> set[str]:
-    """Lower-case host names of a page that listens at ``address``, the option's ``host``."""
+    """Lower-case host names of a page that listens at ``address`` (``host`` of the command line)."""
     names = {"localhost", host.lower()} | {urllib.parse.urlsplit(origin).hostname or "" for origin in origins}
     if not ipaddress.ip_address(address).is_loopback:
         name = socket.gethostname().lower()

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: answers on stdout and nothing else, everything else on stderr."""
+"""A conversation in the terminal: answers on stdout, everything else on stderr."""
 
 import sys
 from collections.abc import Callable
@@ -31,14 +31,14 @@ class Conversation:
 
     def drop(self) -> None:
         self.attached = []
-        self.has_recording = False  # which may ask without a text
-        self.missing, self.waiting = [], None  # what could not be attached, and the question that waits for it
+        self.has_recording = False  # it may be the question, without a text
+        self.missing, self.waiting = [], None  # failed attachments, and the question that waits for them
 
     def attach(self, command: str, name: str, video_frames: int | None = None) -> None:
         """Carry out ``/image``, ``/audio`` or ``/video``.
 
         Raises:
-            UserError: it cannot be read. The next question waits, as it is about what is missing.
+            UserError: the file cannot be read. The next question then waits for the missing attachment.
         """
         try:
             if not name:
@@ -54,17 +54,16 @@ class Conversation:
             self.missing, self.waiting = [*self.missing, f"{command} {name}".strip()], None
             raise
         self.has_recording = self.has_recording or command == "/audio"
-        self.missing, self.waiting = [], None  # it was attached after all
+        self.missing, self.waiting = [], None
 
     def ask(self, text: str, *, may_stop: bool = True) -> tuple[str, AnswerStates]:
         """Print and return the answer to ``text`` and the attachments.
 
         Args:
-            may_stop: Ctrl-C ends the answer, and not the program.
+            may_stop: Ctrl-C ends the answer instead of the program.
 
         Raises:
-            UserError: it is too long, or an attachment is missing; the conversation and its attachments stay as they
-                were.
+            UserError: the text is too long, or an attachment is missing; the conversation does not change.
         """
         if self.missing and text != self.waiting:
             self.waiting = text
@@ -125,7 +124,7 @@ def read_line(longest: int) -> str | None:
     """The user's next line; None at the end of the input. Ctrl-C clears the line.
 
     Args:
-        longest: in characters; a longer line is cut where it shows that it is one.
+        longest: in characters; a longer line is cut.
     """
     if sys.stdin is None:
         raise UserError("expected --text, or a conversation on stdin; found it closed")
@@ -145,7 +144,7 @@ def read_line(longest: int) -> str | None:
 def _read_bounded(file: BinaryIO, longest: int) -> str:
     """
     Raises:
-        EOFError: there is no more line.
+        EOFError: the input has ended.
     """
     line = file.readline(4 * longest + 8)  # a character has up to four bytes
     if not line:

@@ -1,4 +1,4 @@
-"""Text between people, models and the terminal: cleaned, without control characters, and the files that it names."""
+"""Text of users and models: cleaning, removal of control characters, and file names in it."""
 
 import contextlib
 import os
@@ -14,8 +14,8 @@ _FILE_URL = re.compile("file:(?://(?:localhost)?)?(/.*)", re.IGNORECASE | re.DOT
 
 
 def clean(text: str) -> str:
-    """Replace lone surrogates, which no tokenizer takes: Python makes them of bytes that are not UTF-8."""
-    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # those that stand for no byte
+    """Replace lone surrogates, which no tokenizer accepts; Python decodes invalid UTF-8 to them."""
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", "\ufffd", text)  # surrogates that stand for no byte
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -25,7 +25,7 @@ def without_controls(text: str) -> str:
 
 
 def media_named(text: str) -> Media:
-    """The data URI or file that ``text`` names, as it stands or as a shell, a file manager or a browser writes it.
+    """The data URI or file that ``text`` names, literally or in the spelling of a shell, file manager or browser.
 
     Raises:
         UserError: a data URI is malformed.
@@ -36,7 +36,7 @@ def media_named(text: str) -> Media:
         except BadRow as error:
             raise UserError(str(error)) from error
     names = [text]
-    with contextlib.suppress(ValueError):  # a quotation mark of its own, as in it's.png
+    with contextlib.suppress(ValueError):  # an unpaired quotation mark, as in it's.png
         if len(words := shlex.split(text)) == 1:  # 'my cat.png', my\ cat.png
             names += words
     urls = [url[1] for name in names if (url := _FILE_URL.match(name))]

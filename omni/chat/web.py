@@ -1,4 +1,4 @@
-"""The web page: its functions and its layout. ``scripts/web_demo.py`` serves it; it needs Gradio."""
+"""Functions and layout of the web page, which ``scripts/web_demo.py`` serves. Needs Gradio."""
 
 import asyncio
 import base64
@@ -28,15 +28,15 @@ from omni.common.media import kind_of
 from omni.models.ocr import OcrModel
 from omni.models.speaker import MAX_SECONDS, Speaker
 
-KEPT_S, CLEANED_S = 3600, 600  # how long files that were uploaded or spoken are kept; how often they are looked at
-MAX_FILES = 8  # attached to one message
+KEPT_S, CLEANED_S = 3600, 600  # age at which uploads and speech are deleted; seconds between two deletions
+MAX_FILES = 8  # attachments of one message
 MAX_SHOWN = 100  # messages of a conversation
-MAX_SPEECH_S = 120.0  # in answer to one request
+MAX_SPEECH_S = 120.0  # per request
 SESSIONS = 256  # visitors whose conversation is kept
-MAX_UNREAD, PATIENCE_S = 32, 30  # messages that a visitor may leave unfetched, and for how long
+MAX_UNREAD, PATIENCE_S = 32, 30  # unfetched messages of a visitor, and how long the page waits at this bound
 
 # Plays speech as it comes. The value is "RUN RATE_HZ PIECE PIECE ...", each piece base64 of 16-bit samples; it grows,
-# as the browser may see several changes as one. Another run silences what is left of the one before.
+# as the browser may see several changes as one. Another run silences the one before.
 PLAYER = """
 let run = "", context = null, played = 0, at = 0;
 watch("value", () => {
@@ -87,9 +87,9 @@ class Page:
     """The functions of the page's buttons. Their computations take turns.
 
     Args:
-        speaker, reader: each with "", or None with the reason.
-        max_requests: that are answered at a time, those that wait for their turn included.
-        take: asked whether there is disk space for so many bytes of speech.
+        speaker, reader: (model, ""), or (None, the reason).
+        max_requests: largest number of requests at a time, waiting ones included.
+        take: reserves disk space for a number of bytes; False if there is none.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Page:
     async def chat(
         self, session: Session, asked: dict, aloud: bool, temperature, top_p, max_new_tokens, seed, request: gr.Request
     ) -> AsyncIterator[tuple]:
-        """Yield the conversation, the emptied input, the speech so far, and in the end all of it."""
+        """Yield the conversation, the emptied input, the speech so far, and at the end the whole speech."""
         run, files = session.run, asked["files"]
         with in_the_page(*files), self.turns.job():
             check_text_length(asked["text"] or "", self.assistant.ctx_len)
@@ -138,7 +138,7 @@ class Page:
                         answer["content"] += "".join(some)
                         yield [*shown, answer], gr.skip(), gr.skip(), gr.skip()
                         await self.fetched(request)
-                finally:  # of an answer that was stopped, what there is
+                finally:  # also the beginning of an answer that was stopped
                     talk.messages, talk.shown = [*messages, answer], [*shown, answer]
                 if aloud and self.speaker is not None:
                     texts = sentences(answer["content"])
@@ -151,7 +151,7 @@ class Page:
                         warn(str(error))
 
     def parts(self, path: str) -> list[dict]:
-        """A file as parts of a message, by its content, or by its name where the content does not tell its kind."""
+        """A file as parts of a message; its content tells its kind, or else its name."""
         try:
             kind = kind_of(path)
         except BadRow as error:
@@ -171,7 +171,7 @@ class Page:
     async def say(
         self, session: Session, text: str, temperature: float, seed: int, request: gr.Request
     ) -> AsyncIterator[tuple]:
-        """Yield the speech so far, and in the end all of it."""
+        """Yield the speech so far, and at the end the whole speech."""
         run = session.run
         with in_the_page(), self.turns.job():
             if self.speaker is None:
@@ -188,7 +188,7 @@ class Page:
     async def speech(
         self, session: Session, run: int, request: gr.Request, texts: list[str], what: str, **sampling
     ) -> AsyncIterator[tuple]:
-        """Yield what PLAYER plays, and last the whole as (rate in Hz, (S,) int16); nothing more once stopped."""
+        """Yield values for PLAYER, and at the end the whole speech as (rate in Hz, (S,) int16), unless stopped."""
         rate, pieces, left = self.speaker.spec.sample_rate, [], int(MAX_SPEECH_S * self.speaker.spec.sample_rate)
         stream = f"{time.monotonic_ns()} {rate}"
 
@@ -211,7 +211,7 @@ class Page:
         if self.take(2 * sum(map(len, pieces))):
             yield stream, (rate, np.concatenate(pieces))
         else:
-            warn("the page's disk space is used up: what was said cannot be played again")
+            warn("the page's disk space is used up: this speech cannot be played again")
 
     async def read(self, path: str | None) -> str:
         """The text in a picture file."""
@@ -223,10 +223,10 @@ class Page:
             return await self.turns.read(read_picture, self.reader, path)
 
     async def fetched(self, request: gr.Request) -> None:
-        """Wait until the visitor has fetched most messages, which stay in memory until then.
+        """Wait until the visitor has fetched most messages, which occupy memory until then.
 
         Raises:
-            UserError: that takes too long.
+            UserError: the visitor takes too long.
         """
         end = time.monotonic() + PATIENCE_S
         while self.unread(request.session_hash) >= MAX_UNREAD:
@@ -241,8 +241,8 @@ def warn(text: str) -> None:
 
 @contextlib.contextmanager
 def in_the_page(*files: str | None) -> Iterator[None]:
-    """Show errors in the page, to this visitor, with uploaded files under their own names. A fault of the program is
-    printed on stderr, and the page shows its kind only."""
+    """Show errors to this visitor, with the visitor's file names. A fault of the program goes to stderr; the page shows
+    only its kind."""
     try:
         yield
     except UserError as error:
@@ -255,13 +255,13 @@ def in_the_page(*files: str | None) -> Iterator[None]:
         raise
     except Exception as error:
         lines = traceback.format_exc().splitlines()
-        print("\n".join(line[:200] for line in lines), file=sys.stderr)  # whatever a visitor sent stands in them
+        print("\n".join(line[:200] for line in lines), file=sys.stderr)  # lines may contain a visitor's text
         text = f"the page's program failed ({type(error).__name__}); its terminal says where"
         raise gr.Error(html.escape(text), print_exception=False) from error
 
 
 class Uploads(gradio.route_utils.GradioMultiPartParser):
-    """Gradio's reader of uploads, which keeps nothing but files, and no file of an upload that was broken off."""
+    """Gradio's parser of uploads, which accepts only files and deletes those of an interrupted upload."""
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._current_part.file is None:  # Gradio would collect it in memory
@@ -283,16 +283,16 @@ async def _load_nothing(url: str, cache_dir: str) -> str:
 
 
 def bound_gradio(blocks: gr.Blocks, page: Page) -> None:
-    """Bound the memory that Gradio uses for visitors, and switch off what it offers beside the page."""
+    """Bound the memory that Gradio uses for visitors, and switch off its other features."""
     gradio.route_utils.GradioMultiPartParser = Uploads
     gradio.processing_utils.async_ssrf_protected_download = _load_nothing  # a file's name may be any address
-    blocks.state_session_capacity = SESSIONS  # the one that was not used for the longest time goes first
+    blocks.state_session_capacity = SESSIONS  # the least recently used one goes first
     blocks.queue(max_size=page.turns.most, api_open=False)
     queue = blocks._queue
     queue.max_thread_count = page.turns.most + 8  # these get the page's own refusal
     process = blocks.process_api
 
-    async def process_api(*arguments, **settings) -> dict:  # also what precedes and follows our functions
+    async def process_api(*arguments, **settings) -> dict:  # also covers Gradio's code before and after our functions
         with in_the_page():
             return await process(*arguments, **settings)
 
@@ -305,7 +305,7 @@ def build(page: Page, name: str, examples: list[dict], signs: list[Path]) -> gr.
     """The layout of the page, and the functions of its buttons.
 
     Args:
-        name: of the model.
+        name: name of the model.
         examples: questions as ``gr.MultimodalTextbox`` takes them.
         signs: pictures of a line of text.
     """

@@ -1,4 +1,4 @@
-"""The folder of an export as files: which ones, how it is filled or replaced as a whole, and its list of digests."""
+"""The folder of an export: its files, their digests, and its replacement as a whole."""
 
 import contextlib
 import hashlib
@@ -18,18 +18,18 @@ from omni.common.media import quoted
 
 FORMAT = 2
 WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_info.json", "tokenizer.json"
-PARTIAL = ".{name}.omni-partial"  # the folder in which an export grows, beside the one that it becomes
-REPLACED = ".{name}.omni-replaced"  # and the earlier export, until the new one stands in its place
+PARTIAL = ".{name}.omni-partial"  # the folder of an unfinished export, beside its target
+REPLACED = ".{name}.omni-replaced"  # the earlier export, until the new one is in its place
 LOCK = ".lock"  # of ``FolderLock``, in the first of these
-SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")  # parts as other tools open them
-FILES = (  # all that an export writes, in its folder and in those
+SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")  # parts in the formats of other tools
+FILES = (  # all files of an export, in its folder and its sub-folders
     WEIGHTS, CONFIG, INFO, TOKENIZER, "README.md",
     "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
 def finite(value):
-    """``value`` with null for each figure that is no number: JSON has no nan."""
+    """``value`` with None for each float that is not finite: JSON has no nan."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -38,7 +38,7 @@ def finite(value):
 
 
 def info_sha256(info: dict) -> str:
-    """Digest of model_info.json without this digest itself, whatever its layout."""
+    """Digest of model_info.json without its own digest, independent of its layout."""
     text = json.dumps({key: value for key, value in finite(info).items() if key != "sha256"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -59,7 +59,7 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
         UserError: ``target`` holds something else, cannot be written, or another process is exporting to it.
         RunError: the disk is full.
     """
-    target = Path(os.path.realpath(target))  # a link stays one, and what it leads to is filled
+    target = Path(os.path.realpath(target))  # fills the folder behind a link
     partial, replaced = (target.with_name(name.format(name=target.name)) for name in (PARTIAL, REPLACED))
     check_target(target, replace)
     _refuse_strangers(partial, UNFINISHED)
@@ -81,7 +81,7 @@ def new_folder(target: Path, replace: bool) -> Iterator[Path]:
             yield partial
             for path in (*sorted(partial.rglob("*")), partial):
                 fsync(path)
-            check_target(target, replace)  # once more: making the export took a while
+            check_target(target, replace)  # again, as the export took a while
             lock.release()
             if target.exists() and any(target.iterdir()):
                 target.rename(replaced)
@@ -104,7 +104,7 @@ def _restore(replaced: Path, target: Path) -> None:
 
 
 def _remove_replaced(replaced: Path) -> None:
-    """Delete the earlier export, or what a kill has left of it.
+    """Delete the earlier export, or its remains after a kill.
 
     Raises:
         UserError: ``replaced`` holds something else.
@@ -180,7 +180,7 @@ def is_own_file(name: str) -> bool:
 
 
 def _is_unfinished(name: str) -> bool:
-    file = name.rpartition("/")[2]  # the temporary ones are those of safetensors and of replace_file
+    file = name.rpartition("/")[2]  # temporary files of safetensors and of replace_file
     return is_own_file(name) or name == LOCK or re.fullmatch(r"\.tmp\w{6}|.+\.omni-partial", file) is not None
 
 
@@ -192,7 +192,7 @@ UNFINISHED = OwnFiles(_is_unfinished, frozenset(SUBFOLDERS))  # before the expor
 
 
 def is_export(folder: str | Path) -> bool:
-    """Whether ``export.py`` wrote the folder; ``Export`` tells what is damaged or missing."""
+    """Whether ``export.py`` wrote the folder; ``Export`` checks it for damaged or missing files."""
     return (Path(folder) / INFO).is_file() or (Path(folder) / WEIGHTS).is_file()
 
 

@@ -34,7 +34,7 @@ def write_language(folder: Path, arch: ThinkerArchitecture, tokenizer: Tokenizer
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END,
         "pad_token": END_OF_TEXT,
-        "padding_side": "left",  # an answer goes on where its prompt ends
+        "padding_side": "left",  # an answer follows its prompt
         "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in (END, END_OF_TEXT)],
         "model_max_length": arch.ctx_len,
         "clean_up_tokenization_spaces": False,
@@ -58,7 +58,7 @@ def write_recogniser(folder: Path, part: Part, dtype: torch.dtype) -> None:
 
 
 def preprocessing(parts: dict[str, Part]) -> dict:
-    """How each part's input is made from a file."""
+    """Settings for making each part's input from a file."""
     settings = {}
     if "audio_encoder" in parts:
         spec = audio_mel_spec(parts["audio_encoder"].module.architecture)

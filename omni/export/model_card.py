@@ -12,7 +12,7 @@ from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import PARTS, rounded
 from omni.models.thinker import Thinker
 
-ANSWER_TOKENS = 32  # per question that --dtype bfloat16 is measured on
+ANSWER_TOKENS = 32  # per question, to measure --dtype bfloat16
 QUESTIONS = ("What is your name?", "What is the opposite of big?", "Three red circles and two blue stars.")
 
 OPENS_WITH = {  # a sub-folder
@@ -35,7 +35,7 @@ class Part:
     """A trained part and its origin."""
 
     module: nn.Module
-    sizes: dict  # in config.json
+    sizes: dict  # for config.json
     stage: str
     file: str
     step: int
@@ -46,7 +46,7 @@ class Part:
 
 
 def describe(name: str, part: Part) -> dict:
-    """A part in model_info.json."""
+    """A part's entry in model_info.json."""
     return {
         "purpose": PARTS[name].purpose,
         "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
@@ -102,7 +102,8 @@ def model_card(info: dict, subfolders: set[str]) -> str:
     """README.md of the folder.
 
     Args:
-        info: model_info.json; subfolders: names of those for other tools.
+        info: model_info.json.
+        subfolders: names of the sub-folders for other tools.
     """
     components = info["components"]
     total = sum(facts["parameters"] for facts in components.values())

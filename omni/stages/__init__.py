@@ -1,7 +1,4 @@
-"""The table of stages: what each of them adds to the rest stands in its own module, and here one row.
-
-``omni.train.stage.load(STAGES["text"], folder)`` opens what a stage has left.
-"""
+"""The table of stages, one row each; ``omni.train.stage.load(STAGES["text"], folder)`` opens a stage's model."""
 
 from omni.stages import aligner, audio_encoder, codec, ocr, omni, talker, text, vision, vocoder
 

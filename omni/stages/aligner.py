@@ -1,4 +1,4 @@
-"""The second part of stage D, the aligner: config, texts with their recordings, metrics, and all texts' durations."""
+"""The second part of stage D, the aligner: config, texts with their recordings, metrics, and durations of all texts."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ def read_symbols(row: dict) -> list[int]:
     """The ``text_symbols`` of a row's text.
 
     Raises:
-        BadRow: too many.
+        BadRow: the text is too long.
     """
     symbols = text_symbols(row["text"])
     if len(symbols) > MAX_TEXT_BYTES:
@@ -61,9 +61,9 @@ def read_symbols(row: dict) -> list[int]:
 
 
 def pad_bytes(values: list[Tensor], step: int = 1, length: int | None = None) -> Tensor:
-    """One value per byte of each text, some (bytes,) -> (B, L), zeros after it.
+    """Pad one value per byte of each text, (bytes,) each -> (B, L), with zeros.
 
-    L is ``length``, or that of the longest text, rounded up to a multiple of ``step``.
+    L is ``length``, or the length of the longest text, rounded up to a multiple of ``step``.
     """
     padded = nn.utils.rnn.pad_sequence(values, batch_first=True)
     L = round_up(padded.shape[1], step) if length is None else length
@@ -98,7 +98,7 @@ def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str
     """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
-        texts: those to align, of similar length one after the other; ``training`` is false.
+        texts: texts to align, ordered by length; ``training`` is false.
     """
 
     @torch.no_grad()
@@ -119,8 +119,7 @@ def prepare_speech(
     """Code and align all recordings of at most ``max_codes`` codes.
 
     Returns:
-        The manifest with the columns ``codes`` and ``durations``; and the length of each recording in codes, by its
-        header.
+        The manifest with the columns ``codes`` and ``durations``; (rows,) the lengths in codes, by the headers.
     """
     lengths = count_codes(run, manifest, codec.architecture)
     order = np.argsort(lengths, kind="stable")  # the shortest first

@@ -1,7 +1,4 @@
-"""Stage B: config, rows, loss, word error rates, tokenizer, and how its model is opened.
-
-Validation and evaluation use the same code, so that they mean the same by a word error rate.
-"""
+"""Stage B: config, rows, loss, tokenizer, loading, and the word error rates of validation and evaluation."""
 
 # B batch, T mel frames, M mel channels, U output frames, V tokens and blank, L tokens of a target
 
@@ -44,19 +41,19 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         None, hint=ASR_HINT, description="held-out manifest; default: val_split of train_csv's texts"
     )
     val_voices_csv: str | None = input_file(
-        None, hint=ASR_HINT, description="a second held-out manifest, of voices that are not in training"
+        None, hint=ASR_HINT, description="second held-out manifest, with voices that are not in training"
     )
     max_mel_length: int = Field(
         2048,
         ge=8,
         le=16_777_216,
-        description="mel frames (2048: 20 s); longer rows are left out, use_compile pads up to it",
+        description="longest recording in mel frames (2048: 20 s); longer ones are left out, use_compile pads up to it",
     )
-    spec_time_masks: int = Field(2, ge=0, description="SpecAugment: bands of time blanked out in each utterance")
-    spec_time_width: int = Field(40, ge=0, description="their greatest width, in mel frames")
-    spec_freq_masks: int = Field(2, ge=0, description="SpecAugment: bands of frequency")
-    spec_freq_width: int = Field(15, ge=0, description="their greatest width, in mel channels")
-    speed_perturb: float = Field(0.0, ge=0, le=0.5, description="0.1: utterances at 0.9, 1 or 1.1 times their speed")
+    spec_time_masks: int = Field(2, ge=0, description="number of time bands that SpecAugment masks in an utterance")
+    spec_time_width: int = Field(40, ge=0, description="largest width of a time band, in mel frames")
+    spec_freq_masks: int = Field(2, ge=0, description="number of frequency bands that SpecAugment masks")
+    spec_freq_width: int = Field(15, ge=0, description="largest width of a frequency band, in mel channels")
+    speed_perturb: float = Field(0.0, ge=0, le=0.5, description="change of speed; 0.1: 0.9, 1 or 1.1 times the speed")
 
     @property
     def architecture(self) -> AudioEncoderArchitecture:
@@ -97,11 +94,11 @@ STAGE = Stage(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Which rows can be used
+# Usable rows
 
 
 def read_text(row: dict) -> str:
-    """The transcript as it is learnt and scored.
+    """The normalised transcript, for training and scores.
 
     Raises:
         BadRow: it has no pronounced character.
@@ -115,7 +112,7 @@ def read_text(row: dict) -> str:
 def usable_rows(
     run: Run, manifest: Manifest, rows: np.ndarray, config: AudioEncoderConfig, tokenizer: CtcTokenizer, training: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Leave out what is too long and, in training, what CTC cannot learn; log how many rows, and which.
+    """Leave out recordings that are too long and, in training, those too short for their text; log these rows.
 
     A text that needs more frames than its recording has no alignment, so its loss is infinite. Validation keeps it,
     since it still counts as recognised or not. Rows that cannot be read stay: reading them reports the reason.
@@ -172,7 +169,7 @@ class Utterances(ManifestDataset):
         if rng is None:
             return Utterance(self._features(waveform), tokens, text)
         if unknown := self.tokenizer.unknown(text):
-            raise BadRow(f"its characters {' '.join(sorted(unknown))} have no token: the tokenizer is of other texts")
+            raise BadRow(f"its characters {' '.join(sorted(unknown))} have no token: the tokenizer has other texts")
         if not self._fits(tokens, waveform):
             raise BadRow(f"needs {frames_needed(tokens)} output frames for its text, has {self._frames(waveform)}")
         if config.speed_perturb:
@@ -201,8 +198,7 @@ class Utterances(ManifestDataset):
 
     def collate(self, samples: list[Utterance]) -> dict:
         """``features`` (B, T, M) and ``targets`` (B, L), zero beyond ``lengths`` (B,) and ``target_lengths`` (B,);
-        ``texts``, a list. Under ``use_compile`` B is always the batch size: what is missing are utterances of silence
-        with no target, and no text."""
+        ``texts``, a list. Under ``use_compile`` B is always the batch size: utterances of silence fill it."""
         lengths = [len(sample.features) for sample in samples]
         target_lengths = [len(sample.tokens) for sample in samples]
         missing, frames = 0, round_up(max(lengths), 32)
@@ -226,7 +222,7 @@ class Utterances(ManifestDataset):
 
 
 class EvalSets:
-    """Several sources one after the other, each scored by itself. A batch has its parts under ``name/key``."""
+    """Several sources in a row with separate metrics. A batch has the keys of each source as ``name/key``."""
 
     def __init__(self, sources: dict[str, ManifestDataset]) -> None:
         self.sources = sources
@@ -259,9 +255,9 @@ def ctc_loss(model: nn.Module, batch: dict) -> Tensor:
 
 
 def score_sums(model: nn.Module, batch: dict, tokenizer: CtcTokenizer) -> dict[str, Tensor]:
-    """What adds up over the batches of a ``EvalSets``: nats and tokens, word and character errors, of each source.
+    """Sums over a batch of ``EvalSets``, for each source: nats and tokens, word and character errors.
 
-    Greedy decoding. A text that no path of its recording can spell has no likelihood, so only its errors count.
+    Greedy decoding. A text without an alignment has no likelihood, so only its errors count.
     """
     totals: dict[str, Tensor] = {}
     for name in sorted({key.rpartition("/")[0] for key in batch if "/" in key}):
@@ -333,7 +329,7 @@ def prepare_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray, config: Au
             run.check_stop()
             try:
                 yield manifest[int(row)]["text"]
-            except BadRow:  # training will name it when it comes to it
+            except BadRow:  # training reports it
                 continue
 
     with run.main_process_first():
@@ -355,7 +351,7 @@ def report_unknown_characters(run: Run, manifest: Manifest, rows: np.ndarray, to
     for row in rows:
         try:
             unknown |= tokenizer.unknown(manifest[int(row)]["text"])
-        except BadRow:  # validation will name it
+        except BadRow:  # validation reports it
             continue
     if unknown:
         run.log(f"{manifest.path}: characters that no training text has: {' '.join(sorted(unknown))}")

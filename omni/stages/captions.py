@@ -25,9 +25,9 @@ from omni.models.picture_text import PictureTextModel, contrastive_loss, similar
 from omni.stages.vision import VisionConfig
 from omni.train.run import Run
 
-GROUP = 64  # captions among which a picture must find its own
+GROUP = 64  # candidate captions of a picture
 PROMPTS = 512  # captions that are embedded at a time
-OPEN_GROUPS = 64  # being filled at a time: many equal captions must not make this quadratic
+OPEN_GROUPS = 64  # groups filled at a time: many equal captions must not make this quadratic
 CLASSES_SUFFIX = ".classes.json"
 MAX_SHIFT = 1 / 32  # of the picture's side, either way
 MAX_BRIGHTER = 0.1
@@ -38,9 +38,9 @@ MAX_BRIGHTER = 0.1
 
 @dataclass(frozen=True)
 class Classes:
-    """What zero-shot classification chooses from: captions, each with its class of one attribute or more.
+    """The candidates of zero-shot classification: captions with their classes of one or more attributes.
 
-    They stand beside a manifest, for ``pictures.json`` in ``pictures.classes.json``, as a JSON list:
+    They are a JSON list beside the manifest, ``pictures.classes.json`` for ``pictures.json``:
 
         [{"caption": "one red circle", "colour": "red", "shape": "circle"}, ...]
 
@@ -54,10 +54,10 @@ class Classes:
 
     @classmethod
     def beside(cls, manifest: str | Path) -> Self | None:
-        """Those of a manifest; None if there is no such file.
+        """The classes of a manifest; None if there is no such file.
 
         Raises:
-            UserError: it is damaged, or not as above.
+            UserError: the file is damaged or has another form.
         """
         path = Path(manifest).with_suffix(CLASSES_SUFFIX)
         return cls.read(path) if path.exists() else None
@@ -92,12 +92,12 @@ class Classes:
 
 
 class CaptionRows(ManifestDataset):
-    """Rows with ``image`` and ``caption``, and perhaps classes, as samples.
+    """Rows with ``image``, ``caption`` and optional classes as samples.
 
     Args:
         tokenizer, config: how captions and pictures are encoded. Under ``use_compile`` every caption is padded to
             ``ctx_len``, so that shapes never change.
-        classes: what rows are labelled with.
+        classes: labels of the rows.
     """
 
     def __init__(
@@ -143,13 +143,12 @@ class CaptionRows(ManifestDataset):
 
 
 def encode_caption(tokenizer: Tokenizer, text: str, max_tokens: int) -> list[int]:
-    """Token ids of a caption, cut to ``max_tokens`` with the end-of-text token that stands last."""
+    """Token ids of a caption and the end-of-text token, cut to ``max_tokens`` in all."""
     return tokenizer.encode(visible(text), allow_special=False)[: max_tokens - 1] + [tokenizer.eos_id]
 
 
 def report_cut_captions(run: Run, manifest: Manifest, rows: np.ndarray, tokenizer: Tokenizer, ctx_len: int) -> None:
-    """Log how many captions ``encode_caption`` cuts, and how long the longest is. Measured once, kept beside the
-    index."""
+    """Log how many captions ``encode_caption`` cuts, and the longest. Measured once, cached beside the index."""
 
     def tokens_if_cut(manifest: Manifest, row: int) -> int:
         text = visible(manifest[row]["caption"])
@@ -190,9 +189,9 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """``rows`` in an order in which each 64 in a row have distinct pictures and captions.
+    """``rows``, reordered into groups of 64 with distinct pictures and captions.
 
-    What does not fill a group so, and rows that cannot be read, come last.
+    Rows that fill no such group, and unreadable rows, come last.
     """
     full, open_groups, rest = [], [], []
     for row in rows.tolist():
@@ -220,9 +219,9 @@ def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
 
 
 class CaptionRanking:
-    """How well pictures find their captions: the ``sums`` and ``metrics`` of a ``Validation``.
+    """Metrics of retrieval and zero-shot classification: the ``sums`` and ``metrics`` of a ``Validation``.
 
-    ``loss``: the contrastive one, in nats, over groups of 64.
+    ``loss``: contrastive loss in nats, over groups of 64.
 
     ``top1_of_64``: share of pictures whose own caption, among 64 distinct ones, is the nearest; and the same from
     captions to pictures. Only batches of 64 distinct pairs count.
@@ -239,14 +238,14 @@ class CaptionRanking:
             self.tokens, self.ends = pad_captions(ids)
 
     def sums(self, model: PictureTextModel, batch: dict) -> dict[str, Tensor]:
-        """Scalars that add up over batches: of one batch on the device."""
+        """Sums over one batch on the device."""
         same, labels, B = batch["same"], batch["labels"], len(batch["same"])
         pictures, captions, scale = model(normalise(batch["images"]), batch["tokens"], batch["ends"])
         loss = contrastive_loss(pictures, captions, scale, same)
         nearest = similarities(pictures, captions)  # (B, B)
         own = torch.arange(B, device=same.device)
         ranked = (same.sum() == B) * (B == GROUP)
-        compared = B * (B > 1)  # one picture alone has no other caption: its loss is 0 and says nothing
+        compared = B * (B > 1)  # a single picture has no other caption, so its loss is always 0
         sums = {
             "loss": loss * compared,
             "rows": torch.tensor(compared),
@@ -276,8 +275,8 @@ class CaptionRanking:
         return metrics
 
     def _prompts(self, model: PictureTextModel) -> Tensor:
-        """The classes' captions in the common space, (prompts, E); made anew only after a change of the weights."""
-        weight = model.text_proj.weight  # no update leaves it as it is
+        """The classes' captions in the common space, (prompts, E); computed again only after an update."""
+        weight = model.text_proj.weight  # every update changes it
         if self._made_with is None or not torch.equal(self._made_with, weight):
             parts = zip(*(tensor.to(weight.device).split(PROMPTS) for tensor in (self.tokens, self.ends)), strict=True)
             self._cache = torch.cat([model.embed_captions(*part) for part in parts])

@@ -146,7 +146,7 @@ def count_codes(run: Host, manifest: Manifest, architecture: SpeechFrames) -> np
 
 
 def leave_out_long(run: Host, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_codes: int) -> np.ndarray:
-    """``rows`` without recordings of more than ``max_codes`` codes. Unreadable ones stay: reading says why."""
+    """``rows`` without recordings of more than ``max_codes`` codes. Unreadable rows stay: reading them raises."""
     return manifest.leave_out(rows, lengths[rows] > max_codes, f"longer than max_mel_length {max_codes}", run.log)
 
 
@@ -180,7 +180,7 @@ def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str) -> Rag
     """The codes (N, Q) uint16 of all recordings, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
-        clips: those to code, of similar length one after the other; ``training`` is false.
+        clips: recordings to code, ordered by length; ``training`` is false.
     """
 
     def make(batch: dict) -> list[np.ndarray]:
@@ -229,7 +229,7 @@ def codec_sums(model: Codec, batch: dict) -> dict[str, Tensor]:
 
 def codec_metrics(totals: dict[str, Tensor]) -> dict[str, float]:
     """``reconstruction_mse`` in units of the log-mels' variance, also with the first k codebooks only; ``code_usage``,
-    the share of codes ever chosen; ``codebook_perplexity``, how many equally frequent codes would be as varied."""
+    the share of codes in use; ``codebook_perplexity``, exp of the entropy of the codes' frequencies."""
     chosen = totals["chosen"]  # (Q, K)
     shares = chosen / chosen.sum(dim=1, keepdim=True)
     entropy = -(shares * shares.clamp(min=1e-12).log()).sum(dim=1)  # (Q,)

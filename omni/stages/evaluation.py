@@ -1,6 +1,6 @@
-"""How scripts/evaluate.py evaluates each stage: with the rows, sums and metrics of the validation in training.
+"""Evaluation of each stage with the rows, sums and metrics of its validation.
 
-``evaluate_*(args, opened, device)`` takes the options of that script and the stage's trained model.
+``evaluate_*(args, opened, device)`` takes the options of scripts/evaluate.py and the stage's trained model.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to
 from omni.train.samples import write_sound
 from omni.train.stage import Loaded, load
 
-# those that need no second file, and no folder of another stage
+# tasks that need neither a second file nor the folder of another stage
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
 
 
@@ -251,8 +251,8 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
 def save_speech(
     folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
 ) -> None:
-    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv`` of them. Each file is whole or
-    not there, and a manifest names only sounds that are."""
+    """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv``. Files are written whole, and
+    a manifest after its sounds."""
     for kind, waveforms in sounds.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         table = io.StringIO(newline="")

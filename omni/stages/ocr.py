@@ -1,4 +1,4 @@
-"""Stage G: config, rows, loss, character error rate, character set, and how its model is opened."""
+"""Stage G: config, rows, loss, character error rate, character set, and loading of the model."""
 
 # B pictures, T symbols, U columns of patches, C characters
 
@@ -45,7 +45,7 @@ class OcrConfig(OcrArchitecture, StageConfig):
 
     @property
     def architecture(self) -> OcrArchitecture:
-        """Once ``characters`` are known."""
+        """Valid once ``characters`` is set."""
         return OcrArchitecture.of(self)
 
 
@@ -87,11 +87,11 @@ def text_length(manifest: Manifest, row: int) -> int:
 def encode_texts(texts: Sequence[str], arch: OcrArchitecture, pad_to: int | None = None) -> tuple[Tensor, Tensor]:
     """Texts as the decoder's inputs and targets.
 
-    A character outside the set is an input of its own kind and no target: the model cannot write it. (Validation
-    counts it as an error all the same, since it compares texts.)
+    A character outside the set is the input symbol ``unknown`` and no target: the model cannot write it. Validation
+    compares texts, so it counts such a character as an error.
 
     Args:
-        pad_to: length of the result; default: that of the longest text, and one.
+        pad_to: length of the result; default: 1 more than the longest text.
 
     Returns:
         symbols (B, T): start, characters, padding; targets (B, T): characters, end, -100 as padding.
@@ -113,7 +113,7 @@ class OcrRows(ManifestDataset):
     def __init__(self, manifest: Manifest, rows: np.ndarray, config: OcrConfig, **keys) -> None:
         super().__init__(manifest, rows, **keys)
         self.config = config
-        # a compiled model wants one length only
+        # one length for compilation
         self.pad_to = config.max_text_length + 1 if config.use_compile else None
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Tensor, str]:
@@ -136,7 +136,7 @@ class OcrRows(ManifestDataset):
 
 
 def ocr_loss(model: nn.Module, batch: dict, ctc_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """What training minimises, (), float32, in nats per target; and its parts, to log.
+    """The training loss, (), float32, in nats per target; and its parts, to log.
 
     The cross-entropy of the characters and the end, plus ``ctc_weight`` times the CTC loss of the encoder alone, which
     teaches each column its character long before the decoder has learnt where to attend. Watanabe et al. 2017, "Hybrid
@@ -158,12 +158,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def column_loss(columns: Tensor, targets: Tensor) -> Tensor:
     """CTC's negative log-likelihood of the texts, as a mean over the same targets as ``cross_entropy``, ().
 
-    A text that does not fit into the columns, or holds a character outside the set, has no part in it.
+    A text that is too long for the columns, or has a character outside the set, does not count.
     """
     characters = targets > END  # (B, T)
     lengths = characters.sum(dim=1)
-    repeats = ((targets[:, 1:] == targets[:, :-1]) & characters[:, 1:]).sum(dim=1)  # each needs a blank between
-    known = targets.gather(1, lengths[:, None])[:, 0] == END  # an unknown one puts off the end
+    repeats = ((targets[:, 1:] == targets[:, :-1]) & characters[:, 1:]).sum(dim=1)  # each repeat needs a blank
+    known = targets.gather(1, lengths[:, None])[:, 0] == END  # else an unknown character precedes the end
     fits = known & (lengths + repeats <= columns.shape[1])
     lengths = torch.where(fits, lengths, 0)
     frames = torch.full_like(lengths, columns.shape[1])
@@ -172,7 +172,7 @@ def column_loss(columns: Tensor, targets: Tensor) -> Tensor:
 
 
 def ocr_sums(model: OcrModel, batch: dict) -> dict[str, Tensor]:
-    """Counts that add up over batches and processes: of the loss under teacher forcing, and of greedy decoding."""
+    """Sums over a batch: the loss under teacher forcing, and the errors of greedy decoding."""
     read = read_text(model, batch["images"])
     counted = jiwer.process_characters(list(batch["texts"]), read)
     targets = (batch["targets"] != IGNORE_INDEX).sum()
@@ -210,10 +210,8 @@ def leave_out_long_texts(run: Run, manifest: Manifest, rows: np.ndarray) -> tupl
 
 
 def prepare_characters(run: Run, train: tuple[Manifest, np.ndarray], held_out: tuple[Manifest, np.ndarray]) -> str:
-    """What the model can write, from ``save_dir``: the key ``characters``, or those of the training texts.
-
-    Collected once. Says then which characters of the texts are none of them.
-    """
+    """The characters that the model can write, cached in ``save_dir``: the key ``characters``, or those of the
+    training texts. Logs all other characters of the texts when it collects them."""
     path, given = run.save_dir / "characters.json", run.config.characters
     with run.main_process_first():
         if run.is_main and read_sealed_json(path) is None:
@@ -236,7 +234,7 @@ def prepare_characters(run: Run, train: tuple[Manifest, np.ndarray], held_out: t
 
 
 def count_characters(run: Run, manifest: Manifest, rows: np.ndarray) -> Counter:
-    """How often each character stands in the texts of ``rows``. Bad rows are reported by whoever trains on them."""
+    """Count each character in the texts of ``rows``. Training reports bad rows."""
     counts = Counter()
     for row in rows:
         run.check_stop()

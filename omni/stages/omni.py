@@ -22,10 +22,8 @@ BASE_STAGES = {  # config key -> letter, script and files of a stage
 
 
 class SftConfig(StageConfig):
-    """Stage E, ``sft_omni.py``: the Thinker learns to answer about texts, recordings and images.
-
-    The keys of the mix may also stand in an object ``sft_mix``; one at the top wins, so that ``--set`` can change it.
-    """
+    """Stage E, ``sft_omni.py``. The keys of the mixture may also stand in an object ``sft_mix``; a top-level key wins,
+    so that ``--set`` can change it."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "keep_features": "cache_features",
@@ -35,78 +33,78 @@ class SftConfig(StageConfig):
     audio_ckpt: str | None = resumable(None, description="folder of stage B; required for recordings")
     vision_ckpt: str | None = resumable(None, description="folder of stage C; required for pictures")
     talker_ckpt: str | None = resumable(
-        None, description="folder of stage D; required for speech_csv: its talker learns to use the Thinker's states"
+        None, description="folder of stage D, whose talker learns to use the Thinker's states; required for speech_csv"
     )
 
-    # The mix; held-out files: val_ and the same name, by default val_split of the rows
+    # Files of the mixture; held-out files have the same keys with val_, default: val_split of the rows
     text_path: str | None = input_file(
-        None, hint=TEXT_HINT, description="task text: the dialogues of a text file, else all of its lines"
+        None, hint=TEXT_HINT, description="text file of the task text: its dialogues, or all lines if it has none"
     )
     val_text_path: str | None = input_file(None, hint=TEXT_HINT)
     image_manifest: str | None = input_file(
         None,
         hint=PICTURES_HINT,
-        description="tasks caption and image_question: image, caption, perhaps questions and accepted_answers",
+        description="manifest of caption and image_question: image, caption, optionally questions and accepted_answers",
     )
     val_image_manifest: str | None = input_file(None, hint=PICTURES_HINT)
-    image_root: str | None = resumable(None, description="folder of its images; default: that of the manifest")
-    asr_csv: str | None = input_file(None, hint=ASR_HINT, description="task transcription: columns wav and text")
+    image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")
+    asr_csv: str | None = input_file(None, hint=ASR_HINT, description="CSV of the task transcription: wav and text")
     val_asr_csv: str | None = input_file(None, hint=ASR_HINT)
     question_csv: str | None = input_file(
         None,
         hint=ASR_HINT,
-        description="task spoken_question: columns wav, text and answer; rows with a blank answer are left out. With "
-        "image_manifest also spoken_image_question: recordings of the questions asked there",
+        description="CSV of spoken_question: wav, text and answer; rows with a blank answer are left out. With "
+        "image_manifest also of spoken_image_question: recordings of the questions in that manifest",
     )
     val_question_csv: str | None = input_file(
-        None, hint=ASR_HINT, description="other recordings to validate on; val_split holds out texts all the same"
+        None, hint=ASR_HINT, description="CSV of other recordings for validation; val_split still holds out texts"
     )
-    ocr_csv: str | None = input_file(None, hint=OCR_HINT, description="task sign: columns image and text")
+    ocr_csv: str | None = input_file(None, hint=OCR_HINT, description="CSV of the task sign: image and text")
     val_ocr_csv: str | None = input_file(None, hint=OCR_HINT)
     speech_csv: str | None = input_file(
         None,
         hint=TTS_HINT,
-        description="task spoken_answer: columns text and wav, in the talker's voice; perhaps question",
+        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question",
     )
     val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
     jsonl_path: str | None = input_file(
         None,
-        description="task conversation: JSON or JSONL rows of messages or conversations, see docs/data.md",
+        description="JSON or JSONL file of the task conversation, see docs/data.md",
     )
     val_jsonl_path: str | None = input_file(None)
     task_files: dict[str, str] = resumable(
-        {}, description="files of tasks that have no key of their own; val_ and the same name: to validate on"
+        {}, description="files of tasks without a key of their own; held-out files: the same names with val_"
     )
     task_weights: dict[str, float] = Field(
-        {}, description="share of a task among the samples, relative to the others; default 1, 0: leave it out"
+        {}, description="relative share of each task among the samples; default 1; 0 leaves a task out"
     )
     prompt: str = Field("", description="system message before every conversation; empty: none")
-    questions_per_picture: int = Field(3, ge=1, description="most questions in one sample")
+    questions_per_picture: int = Field(3, ge=1, description="largest number of questions in one sample")
 
     # Sizes
     ctx_len: int | None = Field(
-        None, ge=8, le=1_048_576, description="positions of a sample; default: the Thinker's ctx_len"
+        None, ge=8, le=1_048_576, description="longest sample in positions; default: the Thinker's ctx_len"
     )
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
-    drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head finds nothing new")
+    drop_blanks: bool = Field(True, description="omission of audio frames with a blank or repeated CTC token")
     image_stack: int = Field(1, ge=1, le=64, description="side of the square of neighbouring patches in one position")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the Thinker's residual branches, in training only")
-    freeze_encoders: bool = Field(True, description="leave audio and vision encoder as they are")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the Thinker's residual branches")
+    freeze_encoders: bool = Field(True, description="no training of the audio and vision encoders")
     cache_features: bool = Field(
         False,
-        description="compute the frozen encoders' features once, at the start, and cache them in save_dir; "
+        description="features of the frozen encoders computed once, at the start, and cached in save_dir; "
         "2 bytes a value: 17 kB for a picture and 20 kB for a second of speech with the demo's encoders",
     )
     ctc_alignment_weight: float = Field(
         1.0, ge=0, description="weight of the CTC loss that aligns audio positions with their transcript"
     )
     origins: dict[str, str] | None = resumable(
-        None, description="SHA-256 of the weights that each part began with: filled in by the script"
+        None, description="SHA-256 of each part's initial weights, set by the script"
     )
 
     # Validation
-    val_items: int = resumable(100, ge=1, description="held-out items of each task that are answered, evenly spaced")
-    max_answer_tokens: int = resumable(96, ge=1, description="longest answer in validation")
+    val_items: int = resumable(100, ge=1, description="number of held-out items of each task, evenly spaced")
+    max_answer_tokens: int = resumable(96, ge=1, description="longest answer in validation, in tokens")
 
     @model_validator(mode="before")
     @classmethod
@@ -170,7 +168,7 @@ class SftConfig(StageConfig):
 
 
 def registered_tasks() -> dict[str, type]:
-    from omni.stages.tasks import TASKS  # here, since tasks open models, and a config needs none
+    from omni.stages.tasks import TASKS  # here, as it imports all models, which a config does not need
 
     return TASKS
 

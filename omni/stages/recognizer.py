@@ -53,19 +53,19 @@ class Recognizer:
     def _features(self, waveform: Tensor, sample_rate: int) -> Tensor:
         samples = resample(waveform.numpy(), sample_rate, self.spec.sample_rate)
         samples = samples[: self.max_frames * self.spec.hop_length]
-        if len(samples) < self.spec.hop_length:  # an utterance that ended at once
+        if len(samples) < self.spec.hop_length:  # the talker ended at once
             samples = np.zeros(self.spec.hop_length, np.float32)
         return normalise_features(log_mel(torch.from_numpy(samples), self.spec))
 
 
 def word_error_rates(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
-    """Kind of speech -> (word errors, words), as ``wer_recordings``, ``wer_talker`` and so on: errors per word. A kind
-    without a word has no rate."""
+    """(Word errors, words) of each kind of speech -> ``wer_recordings``, ``wer_talker`` ..., errors per word. A kind
+    without words has no rate."""
     return {f"wer_{kind}": float(errors / words) for kind, (errors, words) in counts.items() if words}
 
 
 def word_errors(texts: Sequence[str], transcripts: Sequence[str]) -> tuple[int, int]:
-    """Word errors of ``transcripts`` against ``texts``, and the words of these. A text without words is left out."""
+    """Numbers of word errors of ``transcripts`` and of words in ``texts``. A text without words is left out."""
     pairs = [(normalise_text(text), found) for text, found in zip(texts, transcripts, strict=True)]
     pairs = [(text, found) for text, found in pairs if text]
     return error_counts(*map(list, zip(*pairs, strict=True)))[0] if pairs else (0, 0)
@@ -115,9 +115,9 @@ class TalkerScore:
 
     Args:
         recognizer: None: no word error rate.
-        sentences: how many are spoken in each process.
+        sentences: number of sentences to speak in each process.
         show: called with the step, the number of the sentence, its recording's name, and the waveform of its speech.
-        shown: for how many of them.
+        shown: number of sentences that ``show`` gets.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     }
 
     codec_ckpt: str | None = resumable(
-        None, description="folder with an rvq_codec.pt, and perhaps an aligner.pt, to use; default: they are trained"
+        None, description="folder with a trained rvq_codec.pt, optionally also aligner.pt; default: both are trained"
     )
     codec_steps: int = resumable(5000, ge=1, description="optimizer updates of the codec, which is trained first")
     codec_lr: float = resumable(1e-3, gt=0, description="peak learning rate of the codec")
@@ -46,7 +46,7 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     aligner_warmup_steps: int = resumable(50, ge=0, description="warm-up steps of the aligner")
     aligner_batch_size: int = Field(16, ge=1, le=1_048_576)
     frame_dropout: float = Field(0.25, ge=0, lt=1, description="share of the frames hidden from the talker in training")
-    duration_weight: float = Field(0.3, ge=0, description="weight of the durations' loss")
+    duration_weight: float = Field(0.3, ge=0, description="weight of the duration loss")
     audio_ckpt: str | None = resumable(
         None, description="folder of stage B, whose model transcribes the speech for word error rates"
     )
@@ -151,7 +151,7 @@ class CodedSpeech(ManifestDataset):
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
         symbols = read_symbols(row)
         if not len(row["codes"]):
-            read_log_mels(self.manifest, row, self.architecture, self.max_codes)  # says what is wrong with it
+            read_log_mels(self.manifest, row, self.architecture, self.max_codes)  # raises if the recording is bad
             raise BadRow(
                 f"{row['wav']}: could not be read when the recordings were coded; delete codes/ to code them again"
             )
@@ -189,8 +189,7 @@ def collate_utterances(
 
 
 def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
-    """Under the true durations and the true codes so far: nats of each codebook, (Q,), and of the ends; and of the
-    durations."""
+    """Sums over a batch, given the true durations and codes so far: nats of each codebook (Q,), ends and durations."""
     codes, lengths = batch["codes"], batch["lengths"]
     text = batch["symbols"], batch["text_lengths"]
     logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
@@ -207,8 +206,8 @@ def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
 
 
 def talker_metrics(totals: dict) -> dict[str, float]:
-    """``code_perplexity``: among how many equally likely codes the talker hesitates, over all codebooks; also of each
-    codebook. ``loss`` is in nats per target. ``duration_loss``: see ``duration_nats``."""
+    """``code_perplexity``: exp of the nats per code, over all codebooks and of each. ``loss``: nats per target.
+    ``duration_loss``: see ``duration_nats``."""
     nats, frames = totals["nats"], totals["frames"]
     each = (nats / frames).exp().tolist()
     loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])

@@ -1,4 +1,4 @@
-"""Stage A: config, tokenizer, metrics, and how its model is opened."""
+"""Stage A: config, tokenizer, metrics, and loading of the model."""
 
 import math
 from pathlib import Path
@@ -30,7 +30,7 @@ class TextConfig(ThinkerArchitecture, StageConfig):
     )
     tokenizer_path: str | None = input_file(None, description="tokenizer.json to use; default: trained into save_dir")
     context_weight: float = Field(
-        1.0, gt=0, le=1, description="weight, in training, of what is not an assistant's answer, beside 1 for answers"
+        1.0, gt=0, le=1, description="weight of text outside of an assistant's answers in training; answers have 1"
     )
 
     @property

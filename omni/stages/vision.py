@@ -1,4 +1,4 @@
-"""Stage C: config, tokenizer, and how its model is opened. ``omni.stages.captions``: its rows and metrics."""
+"""Stage C: config, tokenizer, and loading of the model. ``omni.stages.captions`` has its rows and metrics."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +25,7 @@ TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no mer
 
 
 class VisionConfig(VisionArchitecture, StageConfig):
-    """Stage C, ``train_vision.py``: a ViT, and the text tower that it is trained beside."""
+    """Stage C, ``train_vision.py``: a ViT and its text tower."""
 
     train_manifest: str = input_file(
         hint=PICTURES_HINT, description="JSON, JSONL or CSV with image and caption; several rows may share an image"
@@ -41,23 +41,19 @@ class VisionConfig(VisionArchitecture, StageConfig):
         0.07, ge=0.01, le=1, description="initial temperature of the contrastive loss; it is learned"
     )
     ctx_len: int = Field(
-        64, ge=8, le=1_048_576, description="tokens of a caption, its end included; longer ones are cut"
+        64, ge=8, le=1_048_576, description="longest caption in tokens, its end included; longer ones are cut"
     )
-    use_thinker_for_text: bool = Field(
-        False, description="frozen Thinker of stage A in the place of a trained text tower"
-    )
+    use_thinker_for_text: bool = Field(False, description="frozen Thinker of stage A in place of a trained text tower")
     thinker_ckpt: str | None = resumable(None, description="folder of stage A, for use_thinker_for_text")
-    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound for the captions' own tokenizer")
+    vocab_size: int = Field(8192, ge=272, le=1_048_576, description="largest vocabulary of the captions' own tokenizer")
     text_d_model: int = Field(
         256, ge=8, le=1_000_000, description="width of the text tower; no effect under use_thinker_for_text"
     )
     text_layers: int = Field(4, ge=1, le=1000)
     text_heads: int = Field(4, ge=1, le=1_024)
-    text_d_ff: int = Field(768, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
+    text_d_ff: int = Field(768, ge=8, le=1_000_000, description="inner width of the text tower's MLP")
 
-    word_loss: float = Field(
-        1.0, ge=0, description="weight of the loss of predicting the caption's words, beside the contrast"
-    )
+    word_loss: float = Field(1.0, ge=0, description="weight of the word loss beside the contrastive loss")
     augment: bool = Field(False, description="small random shifts of the pictures and changes of their brightness")
 
     @model_validator(mode="after")
@@ -75,7 +71,7 @@ class VisionConfig(VisionArchitecture, StageConfig):
 
     def check_files(self) -> None:
         super().check_files()
-        if self.batch_size < 2:  # only now: a model that was trained so can be loaded
+        if self.batch_size < 2:  # no validator of the key: a model that was trained so can be loaded
             raise UserError('key "batch_size": expected at least 2 captions to contrast a picture with, found 1')
         if self.image_root is not None and not os.path.isdir(self.image_root):
             raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
@@ -148,7 +144,7 @@ def attach_thinker(opened: Loaded, thinker_ckpt: str | Path | None = None) -> No
     """Give an opened model its Thinker, if it was trained with one (``use_thinker_for_text``).
 
     Args:
-        thinker_ckpt: present folder of that Thinker; default: that of the training.
+        thinker_ckpt: folder of that Thinker, if it was moved since the training.
 
     Raises:
         UserError: a file is missing or damaged, or the Thinker is not the one of the training.
@@ -178,7 +174,7 @@ def prepare_tokenizer(run: Run, make: Callable[[], Tokenizer]) -> Tokenizer:
 
 
 def train_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray) -> Tokenizer:
-    """A tokenizer of the training captions; rows that cannot be read say why when their turn comes in training."""
+    """A tokenizer of the training captions. Training reports rows that cannot be read."""
 
     def captions():
         for row in rows[:: -(-len(rows) // TOKENIZER_CAPTIONS)].tolist():

@@ -25,7 +25,7 @@ from omni.train.stage import ExportedPart, Stage, load
 
 
 class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig):
-    """Stage F, ``train_vocoder.py``: the generator of HiFi-GAN, and the discriminators that it is trained against."""
+    """Stage F, ``train_vocoder.py``: HiFi-GAN's generator and discriminators."""
 
     OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
         "lr": "lr_g and lr_d are the peak learning rates",
@@ -36,11 +36,11 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of train_csv's rows"
     )
     val_samples: int = resumable(2, ge=0, description="held-out clips written to save_dir/samples, sound and picture")
-    val_clips: int = resumable(32, ge=1, description="held-out clips of a validation, evenly spaced in their file")
-    max_clip_s: float = resumable(60.0, gt=0, description="seconds; a longer recording is a bad row")
+    val_clips: int = resumable(32, ge=1, description="number of held-out clips in validation, evenly spaced")
+    max_clip_s: float = resumable(60.0, gt=0, description="longest recording in seconds; a longer one is a bad row")
     codec_ckpt: str | None = resumable(
         None,
-        description="folder of stage D, whose codec writes the log-mels to train on; default: those of the recordings",
+        description="folder of stage D, whose codec resynthesises the log-mels; default: the recordings' own log-mels",
     )
 
     # Optimisation
@@ -116,10 +116,10 @@ STAGE = Stage(
 def load_vocoder_for(
     codec: Path | str, spec: MelSpec, folder: str | Path | None, device: torch.device | str
 ) -> Generator | None:
-    """The vocoder in ``folder``, for the log-mels of ``codec``, which messages name so; None without a folder.
+    """The vocoder in ``folder``, for the log-mels ``spec`` of ``codec``, a name for messages; None without a folder.
 
     Raises:
-        UserError: no checkpoint there, a damaged one, or one of other log-mels.
+        UserError: the checkpoint is missing or damaged, or has other log-mels.
     """
     if folder is None:
         return None
@@ -143,7 +143,7 @@ def load_codec_of(config: VocoderConfig) -> Codec | None:
 
 def split_column(path: str) -> str:
     """The column that splits a manifest of clips: the text if there is one, so that no sentence is on both sides."""
-    with open(path, encoding="utf-8", errors="replace") as file:  # whose lines end with LF, CRLF or CR
+    with open(path, encoding="utf-8", errors="replace") as file:  # lines may end with LF, CRLF or CR
         head = file.read(1 << 16)
     if Path(path).suffix not in (".json", ".jsonl"):
         head = head.lstrip().partition("\n")[0]
@@ -151,7 +151,7 @@ def split_column(path: str) -> str:
 
 
 def read_clip(manifest: Manifest, row: dict, config: VocoderConfig) -> Tensor:
-    """(S,) a row's recording, as many whole hops as it has, at least one.
+    """A row's recording (S,), cut to whole hops, at least one.
 
     Raises:
         BadRow: it cannot be used.
@@ -179,7 +179,7 @@ class Clips(ManifestDataset):
     """Recordings with their log-mels, see ``ManifestDataset``: random segments in training, else whole clips.
 
     Args:
-        codec: its log-mels are given in the place of the recordings' own; None: these.
+        codec: resynthesises the log-mels; None: the recordings' own log-mels.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class Clips(ManifestDataset):
 
 
 def discriminator_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
-    """Least squares (Mao et al. 2017): 1 for what is real, 0 for what is not. Summed over the discriminators."""
+    """Least squares (Mao et al. 2017): 1 for real, 0 for generated waveforms. Summed over the discriminators."""
     return sum(
         (1 - ours[-1].float()).square().mean() + theirs[-1].float().square().mean()
         for ours, theirs in zip(real, generated, strict=True)
@@ -227,7 +227,7 @@ def discriminator_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) 
 
 
 def adversarial_loss(generated: list[list[Tensor]]) -> Tensor:
-    """Least squares: 1 where a discriminator takes the generated for real. Summed over the discriminators."""
+    """Least squares: 1 for generated waveforms. Summed over the discriminators."""
     return sum((1 - theirs[-1].float()).square().mean() for theirs in generated)
 
 
@@ -252,9 +252,9 @@ def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
 
 
 class VocoderScore:
-    """The distance of the generated waveforms' log-mels from the real ones, beside Griffin-Lim's on the same clips.
+    """The distance between log-mels of generated and real waveforms, and Griffin-Lim's distance on the same clips.
 
-    Griffin-Lim's do not change, so they are computed at the first validation only.
+    Griffin-Lim's does not change, so only the first validation computes it.
 
     Args:
         show: called with the step, the number of the clip and its waveforms by name, for the first ``shown`` clips.
@@ -270,7 +270,7 @@ class VocoderScore:
         self.griffin_lim: dict[tuple[int, ...], Tensor] = {}  # rows of a batch's clips -> sum of its differences
 
     def sums(self, model: Generator, batch: dict) -> dict[str, Tensor]:
-        """Sums over the clips of a batch from ``Clips.collate``; float32 whatever autocast says."""
+        """Sums over the clips of a batch from ``Clips.collate``, in float32 even under autocast."""
         rows, hop = tuple(batch["sample_rows"]), self.spec.hop_length
         known = rows in self.griffin_lim
         totals = dict.fromkeys(("difference", "griffin_lim", "values"), torch.zeros(()))

@@ -1,4 +1,4 @@
-"""The command line that all scripts share, and how a program ends: one line for each error, and an exit code."""
+"""The command line of all scripts, errors as one line, and exit codes."""
 
 import argparse
 import errno
@@ -32,8 +32,7 @@ def launch(main: Callable[[], None]) -> None:
     streams.secure()
     faulthandler.enable()  # a crash inside a library prints where
     threading.excepthook = _thread_failed
-    # Keeps the frames of an error, and with them the data loader: its destructor would wait for its workers, and one
-    # of them may hang.
+    # Keeps the error's frames, and so the data loader: its destructor would wait for workers, which may hang.
     held: list[BaseException] = []
 
     def hold() -> None:
@@ -83,7 +82,7 @@ def _exit_code(main: Callable[[], None]) -> int:
         reason = " ".join(str(error).split())
         if "does not have a deterministic implementation" in reason:
             what = reason.split(" does not have")[0]
-            print(f'error: key "deterministic": expected false, as {what} adds up in any order', file=sys.stderr)
+            print(f'error: key "deterministic": expected false, as {what} has no deterministic kernel', file=sys.stderr)
             return EXIT_BAD_INPUT
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in reason):
             what = "hangs" if "imed out" in reason else "has ended"
@@ -125,10 +124,10 @@ def _out_of_files() -> int:
 
 
 def raise_open_file_limit() -> None:
-    """Raise the limit of open files as far as this process may: each tensor that a loader's worker sends is one.
+    """Raise the limit of open files as far as this process may: each tensor that a loader worker sends is one.
 
     Raises:
-        UserError: that is not enough. A worker that runs out of open files prints a traceback of its own, or hangs.
+        UserError: the highest limit is too low. A worker without open files prints its own traceback, or hangs.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _WORKERS_FILES and soft != resource.RLIM_INFINITY:
@@ -142,14 +141,14 @@ def raise_open_file_limit() -> None:
 
 
 class OneLineErrors(argparse.ArgumentParser):
-    """A parser whose errors are one line with exit code 2, as all errors of users are."""
+    """A parser that raises ``UserError`` for a wrong command line."""
 
     def error(self, message: str) -> None:
         raise UserError(message)
 
 
 def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] | None = None):
-    """The command line that all stage scripts share.
+    """Parse the command line that all stage scripts share.
 
     Returns:
         The config, and the notices to log once the log is open.
@@ -170,7 +169,7 @@ def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] |
     )
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     args = parser.parse_args(argv)
-    if argv is None:  # this program is the process's own
+    if argv is None:  # run as a script, not by a test
         allocator.restart_with_settings()
     config, notices = load_config(cls, args.config, args.set)
     return config, notices, args.device

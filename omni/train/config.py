@@ -1,7 +1,7 @@
-"""JSON configs, typed: what each key means, its default, and whether a resumed run may change it.
+"""Typed JSON configs: the meaning of each key, its default, and whether a resumed run may change it.
 
 A config file is flat JSON, one per stage. An unknown key, a wrong type or an impossible size is refused in one line
-that names file, key, expected and found value. Code reads ``config.lr``: defaults stand in the config classes alone.
+that names file, key, expected and found value. Only the config classes contain defaults.
 """
 
 import difflib
@@ -26,12 +26,12 @@ OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
 
 
 def resumable(default=..., **constraints):
-    """A key that may change between two runs of the same training without making it another training."""
+    """A key that a resumed run may change."""
     return Field(default, json_schema_extra={"resumable": True}, **constraints)
 
 
 def input_file(default=..., *, hint: str = "", **constraints):
-    """A path that must exist when the config is loaded; free to change, since the data's digest is compared anyway."""
+    """A path that must exist when the config is loaded. A resumed run may change it: the data's digest is compared."""
     return Field(default, json_schema_extra={"resumable": True, "file": True, "hint": hint}, **constraints)
 
 
@@ -55,7 +55,7 @@ class StageConfig(BaseModel):
 
     # Optimisation
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="adamw; or muon: Muon for kernels of linear layers and convolutions, AdamW for the rest"
+        "adamw", description="optimizer; muon: Muon for kernels of linear layers and convolutions, AdamW for the rest"
     )
     lr: float = resumable(3e-4, gt=0, description="peak learning rate, after warm-up")
     min_lr_ratio: float = resumable(0.1, ge=0, le=1, description="learning rate at max_steps, as a share of lr")
@@ -72,19 +72,19 @@ class StageConfig(BaseModel):
         description="samples per update, over all processes; takes precedence over gradient_accumulation_steps",
     )
     max_grad_norm: float = resumable(1.0, gt=0, description="norm to which gradients are clipped")
-    max_nonfinite_steps: int = resumable(10, ge=1, description="NaN or Inf losses in a row that stop the run")
+    max_nonfinite_steps: int = resumable(10, ge=1, description="number of NaN or Inf losses in a row that ends a run")
     max_bad_rows: int = resumable(
         100, ge=0, description="number of unreadable rows that the run tolerates; each is replaced by another row"
     )
 
     # Speed
-    use_amp: bool = resumable(True, description="bf16 where the hardware has it, fp16 with a scaler on older GPUs")
-    use_compile: bool = resumable(False, description="torch.compile, in place")
-    use_flash: bool = resumable(True, description="fused attention; false: the plain maths")
-    deterministic: bool = resumable(True, description="same bits in every run on a GPU, for about a tenth of its speed")
+    use_amp: bool = resumable(True, description="mixed precision: bf16 where the hardware has it, fp16 on older GPUs")
+    use_compile: bool = resumable(False, description="compilation by torch.compile")
+    use_flash: bool = resumable(True, description="fused attention; false: plain matrix products")
+    deterministic: bool = resumable(True, description="bit-identical runs on a GPU, about a tenth slower")
     num_workers: int = resumable(2, ge=0, le=1_024, description="data loader processes")
     loader_timeout_s: int = resumable(
-        600, ge=1, le=1_000_000, description="seconds without a batch from the data loader that stop the run"
+        600, ge=1, le=1_000_000, description="longest wait for a batch, in seconds; a longer one stops the run"
     )
     drop_last: bool = Field(True, description="omission of the last, incomplete step of an epoch")
 
@@ -109,7 +109,7 @@ class StageConfig(BaseModel):
     def check_files(self) -> None:
         """
         Raises:
-            UserError: a file that the config names is not there.
+            UserError: a file that the config names does not exist.
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
@@ -120,7 +120,7 @@ class StageConfig(BaseModel):
 
 
 def read_keys(path: str) -> dict:
-    """The keys of a config file as they stand there.
+    """The keys of a config file, unchecked.
 
     Raises:
         UserError: it cannot be read, or is no JSON object.
@@ -148,10 +148,10 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
 
     Args:
         path: a JSON file.
-        overrides: ``key=value`` strings from the shell; a value is JSON, or else taken as a string.
+        overrides: ``key=value`` strings from the shell; a value that is no JSON is a string.
 
     Returns:
-        The config, and the notices to log (keys without effect).
+        The config, and the notices to log (obsolete and renamed keys).
 
     Raises:
         UserError: one line with file, key, expected and found.
@@ -162,7 +162,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         if not equals:
             raise UserError(f"--set {override}: expected key=value")
         field = cls.model_fields.get(key)
-        try:  # a text key takes the words as they are: save_dir=5 is a folder
+        try:  # a text key takes the value unparsed: save_dir=5 is a folder
             raw[key] = value if field and field.annotation is str else json.loads(value)
         except (ValueError, RecursionError):
             raw[key] = value
@@ -182,7 +182,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
 
 
 def with_new_names(cls: type[StageConfig], keys: dict) -> dict:
-    """Keys of an older config or checkpoint under their present names; where both stand, the present one counts."""
+    """Keys of an older config or checkpoint under their present names; if both are given, the present one wins."""
     renamed = {cls.RENAMED[key]: value for key, value in keys.items() if key in cls.RENAMED}
     return renamed | {key: value for key, value in keys.items() if key not in cls.RENAMED}
 

@@ -1,4 +1,4 @@
-"""The device, and the states of its generators of random numbers."""
+"""The device and its random number generators."""
 
 import contextlib
 import os
@@ -64,7 +64,7 @@ def set_rng_state(state: dict, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def untouched_rng(device: torch.device):
-    """Whatever the block draws, the generators stand afterwards where they stood before."""
+    """Restore the states of the random number generators after the block."""
     state = rng_state(device)
     try:
         yield
@@ -81,5 +81,5 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """Tensors to the device without waiting for them; everything else as it is."""
+    """Copy tensors to the device without waiting; other values stay as they are."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

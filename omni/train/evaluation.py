@@ -1,4 +1,4 @@
-"""Evaluation of a finished stage on any data: all rows in order, and the rows that could not be used."""
+"""Evaluation of a finished stage on any data, row by row; unusable rows are left out and named."""
 
 import argparse
 import sys
@@ -31,7 +31,7 @@ class EvalResult:
     def check_rows(self, args: argparse.Namespace) -> None:
         """
         Raises:
-            UserError: not one row could be used.
+            UserError: no row can be used.
         """
         if not self.rows:
             where, why = next(iter(self.left_out.items()))

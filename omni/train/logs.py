@@ -1,4 +1,4 @@
-"""What a run writes about itself: training.log, metrics.jsonl, TensorBoard, and the progress bar."""
+"""The logs of a run: training.log, metrics.jsonl, TensorBoard, and the progress bar."""
 
 import json
 import sys
@@ -30,8 +30,8 @@ class Logs:
         """Open the files, and drop the rows of metrics.jsonl that ``stage`` logged after ``step``.
 
         Args:
-            validated: keep the row of a validation at ``step``; else it will be made again.
-            own_folder: TensorBoard's files of this stage stand in a folder of their own.
+            validated: keep the row of the validation at ``step``; else that validation runs again.
+            own_folder: put this stage's TensorBoard files into a sub-folder.
         """
         if not self.is_main:
             return
@@ -60,7 +60,7 @@ class Logs:
         self.bar = self._tensorboard = self._metrics_file = self._log_file = None
 
     def log(self, message: str) -> None:
-        """One line to stdout, and to training.log once that is open."""
+        """Write a line to stdout, and to training.log once it is open."""
         if not self.is_main:
             return
         try:
@@ -73,14 +73,14 @@ class Logs:
         self.write(message)
 
     def write(self, message: str) -> None:
-        """One line to training.log alone."""
+        """Write a line to training.log only."""
         if self._log_file is None:
             self._pending.append(message)
         else:
             self._log_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
 
     def record(self, kind: str, step: int, epoch: int, values: dict[str, float]) -> None:
-        """One row of metrics.jsonl, and the same values to TensorBoard under ``kind/``."""
+        """Write a row of metrics.jsonl, and the same values to TensorBoard under ``kind/``."""
         if not self.is_main:
             return
         row = {"stage": self._stage, "kind": kind, "step": step, "epoch": epoch} | values
@@ -91,7 +91,7 @@ class Logs:
     def record_media(
         self, step: int, name: str, sounds: dict[str, Tensor], sample_rate: int, picture: np.ndarray
     ) -> None:
-        """Waveforms (S,) by name and a picture (height, width, 3) uint8 of them, to TensorBoard."""
+        """Write waveforms (S,) by name and a picture (height, width, 3) uint8 to TensorBoard."""
         if not self.is_main:
             return
         self._tensorboard.add_image(f"{name}/log_mel", picture, step, dataformats="HWC")
@@ -99,7 +99,7 @@ class Logs:
             self._tensorboard.add_audio(f"{name}/{sound}", waveform, step, sample_rate=sample_rate)
 
     def start_bar(self, total_steps: int, step: int) -> None:
-        """A progress bar that begins at ``step``, if stderr is a terminal."""
+        """Show a progress bar that begins at ``step``, if stderr is a terminal."""
         if self.is_main and sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)
 
@@ -108,5 +108,5 @@ def _is_row_until(line: bytes, stage: str, step: int, validated: bool) -> bool:
     try:
         row = json.loads(line)
         return row["stage"] != stage or row["step"] < step + (validated or row["kind"] != "val")
-    except (ValueError, KeyError, TypeError):  # the row that a kill cut short, or no row of ours
+    except (ValueError, KeyError, TypeError):  # a row that a kill cut short, or no row of metrics
         return False

@@ -1,12 +1,12 @@
 """The one training loop, for all seven stages.
 
 A step is one optimizer update per phase that has begun. Most stages have one phase; a GAN has two (discriminator,
-then generator) that see the same micro-batches. Everything that must be the same in every stage is here: position,
+then generator) on the same micro-batches. Everything that must be the same in every stage is here: position,
 accumulation, mixed precision, clipping, the policy for losses that are not finite, and when to report, validate, save
 and stop.
 
-The host never waits for the device except where it prints, validates or saves: what is only logged stays on the
-device, and an update that must not happen is skipped there.
+The host waits for the device only where it prints, validates or saves: values to log stay on the device, and an update
+whose loss or gradient is not finite is skipped there.
 """
 
 from collections.abc import Callable, Iterator
@@ -41,23 +41,22 @@ def train(
     summary: dict[str, float] | None = None,
     downstream: tuple[Stage, ...] = (),
 ) -> dict[str, float]:
-    """Train to ``max_steps`` (or ``max_epochs``), from wherever ``save_dir`` says the run stands.
+    """Train to ``max_steps`` (or ``max_epochs``), from the newest checkpoint in ``save_dir``, if any.
 
     Args:
         phases: in the order in which each step runs them. The last one's module goes into the final file.
         fingerprint: digests of the data; a resumed run must have the same.
-        files: digests of the files in ``save_dir`` that the model is of no use without, such as its tokenizer; whoever
-            loads the model compares them.
+        files: digests of the files in ``save_dir`` that the model needs, such as its tokenizer; loading compares them.
         summary: facts to keep beside the metrics in the final file.
-        downstream: of a ``Run.sub_stage``, those whose models are trained on this one's: once one of them has a file,
-            a finished training takes no more steps.
+        downstream: stages that train on this model (see ``Run.sub_stage``); once one of them has a file, a finished
+            training takes no more steps.
 
     Returns:
         The metrics of the final file: those of the best validated step.
 
     Raises:
         UserError: the folder holds another training (other data, sizes, seed ...).
-        RunError: losses that are not finite, a full disk, checkpoints all damaged.
+        RunError: too many losses that are not finite, a full disk, or all checkpoints are damaged.
         Interrupted: asked to stop; everything is saved.
     """
     training = Training(run, phases, dataset, fingerprint, files or {}, validation, summary or {}, downstream)
@@ -71,12 +70,12 @@ class Loop:
         self.models = {phase.name: self.run.distribute(phase.module) for phase in training.phases}
         self.overdue = False  # a batch did not come in time
 
-    # The story ---------------------------------------------------------------------------------------------------
+    # All steps ---------------------------------------------------------------------------------------------------
 
     def run_to_the_end(self) -> dict[str, float]:
         training, run, progress, config = self.training, self.run, self.progress, self.training.config
         if run.rank > 0:
-            seed_everything(config.seed + run.rank)  # the same weights everywhere, but other dropout
+            seed_everything(config.seed + run.rank)  # all processes have the same weights, but other dropout
         harmless = self.checkpoints.resume()
         if progress.step >= training.total_steps and (metrics := run.from_main(self.checkpoints.finished_metrics)):
             run.log(f"already finished at step {progress.step}: {self.checkpoints.final_path}")
@@ -86,10 +85,10 @@ class Loop:
         self.report.announce(harmless)
         run.logs.start_bar(training.total_steps, progress.step)
         self.report.restart_clock()
-        self.save_and_validate()  # a run that was stopped in its validation takes it up again
+        self.save_and_validate()  # repeats a validation that was interrupted
         steps = self.steps()  # a name keeps the loader while an error propagates: its destructor may take long
         for micro_batches in steps:
-            # decided here, where no process has begun the step: if one of them has no batch, all can stop
+            # before any process has begun the step, so that all can stop if one of them has no batch
             if run.stop_agreed(None in micro_batches):
                 self.stop()
             for hook in STEP_HOOKS:
@@ -101,13 +100,12 @@ class Loop:
             if progress.step % config.print_freq == 0 or progress.step == training.total_steps:
                 self.report.averages()
             elif run.device.type == "cpu":
-                self.report.check_finite()  # costs nothing where there is no device to wait for
+                self.report.check_finite()  # costs nothing without a device to wait for
             self.save_and_validate()
         return self.checkpoints.write_final()
 
     def steps(self) -> Iterator[list[dict | None]]:
-        """The micro-batches of each step from the present one on, with a new loader for every epoch; None for one that
-        does not come."""
+        """Yield the micro-batches of each step, from a new loader every epoch; None for one that does not come."""
         dataset, progress, total_steps = self.training.dataset, self.progress, self.training.total_steps
         while progress.step < total_steps:
             dataset.skip_samples = progress.step * dataset.samples_per_step
@@ -131,9 +129,9 @@ class Loop:
             self.report.note_rows(batch)
             if batch["rows"] and not batch["n_targets"]:
                 where, why = list(batch["bad_rows"].items())[-1]
-                # this process alone has met it; of UserErrors only those of the first process are printed
+                # only this process has met it, and only the first process prints its UserErrors
                 error = UserError if run.is_main else RunError
-                raise error(f"{where}: {why}. Nor can the {len(batch['bad_rows']) - 1} rows before it be used")
+                raise error(f"{where}: {why}. The {len(batch['bad_rows']) - 1} rows before it cannot be used either")
         rng_before = rng_state(run.device) if len(micro_batches) > 1 else None
         # The loss of a step is the mean over its targets, however they fall into micro-batches and processes.
         sums = [(batch["n_targets"], batch.get("n_tokens", batch["n_targets"])) for batch in micro_batches]
@@ -146,14 +144,14 @@ class Loop:
             phase.module.train()
             phase.optimizer.zero_grad(set_to_none=True)
             set_lr(phase.optimizer, training.learning_rate(phase, step))
-            # while no phase was updated, the step can be given up as if it had not begun
+            # before the first phase is updated, the step can still be given up
             loss_sum, logged = self._backward(phase, micro_batches, shares, rng_before if phase is phases[0] else None)
             loss_sum = run.sum_over_ranks(loss_sum)
             norm, made = self._update(phase, loss_sum)
             if phase.after_update is not None:
                 phase.after_update(made)
             finite = finite * made
-            # an update that was not made leaves no mark in the averages either
+            # a skipped update does not count in the averages either
             logged.append(({"loss": loss_sum / run.world, "grad_norm": norm / run.world}, 1.0))
             label = f"{phase.name}_" if len(training.phases) > 1 else ""
             for scalars, share in logged:
@@ -164,14 +162,14 @@ class Loop:
     def _backward(
         self, phase: Phase, micro_batches: list[dict], shares: list[float], rng_before: dict | None
     ) -> tuple[Tensor, list[tuple[dict[str, Tensor], float]]]:
-        """The phase's gradients of all micro-batches.
+        """Accumulate the phase's gradients over all micro-batches.
 
         Args:
             rng_before: random states at the beginning of the step, to which a single process returns if it is asked to
                 stop between two micro-batches; None if it may not stop here.
 
         Returns:
-            This process's part of the loss; and each micro-batch's scalars, with the share of the loss that is its.
+            This process's part of the loss; and each micro-batch's scalars, with its share of the step's targets.
         """
         training, run, world, model = self.training, self.run, self.run.world, self.models[phase.name]
         loss_sum = torch.zeros((), device=run.device)
@@ -195,7 +193,7 @@ class Loop:
         return loss_sum, logged
 
     def _update(self, phase: Phase, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and apply the gradients, unless loss or gradient is not finite; all of it on the device.
+        """Clip and apply the gradients on the device, unless loss or gradient is not finite.
 
         Returns:
             The gradient's norm before clipping, and 1.0 if the update was made, else 0.0.
@@ -217,7 +215,7 @@ class Loop:
             optimizer.step()
         return norm, made
 
-    # What is due after a step ------------------------------------------------------------------------------------
+    # After a step ------------------------------------------------------------------------------------------------
 
     def save_and_validate(self) -> None:
         """Checkpoint and validation, if due at this step and not yet done: safe to call twice.

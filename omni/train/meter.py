@@ -29,12 +29,11 @@ class Meter:
         self.in_a_row = (self.in_a_row + 1) * (1 - finite)
 
     def skipped_counts(self) -> tuple[int, int]:
-        """Updates that were not made: in all, and the last ones in a row. The host waits for the device."""
+        """Numbers of skipped updates: in all, and in a row up to now. The host waits for the device."""
         return int(self.skipped), int(self.in_a_row)
 
     def averages(self, processes: Processes) -> dict[str, float]:
-        """Means over the updates made since the last call, over all processes; starts anew. Those of a phase that has
-        begun since are spread over all these updates."""
+        """Means over all updates since the last call, in all processes; also of a phase that began between them."""
         if not self.sums:
             return {}
         names = sorted(self.sums)

@@ -31,7 +31,7 @@ def _adamw(
         {"params": [p for p in parameters if id(p) in decayed], "weight_decay": wd},
         {"params": [p for p in parameters if id(p) not in decayed], "weight_decay": 0.0},
     ]
-    # fused also reads `found_inf`: it skips an update on the device, without a wait of the host
+    # fused also reads `found_inf` and skips an update on the device, so that the host need not wait
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
@@ -63,7 +63,7 @@ class Muon:
         others = [p for p in module.parameters() if p.requires_grad and id(p) not in ids]
         self.parts = [OrthogonalUpdates(kernels, lr, wd)] if kernels else []
         self.parts += [_adamw(module, others, lr, wd, betas)] if others else []
-        self.found_inf: Tensor | None = None  # 1.0 on the device for a step that is to change nothing
+        self.found_inf: Tensor | None = None  # 1.0 on the device: the step changes nothing
 
     @property
     def param_groups(self) -> list[dict]:
@@ -102,14 +102,14 @@ def hidden_kernels(module: nn.Module) -> list[nn.Parameter]:
 
 class OrthogonalUpdates(torch.optim.Optimizer):
     """Momentum SGD whose update of a kernel is the nearest matrix with singular values of about 1, so that directions
-    which rarely get a gradient move as far as the others. A convolution's kernel is seen as a matrix, (out, rest).
+    which rarely get a gradient move as far as the others. A convolution's kernel counts as a matrix, (out, rest).
 
     Equal to ``torch.optim.Muon`` with ``match_rms_adamw``, which takes matrices only and updates them one by one; here
     kernels of one shape are updated together.
     """
 
     MOMENTUM = 0.95
-    STEPS = 5  # of Newton and Schulz, with coefficients (Jordan et al. 2024) that bring singular values near 1 soonest
+    STEPS = 5  # Newton-Schulz iterations, whose coefficients (Jordan et al. 2024) bring singular values near 1 soonest
     COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
     def __init__(self, kernels: list[nn.Parameter], lr: float, wd: float):
@@ -124,7 +124,7 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 if kernel.grad is not None:
                     by_shape.setdefault(kernel.flatten(1).shape, []).append(kernel)
             for (rows, columns), kernels in by_shape.items():
-                scale = 0.2 * max(rows, columns) ** 0.5  # the mean square of AdamW's updates is about 0.2 of lr's
+                scale = 0.2 * max(rows, columns) ** 0.5  # the root mean square of AdamW's updates is about 0.2 lr
                 self._update(kernels, group["lr"] * scale, group["lr"] * group["weight_decay"])
 
     def _update(self, kernels: list[nn.Parameter], lr: float, decay: float) -> None:
@@ -142,8 +142,8 @@ class OrthogonalUpdates(torch.optim.Optimizer):
 
 
 def orthogonalise(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
-    """(N, R, C) -> (N, R, C): each matrix with its singular vectors kept and its singular values brought near 1, by a
-    polynomial that is applied ``steps`` times to their squares' matrix, in bfloat16."""
+    """(N, R, C) -> (N, R, C): bring each matrix's singular values near 1 and keep its singular vectors, by ``steps``
+    Newton-Schulz iterations in bfloat16."""
     a, b, c = coefficients
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
@@ -175,7 +175,7 @@ def load_optimizer(optimizer: "torch.optim.Optimizer | Muon", state: dict, path:
     """``optimizer.load_state_dict``.
 
     Raises:
-        UserError: the state is of other groups of parameters: another version decided which of them decay.
+        UserError: the state has other groups of parameters, as another version chose which of them decay.
     """
     try:
         optimizer.load_state_dict(state)

@@ -74,8 +74,8 @@ def precompute(
 
     Args:
         rows: the inputs, sorted so that neighbours have similar lengths; ``training`` is false.
-        column: the one that names the files, inside ``root``.
-        belongs_to: what the result depends on beside the data, as plain data.
+        column: column with the files' names, relative to ``root``.
+        belongs_to: other inputs of the result, as plain data.
         note: name of the computation, for the log.
     """
     path, numbers = run.save_dir / "codes" / name, rows.row_numbers
@@ -109,18 +109,18 @@ class Files:
 
     @cached_property
     def facts(self) -> np.ndarray:
-        """(numbers,) see ``file_facts``."""
+        """(rows,) ``file_facts`` of the files."""
         return file_facts(self.run, self.manifest, self.column, self.root)[self.numbers]
 
     def contents(self, indices: np.ndarray) -> list[int]:
-        """Of some of the numbers: see ``content_of_row``."""
+        """``content_of_row`` of some of the files."""
         pairs = [(int(self.numbers[index]), int(self.facts[index])) for index in indices]
         with ThreadPoolExecutor(_THREADS) as pool:  # digests are computed without the interpreter's lock
             return list(pool.map(lambda p: content_of_row(self.manifest, p[0], self.column, self.root, p[1]), pairs))
 
 
 def _changed(path: Path, belongs_to: dict, files: Files) -> str:
-    """How many files have changed since the arrays were computed, as a message; "" for none."""
+    """A message about files that changed since the arrays were computed; "" if none did."""
     facts, before = path.with_name(f"{path.name}.facts"), np.zeros(len(files.numbers), np.uint64)
     if problem := arrays_problem(facts, belongs_to):
         if problem != ABSENT:
@@ -139,7 +139,7 @@ def _changed(path: Path, belongs_to: dict, files: Files) -> str:
     if changed:
         return f"{values}: {changed + int(gone.sum()):,} {count} changed"
     if gone.any():  # such as a disk that is not mounted: the result of hours is kept
-        files.run.log(f"{values}: {gone.sum():,} {count} it was made of cannot be read: it is used as it is")
+        files.run.log(f"{values}: {gone.sum():,} {count} behind it cannot be read: it is used as it is")
     if problem or len(suspects):  # other times, the same content
         write_arrays(facts, belongs_to, values=np.where(gone, before, files.facts))
     return ""
@@ -189,7 +189,7 @@ def _make(
 
 
 class _Unfinished:
-    """Values that grow on disk batch by batch, and a journal: after each batch one line with its rows, their lengths,
+    """Values on disk that grow batch by batch, and a journal: for each batch a line with its rows, their lengths,
     hashes of their files' contents, and a digest of all values so far. A batch that a kill or a power cut left
     incomplete does not verify, and is computed again. A context manager.
 
@@ -200,7 +200,7 @@ class _Unfinished:
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.journal_path = array_file(path, "values"), path.with_name(f"{path.name}.progress")
         self.digest, self.batches = hashlib.sha256(), []
-        self.dtype, self.tail, self.length = np.dtype(np.uint16), (), 0  # of no value at all
+        self.dtype, self.tail, self.length = np.dtype(np.uint16), (), 0  # until the first value
         for file in (self.path, self.journal_path):
             set_aside(file)
         lines = self._lines(key)
@@ -221,7 +221,7 @@ class _Unfinished:
         self.journal.close()
 
     def _lines(self, key: str) -> list[bytes] | None:
-        """The journal; None if there is none of ``key``."""
+        """The lines of the journal; None if there is none for ``key``."""
         lines = self.journal_path.read_bytes().splitlines(keepends=True) if self.journal_path.exists() else []
         known = lines and self.path.exists() and _parsed(lines[0]) == {"key": key}
         return lines if known else None
@@ -296,10 +296,10 @@ def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
 
 
 class ManifestWithColumns:
-    """A manifest whose rows include what was computed from them.
+    """A manifest with additional columns, computed from its rows.
 
     Args:
-        computed: name of the additional column -> its values.
+        computed: name of the column -> its values.
     """
 
     def __init__(self, manifest: Manifest, computed: dict[str, RaggedArray]) -> None:
@@ -318,7 +318,7 @@ class ManifestWithColumns:
 
 
 def computed_digests(*sides: dict) -> dict[str, str]:
-    """One digest of everything computed from the rows of tasks, given by name per side; {} if nothing was."""
+    """One digest of all columns computed from the rows of tasks (name -> task on each side); {} if there is none."""
     sources = [
         source for tasks in sides for task in tasks.values() for source in (task, getattr(task, "recordings", None))
     ]

@@ -1,4 +1,4 @@
-"""The processes of one run, which torchrun starts: one without it."""
+"""The processes of one run: those that torchrun starts, or one."""
 
 import contextlib
 import datetime
@@ -18,12 +18,12 @@ from torch.distributed.rendezvous import rendezvous
 from omni.common.errors import UserError
 from omni.common.files import TEMPORARY_SUFFIX
 
-EXCHANGE_S = 600  # after which a process that does not join the others is taken to hang
-_PREPARATION = datetime.timedelta(days=2)  # for which the others wait while the first process prepares data
+EXCHANGE_S = 600  # wait after which a process that does not join the others counts as hung
+_PREPARATION = datetime.timedelta(days=2)  # longest wait for the first process to prepare data
 
 
 class Processes:
-    """This process, number ``rank`` of ``world``, and what it exchanges with the others; nothing if it is alone."""
+    """This process, number ``rank`` of ``world``, and its exchanges with the others."""
 
     def __init__(self) -> None:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -32,15 +32,15 @@ class Processes:
         self._patient: dist.ProcessGroup | None = None
 
     def meet(self, device: torch.device, timeout_s: float) -> None:
-        """Find the other processes through what torchrun has put into the environment."""
+        """Find the other processes by torchrun's environment variables."""
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=timeout_s)
         store, rank, world = next(rendezvous("env://", timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-            # torchrun's own store outlives a restart, and with it the addresses of processes that are dead. Several
-            # machines count their restarts each for itself; they have a new store for each (--rdzv-backend=c10d).
+            # torchrun's own store outlives a restart and keeps the addresses of dead processes. Several machines
+            # count restarts separately, but get a new store at each (--rdzv-backend=c10d).
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
         self._patient = dist.new_group(backend="gloo", timeout=_PREPARATION)
@@ -48,7 +48,7 @@ class Processes:
     def check_shared(self, folder: Path, may_be_read_only: bool) -> None:
         """
         Raises:
-            UserError: a process does not see what the first one writes: they are on machines with folders of their own.
+            UserError: a process does not see a file of the first one, as their machines do not share ``folder``.
         """
 
         def write() -> str:
@@ -59,7 +59,7 @@ class Processes:
             except OSError:
                 if not may_be_read_only:
                     raise
-                return "."  # then the folder itself has to be there
+                return "."  # the folder itself must exist
             return name
 
         token = folder / self.from_main(write)
@@ -85,22 +85,22 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], Any]) -> Any:
-        """``make()`` of the first process, sent to all: what one of them decides, none decides otherwise."""
+        """``make()`` of the first process, sent to all, so that all decide alike."""
         return self.gather(make() if self.is_main else None)[0]
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._all_reduce(tensor) if self.world > 1 else tensor
 
     def any_over_ranks(self, flag: bool) -> bool:
-        """Whether it is true in any process: an exchange between hosts, which no device waits for."""
+        """Whether ``flag`` is true in any process; the hosts exchange it, so no device waits."""
         return bool(self._all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX)) if self.world > 1 else flag
 
     def _all_reduce(self, tensor: torch.Tensor, op=dist.ReduceOp.SUM, group=None) -> torch.Tensor:
-        """In place.
+        """Reduce in place.
 
-        The exchange is kept until the next one. Whoever lets go of it last frees it, and gloo's thread asks for the
-        interpreter to do so: a loader's worker that is forked in that moment finds a lock taken, for ever (seen once
-        in CPython 3.11, in ``_PyThreadState_DeleteExcept``).
+        The exchange is kept until the next one. If gloo's thread freed it, it would ask for the interpreter, and a
+        loader worker forked at that moment would wait for a lock for ever (seen once in CPython 3.11, in
+        ``_PyThreadState_DeleteExcept``).
         """
         work = dist.all_reduce(tensor, op=op, group=group, async_op=True)
         work.wait()
@@ -109,7 +109,7 @@ class Processes:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The block runs on rank 0 while the others wait, then on the others, which find its result on disk."""
+        """Run the block on rank 0 while the others wait, then on the others, which find its result on disk."""
         if not self.is_main:
             self.barrier(self._patient)
         yield
@@ -120,6 +120,6 @@ class Processes:
         """The callable to train with: the module itself, or its DDP wrapper under torchrun."""
         if self.world == 1:
             return module
-        # of weights with dimensions of size 1, whose strides mean nothing
+        # warned of weights with dimensions of size 1, whose strides mean nothing
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)

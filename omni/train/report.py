@@ -10,14 +10,14 @@ from omni.train import checkpoint
 from omni.train.device import peak_memory_gb
 from omni.train.training import Training
 
-_NOTES_SHOWN = 20  # on rows that are used but odd; all are counted
+_NOTES_SHOWN = 20  # logged notes on odd but usable rows; all are counted
 
 
 class Report:
     def __init__(self, training: Training) -> None:
         self.training = training
         self.new_bad_rows: dict[str, str] = {}  # of this process, not yet sent to the others
-        self.new_notes: list[str] = []  # on rows that are used, likewise
+        self.new_notes: list[str] = []  # on odd but usable rows, likewise
         self.notes: set[str] = set()  # of all processes
         self.restart_clock()
 
@@ -47,7 +47,7 @@ class Report:
         self._clock = (time.perf_counter(), self.training.progress.step, meter.samples, meter.targets)
 
     def averages(self) -> None:
-        """Averages since the last report, speed, time left. Only here does the host wait for the device."""
+        """Log averages since the last report, speed and time left. The host waits for the device."""
         training, run, progress, meter = self.training, self.training.run, self.training.progress, self.training.meter
         averages = meter.averages(run)
         self.check_finite()
@@ -76,7 +76,7 @@ class Report:
     def check_finite(self) -> None:
         """
         Raises:
-            RunError: too many updates in a row were not made.
+            RunError: too many updates in a row were skipped.
         """
         run, progress, limit = self.training.run, self.training.progress, self.training.config.max_nonfinite_steps
         skipped, in_a_row = self.training.meter.skipped_counts()

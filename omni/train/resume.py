@@ -56,13 +56,13 @@ class Checkpoints:
         run.barrier()
 
     def resume(self) -> list[str]:
-        """Take up the newest checkpoint, if any.
+        """Resume from the newest checkpoint, if any.
 
         Returns:
             The harmless changes of the config, to be logged.
 
         Raises:
-            UserError: the folder has another training, or one that cannot be extended.
+            UserError: the folder belongs to another training, or to one that cannot be extended.
         """
         training, run, progress = self.training, self.run, self.training.progress
         payload = self._newest()
@@ -81,13 +81,13 @@ class Checkpoints:
         if run.world == payload["world"]:
             set_rng_state(payload["rng"][run.rank], run.device)
             training.meter.load_state_dict(payload["meter"][run.rank])
-        else:  # other processes: random states and averages have no owner, the count goes on
+        else:  # another number of processes: random states and averages belong to none of them
             training.meter.skipped += progress.skipped_updates
         return harmless
 
     def _newest(self) -> dict | None:
-        """The newest step file, with what its validation found. The first process chooses it, and is the only one that
-        sets damaged ones aside; the others read that file or none.
+        """The newest step file and the results of its validation. Only the first process chooses it and sets damaged
+        ones aside; the others read that file or none.
 
         Raises:
             RunError: this process reads other bytes than the first one.
@@ -133,7 +133,7 @@ class Checkpoints:
         self.training.progress.step = done
         return self._check_resumable(self.final_path, final)
 
-    # What is refused ---------------------------------------------------------------------------------------------
+    # Refusals ----------------------------------------------------------------------------------------------------
 
     def _check_resumable(self, path: Path, payload: dict) -> list[str]:
         """The harmless changes of the config.
@@ -168,7 +168,7 @@ class Checkpoints:
     def refuse_to_extend(self) -> None:
         """
         Raises:
-            UserError: this training is finished, and a later one that used its model would not fit to a longer one.
+            UserError: the training is finished and a later one used its model, so that it cannot be extended.
         """
         training, run, step = self.training, self.run, self.training.progress.step
 
@@ -180,14 +180,14 @@ class Checkpoints:
         if step < training.total_steps and (found := run.from_main(made)):
             key = f"{run.stage.name}_steps"
             raise UserError(
-                f"{self.final_path}: finished at step {step}, and {found} was made of it, so "
+                f"{self.final_path}: finished at step {step}, and {found} depends on it, so "
                 f"{key} cannot be {training.total_steps}. Use a new save_dir, or put {key} back to {step}"
             )
 
     # The final file ----------------------------------------------------------------------------------------------
 
     def finished_metrics(self) -> dict[str, float] | None:
-        """Those of the present step's final file; None if it is missing, damaged or older, and must be written."""
+        """Metrics of the present step's final file; None if it is missing, damaged or older, and must be written."""
         try:
             metrics = checkpoint.load(self.final_path)["metrics"]
             return metrics if metrics["trained_steps"] == self.training.progress.step else None
@@ -224,7 +224,7 @@ class Checkpoints:
         return progress.best_step, progress.best_metrics
 
     def _facts(self) -> dict:
-        """What step files and the final file have in common."""
+        """Entries of step files and the final file."""
         return {
             "format": checkpoint.FORMAT_VERSION,
             "stage": self.run.stage.name,
@@ -235,5 +235,5 @@ class Checkpoints:
 
 
 def _architecture(module: nn.Module) -> dict:
-    """What the module was built from, as plain data."""
+    """The module's architecture as plain data."""
     return module.architecture.model_dump()

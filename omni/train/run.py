@@ -1,4 +1,4 @@
-"""What a training needs around its loop: folder, device, signals, logs, processes. No stage is known here."""
+"""Folder, device, signals, logs and processes of a training, the same in all stages."""
 
 import contextlib
 import os
@@ -47,7 +47,7 @@ class Run(processes.Processes):
         self._notices = list(notices)
         if config.use_amp and self.amp_dtype is None:
             self._notices.append(f"use_amp: {self.device} has no fast half-precision arithmetic, using float32")
-        _ = self.accumulation_steps  # refused now, before anything is written
+        _ = self.accumulation_steps  # raises before anything is written
         if config.num_workers:
             raise_open_file_limit()
 
@@ -81,7 +81,7 @@ class Run(processes.Processes):
         cache_dir = self.config.cache_dir
         try:
             self.check_shared(self.save_dir, may_be_read_only=False)
-            if cache_dir is not None:  # a cache that is complete may be read-only
+            if cache_dir is not None:  # a complete cache may be read-only
                 self.check_shared(Path(cache_dir), may_be_read_only=True)
         except UserError:
             if self.lock is not None:
@@ -143,14 +143,14 @@ class Run(processes.Processes):
         self.logs.open(self.stage.name, step, validated=validated, own_folder=self._is_part)
 
     def log(self, message: str) -> None:
-        """One line to stdout, and to training.log once that is open. Rank 0 only."""
+        """See ``Logs.log``."""
         self.logs.log(message)
 
     # Signals -----------------------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, _frame) -> None:
-        # torchrun passes on a Ctrl-C that the terminal has sent already, so there a second signal means nothing. Nor
-        # does SIGHUP, which a terminal and its shell both send.
+        # torchrun repeats a Ctrl-C of the terminal, and a terminal and its shell both send SIGHUP, so a second such
+        # signal means nothing
         if self._asked_to_stop and self.world == 1 and number != signal.SIGHUP:
             if files.temporary_in_progress is not None:
                 files.temporary_in_progress.unlink(missing_ok=True)
@@ -161,7 +161,7 @@ class Run(processes.Processes):
         streams.write_at_once(f"\n{signal.Signals(number).name}: saving at the next safe point, then stopping\n")
 
     def check_stop(self) -> None:
-        """For work outside the loop that can be resumed.
+        """Stop resumable work outside the loop.
 
         Raises:
             Interrupted: the run was asked to stop.
@@ -190,7 +190,7 @@ class Run(processes.Processes):
         return results[0]
 
     def stop_agreed(self, cannot_go_on: bool = False) -> bool:
-        """Whether any process was asked to stop, or cannot go on; all get the same answer."""
+        """Whether any process was asked to stop or cannot go on, the same answer in all."""
         return self.any_over_ranks(self.stop_requested or cannot_go_on)
 
     # Data -------------------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Run(processes.Processes):
         """Micro-batches per step and process.
 
         Raises:
-            UserError: ``samples_per_step`` cannot be dealt out to so many processes.
+            UserError: ``samples_per_step`` does not divide evenly between the processes.
         """
         samples, batch_size = self.config.samples_per_step, self.config.batch_size
         if samples is None:
@@ -219,11 +219,10 @@ class Run(processes.Processes):
         return steps
 
     def cached_json(self, name: str, belongs_to: dict, make: Callable[[], dict]) -> dict:
-        """``make()``, computed once and kept in ``save_dir`` as ``name``; computed anew when it belongs to other data
-        or is damaged.
+        """``make()``, cached in ``save_dir`` as ``name``; computed again if damaged or if ``belongs_to`` changes.
 
         Args:
-            belongs_to: what the result depends on, as plain data.
+            belongs_to: inputs of the result, as plain data.
             make: called in the first process; its result is plain data.
         """
         with self.main_process_first():
@@ -240,9 +239,9 @@ class Run(processes.Processes):
 
     @contextlib.contextmanager
     def deterministic_kernels(self):
-        """Inside, on a GPU, a kernel that adds up in any order is an error, unless the config allows it.
+        """Inside the block, a nondeterministic GPU kernel is an error, unless the config allows it.
 
-        Outside it only causes a warning, as no weight depends on it there. In training a warning is not enough: fused
+        Outside it only causes a warning, as no weight depends on it. In training a warning is not enough: fused
         attention takes its deterministic kernels only where the others are an error.
         """
         if self.device.type != "cuda" or not self.config.deterministic:

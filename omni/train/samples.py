@@ -35,7 +35,7 @@ def save_samples(run: Run, step: int, index: int, clips: dict[str, Tensor], spec
 
 
 def write_sound(path: Path, sound: Tensor, sample_rate: int) -> None:
-    """A WAV file of ``sound`` (S,) in [-1, 1], whole or not at all."""
+    """Write ``sound`` (S,) in [-1, 1] as a WAV file, whole or not at all."""
     whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
     soundfile.write(whole, sound.numpy(), sample_rate, "PCM_16", format="WAV")
     replace_file(path, lambda file: file.write(whole.getbuffer()))

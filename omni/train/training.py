@@ -1,4 +1,4 @@
-"""One training: its phases, its data, and where it stands. The parts of the loop share it."""
+"""The state of one training, which the parts of the loop share: phases, data, progress."""
 
 import hashlib
 from collections.abc import Callable
@@ -22,12 +22,12 @@ LossFunction = Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass
 class Phase:
-    """One module with its optimizer: what one optimizer update belongs to.
+    """One module with its optimizer and loss.
 
     ``loss`` is called with the module to run (under torchrun its DDP wrapper) and a micro-batch. It may read other
     phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
     averages; it gets 1.0 on the device, or 0.0 if the step's update was not made. Before ``first_step`` the phase does
-    not run, so that not even weight decay touches the module; there its learning rate begins, with its own warm-up.
+    not run, so that not even weight decay touches the module; its learning rate begins there, with its own warm-up.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Validation:
     """How a stage is evaluated.
 
     ``sums`` maps (module, batch on the device) to tensors that add up over batches and processes; ``metrics`` turns
-    their totals, numbers where they are scalars, into what is reported, among it the stage's ``best_metric``.
+    their totals, numbers where they are scalars, into the reported metrics, the stage's ``best_metric`` among them.
     """
 
     dataset: ResumableDataset
@@ -78,14 +78,14 @@ class Training:
 
     @property
     def last_epoch(self) -> int:
-        """The epoch of the step that was made last."""
+        """The epoch of the last step."""
         return (self.progress.step - 1) // self.dataset.steps_per_epoch
 
     def begun_phases(self, step: int) -> list[Phase]:
         return [phase for phase in self.phases if step >= phase.first_step]
 
     def learning_rate(self, phase: Phase, step: int) -> float:
-        """With which ``step`` updates the phase."""
+        """The phase's learning rate at ``step``."""
         return warmup_cosine(
             step - phase.first_step,
             peak=phase.peak_lr,

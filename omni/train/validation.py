@@ -56,7 +56,7 @@ def _totals_of_this_process(
         from_the_start(validation.dataset) as dataset,
         untouched_rng(run.device),
         torch.no_grad(),
-        # else its shapes would be compiled as well, and signals would have to wait meanwhile
+        # compiling the shapes of validation would make signals wait
         torch.compiler.set_stance("force_eager"),
     ):
         batches = arriving(build_loader(dataset, training.config.num_workers, run.device), give_up)
@@ -72,15 +72,15 @@ def _totals_of_this_process(
             for key, value in sums.items():
                 totals[key] = totals.get(key, 0.0) + value.double().cpu()
     if stopping:
-        stop()  # here, where the random states are those of training, and ``batches`` keeps a loader that may hang
+        stop()  # outside the block, which restores the random states; ``batches`` keeps a loader that may hang
     return totals
 
 
 def _metrics(training: Training, totals: dict[str, Tensor]) -> dict[str, float]:
-    """Of all processes.
+    """Metrics over all processes.
 
     Raises:
-        UserError: no held-out row can be used, or none of those that the stage's ``best_metric`` is measured on.
+        UserError: no held-out row can be used, or none that the stage's ``best_metric`` is measured on.
     """
     run, name = training.run, training.run.stage.best_metric
     shapes: dict[str, tuple] = {}  # a process may have had no batch of its own

@@ -1,8 +1,8 @@
 """The tasks of stage E. Each is a class with ``@sft_task``; every module of this folder is imported, so that a new
 task is one new file.
 
-``TASKS``: the classes by name, in the order in which a mixture deals out its slots. A new module comes after the
-built-in ones, so that it moves none of their samples.
+``TASKS``: the classes by name, in the order of a mixture's slots. New modules come after the built-in ones, whose
+samples therefore stay where they are.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the tasks of stage E have in common: a row of a manifest becomes messages, a question and the true answer."""
+"""The base class of the tasks of stage E: a manifest's row becomes messages, a question and the true answer."""
 
 import json
 import zlib
@@ -36,14 +36,13 @@ class Side:
     processor: Processor
     training: bool
     rows: dict[str, tuple[Manifest, np.ndarray]] = field(default_factory=dict)  # of each file, by its config key
-    shared: dict[str, Any] = field(default_factory=dict)  # what several tasks use
+    shared: dict[str, Any] = field(default_factory=dict)  # objects that several tasks use
 
 
 class SftTask(ManifestDataset):
-    """Rows of one task. A sample is (sequence, accepted answers); these are normalised, and none if the sample is not
-    scored.
+    """Rows of one task. A sample is (sequence, accepted answers); the answers are normalised, none if not scored.
 
-    A new task is a subclass with ``@sft_task`` in a new file of this folder; it says the following.
+    A new task is a subclass with ``@sft_task`` in a new file of this folder; it sets these class variables.
 
     Args:
         processor: makes sequences of conversations.
@@ -57,8 +56,8 @@ class SftTask(ManifestDataset):
     split_by: ClassVar[str] = "text"  # column: rows with equal values are never on both sides
     splits_both_files: ClassVar[bool] = False  # val_split holds out values of split_by, even with a validation file
     reads: ClassVar[tuple[str, ...]] = ()  # "image", "audio": files that encoders read
-    needs: ClassVar[tuple[str, ...]] = ()  # config keys of the stages without which it cannot be learnt
-    wordings: ClassVar[tuple[str, ...]] = ()  # of questions; the first one stands in validation
+    needs: ClassVar[tuple[str, ...]] = ()  # config keys of the stages that it requires
+    wordings: ClassVar[tuple[str, ...]] = ()  # of questions; validation uses the first
     length_column: ClassVar[str | None] = None  # files whose lengths decide how many positions a row takes
     cacheable: ClassVar[bool] = True  # whether its images and recordings may be read as cached features
     standalone: ClassVar[bool] = True  # needs one file only, so that scripts/evaluate.py can score it
@@ -67,11 +66,11 @@ class SftTask(ManifestDataset):
         super().__init__(manifest, rows, **others)
         self.processor, self.config = processor, config
 
-    # What a task defines ------------------------------------------------------------------------------------------
+    # Defined by a task --------------------------------------------------------------------------------------------
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        """The row as a conversation that ends with an answer, see ``Processor.encode``. Its images and recordings are
-        not opened yet, see ``image`` and ``recording``.
+        """The row as a conversation that ends with an answer, see ``Processor.encode``. ``image`` and ``recording``
+        give its files as parts that are not opened yet.
 
         Args:
             rng: for random wordings and questions; None outside training.
@@ -79,13 +78,12 @@ class SftTask(ManifestDataset):
         raise NotImplementedError
 
     def accepted_answers(self, row: dict, messages: list[dict]) -> set[str]:
-        """Every text that is right as the last answer; empty: not scored."""
+        """All right texts of the last answer; empty: the row is not scored."""
         return {messages[-1]["content"]}
 
     @staticmethod
     def score(answer: str, accepted: set[str]) -> float:
-        """The metric, from 0 to 1: here whether ``answer`` has exactly the words of one of the accepted answers, which
-        are normalised."""
+        """The metric, from 0 to 1; by default 1 if ``answer`` has exactly the words of an accepted answer."""
         return float(normalise_answer(answer) in accepted)
 
     @classmethod
@@ -95,20 +93,19 @@ class SftTask(ManifestDataset):
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Manifest, np.ndarray, dict[str, Any]]:
-        """The manifest, perhaps with computed columns; those of ``rows`` that the task can use; further arguments of
-        the class."""
+        """The manifest, with columns computed for the task; the usable ``rows``; further arguments of the class."""
         return manifest, rows, {}
 
     def readers(self, kind: str) -> list[Any]:
-        """Whatever opens the files of one kind of ``reads``: objects with ``manifest``, ``row_numbers`` and, of images,
+        """Objects that open the files of one kind of ``reads``, with ``manifest``, ``row_numbers`` and, for images,
         ``image_root``. Their manifest gets a column of cached features."""
         return [self] if kind in self.reads else []
 
     def depends_on(self) -> list:
-        """What the lengths of rows depend on beside the data and the processor."""
+        """Digests of other inputs of the rows' lengths than data and processor."""
         return [zlib.crc32(json.dumps(self.wordings).encode())]
 
-    # What is the same for all of them -------------------------------------------------------------------------------
+    # Shared by all tasks --------------------------------------------------------------------------------------------
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
         try:
@@ -152,7 +149,7 @@ class SftTask(ManifestDataset):
         return self.processor.collate([encoded for encoded, _ in samples])
 
     def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, set[str]] | None:
-        """The sample of ``row``, in training perhaps that of a row after it; ``bad`` gets the errors by row."""
+        """The sample of ``row``; in training, of the next good row if it is bad. Adds errors by row to ``bad``."""
         return self._sample(row, epoch, bad)
 
     image_root = property(lambda self: self.config.image_root)
@@ -183,7 +180,7 @@ class SftTask(ManifestDataset):
         return self.processor.recording(path, text, row.get("frames"))
 
     def _mel_frames(self, part: dict) -> int:
-        """The mel frames of a recording, by its header; the most that there may be, if the recording is not known."""
+        """The mel frames of a recording, by its header; the largest number if the recording is not known."""
         most, mel = self.processor.max_mel_length, self.processor.mel
         if part["row"] is None:
             return most
@@ -192,23 +189,23 @@ class SftTask(ManifestDataset):
 
 
 def normalise_answer(text: str) -> str:
-    """How answers are compared: words only; an answer without any, as it stands."""
+    """The words of an answer, for comparison; an answer without words as it is."""
     return normalise_text(text) or visible(text).strip()
 
 
 def answer_ends(messages: list[dict]) -> list[int]:
-    """After how many messages an answer has been given."""
+    """Numbers of messages up to and with each answer."""
     return [count for count, message in enumerate(messages, start=1) if message["role"] == "assistant"]
 
 
 def turn(answer: str, *content: dict | str) -> list[dict]:
-    """A question of parts, texts as they are, and its answer."""
+    """The messages of a question, given as texts and other parts, and of its answer."""
     parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
     return [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
 
 
 def one_of(choices, rng: np.random.Generator | None):
-    """A random one in training, always the first otherwise."""
+    """A random choice in training, else the first."""
     return choices[0 if rng is None else int(rng.integers(len(choices)))]
 
 
@@ -216,7 +213,7 @@ def listed_texts(row: dict, column: str) -> list[str]:
     """The texts of a column that may have several: a list, in a CSV as JSON, or one text; [] if it is empty.
 
     Raises:
-        BadRow: neither.
+        BadRow: the column has neither.
     """
     value = row.get(column)
     if isinstance(value, str) and value.lstrip().startswith("["):

@@ -19,8 +19,8 @@ from omni.stages.talker import Utterance, collate_utterances
 
 @dataclass
 class Encoded:
-    """One conversation as a sequence. ``images`` and ``recordings`` stand with the position at which their placeholders
-    begin; ``transcript_ids`` are the tokens of each recording's text, [] if unknown."""
+    """One conversation as a sequence. ``images`` and ``recordings`` have the position of their first placeholder;
+    ``transcript_ids`` are the tokens of each recording's text, [] if unknown."""
 
     ids: list[int]
     targets: list[int]  # the next token at each position; -100 outside the assistant's answers
@@ -36,7 +36,7 @@ class Collator:
     """Callable: at least one ``Encoded`` -> a batch.
 
     Args:
-        cached: images and recordings are features.
+        cached: images and recordings come as cached features.
         one_length: pad every batch to ``ctx_len``.
 
     Returns:
@@ -48,7 +48,7 @@ class Collator:
 
         With recordings: ``features`` (A, F, M), zero beyond ``lengths`` (A,), or cached ``frames`` (A, U, K), zero
         beyond their number; ``n_frames`` (A,), that number; ``audio_at`` (R,), indices as above, and ``audio_from``
-        (R,), which of all A * U padded frames stands there; ``transcript_ids`` (A, L) and ``transcript_lengths`` (A,).
+        (R,), the frames' indices among all A * U; ``transcript_ids`` (A, L) and ``transcript_lengths`` (A,).
 
         With spoken answers: the result of ``collate_utterances`` as ``speech_symbols`` and so on; ``speech_rows`` (S,),
         their samples, and ``speech_at`` (S, L), see ``Encoded.speech_token_index``.

@@ -1,4 +1,4 @@
-"""Dialogues in the chat format, a line each; of a file without dialogues, all of its lines."""
+"""Dialogues in the chat format, one a line; or all lines of a file without dialogues."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from omni.stages.tasks.processor import Encoded
 
 @sft_task
 class Dialogues(SftTask):
-    """Lines of a text file. What is no dialogue is learnt as a whole, and not scored."""
+    """Lines of a text file. In a line that is no dialogue, all tokens are targets; it is not scored."""
 
     name, file_key = "text", "text_path"
 
@@ -45,7 +45,7 @@ def parse_dialogue(line: str) -> list[dict]:
     """``<|user|>Hello<|assistant|>Hello!<|end|>`` as messages.
 
     Raises:
-        BadRow: it does not begin with a role, does not end with an answer, or an answer has no ``<|end|>``.
+        BadRow: the line does not begin with a role or end with an answer, or an answer has no ``<|end|>``.
     """
     before, *found = re.split(r"<\|(system|user|assistant)\|>", line)
     messages = []

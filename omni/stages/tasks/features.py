@@ -1,4 +1,4 @@
-"""Features that frozen encoders compute of images and recordings: once for every file, not anew in every epoch."""
+"""Features of images and recordings, which frozen encoders compute once for each file."""
 
 # I images of N patches, A recordings of F mel frames and U encoder frames, K an encoder's width
 
@@ -46,7 +46,7 @@ class RecordingFiles(ManifestDataset):
 
 
 def cache_features(run: Run, model: OmniModel, processor: Processor, tasks: list[SftTask]) -> None:
-    """Put the features of their images and recordings beside the rows of all tasks."""
+    """Add cached features of images and recordings as columns to the manifests of all tasks."""
     for encoder in model.encoders:
         encoder.eval()  # as in training, where they are frozen
     for kind, column, compute in (("image", "patches", image_features), ("audio", "frames", audio_features)):
@@ -66,7 +66,7 @@ def cache_features(run: Run, model: OmniModel, processor: Processor, tasks: list
 def image_features(
     run: Run, model: OmniModel, processor: Processor, manifest: Manifest, rows: np.ndarray, root: str | None
 ) -> RaggedArray:
-    """(N, K) float16 of each image in ``rows`` of a manifest, cached in ``save_dir``; nothing of a broken one."""
+    """(N, K) float16 of each image in ``rows`` of a manifest, cached in ``save_dir``; empty for a broken one."""
 
     def make(batch: dict) -> list[np.ndarray]:
         with torch.no_grad(), run.autocast():
@@ -79,7 +79,7 @@ def image_features(
 def audio_features(
     run: Run, model: OmniModel, processor: Processor, manifest: Manifest, rows: np.ndarray, root: None = None
 ) -> RaggedArray:
-    """(U, K) float16 of each recording in ``rows`` of a manifest, cached in ``save_dir``; nothing of a broken one."""
+    """(U, K) float16 of each recording in ``rows`` of a manifest, cached in ``save_dir``; empty for a broken one."""
 
     def make(batch: dict) -> list[np.ndarray]:
         with torch.no_grad(), run.autocast():

@@ -1,4 +1,4 @@
-"""Tasks in fixed shares of every epoch, the held-out items that are answered in validation, and their scores."""
+"""The mixture of tasks, the held-out items that validation answers, and their scores."""
 
 # B samples, T positions
 
@@ -20,19 +20,20 @@ from omni.stages.tasks.processor import Processor
 class TaskMixture:
     """Tasks in fixed shares of every epoch: a ``BatchSource`` for ``ResumableDataset``.
 
-    An epoch has as many samples as the tasks have rows. Each sample has a slot; the slots are shared out by weight, and
-    a task goes through all of its rows, each time in another order, as its slots come up, over the epochs' ends. So
-    which row stands in a slot is a pure function of (seed, epoch, slot), and weights hold exactly.
+    An epoch has as many slots, one a sample, as the tasks have rows; each task gets a share of them by its weight.
+    A task passes over all of its rows, across epochs, each time in another order. So the row in a slot is a pure
+    function of (seed, epoch, slot), and the weights hold exactly.
 
     Args:
-        tasks: by name; weights: relative, 1 for a task that is not in it.
+        tasks: name -> task.
+        weights: name -> relative weight; default: 1.
     """
 
     def __init__(self, tasks: dict[str, SftTask], weights: dict[str, float], processor: Processor, seed: int) -> None:
         self.names, self.tasks, self.processor, self.seed = list(tasks), list(tasks.values()), processor, seed
         shares = np.array([weights.get(name, 1.0) for name in self.names])
         size = sum(len(task) for task in self.tasks)
-        # cumulated before rounding, so that the rounding errors do not add up; a slot at least for each
+        # cumulated before rounding, so that the rounding errors do not add up; each task gets at least one slot
         counts = np.maximum(1, np.diff(np.round(np.cumsum(shares) / shares.sum() * size), prepend=0)).astype(np.int64)
         self.ends = np.cumsum(counts)
         self.counts = counts.tolist()
@@ -41,7 +42,7 @@ class TaskMixture:
         return int(self.ends[-1])
 
     def place(self, slot: int, epoch: int) -> tuple[int, int, int]:
-        """Which task stands in a slot, which of its rows, and how often the task has been through all of them."""
+        """The index of the task in a slot, its row, and the number of its completed passes over all rows."""
         task = int(np.searchsorted(self.ends, slot, side="right"))
         count, rows = self.counts[task], len(self.tasks[task])
         passed, position = divmod(epoch * count + slot - int(self.ends[task]) + count, rows)
@@ -49,8 +50,8 @@ class TaskMixture:
         return task, int(permute(np.array([position]), rows, key)[0]), passed
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """The samples of some slots. If a task has none to put into a slot, the batch has no weight, so that the run
-        stops and says why."""
+        """The samples of some slots. If no row of a task can fill a slot, the batch has no targets, which stops the run
+        with the reason."""
         bad: dict[str, str] = {}
         samples = []
         for slot in rows if len(rows) else [0]:
@@ -78,7 +79,7 @@ class EvalItems:
         return len(self.items)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """As a ``Collator``; with ``task`` and ``accepted``, the name and the accepted answers of each sample."""
+        """A batch of ``Collator``, with ``task`` and ``accepted``: each sample's task and accepted answers."""
         bad: dict[str, str] = {}
         found = [(name, self.tasks[name].sample(row, 0, bad)) for name, row in (self.items[int(i)] for i in rows)]
         found = [(name, *sample) for name, sample in found if sample is not None]
@@ -89,10 +90,10 @@ class EvalItems:
 
 
 class AnswerScore:
-    """How well held-out questions are answered: the ``sums`` and ``metrics`` of a ``Validation``.
+    """Scores of answers to held-out questions: the ``sums`` and ``metrics`` of a ``Validation``.
 
     ``loss``: nats per token of the true answers. ``accuracy_<task>``: mean score of the greedy answers by the metric of
-    the task (``SftTask.score``); in a conversation, the last answer is scored, after the true ones before it.
+    the task (``SftTask.score``); in a conversation, of the last answer, given the true ones before it.
     ``accuracy``: the same over the items of all tasks. ``code_perplexity``: of the talker on spoken answers, with the
     Thinker's states; ``code_perplexity_of_text``: with the text alone.
     """
@@ -121,7 +122,7 @@ class AnswerScore:
         return totals
 
     def answers(self, model: OmniModel, embeds: Tensor, prompts: Tensor) -> list[str]:
-        """The likeliest answer to each prompt, see ``omni.models.answering.greedy_answers``."""
+        """The greedy answer to each prompt, see ``omni.models.answering.greedy_answers``."""
         tokenizer, limit = self.processor.tokenizer, min(self.max_answer_tokens, self.processor.ctx_len - 1)
         found = greedy_answers(model.thinker, embeds, prompts, limit, (tokenizer.end_id, tokenizer.eos_id))
         return [tokenizer.decode(ids, skip_special=True) for ids in found]

@@ -1,4 +1,4 @@
-"""Pictures: captions, and questions that are written or asked by a recording."""
+"""Pictures: captions, and written or spoken questions."""
 
 import hashlib
 import json
@@ -23,8 +23,8 @@ class _Pictures(SftTask):
 
 @sft_task
 class Captions(_Pictures):
-    """Pictures to describe. Scored where the column ``accepted_answers`` lists the captions that are right: of a
-    picture with a free caption, other wordings are right, too."""
+    """Pictures to describe. Scored if the column ``accepted_answers`` lists all right captions, since a free caption
+    has other right wordings."""
 
     name = "caption"
     wordings = ("Describe the picture.", "What does the picture show?", "What do you see?")
@@ -49,7 +49,7 @@ class PictureQuestions(_Pictures):
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         pairs = question_pairs(row)
-        # those that leave no room for the picture are not asked
+        # without questions that leave no room for the picture
         pairs = [pair for pair in pairs if self.fits(turn(pair[1], self.image(row), pair[0]))] or pairs[:1]
         if rng is None:
             question, answer = self.scored(row, pairs)
@@ -60,7 +60,7 @@ class PictureQuestions(_Pictures):
 
     @staticmethod
     def scored(row: dict, pairs: list[tuple[str, str]]) -> tuple[str, str]:
-        """The pair that is scored: chosen by the picture's name, so that no question stands for many pictures."""
+        """The pair to score, chosen by a hash of the picture's name, so that the questions vary."""
         return pairs[zlib.crc32(row["image"].encode()) % len(pairs)]
 
     @staticmethod
@@ -71,8 +71,8 @@ class PictureQuestions(_Pictures):
 
 @sft_task
 class SpokenPictureQuestions(PictureQuestions):
-    """Pictures about which a question is asked by a recording of ``question_csv``; in training others follow in
-    writing, which cost little, as the picture stands there already."""
+    """Pictures with a question that a recording of ``question_csv`` asks. In training, written questions about the same
+    picture follow, which cost little more."""
 
     name = "spoken_image_question"
     reads, standalone = ("image", "audio"), False
@@ -137,7 +137,7 @@ def count_questions(manifest: Manifest, row: int) -> int:
 
 
 def count_recorded(run: Run, manifest: Manifest, recordings: QuestionRecordings) -> np.ndarray:
-    """(rows,) how many questions of each picture have been recorded. Kept beside the index of the pictures."""
+    """(rows,) number of recorded questions of each picture, cached beside the index of the pictures."""
 
     def count(manifest: Manifest, row: int) -> int:
         return sum(question in recordings for question, _ in question_pairs(manifest[row]))

@@ -61,14 +61,13 @@ def prepare_tasks(
         if weight > 0 and name not in tasks[0]:
             run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
     account_for_tasks(run, tasks)
-    # one digest each: what the loop compares is two strings, however many files there are
+    # one digest each, however many files there are
     joined = [hashlib.sha256(" ".join(found).encode()).hexdigest() for found in digests]
     return *tasks, dict(zip(("train", "validation"), joined, strict=True))
 
 
 def open_both(run: Run, config: Any, cls: type[SftTask]) -> list[tuple[Manifest, np.ndarray]]:
-    """The file of a task, and the one to validate on, each with its rows; without the second, ``val_split`` of the
-    first."""
+    """The training and the validation file of a task, with their rows; by default ``val_split`` of the first file."""
     paths = [path for path in (config.file_of(cls.file_key), config.file_of(f"val_{cls.file_key}")) if path]
     with run.main_process_first():
         how = {"cache_dir": config.cache_dir, "log": run.log, "check_stop": run.check_stop}
@@ -81,7 +80,7 @@ def open_both(run: Run, config: Any, cls: type[SftTask]) -> list[tuple[Manifest,
 
 
 def account_for_tasks(run: Run, sides: tuple[dict[str, SftTask], dict[str, SftTask]]) -> None:
-    """Log where the rows of each file went, one of which may serve several tasks."""
+    """Log where the rows of each file went; a file may serve several tasks."""
     used: dict[Path, tuple[Manifest, tuple[list[np.ndarray], list[np.ndarray]]]] = {}
     for side, tasks in enumerate(sides):
         for task in tasks.values():
@@ -103,9 +102,8 @@ def file_of(task: SftTask) -> Manifest:
 
 
 def with_room(run: Run, task: SftTask) -> np.ndarray:
-    """The row numbers of a task without rows that are too long for ``ctx_len`` even without all turns after the first;
-    logs how many these are, and how many lose turns. Kept beside the index. Rows that cannot be read stay: reading
-    them says why."""
+    """The row numbers of a task, without rows whose first turn exceeds ``ctx_len``; logs how many these are, and how
+    many lose later turns. Cached beside the index. Unreadable rows stay: reading them raises."""
     manifest, processor, rows, name = file_of(task), task.processor, task.row_numbers, task.name
     depends_on = [name, processor.tokenizer.fingerprint, processor.ctx_len, processor.prompt, processor.cached]
     depends_on += [processor.audio and processor.audio.model_dump(), processor.max_mel_length]

@@ -1,8 +1,8 @@
 """From files and conversations to sequences: the processor opens images and recordings, and encodes messages.
 
-Recordings and images stand in a conversation where the user put them, any number, in any order. Each takes as many
-``<|audio|>`` or ``<|image|>`` placeholders as the model has vectors for it, between a start and an end token. No text
-of a user can spell these tokens (``Tokenizer.encode``).
+A conversation may have any number of recordings and images in any place. Each takes as many ``<|audio|>`` or
+``<|image|>`` placeholders as the model has vectors for it, between a start and an end token. No text of a user can
+spell these tokens (``Tokenizer.encode``).
 """
 
 # F mel frames, M mel channels, N patches, U encoder frames, K an encoder's width
@@ -32,8 +32,8 @@ class Processor:
 
     Args:
         prompt: the system message of every conversation that has none; "": none.
-        cached: images and recordings come as features that the encoders have computed before.
-        one_length: every batch is padded to ``ctx_len``, as a compiled model wants it.
+        cached: images and recordings come as cached features.
+        one_length: pad every batch to ``ctx_len``, for a compiled model.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Processor:
 
     @staticmethod
     def _opened(path: Media, cached: np.ndarray | None, read: Callable[[Media], Tensor]) -> Tensor:
-        """The one place where cached features stand in for a file; without any, the file could not be read."""
+        """Cached features, or the file as a tensor. Empty features belong to a file that could not be read."""
         if cached is None:
             return read(path)
         if not len(cached):
-            read(path)  # says why
+            read(path)  # raises with the reason
             raise BadRow(f"{path}: could not be read when the run began, now it can. Use a new save_dir")
         return torch.from_numpy(np.array(cached))
 
@@ -97,7 +97,7 @@ class Processor:
         return normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
 
     def recording_positions(self, recording: Tensor) -> int:
-        """Placeholders of a recording: one for each frame of the encoder, of which the model may leave some out."""
+        """Number of a recording's placeholders: one for each encoder frame; the model may leave some out."""
         return len(recording) if self.cached else output_frames(len(recording), self.audio.downsample_time)
 
     # Conversations
@@ -145,8 +145,8 @@ class Processor:
         return self._finished(encoded, ids, set(answers), asks)
 
     def encode_spoken(self, messages: list[dict], utterance: Utterance) -> Encoded:
-        """A conversation whose last answer is spoken: as ``encode``, with the position of the token to which each of
-        the bytes belongs that the talker reads.
+        """A conversation whose last answer is spoken: as ``encode``, with the position of the token of each byte that
+        the talker reads.
 
         Raises:
             TooLong: longer than ``ctx_len``.
@@ -159,7 +159,7 @@ class Processor:
         return encoded
 
     def encode_text(self, text: str) -> Encoded:
-        """A text that is no conversation, all of it to be learnt, as in stage A.
+        """A text that is no conversation, with all tokens as targets, as in stage A.
 
         Raises:
             TooLong: longer than ``ctx_len``.
@@ -171,15 +171,15 @@ class Processor:
     # Lengths, before anything is read
 
     def fits(self, messages: list[dict], mel_frames: Callable[[dict], int]) -> bool:
-        """Whether ``encode`` would find room for a conversation whose pictures and recordings are not read yet.
+        """Whether a conversation fits ``ctx_len``, without reading its pictures and recordings.
 
         Args:
-            mel_frames: how many a part of type audio has.
+            mel_frames: gives the mel frames of a part of type audio.
         """
         parts = [part for message in messages for part in _parts(message)]
         kinds = {part["type"] for part in parts}
         if ("image" in kinds and self.vision is None) or ("audio" in kinds and self.audio is None):
-            return True  # reading it says that there is no encoder
+            return True  # reading it raises, as there is no encoder
         if self._most_positions(messages, parts) <= self.ctx_len:
             return True
 
@@ -199,8 +199,7 @@ class Processor:
         return True
 
     def _most_positions(self, messages: list[dict], parts: list[dict]) -> int:
-        """No conversation of these parts takes more, as a token has at least a byte: found without a tokenizer, and
-        without the recordings' lengths."""
+        """An upper bound, as a token has at least a byte: needs neither tokenizer nor the recordings' lengths."""
         sizes = {"text": lambda part: len(part["text"].encode())}
         if self.vision is not None:
             sizes["image"] = lambda part: self.image_positions + 2
@@ -228,8 +227,8 @@ def _parts(message: dict) -> list[dict]:
 
 
 def speech_bytes(text: str) -> list[int]:
-    """The bytes of a text that the talker reads (``text_symbols`` without the end): of blanks the last."""
-    characters, end = [], 0  # each that is heard, with its bytes in the text
+    """Indices of the bytes that the talker reads (``text_symbols`` without the end); the last blank of several."""
+    characters, end = [], 0  # each audible character, with its byte range in the text
     for character in text:
         start, end = end, end + len(character.encode())
         if audible(character):

@@ -1,4 +1,4 @@
-"""Recordings: to write down, and questions to answer."""
+"""Recordings: transcripts, and questions to answer."""
 
 import zlib
 from typing import Any
@@ -20,7 +20,7 @@ class _Recordings(SftTask):
 
 @sft_task
 class Transcripts(_Recordings):
-    """Recordings to write down."""
+    """Recordings to transcribe."""
 
     name, file_key = "transcription", "asr_csv"
     wordings = ("Write down what is said.", "What does the recording say?", "What do you hear?")
@@ -38,7 +38,7 @@ class SpokenQuestions(_Recordings):
     """Recordings of questions, with the column ``answer``."""
 
     name, file_key = "spoken_question", "question_csv"
-    splits_both_files = True  # texts are held out, whoever says them
+    splits_both_files = True  # texts are held out for all speakers
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Manifest, np.ndarray, dict[str, Any]]:
@@ -76,7 +76,7 @@ class QuestionRecordings:
         """The row of a recording of ``question``: a random one in training, else the first.
 
         Raises:
-            BadRow: the recording is not there, or says something else with the same checksum.
+            BadRow: there is no such recording, or its text only has the same checksum.
         """
         first, end = self._span(question)
         number = int(self.row_numbers[one_of(range(first, end), rng)])
@@ -87,7 +87,7 @@ class QuestionRecordings:
 
 
 def question_recordings(side: Side) -> QuestionRecordings | None:
-    """Those of ``question_csv`` that are short enough; None if the config has no such file."""
+    """The recordings of ``question_csv`` that are short enough; None if the config has no such file."""
     key = SpokenQuestions.file_key
     if key in side.rows and key not in side.shared:
         manifest, rows = side.rows[key]
@@ -96,16 +96,16 @@ def question_recordings(side: Side) -> QuestionRecordings | None:
 
 
 def short_enough(side: Side, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """``rows`` without recordings that last longer than those that the audio encoder was trained on; logs how many.
-    Those that cannot be read stay: reading them says why."""
+    """``rows`` without recordings longer than the audio encoder's ``max_mel_length``; logs how many. Unreadable rows
+    stay: reading them raises."""
     mel, most = side.processor.mel, side.processor.max_mel_length
     frames = mel.frames(measure_samples(side.run, manifest, mel.sample_rate))
     return manifest.leave_out(rows, frames[rows] > most, f"longer than {most} mel frames", side.run.log)
 
 
 def with_answer(side: Side, manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """``rows`` without questions whose ``answer`` is blank: these are only asked about pictures. Rows that cannot be
-    read, or whose answer is no text, stay: reading them says why."""
+    """``rows`` without blank answers, whose questions are only asked about pictures. Unreadable rows, and answers that
+    are no text, stay: reading them raises."""
 
     def has_answer(manifest: Manifest, row: int) -> bool:
         try:

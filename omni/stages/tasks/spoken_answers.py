@@ -20,8 +20,8 @@ from omni.train.stage import load
 
 @sft_task
 class SpokenAnswers(SftTask):
-    """Texts with their recordings: each is the answer to one of the questions in the column ``question``; where there
-    is none, the text is asked for as it is.
+    """Texts with their recordings: answers to one of the questions in the column ``question``, or to a request for
+    the text itself.
 
     Args:
         manifest: with the columns that ``omni.stages.aligner.prepare_speech`` adds.
