@@ -9,13 +9,14 @@
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios, also in checkpoints/bench.json and docs/speed.md
 # make web    install what scripts/web_demo.py needs
+# make judges  install what scripts/second_opinion.py needs: 320 MB of packages
 
 # The first of these that is Python 3.11 or newer; or say: make PYTHON=/path/to/python3
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture fuzz golden rooms mutations lint format bench web clean
+.PHONY: demo smoke test torture fuzz golden rooms mutations lint format bench web judges clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -32,6 +33,11 @@ BIN := .venv/bin
 # --no-deps: see requirements-web.txt
 .venv/.installed-web: .venv/.installed requirements-web.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-web.txt
+	@touch $@
+
+# --no-deps: see requirements-judges.txt
+.venv/.installed-judges: .venv/.installed requirements-judges.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-judges.txt
 	@touch $@
 
 demo: .venv/.installed
@@ -70,6 +76,8 @@ bench: .venv/.installed-dev
 	$(BIN)/python benchmarks/bench.py --page docs/speed.md
 
 web: .venv/.installed-web
+
+judges: .venv/.installed-judges
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,147 +1,165 @@
-"""What does a recogniser that is none of ours hear in recordings, or in what the talker said?
+"""How good is speech, judged by models that nobody here trained?
 
-    python scripts/evaluate.py talker --ckpt_dir checkpoints/talker_demo --data data/audio/tts.val.csv \\
-        --save_speech speech
-    python scripts/second_opinion.py --csv speech/talker.csv
+    make judges
+    python scripts/evaluate.py talker --ckpt_dir checkpoints/talker_demo --vocoder_ckpt checkpoints/vocoder_demo \\
+        --data data/audio/tts.val.csv --limit 40 --save_speech speech
+    python scripts/second_opinion.py recordings=speech/recordings vocoded=speech/vocoded codec=speech/codec \\
+        talker=speech/talker --page speech.html
 
-PocketSphinx (pip install pocketsphinx) with its own acoustic model of American English, and a bigram model of other
-texts of the same kind, by default those of the built-in recordings: it knows their words and no others. Prints its
-word error rate.
+Each NAME=DIR is a folder of WAV files with the manifest DIR.csv (columns wav and text) beside it. Prints one table: a
+row for each NAME, and in parentheses the difference to the one named recordings. WER is in percent of the words. DNSMOS
+rates the sound from 1 to 5. Similarity of voices is a cosine: of each clip with the recordings of other texts.
 """
 
 import argparse
-import json
-import math
 import sys
 import tempfile
-from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 from tqdm import tqdm
 
 from omni.common.errors import BadRow, UserError, reading_row
-from omni.data.audio import load_audio
+from omni.common.files import write_json
 from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
-from omni.stages.audio_encoder import COLUMNS, error_counts, read_text
+from omni.stages.audio_encoder import COLUMNS
 from omni.train.cli import OneLineErrors, launch
+from scripts.judges import JUDGES, Clip, References, Verdict, VoiceJudge, installed
+from scripts.listening_page import Version, write_page
 
-DISCOUNT = 0.5  # taken from every bigram's count, for those that were never seen
-SAMPLE_RATE = 16_000
-DITHER = 1e-3  # digital silence has no logarithm
+RECORDINGS = "recordings"  # the source that the others are compared with
 
-
-def bigrams(sentences: list[str]) -> str:
-    """A bigram model of the sentences in the ARPA format. Ney et al. 1994: absolute discounting, with back-off."""
-    pairs: dict[str, Counter] = defaultdict(Counter)
-    for sentence in sentences:
-        words = ["<s>", *sentence.split(), "</s>"]
-        for before, word in zip(words, words[1:], strict=False):
-            pairs[before][word] += 1
-    counts = sum(pairs.values(), Counter())
-    total = counts.total()
-    unigrams, lines = {word: count / total for word, count in counts.items()}, []
-    back_off = {}
-    for before, following in pairs.items():
-        n = following.total()
-        lines += [f"{math.log10((count - DISCOUNT) / n):.4f} {before} {word}" for word, count in following.items()]
-        unseen = max(1e-9, 1 - sum(unigrams[word] for word in following))
-        back_off[before] = math.log10(DISCOUNT * len(following) / n / unseen)
-    head = [f"-99 <s> {back_off['<s>']:.4f}"]
-    head += [f"{math.log10(p):.4f} {word} {back_off.get(word, 0.0):.4f}" for word, p in unigrams.items()]
-    sizes = f"ngram 1={len(head)}\nngram 2={len(lines)}"
-    return "\n".join(["\\data\\", sizes, "", "\\1-grams:", *head, "", "\\2-grams:", *lines, "", "\\end\\", ""])
+# --- what is judged -------------------------------------------------------------------------------------------------
 
 
-class Sphinx:
-    """PocketSphinx with the words and bigrams of some texts."""
-
-    def __init__(self, folder: Path, texts: list[str]) -> None:
-        try:
-            from pocketsphinx import Decoder  # not among the requirements: only this script asks it
-        except ImportError as error:
-            raise UserError("expected PocketSphinx: pip install pocketsphinx") from error
-        path = folder / "texts.arpa"
-        path.write_text(bigrams(texts))
-        self.decoder = Decoder(lm=str(path), samprate=SAMPLE_RATE, loglevel="FATAL")
-
-    def transcribe(self, waveform: np.ndarray) -> str:
-        """What is said in (S,) float32 at SAMPLE_RATE."""
-        noise = np.random.RandomState(0).standard_normal(len(waveform)) * DITHER
-        samples = np.clip((waveform + noise) * 32767, -32768, 32767).astype(np.int16)
-        self.decoder.start_utt()
-        self.decoder.process_raw(samples.tobytes(), full_utt=True)
-        self.decoder.end_utt()
-        heard = self.decoder.hyp()
-        return heard.hypstr if heard is not None else ""
+def read_voice(folder: Path) -> list[Clip]:
+    """The WAV files of a folder. Each is read once, so that a damaged one is found before the judges begin."""
+    clips = [Clip(path, "") for path in sorted(folder.glob("*.wav"))]
+    if not clips:
+        raise UserError(f"{folder}: expected a folder of WAV files, found {'none' if folder.is_dir() else 'no folder'}")
+    for clip in clips:
+        clip.waveform()
+    return clips
 
 
-def known_texts(path: Path, folder: str) -> list[str]:
-    """The texts of a manifest, as words."""
-    manifest, texts = load_manifest(path, ("text",), "text", cache_dir=folder, log=lambda line: None), []
-    for row in range(len(manifest)):
-        try:
-            texts.append(normalise_text(manifest[row]["text"]))
-        except BadRow as error:
-            print(f"{manifest.where(row)}: {error}. Left out", file=sys.stderr)
-    return [text for text in texts if text]
+def read_source(folder: Path, limit: int | None) -> list[Clip]:
+    """The WAV files of a folder with their texts, in the order of the manifest beside it."""
+    found = {clip.path.resolve(): clip.path for clip in read_voice(folder)}
+    path, clips = folder.with_name(f"{folder.name}.csv"), []
+    with tempfile.TemporaryDirectory(prefix="omni_opinion_") as cache:
+        manifest = load_manifest(path, COLUMNS, "text", cache_dir=cache, log=lambda line: None)
+        for row in range(len(manifest)):
+            try:
+                with reading_row():
+                    fields = manifest[row]
+                    if not normalise_text(fields["text"]):
+                        raise BadRow("expected a text with words")
+                    wav = manifest.file(fields["wav"]).resolve()
+            except BadRow as error:
+                raise UserError(f"{manifest.where(row)}: {error}") from error
+            if wav not in found:
+                raise UserError(f"{manifest.where(row)}: expected a WAV file of {folder}, found {fields['wav']}")
+            clips.append(Clip(found.pop(wav), fields["text"]))
+    if found:
+        raise UserError(f"{next(iter(found.values()))}: expected its text in {path}, found none")
+    return clips[:limit]
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+def make_table(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Verdict]]) -> list[list[str]]:
+    """Rows of cells, the heading first.
+
+    Args:
+        verdicts: judge -> source -> what it says.
+    """
+    columns = [(judge, key) for judge, said in verdicts.items() for key in next(iter(said.values())).figures]
+    rows = [["", "clips", *(f"{judge} {key}" for judge, key in columns)]]
+    for source, clips in sources.items():
+        rows.append([source, str(len(clips))])
+        for judge, key in columns:
+            digits = 1 if key.endswith("%") else 2
+            value = verdicts[judge][source].figures[key]
+            base = verdicts[judge][RECORDINGS].figures[key] if RECORDINGS in sources else None
+            cell = "-" if value is None else f"{value:.{digits}f}"
+            if None not in (value, base) and source != RECORDINGS:
+                cell += f" ({value - base:+.{digits}f})"
+            rows[-1].append(cell)
+    return rows
+
+
+def page_rows(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Verdict]]) -> dict[str, list[Version]]:
+    """Text -> its clip in each source, with what the judges transcribe."""
+    rows: dict[str, list[Version]] = {}
+    for source, clips in sources.items():
+        for index, clip in enumerate(clips):
+            heard = {judge: said[source].transcripts for judge, said in verdicts.items()}
+            heard = {judge: transcripts[index] for judge, transcripts in heard.items() if transcripts}
+            rows.setdefault(clip.text, []).append(Version(source, clip.path, heard))
+    return rows
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+def named_folder(value: str) -> tuple[str, Path]:
+    name, equals, folder = value.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"expected NAME=DIR, found {value!r}")
+    return name, Path(folder)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--csv", required=True, type=Path, help="manifest with the columns wav and text")
+    parser.add_argument("sources", nargs="+", type=named_folder, metavar="NAME=DIR", help="speech to judge")
+    parser.add_argument("--judge", action="append", choices=JUDGES, help="repeat for several (default: all installed)")
     parser.add_argument(
-        "--texts", type=Path, default=Path("data/audio/asr.csv"), metavar="CSV",
-        help="manifest with the column text, of other sentences with the same words (default: data/audio/asr.csv)",
+        "--voice", action="append", default=[], type=named_folder, metavar="NAME=DIR",
+        help="WAV files of a voice; repeat, and resemblyzer counts which one each clip is nearest to",
     )  # fmt: skip
-    parser.add_argument("--limit", type=int, help="transcribe the first N rows only")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N texts beside what was heard")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument("--limit", type=int, metavar="N", help="judge the first N clips of each folder only")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and transcripts")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page to listen to the sources")
     args = parser.parse_args(argv)
-    for name in ("csv", "texts"):
-        if not getattr(args, name).is_file():
-            raise UserError(f"--{name} {getattr(args, name)}: expected a file, found none")
-    for name, least in (("limit", 1), ("show", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
-    with tempfile.TemporaryDirectory(prefix="omni_sphinx_") as folder:
-        sphinx = Sphinx(Path(folder), known_texts(args.texts, folder))
-        manifest = load_manifest(args.csv, COLUMNS, "text", cache_dir=folder, log=lambda line: None)
-        texts, heard, left_out = [], [], {}
-        for row in tqdm(range(min(len(manifest), args.limit or len(manifest))), disable=None):
-            try:
-                with reading_row():
-                    fields = manifest[row]
-                    text, waveform = read_text(fields), load_audio(manifest.file(fields["wav"]), SAMPLE_RATE)
-            except BadRow as error:
-                left_out[manifest.where(row)] = str(error)
-                continue
-            texts.append(text)
-            heard.append(sphinx.transcribe(waveform))
-    for where, why in left_out.items():
-        print(f"{where}: {why}. Left out", file=sys.stderr)
-    if not texts:
-        raise UserError(f"{args.csv}: not one of its rows can be used")
-    (errors, words), _ = error_counts(texts, heard)
+    names = args.judge or [name for name in JUDGES if installed(JUDGES[name])]
+    if not names:
+        raise UserError("no judge is installed. Say: make judges")
+    for name in names:
+        if not installed(JUDGES[name]):
+            raise UserError(f"--judge {name}: not installed. Say: make judges")
+    for folders in (args.sources, args.voice):
+        if len(dict(folders)) < len(folders):
+            raise UserError(f"{' '.join(name for name, _ in folders)}: expected a different name for each folder")
+    if args.voice and not any(issubclass(JUDGES[name], VoiceJudge) for name in names):
+        raise UserError("--voice: has no effect without a judge of voices, such as resemblyzer")
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit: expected at least 1, found {args.limit}")
+    for path in filter(None, (args.json, args.page)):
+        if not path.parent.is_dir() or path.is_dir():
+            raise UserError(f"{path}: expected the name of a file in a folder that is there")
+    sources = {name: read_source(folder, args.limit) for name, folder in args.sources}
+    references = References(sources.get(RECORDINGS, []), {name: read_voice(folder) for name, folder in args.voice})
+    verdicts: dict[str, dict[str, Verdict]] = {}
+    for name in names:
+        judge = JUDGES[name](references)
+        verdicts[name] = {
+            source: judge.judge(tqdm(clips, f"{name}, {source}", disable=None, leave=False))
+            for source, clips in sources.items()
+        }
+    table = make_table(sources, verdicts)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "csv": str(args.csv),
-                    "rows": len(texts),
-                    "rows_left_out": len(left_out),
-                    "words": words,
-                    "wer": errors / words,
-                }
-            )
-        )
-        return
-    for text, words_heard in list(zip(texts, heard, strict=True))[: args.show]:
-        print(f"true   {text}\nheard  {words_heard}\n")
-    print(f"{args.csv}: {len(texts)} recordings, {words} words, word error rate {errors / words:.4f}")
+        texts = {name: [clip.text for clip in clips] for name, clips in sources.items()}
+        said = {judge: {name: asdict(one) for name, one in some.items()} for judge, some in verdicts.items()}
+        write_json(args.json, {"texts": texts, "judges": said}, indent=2)
+    if args.page:
+        write_page(args.page, page_rows(sources, verdicts), table)
 
 
 if __name__ == "__main__":

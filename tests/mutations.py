@@ -1046,6 +1046,24 @@ MUTATIONS = [
         "from omni.models.decoding import", "import omni.train.config\nfrom omni.models.decoding import",
         "tests/test_rooms.py -k downwards",
     ),
+    Mutation(
+        "independent judges", "weights may be any", "scripts/judges.py",
+        "if (found := hashlib.sha256(content).hexdigest()) != expected:",
+        "if (found := hashlib.sha256(content).hexdigest()) is None:",
+        "tests/test_second_opinion.py -k digests",
+    ),
+    Mutation(
+        "independent judges", "a voice is compared with its own recording", "scripts/judges.py",
+        "if text != clip.text]", "]", "tests/test_second_opinion.py -k other_texts",
+    ),
+    Mutation(
+        "independent judges", "a clip without a text is passed over", "scripts/second_opinion.py",
+        "    if found:\n", "    if False:\n", "tests/test_second_opinion.py -k text_that_is_missing",
+    ),
+    Mutation(
+        "independent judges", "the page shows transcripts as HTML", "scripts/listening_page.py",
+        "{html.escape(text)}</p>", "{text}</p>", "tests/test_second_opinion.py -k self_contained",
+    ),
 ]  # fmt: skip
 
 
