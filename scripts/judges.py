@@ -54,7 +54,7 @@ class Clip:
             with reading_row():
                 return load_audio(self.path, SAMPLE_RATE).clip(-1, 1)
         except BadRow as error:
-            raise UserError(f"{self.path}: expected a sound that can be read: {error}") from error
+            raise UserError(f"{self.path}: {str(error).removeprefix(f'{self.path}: ')}") from error
 
 
 @dataclass(frozen=True)
