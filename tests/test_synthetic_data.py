@@ -77,16 +77,17 @@ def test_fewer_sentences_are_the_beginning_of_more_and_seeds_differ():
         assert speech.sentences(name, 1, 100) != longer
 
 
-def test_unseen_voices_share_no_variant_with_the_others_and_bring_an_accent():
-    def parts(voices):
-        pairs = [voice.partition("+") for voice in voices]
-        return {accent for accent, _, _ in pairs}, {variant for _, _, variant in pairs}
+def test_no_family_of_the_held_out_voices_is_ever_trained_on():
+    def families(voices):
+        return {voice.partition("/")[0] for voice in voices}
 
-    accents, variants = parts(speech.VOICES)
-    unseen_accents, unseen_variants = parts(speech.UNSEEN_VOICES)
-    assert not variants & unseen_variants
-    assert unseen_accents - accents
-    assert speech.READER in speech.VOICES
+    trained = {name for name in speech.COLLECTIONS if name != "asr.val_voices"}
+    spoken = {speech.speaking(name, 0, index).voice for name in trained for index in range(1_000)}
+    assert families(spoken) == {"espeak", "hibari", "piper"}
+    assert spoken == set(speech.VOICES) and speech.READER in spoken
+    unseen = {speech.speaking("asr.val_voices", 0, index).voice for index in range(1_000)}
+    assert unseen == set(speech.UNSEEN_VOICES)
+    assert not families(unseen) & families(spoken)
 
 
 # --- clips ----------------------------------------------------------------------------------------------------------
@@ -96,9 +97,11 @@ def test_unseen_voices_share_no_variant_with_the_others_and_bring_an_accent():
 def test_a_clip_depends_on_its_seed_and_index_only(name):
     start = speech.GROUP
     whole = in_new_process(clips, name, 3, 2 * speech.GROUP, start, start + 8)
-    alone = in_new_process(clips, name, 3, start + 3, start, start + 3)  # fewer are wanted, nothing was said before
-    assert alone == whole[:3]
-    assert in_new_process(clips, name, 4, start + 3, start, start + 3) != alone
+    alone = in_new_process(clips, name, 3, start + 5, start, start + 5)  # fewer are wanted, nothing was said before
+    assert alone == whole[:5]
+    families = {row["voice"].partition("/")[0] for _, row in alone}
+    assert families == ({"espeak", "hibari", "piper"} if name == "asr" else {"hibari"})
+    assert in_new_process(clips, name, 4, start + 5, start, start + 5) != alone
 
 
 def test_clips_are_trimmed_speech_in_the_format_that_is_promised(made):
@@ -111,7 +114,9 @@ def test_clips_are_trimmed_speech_in_the_format_that_is_promised(made):
             assert 0.03 < np.abs(audio).max() <= 1.0
             assert np.mean(np.abs(audio) > 0.999) < 1e-3, "clipped"
             assert 0.15 < info.duration / len(row["text"].split()) < 0.8, row
-            if speech.speaking(name, 0, index).snr_db is None:
+            how = speech.speaking(name, 0, index)
+            assert row.get("voice", speech.READER) == how.voice
+            if how.snr_db is None and how.reverberation_s is None and how.band is None:
                 lead, tail = silence_s(audio, 0.008)  # a little more sensitive than what trims
                 assert lead < 0.11 and tail < 0.11, row
                 lead, tail = silence_s(audio, 0.02)
@@ -124,26 +129,60 @@ def silence_s(audio: np.ndarray, threshold: float) -> tuple[float, float]:
     return audible[0] / speech.SAMPLE_RATE, (len(audio) - 1 - audible[-1]) / speech.SAMPLE_RATE
 
 
+def finished(audio: np.ndarray, **how) -> np.ndarray:
+    return speech.finish(audio, speech.SAMPLE_RATE, speech.Speaking("-", **how), seed=1) / 32767
+
+
 def test_noise_is_as_strong_as_asked():
-    tone = (10_000 * np.sin(np.arange(44_100) * 0.1)).astype(np.int16)
-    clean = speech.Speaking("en", 160, 50)
+    tone = np.sin(np.arange(44_100) * 0.1, dtype=np.float32)
     for smoothing in (1, 16):
-        noisy = speech.Speaking("en", 160, 50, snr_db=20.0, noise_smoothing=smoothing)
-        one, other = (speech.finish(tone, 22_050, how, seed=1).astype(float) for how in (clean, noisy))
+        one, other = finished(tone), finished(tone, snr_db=20.0, noise_smoothing=smoothing)
         snr_db = 10 * np.log10(np.mean(one**2) / np.mean((other - one) ** 2))
         assert snr_db == pytest.approx(20.0, abs=0.1)
 
 
-def test_recognition_hears_variety_and_noise_only_in_training_and_the_reader_reads_evenly():
+def test_loudness_is_as_asked_whatever_the_synthesiser_gives():
+    tone = np.sin(np.arange(16_000) * 0.1, dtype=np.float32)
+    for level in (0.05, 1.0):
+        assert np.abs(finished(level * tone, gain_db=-6.0)).max() == pytest.approx(0.45, abs=0.005)
+
+
+def test_a_room_adds_an_echo_that_fades_as_asked():
+    response = speech.echo(0.3, 6.0, np.random.RandomState(0))
+    assert response[0] == 1 and len(response) == 4_800
+    assert 10 * np.log10(1 / np.sum(response[1:] ** 2)) == pytest.approx(6.0)
+    first, last = np.mean(response[1:480] ** 2), np.mean(response[-480:] ** 2)
+    assert 10 * np.log10(first / last) == pytest.approx(54, abs=2)  # nine tenths of the way to 60 dB
+    click = np.zeros(8_000, np.float32)
+    click[[0, -1]] = 1, 0.5  # the second keeps the silence between from being trimmed
+    assert len(finished(click)) == len(finished(click, reverberation_s=0.3))
+    assert (
+        np.abs(finished(click, reverberation_s=0.3)[2_000:6_000]).max()
+        > 0.005
+        > np.abs(finished(click)[2_000:6_000]).max()
+    )
+
+
+def test_a_limited_band_keeps_what_is_inside_and_weakens_what_is_outside():
+    times = np.arange(16_000) / speech.SAMPLE_RATE
+    for frequency, expected in ((1_000, 1.0), (50, 0.01), (7_000, 0.05)):
+        tone = speech.limit_band(np.sin(2 * np.pi * frequency * times), 200, 3_000)[4_000:12_000]
+        rms = np.sqrt(2 * np.mean(tone**2))
+        assert rms > 0.95 if expected == 1.0 else rms < expected
+
+
+def test_recognition_hears_variety_and_disturbances_only_in_training_and_the_reader_reads_evenly():
+    shares = {"snr_db": 0.4, "reverberation_s": 0.3, "band": 0.15}
     for name in speech.COLLECTIONS:
         ways = [speech.speaking(name, 0, index) for index in range(1_000)]
-        noisy = np.mean([how.snr_db is not None for how in ways])
-        assert (0.35 < noisy < 0.45) if name == "asr" else noisy == 0
+        for disturbance, share in shares.items():
+            measured = np.mean([getattr(how, disturbance) is not None for how in ways])
+            assert measured == pytest.approx(share, abs=0.05) if name == "asr" else measured == 0
         if name.startswith("tts"):
             assert len(set(ways)) == 1
         else:
-            assert len({(how.words_per_minute, how.pitch) for how in ways}) > 500
-            assert min(sum(how.voice == voice for how in ways) for voice in {how.voice for how in ways}) > 50
+            assert len({(how.delivery, how.size) for how in ways}) > 500
+            assert min(sum(how.voice == voice for how in ways) for voice in {how.voice for how in ways}) >= 25
 
 
 # --- manifests ------------------------------------------------------------------------------------------------------

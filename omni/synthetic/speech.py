@@ -1,58 +1,68 @@
-"""Speech of the small world: sentences of `omni.synthetic.writing`, read aloud by the espeak-ng synthesiser.
+"""Speech of the small world: sentences of `omni.synthetic.writing`, read aloud by `omni.synthetic.synthesisers`.
 
-espeak-ng remembers: the phase of its pitch flutter, its automatic gain and its noise generators go on from one
-utterance to the next, and no call resets them, so that it reads the same text differently each time. Clips therefore
-come in groups of `GROUP`, and a group is read by a process that has not spoken before. That makes clip i a function of
-the seed and i only: `make_clips` says how.
+Two families remember. espeak-ng's pitch flutter, automatic gain and noise generators go on from one utterance to the
+next, and no call resets them, so that it reads the same text differently each time; so do the noise generators inside
+Piper's network. Clips therefore come in groups of `GROUP`, and a group is read by a process that has not spoken before.
+That makes clip i a function of the seed and i only: `make_clips` says how.
 
-The audio is 16 kHz, 16 bit, mono. Equal versions of espeak-ng, soxr and NumPy on the same kind of processor give equal
-bytes.
+The audio is 16 kHz, 16 bit, mono. Equal versions of the synthesisers, onnxruntime, soxr, SciPy and NumPy on the same
+kind of processor give equal bytes.
 """
 
-import ctypes
 import io
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import espeakng_loader
 import numpy as np
+import scipy.signal
 import soundfile
 import soxr
 
 from omni.synthetic import facts, writing
+from omni.synthetic.synthesisers import FAMILIES, Delivery, Synthesiser
 
 SAMPLE_RATE = 16_000  # Hz
-GROUP = 32  # clips that one process reads: starting it costs as much as reading one or two
+GROUP = 512  # clips that one process reads: loading the networks takes as long as a hundred sentences of the reader
+PEAK = 0.9  # of a clip before its gain
 
 # --- who speaks ------------------------------------------------------------------------------------------------------
 
+READER = "hibari/heart"  # of tts.csv
 # espeak-ng's names: accent, then variant. Chosen by an independent recogniser, PocketSphinx with a bigram model of the
-# world's sentences, which knows American English only: its word error rate is 1 % on the reader and below 20 % on each
-# of VOICES (160 words a minute), 3 to 36 % on the unseen ones (as they are in asr.val_voices). Many others reach 100 %.
-READER = "en-us+f2"  # of tts.csv
-VOICES = (
-    "en-us", "en-us+f1", READER, "en-us+f4", "en-us+steph", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+Hugo",
-    "en-us+Denis", "en-us+adam", "en", "en+f2", "en-gb-x-rp", "en-gb-x-rp+m3", "en-us-nyc+f2",
+# world's sentences, which knows American English only: its word error rate is below 20 % on each of them (160 words a
+# minute). Many others reach 100 %.
+ESPEAK_VOICES = tuple(
+    f"espeak/{voice}"
+    for voice in (
+        "en-us", "en-us+f1", "en-us+f2", "en-us+f4", "en-us+steph", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+Hugo",
+        "en-us+Denis", "en-us+adam", "en", "en+f2", "en-gb-x-rp", "en-gb-x-rp+m3", "en-us-nyc+f2",
+    )
 )  # fmt: skip
-# never trained on: no variant of VOICES, and one accent, Lancaster, that is not there either
-UNSEEN_VOICES = (
-    "en-us+f3", "en-us+m5", "en-us+edward", "en-gb-x-rp+m2", "en-gb-x-gbclan+f5", "en-gb-x-gbclan+m4",
-)  # fmt: skip
+# What clip 0, 1, ... of a collection is read by, again and again. Piper, which takes eight times as long as Hibari,
+# reads one clip in twenty.
+VOICES = ESPEAK_VOICES + 22 * (READER,) + 2 * ("piper/joe",)
+STRIDE = 7  # has no factor in common with the number of voices, so that all of them come, families mixed
+# never trained on: another family
+UNSEEN_VOICES = ("pico/en-US", "pico/en-GB")
 
 
 @dataclass(frozen=True)
 class Speaking:
-    """How a sentence is said."""
+    """How a sentence is said, where, and how it is recorded."""
 
-    voice: str
-    words_per_minute: int
-    pitch: int  # 0 to 99; 50 is the voice's own
-    gain_db: float = 0.0  # espeak-ng itself stays just below full scale
+    voice: str  # family/voice
+    delivery: Delivery = Delivery()
+    size: float = 1.0  # formants are higher by this factor, as in a smaller throat
+    gain_db: float = 0.0  # a clip's peak is PEAK without it
     lead_s: float = 0.08  # before the first sound, and after the last
     snr_db: float | None = None  # None: no noise
     noise_smoothing: int = 1  # samples; more is darker noise
+    reverberation_s: float | None = None  # until the echo has faded by 60 dB; None: no room
+    direct_to_echo_db: float = 10.0
+    band: tuple[int, int] | None = None  # Hz, lowest and highest, as a telephone has; None: all
 
 
 @dataclass(frozen=True)
@@ -62,16 +72,19 @@ class Collection:
     unseen: bool  # sentences: held-out combinations
     different: bool  # no sentence twice
     voices: tuple[str, ...]
-    varied: bool  # rate, pitch and loudness differ from clip to clip
-    noisy: float  # share of clips with noise
+    varied: bool  # rate, pitch, formants and loudness differ from clip to clip
+    # shares of clips:
+    noisy: float = 0.0
+    in_rooms: float = 0.0
+    narrow: float = 0.0  # with a limited band
 
 
 COLLECTIONS = {
-    "asr": Collection(unseen=False, different=False, voices=VOICES, varied=True, noisy=0.4),
-    "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True, noisy=0.0),
-    "asr.val_voices": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True, noisy=0.0),
-    "tts": Collection(unseen=False, different=True, voices=(READER,), varied=False, noisy=0.0),
-    "tts.val": Collection(unseen=True, different=True, voices=(READER,), varied=False, noisy=0.0),
+    "asr": Collection(unseen=False, different=False, voices=VOICES, varied=True, noisy=0.4, in_rooms=0.3, narrow=0.15),
+    "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True),
+    "asr.val_voices": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True),
+    "tts": Collection(unseen=False, different=True, voices=(READER,), varied=False),
+    "tts.val": Collection(unseen=True, different=True, voices=(READER,), varied=False),
 }
 
 
@@ -95,93 +108,83 @@ def speaking(name: str, seed: int, index: int) -> Speaking:
     """How clip `index` of a collection is said."""
     collection = COLLECTIONS[name]
     rng = random.Random(f"speaking {name} {seed} {index}")
-    voice = collection.voices[index % len(collection.voices)]
+    voice = collection.voices[index * STRIDE % len(collection.voices)]
     if not collection.varied:
-        return Speaking(voice, words_per_minute=160, pitch=50)
+        return Speaking(voice)
+    lowest, highest = FAMILIES[voice.partition("/")[0]].pitches
     return Speaking(
         voice,
-        words_per_minute=rng.randint(130, 185),
-        pitch=rng.randint(35, 65),
+        Delivery(
+            speed=rng.uniform(0.82, 1.15),
+            pitch=math.exp(rng.uniform(math.log(lowest), math.log(highest))),
+            liveliness=rng.uniform(0.6, 1.2),
+        ),
+        size=rng.uniform(0.9, 1.12),
         gain_db=rng.uniform(-12.0, 0.0),
         lead_s=rng.uniform(0.05, 0.1),
         snr_db=rng.uniform(15.0, 35.0) if rng.random() < collection.noisy else None,
         noise_smoothing=rng.choice((1, 4, 16)),
+        reverberation_s=rng.uniform(0.1, 0.4) if rng.random() < collection.in_rooms else None,
+        direct_to_echo_db=rng.uniform(3.0, 15.0),
+        band=(rng.randint(80, 350), rng.randint(3_000, 7_000)) if rng.random() < collection.narrow else None,
     )
 
 
-# --- the synthesiser -------------------------------------------------------------------------------------------------
-
-# Constants of espeak-ng's speak_lib.h.
-_AUDIO_OUTPUT_SYNCHRONOUS = 2  # the call returns when all is said, and hands the samples to a callback
-_RATE, _PITCH = 1, 3  # parameters
-_BUFFER_MS = 1000  # what one call of the callback gets: the library's default, 60 ms, costs a quarter more time
-_CHARS_UTF8 = 1
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+# --- from a sentence to a clip ---------------------------------------------------------------------------------------
 
 
-class Synthesiser:
-    """espeak-ng, through its C interface. One per process, since the library's state is.
+def say(synthesiser: Synthesiser, text: str, how: Speaking, seed: int) -> tuple[np.ndarray, float]:
+    """What the synthesiser says, and the rate in Hz at which to play it.
 
-    Raises:
-        RuntimeError: the library does not start, or does not know a voice.
+    A recording that is played faster is higher, shorter, and of a smaller throat. The synthesiser therefore speaks
+    lower and slower by `how.size`, and the rate makes up for it.
     """
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL(espeakng_loader.get_library_path())
-        library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-        library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
-        library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
-        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        library.espeak_Synth.argtypes = [
-            ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
-            ctypes.c_void_p, ctypes.c_void_p,
-        ]  # fmt: skip
-        self.library = library
-        self._chunks: list[np.ndarray] = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
-        data = espeakng_loader.get_data_path().encode()
-        self.sample_rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MS, data, 0)  # Hz: 22050
-        if self.sample_rate <= 0:
-            raise RuntimeError(f"espeak-ng does not start with the data in {data.decode()}")
-        library.espeak_SetSynthCallback(self._callback)
-
-    def _receive(self, samples, n_samples: int, events) -> int:
-        if samples and n_samples:
-            self._chunks.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
-        return 0
-
-    def speak(self, text: str, voice: str, words_per_minute: int, pitch: int, seed: int) -> np.ndarray:
-        """Samples (n,), int16, at `sample_rate`. `seed` is for the breath in some voices."""
-        self._chunks.clear()
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise RuntimeError(f'espeak-ng has no voice "{voice}"')
-        # choosing a voice sets both to its own
-        self.library.espeak_SetParameter(_RATE, words_per_minute, 0)
-        self.library.espeak_SetParameter(_PITCH, pitch, 0)
-        self.library.espeak_ng_SetRandSeed(seed)
-        data = text.encode()
-        self.library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None)
-        return np.concatenate(self._chunks)
+    how_here = Delivery(how.delivery.speed / how.size, how.delivery.pitch / how.size, how.delivery.liveliness)
+    voice = how.voice.partition("/")[2]
+    return synthesiser.speak(text, voice, how_here, seed), synthesiser.sample_rate * how.size
 
 
-def finish(samples: np.ndarray, sample_rate: int, how: Speaking, seed: int) -> np.ndarray:
-    """What espeak-ng said, as a clip: silence trimmed to `lead_s`, resampled, as loud and as noisy as `how` says.
+def echo(seconds: float, direct_to_echo_db: float, random_state: np.random.RandomState) -> np.ndarray:
+    """A small room's impulse response at SAMPLE_RATE: the sound itself, then noise that fades by 60 dB in `seconds`."""
+    n_samples = round(seconds * SAMPLE_RATE)
+    tail = random_state.standard_normal(n_samples) * 10 ** (-3 * np.arange(n_samples) / n_samples)
+    tail[0] = 0
+    tail *= 10 ** (-direct_to_echo_db / 20) / np.sqrt(np.sum(tail**2))
+    tail[0] = 1
+    return tail
+
+
+def limit_band(audio: np.ndarray, lowest: float, highest: float) -> np.ndarray:
+    """The part of (n,) samples at SAMPLE_RATE from `lowest` to `highest` Hz, at slopes of 24 dB an octave."""
+    frequencies = np.fft.rfftfreq(2 * len(audio), 1 / SAMPLE_RATE)
+    passed = 1 / np.sqrt(1 + (frequencies / highest) ** 8) * np.sqrt(1 - 1 / (1 + (frequencies / lowest) ** 8))
+    return np.fft.irfft(np.fft.rfft(audio, 2 * len(audio)) * passed)[: len(audio)]
+
+
+def finish(audio: np.ndarray, sample_rate: float, how: Speaking, seed: int) -> np.ndarray:
+    """What a synthesiser said, as a clip: silence trimmed to `lead_s`, resampled, then room, band, noise and loudness
+    as `how` says.
 
     Args:
-        samples: (n,) int16.
+        audio: (n,) float32.
 
     Returns:
         (m,) int16 at SAMPLE_RATE.
     """
-    audio = samples.astype(np.float32) / 32768
+    # RandomState: its numbers are the same in every version of NumPy
+    random_state = np.random.RandomState(seed)
     audible = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())  # -40 dB
     lead = round(how.lead_s * sample_rate)
     audio = np.pad(audio, lead)[audible[0] : audible[-1] + 2 * lead]  # index i of audio is i + lead when padded
     audio = soxr.resample(audio, sample_rate, SAMPLE_RATE)
-    audio *= 10 ** (how.gain_db / 20)
+    if how.reverberation_s is not None:
+        impulse_response = echo(how.reverberation_s, how.direct_to_echo_db, random_state)
+        audio = scipy.signal.fftconvolve(audio, impulse_response)[: len(audio)]
+    if how.band is not None:
+        audio = limit_band(audio, *how.band)
+    audio = audio * (PEAK * 10 ** (how.gain_db / 20) / np.abs(audio).max())
     if how.snr_db is not None:
-        # RandomState: its numbers are the same in every version of NumPy
-        noise = np.random.RandomState(seed).standard_normal(len(audio) + how.noise_smoothing - 1)
+        noise = random_state.standard_normal(len(audio) + how.noise_smoothing - 1)
         noise = np.convolve(noise, np.ones(how.noise_smoothing), mode="valid")
         audio = audio + noise * np.sqrt(np.mean(audio**2) / np.mean(noise**2)) * 10 ** (-how.snr_db / 20)
     return np.rint(np.clip(audio, -1.0, 1.0) * 32767).astype(np.int16)
@@ -198,13 +201,15 @@ def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) ->
     Args:
         texts: the sentences of the whole collection.
     """
-    synthesiser = Synthesiser()
+    loaded: dict[str, Synthesiser] = {}
     for index in range(start, stop):
         how = speaking(name, seed, index)
+        family = how.voice.partition("/")[0]
+        if family not in loaded:
+            loaded[family] = FAMILIES[family]()
         noise_seed = random.Random(f"noise {name} {seed} {index}").getrandbits(31)
-        samples = synthesiser.speak(texts[index], how.voice, how.words_per_minute, how.pitch, noise_seed)
+        clip = finish(*say(loaded[family], texts[index], how, noise_seed), how, noise_seed)
         file = io.BytesIO()
-        clip = finish(samples, synthesiser.sample_rate, how, noise_seed)
         soundfile.write(file, clip, SAMPLE_RATE, subtype="PCM_16", format="WAV")
         questions = facts.QUESTIONS.get(texts[index])
         row = {"text": texts[index], "voice": how.voice, "answer": facts.ANSWERS.get(texts[index], "")}
