@@ -292,9 +292,8 @@ class Pico:
     """
 
     sample_rate = 16_000
-    pitches = (0.8, 1.25)
+    pitches = (0.85, 1.2)
     VOICES = {"en-US": ("en-US_ta.bin", "en-US_lh0_sg.bin"), "en-GB": ("en-GB_ta.bin", "en-GB_kh0_sg.bin")}
-    PACE = 1.15
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL(py_nanotts._nanotts.__file__)
@@ -304,7 +303,7 @@ class Pico:
     def speak(self, text: str, voice: str, how: Delivery, seed: int) -> np.ndarray:
         if voice not in self.VOICES:
             raise RuntimeError(f'Pico has no voice "{voice}"')
-        speed, pitch = round(100 * self.PACE * how.speed), round(100 * how.pitch)
+        speed, pitch = round(100 * how.speed), round(100 * how.pitch)
         marked = f'<speed level="{speed}"><pitch level="{pitch}">{escape(text)}</pitch></speed>'
         ctypes.memset(self.memory, 0, _MEMORY_BYTES)
         system, engine, name = ctypes.c_void_p(), ctypes.c_void_p(), b"voice"
