@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
+from omni.common.spoken import spoken_version
 from omni.data.manifest import account_for_rows, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.data.recordings import static_lengths
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if "val" in held_out:
             sources = {}
             for name, (source, source_rows) in held_out.items():
-                report_unknown_characters(run, source, source_rows, tokenizer)
+                report_unknown_characters(run, source, source_rows, config, tokenizer)
                 source_rows, _ = usable_rows(run, source, source_rows, config, tokenizer, training=False)
                 used[name] = source, source_rows
                 sources[name] = Utterances(source, source_rows, config, tokenizer, training=False)
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 "train": manifest.sha256,
                 **{name: source.sha256 for name, (source, _) in held_out.items()},
                 "tokenizer": tokenizer.fingerprint,
+                **spoken_version(config.text_language),
             },
             files={"tokenizer.json": tokenizer.sha256},
             validation=validation,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.common.numerics import weights_sha256
+from omni.common.spoken import spoken_version
 from omni.data.audio import load_audio
 from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
 from omni.data.order import held_out_set, training_set
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         # --- First part: the codec ---------------------------------------------------------------------------------
         data = {"train": manifest.sha256, "validation": val_manifest.sha256}
+        text_data = data | spoken_version(config.text_language)
         if config.codec_ckpt:
             figures = run.import_stage(config.codec_ckpt, CODEC, CodecArchitecture)
         else:
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             texts = SpokenTexts(manifest, train_rows, config.aligner.architecture, **train_keys)
             val_texts = SpokenTexts(val_manifest, val_rows, config.aligner.architecture, **val_keys)
             with run.sub_stage(config.aligner, ALIGNER):
-                figures = figures | train_aligner(run, codec, texts, val_texts, data)
+                figures = figures | train_aligner(run, codec, texts, val_texts, text_data)
         aligner = load(ALIGNER, run.save_dir, run.device).model
 
         # --- Codes and durations of all recordings, computed once --------------------------------------------------
@@ -143,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run,
             [Phase("talker", talker, build_optimizer(talker, config), loss, peak_lr=config.lr)],
             training_set(run, recordings),
-            fingerprint=data | computed,
+            fingerprint=text_data | computed,
             validation=validation,
             summary=figures | references,
         )

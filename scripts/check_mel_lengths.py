@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omni.common.errors import BadRow, UserError, reading_row
+from omni.common.spoken import Language
 from omni.data.manifest import Manifest, load_manifest
 from omni.data.measure import measure
 from omni.data.recordings import LENGTH, row_length, samples_at
@@ -49,6 +50,7 @@ class Frames:
     cache_dir: str | None
     downsample_time: int | None  # mel frames an output frame; None: no CTC, any text fits
     tokenizer: Path | None  # where stage B leaves its tokenizer
+    text_language: Language | None = None
 
     @property
     def per_second(self) -> float:
@@ -132,6 +134,7 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
         cache_dir=config.cache_dir,
         downsample_time=config.downsample_time,
         tokenizer=Path(config.save_dir) / "tokenizer.json" if config_path else None,
+        text_language=config.text_language,
     )
 
 
@@ -156,7 +159,7 @@ def report_texts(manifest: Manifest, lengths: np.ndarray, frames: Frames) -> Non
     units = f"tokens of {frames.tokenizer}" if tokenizer else "characters, since there is no tokenizer.json yet"
 
     def needed(manifest: Manifest, row: int) -> int:
-        text = read_text(manifest[row])
+        text = read_text(manifest[row], frames.text_language)
         return frames_needed(tokenizer.encode(text) if tokenizer else [ord(character) for character in text])
 
     needs = measure(manifest, needed, np.int64, desc="texts")

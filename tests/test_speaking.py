@@ -87,3 +87,10 @@ def test_any_text_falls_into_pieces_that_are_not_too_long(seed):
 )  # fmt: skip
 def test_where_a_text_is_cut(text, expected):
     assert sentences(text) == expected
+
+
+def test_a_number_is_said_as_its_words_by_a_talker_that_learnt_to(say, speaker, monkeypatch):
+    digit, word = say("3 books."), say("three books.")
+    assert not np.array_equal(digit, word)
+    monkeypatch.setattr(speaker, "text_language", "en")
+    assert np.array_equal(say("3 books."), word) and np.array_equal(say("three books."), word)

@@ -460,6 +460,7 @@ def test_references_are_counted_again_for_another_listener_or_other_rows(trained
 
 def test_texts_without_words_are_no_words():
     assert word_errors(["One, two!", "!!!"], ["one", "something"]) == (1, 2)
+    assert word_errors(["3 cats"], ["three cats"], "en") == (0, 2) != word_errors(["3 cats"], ["three cats"])
     assert word_error_rates({"a": (1, 2), "b": (0, 0)}) == {"wer_a": 0.5}
 
 

@@ -7,6 +7,7 @@ import torch
 
 from omni.common.errors import BadRow, UserError
 from omni.common.media import Media, quoted
+from omni.common.spoken import Language
 from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Export, open_model
@@ -178,9 +179,13 @@ class AnswerStates:
         self.ids: list[int] = []
         self.states: list[torch.Tensor] = []  # (D,) each; of an answer that was cut, one less
 
-    def of(self, texts: list[str]) -> list[torch.Tensor] | None:
+    def of(self, texts: list[str], language: Language | None = None) -> list[torch.Tensor] | None:
         """For each of the answer's ``sentences``, the state for each byte that the talker reads, (L, D); None if the
-        answer's bytes are not UTF-8, since they then differ from those of its text."""
+        answer's bytes are not UTF-8, since they then differ from those of its text.
+
+        Args:
+            language: the talker's ``text_language``.
+        """
         if not self.states:
             return None
         answer = self.tokenizer.decode(self.ids, skip_special=True)
@@ -195,7 +200,7 @@ class AnswerStates:
             at = answer.index(text, at)
             first = len(answer[:at].encode())
             at += len(text)
-            found.append(torch.stack([*(per_byte[first + byte] for byte in speech_bytes(text)), nothing]))
+            found.append(torch.stack([*(per_byte[first + byte] for byte in speech_bytes(text, language)), nothing]))
         return found
 
 

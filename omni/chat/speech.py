@@ -111,7 +111,7 @@ def synthesize(
     longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
     silent, states = True, None
     if answer_states is not None and speaker.uses_thinker_states:
-        states = answer_states.of(texts)
+        states = answer_states.of(texts, speaker.text_language)
     for number, text in enumerate(texts):
         samples = 0
         for piece in speaker.stream(text, thinker_states=states and [states[number]], **sampling):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow
+from omni.common.spoken import Language, spoken_form
 from omni.common.text import audible
 from omni.models.ctc import ctc_nll
 from omni.models.layers import ConvNeXtBlock
@@ -26,9 +27,14 @@ _PRIOR_STD = 0.1  # how far a byte may be from the diagonal, as a share of the w
 _EXCLUDED = -1e4  # score of a byte beyond the text's end
 
 
-def text_symbols(text: str) -> list[int]:
-    """The symbols of a text: the UTF-8 bytes of its ``audible`` characters, runs of blanks made one, and an end."""
-    return [*" ".join(audible(text).split()).encode(), TEXT_END]
+def text_symbols(text: str, language: Language | None = None) -> list[int]:
+    """The symbols of a text: the UTF-8 bytes of the ``spoken_form`` of its ``audible`` characters, runs of blanks made
+    one, and an end.
+
+    Args:
+        language: the architecture's ``text_language``.
+    """
+    return [*" ".join(spoken_form(audible(text), language).split()).encode(), TEXT_END]
 
 
 def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> None:

@@ -34,7 +34,7 @@ def normalise_text(text: str) -> str:
     """The pronounced part of a text: what transcripts are trained on and compared by.
 
     NFKC, lower case; letters, digits and apostrophes inside words stay, invisible characters go (``audible``),
-    everything else parts words. Numbers stay in digits: how they are read is for whoever writes the manifest.
+    everything else parts words. Numbers stay in digits: ``spoken_form`` makes words of them.
     "“It’s  5pm,” he said" becomes "it's 5pm he said".
     """
     text = unicodedata.normalize("NFKC", audible(text)).lower().replace("’", "'")

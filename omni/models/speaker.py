@@ -35,6 +35,7 @@ class Speaker:
         self.spec = mel_spec(codec.architecture)
         if vocoder is not None:
             refuse_other_mels("the vocoder", vocoder.architecture, "the codec", self.spec)
+        self.text_language = talker.architecture.text_language
         self.code_s = codec.architecture.frame_ms / 1000
         self.max_frames = int(MAX_SECONDS / self.code_s)
 
@@ -42,7 +43,7 @@ class Speaker:
 
     def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
         """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
-        symbols = [text_symbols(text) for text in texts]
+        symbols = [text_symbols(text, self.text_language) for text in texts]
         sampling.setdefault("max_frames", self.max_frames)
         frames, going_on = [], []
         for codes, still in self.talker.generate(symbols, **sampling):
@@ -86,7 +87,7 @@ class Speaker:
         The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
         without a vocoder there is one piece.
         """
-        symbols = text_symbols(text)
+        symbols = text_symbols(text, self.text_language)
         sampling.setdefault("max_frames", self.max_frames)
         codes: list[Tensor] = []
         done, chunk = 0, FIRST_CHUNK

@@ -5,6 +5,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from omni.common.spoken import TEXT_LANGUAGE, Language
 from omni.models.architectures import Architecture, ThinkerArchitecture
 
 ListedSize = Annotated[int, Field(le=65_536)]
@@ -68,7 +69,13 @@ class CodecArchitecture(SpeechCodes):
         return self
 
 
-class AlignerArchitecture(SpeechFrames):
+class ReadTexts(Architecture):
+    """How the aligner and the talker read texts."""
+
+    text_language: Language | None = Field(None, description=TEXT_LANGUAGE)
+
+
+class AlignerArchitecture(ReadTexts, SpeechFrames):
     """The sizes of the aligner."""
 
     aligner_d_model: int = Field(128, ge=8, le=1_000_000, description="width of the aligner")
@@ -80,7 +87,7 @@ class AlignerArchitecture(SpeechFrames):
     )
 
 
-class TalkerArchitecture(SpeechCodes):
+class TalkerArchitecture(ReadTexts, SpeechCodes):
     """The sizes of the talker, and the codes that it writes."""
 
     d_model: int = Field(512, ge=8, le=1_000_000)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from omni.common.errors import BadRow
 from omni.common.host import Host
 from omni.common.numerics import weights_sha256
+from omni.common.spoken import Language, spoken_version
 from omni.data.manifest import Manifest
 from omni.models.aligner import Aligner, aligner_nats, check_fits, likeliest_durations, text_symbols
 from omni.models.codec import Codec
@@ -48,13 +49,13 @@ STAGE = Stage(
 # Texts and recordings
 
 
-def read_symbols(row: dict) -> list[int]:
+def read_symbols(row: dict, language: Language | None) -> list[int]:
     """The ``text_symbols`` of a row's text.
 
     Raises:
         BadRow: the text is too long.
     """
-    symbols = text_symbols(row["text"])
+    symbols = text_symbols(row["text"], language)
     if len(symbols) > MAX_TEXT_BYTES:
         raise BadRow(f"expected a text of at most {MAX_TEXT_BYTES} bytes, found {len(symbols) - 1}")
     return symbols
@@ -74,7 +75,7 @@ class SpokenTexts(SpeechClips):
     """Texts and the log-mels of their recordings. A sample is (symbols, (T, M))."""
 
     def read(self, row: dict, rng: np.random.Generator | None) -> tuple[list[int], Tensor]:
-        symbols, log_mels = read_symbols(row), super().read(row, rng)
+        symbols, log_mels = read_symbols(row, self.architecture.text_language), super().read(row, rng)
         alignment_frames = -(-len(log_mels) // self.per_code) * self.architecture.alignment_frames_per_code
         check_fits(symbols, alignment_frames, len(log_mels) * self.mel.hop_length / self.mel.sample_rate)
         return symbols, log_mels
@@ -109,7 +110,7 @@ def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str
         scores = aligner(symbols, text_lengths, log_mels, lengths)
         return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
 
-    belongs_to = {"aligner": weights_sha256(aligner)}
+    belongs_to = {"aligner": weights_sha256(aligner)} | spoken_version(aligner.architecture.text_language)
     return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
 
 

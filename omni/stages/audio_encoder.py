@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
+from omni.common.spoken import TEXT_LANGUAGE, Language, spoken_form, spoken_version
+from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import measure_rows
@@ -43,6 +45,7 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
     val_voices_csv: str | None = input_file(
         None, hint=ASR_HINT, description="second held-out manifest, with voices that are not in training"
     )
+    text_language: Language | None = Field(None, description=TEXT_LANGUAGE)
     max_mel_length: int = Field(
         2048,
         ge=8,
@@ -97,13 +100,18 @@ STAGE = Stage(
 # Usable rows
 
 
-def read_text(row: dict) -> str:
-    """The normalised transcript, for training and scores.
+def written_words(text: str, language: Language | None) -> str:
+    """A text as the recogniser writes it: the ``normalise_text`` of its ``spoken_form``."""
+    return normalise_text(spoken_form(audible(text), language))
+
+
+def read_text(row: dict, language: Language | None) -> str:
+    """The ``written_words`` of a row, for training and scores.
 
     Raises:
         BadRow: it has no pronounced character.
     """
-    text = normalise_text(row["text"])
+    text = written_words(row["text"], language)
     if not text:
         raise BadRow(f'expected words in "text", found "{row["text"][:40]}"')
     return text
@@ -127,9 +135,10 @@ def usable_rows(
     if training:
 
         def needed(manifest: Manifest, row: int) -> int:
-            return frames_needed(tokenizer.encode(read_text(manifest[row])))
+            return frames_needed(tokenizer.encode(read_text(manifest[row], config.text_language)))
 
-        needs = measure_rows(run, manifest, f"ctc-{tokenizer.fingerprint[:12]}", needed, np.uint32)[rows]
+        name = "-".join(("ctc", tokenizer.fingerprint[:12], *spoken_version(config.text_language).values()))
+        needs = measure_rows(run, manifest, name, needed, np.uint32)[rows]
         too_short = (frames > 0) & (needs > output_frames(frames, config.downsample_time))
         reason = f"too short for their text ({config.downsample_time} mel frames an output frame)"
         rows, frames = manifest.leave_out(rows, too_short, reason, run.log), frames[~too_short]
@@ -163,7 +172,7 @@ class Utterances(ManifestDataset):
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
         config = self.config
-        text = read_text(row)
+        text = read_text(row, config.text_language)
         tokens = self.tokenizer.encode(text)
         waveform = load_speech(self.manifest.file(row["wav"]), self.mel, config.max_mel_length)
         if rng is None:
@@ -328,7 +337,7 @@ def prepare_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray, config: Au
         for row in rows:
             run.check_stop()
             try:
-                yield manifest[int(row)]["text"]
+                yield read_text(manifest[int(row)], config.text_language)
             except BadRow:  # training reports it
                 continue
 
@@ -345,12 +354,14 @@ def prepare_tokenizer(run: Run, manifest: Manifest, rows: np.ndarray, config: Au
     return tokenizer
 
 
-def report_unknown_characters(run: Run, manifest: Manifest, rows: np.ndarray, tokenizer: CtcTokenizer) -> None:
+def report_unknown_characters(
+    run: Run, manifest: Manifest, rows: np.ndarray, config: AudioEncoderConfig, tokenizer: CtcTokenizer
+) -> None:
     """Log characters of held-out texts that no training text has: the model cannot write them."""
     unknown: set[str] = set()
     for row in rows:
         try:
-            unknown |= tokenizer.unknown(manifest[int(row)]["text"])
+            unknown |= tokenizer.unknown(read_text(manifest[int(row)], config.text_language))
         except BadRow:  # validation reports it
             continue
     if unknown:

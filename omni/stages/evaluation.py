@@ -211,7 +211,8 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
         for row, text, recording in read:
             try:
                 with reading_row():
-                    symbols, log_mels = text_symbols(text), log_mel(recording, speaker.spec)
+                    symbols = text_symbols(text, speaker.text_language)
+                    log_mels = log_mel(recording, speaker.spec)
                     durations = aligner.align_one(symbols, log_mels)
             except BadRow as error:
                 result.left_out[manifest.where(row)] = str(error)
@@ -240,7 +241,7 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             continue
         for kind, waveforms in sounds.items():
             heard = recognizer.transcribe(waveforms, speaker.spec.sample_rate)
-            counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard))
+            counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard, recognizer.text_language))
         result.shown += list(zip(texts, heard, strict=True))
     result.check_rows(args)
     result.metrics = talker_metrics(totals) | word_error_rates(counts)

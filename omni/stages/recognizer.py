@@ -10,14 +10,14 @@ from torch import Tensor
 from omni.common.errors import BadRow, reading_row
 from omni.common.host import Host
 from omni.common.numerics import weights_sha256
+from omni.common.spoken import Language
 from omni.data.audio import load_audio, log_mel, normalise_features, resample
 from omni.data.manifest import Manifest
 from omni.data.measure import files_digest
 from omni.models.audio_encoder import mel_spec
-from omni.models.ctc import normalise_text
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.talker import Talker
-from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe
+from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe, written_words
 from omni.stages.talker import talker_metrics, talker_sums
 from omni.train.stage import load
 
@@ -35,6 +35,7 @@ class Recognizer:
         opened = load(STAGE, folder, device)
         self.model, self.tokenizer, config = opened.model, opened.tokenizer, opened.config_as(AudioEncoderConfig)
         self.spec, self.max_frames, self.device = mel_spec(config), config.max_mel_length, device
+        self.text_language = config.text_language
 
     @torch.no_grad()
     def transcribe(self, waveforms: Sequence[Tensor], sample_rate: int) -> list[str]:
@@ -64,9 +65,13 @@ def word_error_rates(counts: dict[str, tuple[int, int]]) -> dict[str, float]:
     return {f"wer_{kind}": float(errors / words) for kind, (errors, words) in counts.items() if words}
 
 
-def word_errors(texts: Sequence[str], transcripts: Sequence[str]) -> tuple[int, int]:
-    """Numbers of word errors of ``transcripts`` and of words in ``texts``. A text without words is left out."""
-    pairs = [(normalise_text(text), found) for text, found in zip(texts, transcripts, strict=True)]
+def word_errors(texts: Sequence[str], transcripts: Sequence[str], language: Language | None = None) -> tuple[int, int]:
+    """Numbers of word errors of ``transcripts`` and of words in ``texts``. A text without words is left out.
+
+    Args:
+        language: the recogniser's ``text_language``.
+    """
+    pairs = [(written_words(text, language), found) for text, found in zip(texts, transcripts, strict=True)]
     pairs = [(text, found) for text, found in pairs if text]
     return error_counts(*map(list, zip(*pairs, strict=True)))[0] if pairs else (0, 0)
 
@@ -99,7 +104,7 @@ def prepare_references(
         counts = {}
         for kind in ("recordings", "vocoded", "codec"):
             transcripts = recognizer.transcribe([version[kind] for version in versions], speaker.spec.sample_rate)
-            counts[kind] = word_errors([text for _, text, _ in read], transcripts)
+            counts[kind] = word_errors([text for _, text, _ in read], transcripts, recognizer.text_language)
         rates = word_error_rates(counts)
         run.log("  ".join(f"{name} {rate:.4g}" for name, rate in rates.items()))
         return rates
@@ -141,7 +146,8 @@ class TalkerScore:
                 if self.show is not None and number < self.shown:
                     self.show(batch["step"], number, wav, waveform)
             if self.recognizer is not None:
-                errors, words = word_errors(texts, self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate))
+                transcripts = self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate)
+                errors, words = word_errors(texts, transcripts, self.recognizer.text_language)
                 totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}
             self.spoken += len(texts)
         return totals

@@ -149,7 +149,7 @@ class CodedSpeech(ManifestDataset):
         self.static_up_to = max_codes if static else None
 
     def read(self, row: dict, rng: np.random.Generator | None) -> Utterance:
-        symbols = read_symbols(row)
+        symbols = read_symbols(row, self.architecture.text_language)
         if not len(row["codes"]):
             read_log_mels(self.manifest, row, self.architecture, self.max_codes)  # raises if the recording is bad
             raise BadRow(

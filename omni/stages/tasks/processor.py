@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, TooLong
 from omni.common.media import Media, quoted
+from omni.common.spoken import Language, spoken_pieces
 from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features
 from omni.data.images import load_image
@@ -155,7 +156,10 @@ class Processor:
         counts = self.tokenizer.byte_counts(self.tokenizer.encode(answer, allow_special=False))
         token = [index for index, count in enumerate(counts) for _ in range(count)]
         encoded.utterance = utterance
-        encoded.speech_token_index = [encoded.prompt + token[byte] for byte in speech_bytes(answer)] + [-1]
+        encoded.speech_token_index = [
+            *(encoded.prompt + token[byte] for byte in speech_bytes(answer, self.talker.text_language)),
+            -1,
+        ]
         return encoded
 
     def encode_text(self, text: str) -> Encoded:
@@ -226,13 +230,25 @@ def _parts(message: dict) -> list[dict]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def speech_bytes(text: str) -> list[int]:
-    """Indices of the bytes that the talker reads (``text_symbols`` without the end); the last blank of several."""
-    characters, end = [], 0  # each audible character, with its byte range in the text
+def speech_bytes(text: str, language: Language | None = None) -> list[int]:
+    """Indices of the bytes that the talker reads (``text_symbols`` without the end); the last blank of several.
+
+    Words that are spoken for a number share its bytes: the first ones have its first digits.
+
+    Args:
+        language: the talker's ``text_language``.
+    """
+    written, end = [], 0  # each audible character, with its byte range in the text
     for character in text:
         start, end = end, end + len(character.encode())
         if audible(character):
-            characters.append((character, range(start, end)))
+            written.append((character, range(start, end)))
+    characters = []
+    for piece, first, last in spoken_pieces("".join(character for character, _ in written), language):
+        for index, character in enumerate(piece):
+            own = written[first + index * (last - first) // len(piece)][1]
+            n_bytes = len(character.encode())
+            characters.append((character, own if len(own) == n_bytes else [own[0]] * n_bytes))
     found: list[int] = []
     for word in re.finditer(r"\S+", "".join(character for character, _ in characters)):
         if found:
