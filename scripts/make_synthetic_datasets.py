@@ -14,7 +14,9 @@ ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
 combination that training never shows (omni/synthetic/holdout.py lists them). asr.val_voices.csv has voices that asr.csv
-has not, ocr.val.csv words and fonts that ocr.csv has not. File names in them are relative to the folder they stand in.
+has not, ocr.val.csv words and fonts that ocr.csv has not. Half of the sentences of asr.csv and tts.csv are beyond the
+small world; asr.val_open.csv (the voices of asr.val_voices.csv) and tts.val_open.csv have sentences with words that
+neither has. File names in them are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
 """
@@ -45,14 +47,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from omni.common.errors import Interrupted, RunError, UserError
-from omni.synthetic import facts, pictures, signs, speech, writing
+from omni.common.files import read_text
+from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writing
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
-CLIPS = {  # collection -> clips; a clip lasts about 2 s
-    "smoke": {"asr": 48, "asr.val": 16, "asr.val_voices": 16, "tts": 48, "tts.val": 16},
-    "demo": {"asr": 16_000, "asr.val": 300, "asr.val_voices": 300, "tts": 6_000, "tts.val": 300},
-    "large": {"asr": 80_000, "asr.val": 300, "asr.val_voices": 300, "tts": 36_000, "tts.val": 300},
+HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_open")
+CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
+    "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
+    "demo": {"asr": 16_000, "tts": 6_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
 SIGNS = {"smoke": (96, 32), "demo": (24_000, 1_000), "large": (150_000, 1_000)}
@@ -115,19 +119,40 @@ def text_files(settings: dict) -> list[Lines]:
 
 
 def audio_settings(args: argparse.Namespace) -> dict:
-    return {"seed": args.seed, "clips": CLIPS[args.size]}
+    settings = {"seed": args.seed, "clips": CLIPS[args.size]}
+    if args.speech_text:
+        digest = hashlib.sha256(read_text(args.speech_text, "text").encode()).hexdigest()
+        settings["speech_text"] = {"file": args.speech_text, "sha256": digest}
+    return settings
 
 
 def audio_collections(settings: dict) -> list[Collection]:
+    own = own_sentences(settings["speech_text"]["file"]) if "speech_text" in settings else []
+
     def collection(name: str, count: int) -> Collection:
         columns = (
             ("text", "wav", "answer", "question") if name.startswith("tts") else ("wav", "text", "voice", "answer")
         )
-        texts = speech.sentences(name, settings["seed"], count)
+        texts = speech.sentences(name, settings["seed"], count, own)
         make = partial(speech.make_clips, name, settings["seed"], texts)
         return Collection(f"{name}.csv", columns, name.replace(".", "_"), ".wav", count, speech.GROUP, make)
 
     return [collection(name, count) for name, count in settings["clips"].items()]
+
+
+def own_sentences(path: str) -> list[str]:
+    """The sentences of the user's text that can be read aloud.
+
+    Raises:
+        UserError: there are none.
+    """
+    usable, total = open_vocabulary.sentences_of(read_text(path, "text"))
+    words = f"{open_vocabulary.WORDS[0]} to {open_vocabulary.WORDS[-1]} words"
+    expected = f"English sentences of {words} and up to {open_vocabulary.MAX_CHARACTERS} characters"
+    if not usable:
+        raise UserError(f"{path}: expected {expected}, found none among its {total:,} sentences")
+    print(f"{path}: {len(usable):,} of {total:,} sentences can be used ({expected}, without held-out words)")
+    return usable
 
 
 def image_settings(sizes: dict[str, tuple[int, int]], args: argparse.Namespace) -> dict:
@@ -195,7 +220,7 @@ def examples(settings: dict) -> list[Lines]:
 
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
-    "audio": Part(3, "audio/speech.json", audio_settings, audio_collections),
+    "audio": Part(4, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),
@@ -553,6 +578,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", default="data", metavar="DIR", help="folder to write to (default: data)")
     parser.add_argument("--size", choices=TEXT_LINES, default="demo", help="how much of everything (default: demo)")
     parser.add_argument("--text_samples", type=positive, metavar="N", help="lines of training text, instead of --size")
+    parser.add_argument(
+        "--speech_text", metavar="FILE", help="text of yours, whose sentences are read aloud beside the built-in ones"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another sample (default: 0)")
     parser.add_argument("--only", choices=PARTS, help="make one part (default: all of them)")
     parser.add_argument("--force", action="store_true", help="make the files again, also over other files")

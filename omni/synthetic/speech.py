@@ -1,4 +1,5 @@
-"""Speech of the small world: sentences of `omni.synthetic.writing`, read aloud by `omni.synthetic.synthesisers`.
+"""Speech: sentences of the small world (`omni.synthetic.writing`) and beyond it (`omni.synthetic.open_vocabulary`),
+read aloud by `omni.synthetic.synthesisers`.
 
 Two families remember. espeak-ng's pitch flutter, automatic gain and noise generators go on from one utterance to the
 next, and no call resets them, so that it reads the same text differently each time; so do the noise generators inside
@@ -13,7 +14,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,7 @@ import scipy.signal
 import soundfile
 import soxr
 
-from omni.synthetic import facts, writing
+from omni.synthetic import facts, open_vocabulary, writing
 from omni.synthetic.synthesisers import FAMILIES, Delivery, Synthesiser
 
 SAMPLE_RATE = 16_000  # Hz
@@ -69,35 +70,56 @@ class Speaking:
 class Collection:
     """One row of COLLECTIONS: the clips of one manifest, and how they differ."""
 
-    unseen: bool  # sentences: held-out combinations
+    unseen: bool  # sentences: held-out combinations, and held-out words in those beyond the small world
     different: bool  # no sentence twice
     voices: tuple[str, ...]
     varied: bool  # rate, pitch, formants and loudness differ from clip to clip
     # shares of clips:
+    open_vocabulary: float = 0.0  # whose sentences are beyond the small world
     noisy: float = 0.0
     in_rooms: float = 0.0
     narrow: float = 0.0  # with a limited band
 
 
+OPEN = 0.5  # of what is trained on
+OWN = 0.5  # of these, where the user gives a text
 COLLECTIONS = {
-    "asr": Collection(unseen=False, different=False, voices=VOICES, varied=True, noisy=0.4, in_rooms=0.3, narrow=0.15),
+    "asr": Collection(
+        unseen=False, different=False, voices=VOICES, varied=True, open_vocabulary=OPEN, noisy=0.4, in_rooms=0.3,
+        narrow=0.15,
+    ),
     "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True),
     "asr.val_voices": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True),
-    "tts": Collection(unseen=False, different=True, voices=(READER,), varied=False),
+    "asr.val_open": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True, open_vocabulary=1.0),
+    "tts": Collection(unseen=False, different=True, voices=(READER,), varied=False, open_vocabulary=OPEN),
     "tts.val": Collection(unseen=True, different=True, voices=(READER,), varied=False),
-}
+    "tts.val_open": Collection(unseen=True, different=True, voices=(READER,), varied=False, open_vocabulary=1.0),
+}  # fmt: skip
 
 
-def sentences(name: str, seed: int, count: int) -> list[str]:
-    """The sentences of a collection; fewer of them are the beginning of more."""
+def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list[str]:
+    """The sentences of a collection; fewer of them are the beginning of more. No training sentence has a held-out word.
+
+    Args:
+        own: sentences of the user's text; each comes once at most, and none in a held-out collection.
+    """
     collection = COLLECTIONS[name]
     chosen: list[str] = []
     known: set[str] = set()
     draw = 0
     while len(chosen) < count:
-        text = writing.spoken(random.Random(f"speech {name} {seed} {draw}"), collection.unseen)
+        rng = random.Random(f"speech {name} {seed} {draw}")
         draw += 1
-        if collection.different and text in known:
+        in_world = not collection.open_vocabulary or rng.random() >= collection.open_vocabulary
+        if in_world:
+            text = writing.spoken(rng, collection.unseen)
+        elif own and not collection.unseen and rng.random() < OWN:
+            text = rng.choice(own)
+        else:
+            text = open_vocabulary.open_sentence(rng, collection.unseen)
+        if text in known and (collection.different or not in_world):
+            continue
+        if not collection.unseen and open_vocabulary.held_out_words(text):
             continue
         known.add(text)
         chosen.append(text)
