@@ -1064,6 +1064,72 @@ MUTATIONS = [
         "independent judges", "the page shows transcripts as HTML", "scripts/listening_page.py",
         "{html.escape(text)}</p>", "{text}</p>", "tests/test_second_opinion.py -k self_contained",
     ),
+    Mutation(
+        "spoken forms", "digits stay in transcripts", "omni/stages/audio_encoder.py",
+        "normalise_text(spoken_form(audible(text), language))", "normalise_text(audible(text))",
+        "tests/test_spoken.py -k one_target",
+    ),
+    Mutation(
+        "spoken forms", "digits stay in what the talker reads", "omni/models/aligner.py",
+        "spoken_form(audible(text), language).split()", "audible(text).split()",
+        "tests/test_spoken.py -k one_target",
+    ),
+    Mutation(
+        "spoken forms", "the voice reads texts as they are written", "omni/models/speaker.py",
+        "        symbols = text_symbols(text, self.text_language)\n", "        symbols = text_symbols(text)\n",
+        "tests/test_speaking.py -k number",
+    ),
+    Mutation(
+        "spoken forms", "states of an answer are counted by its written bytes", "omni/stages/tasks/processor.py",
+        "speech_bytes(answer, self.talker.text_language)", "speech_bytes(answer)",
+        "tests/test_sft.py -k words_of_a_number",
+    ),
+    Mutation(
+        "spoken forms", "English is spoken where no language is chosen", "omni/common/spoken.py",
+        "if language is None or not _MAY_CHANGE.search(text):", "if not _MAY_CHANGE.search(text):",
+        "tests/test_spoken.py -k without_a_language",
+    ),
+    Mutation(
+        "spoken forms", "digits between letters of other scripts become English words", "omni/common/spoken.py",
+        "        if _OTHER_SCRIPT.search(word[0]):\n", "        if False:\n", "tests/test_spoken.py -k other_scripts",
+    ),
+    Mutation(
+        "spoken forms", "a digit that was beside a letter leaves its word beside it", "omni/common/spoken.py",
+        '" " * (before.isalnum() and words[0] != " ")', '""', "tests/test_spoken.py -k 'itself or reads'",
+    ),
+    Mutation(
+        "spoken forms", "a run goes on with words of another version", "train_audio_enc.py",
+        "                **spoken_version(config.text_language),\n", "",
+        "tests/test_spoken.py -k another_version",
+    ),
+    Mutation(
+        "held-out words", "training says them", "omni/synthetic/speech.py",
+        "        if not collection.unseen and open_vocabulary.held_out_words(text):\n            continue\n", "",
+        "tests/test_open_vocabulary.py -k ever_said",
+    ),
+    Mutation(
+        "held-out words", "one in a held-out sentence is enough", "omni/synthetic/open_vocabulary.py",
+        "HELD_OUT_WORDS = 2", "HELD_OUT_WORDS = 1", "tests/test_open_vocabulary.py -k ever_said",
+    ),
+    Mutation(
+        "held-out words", "their other forms are said", "omni/synthetic/vocabulary.py",
+        "    return frozenset((word, *(lemma for found in getAllLemmas(word).values() for lemma in found)))",
+        "    return frozenset((word,))", "tests/test_open_vocabulary.py -k forms",
+    ),
+    Mutation(
+        "held-out words", "words that the small world needs are held out", "omni/synthetic/open_vocabulary.py",
+        "for lemma in vocabulary().lemmas - kept\n", "for lemma in vocabulary().lemmas\n",
+        "tests/test_open_vocabulary.py -k tenth",
+    ),
+    Mutation(
+        "built-in data", "offensive words are read aloud", "omni/synthetic/vocabulary.py",
+        " and word not in offensive", "", "tests/test_open_vocabulary.py -k offensive",
+    ),
+    Mutation(
+        "built-in data", "a text of the user that has changed is not read again", "scripts/make_synthetic_datasets.py",
+        '{"file": args.speech_text, "sha256": digest}', '{"file": args.speech_text}',
+        "tests/test_open_vocabulary.py -k has_changed",
+    ),
 ]  # fmt: skip
 
 

@@ -339,7 +339,11 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
         for symbol, token in zip(text_symbols(part), states[:-1], strict=False):
             written = assistant.tokenizer.decode(answer_states.ids[: int(token)]).encode()
             assert token == 0 or symbol in written or written.endswith("�".encode()) or symbol == 32
-    answer_states.ids = answer_states.ids[:-4]  # in the middle of a character
+    answer_states.ids = assistant.tokenizer.encode("a 7 b")
+    answer_states.states = list(torch.arange(1.0, len(answer_states.ids) + 1)[:, None])
+    (states,) = answer_states.of(["a 7 b"], "en")
+    assert len(states) == len(text_symbols("a seven b")) and len(set(states[2:7, 0].tolist())) == 1
+    answer_states.ids = assistant.tokenizer.encode(text)[:-4]  # in the middle of a character
     while "�" not in assistant.tokenizer.decode(answer_states.ids):
         answer_states.ids.pop()
     assert answer_states.of(texts) is None

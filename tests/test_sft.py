@@ -367,10 +367,19 @@ def test_an_encoder_without_word_loss_is_projected_only(folder, tmp_path):
 
 def spoken_answer(processor: Processor, answer: str, codes: int = 20) -> Encoded:
     """To a question in text; that it sounds like this is chance."""
-    symbols = text_symbols(answer)
+    symbols = text_symbols(answer, processor.talker.text_language)
     spread = torch.randint(1, 3, (len(symbols),))
     sound = Utterance(answer, symbols, torch.randint(0, processor.talker.codebook_size, (codes, 2)), spread)
     return processor.encode_spoken([user(text("cat runs")), says(answer)], sound)
+
+
+def test_the_words_of_a_number_have_the_number_s_token(folder):
+    _, processor, _ = small_model(folder)
+    processor.talker = processor.talker.model_copy(update={"text_language": "en"})
+    encoded = spoken_answer(processor, "a 7 b")
+    a, seven, b = (encoded.speech_token_index[at] for at in (0, 2, len("a seven ")))
+    assert encoded.speech_token_index[2:7] == [seven] * 5 and a <= seven <= b
+    assert len(encoded.speech_token_index) == len(text_symbols("a seven b"))
 
 
 @pytest.mark.parametrize("answer", ["big cat", "  big   cat\n dog ", "grün ist’s – 你好!", "x"])
