@@ -1,4 +1,4 @@
-"""From text to sound: talker, codec and vocoder put together, for many texts at once or in pieces as they are made."""
+"""From text to sound with talker, codec and vocoder: for many texts at once, or streamed for one text."""
 
 # B utterances, N codes in time, T mel frames, M mel channels, S samples, Q codebooks
 
@@ -15,7 +15,7 @@ from omni.models.talker import Talker
 from omni.models.vocoder import Generator, refuse_other_mels
 
 MAX_SECONDS = 60.0
-FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time whose sound is handed out together
+FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time per streamed piece of sound
 
 
 class Speaker:
@@ -23,8 +23,7 @@ class Speaker:
 
     Args:
         vocoder: None: Griffin-Lim.
-        uses_thinker_states: whether the talker has learned, in stage E, to use the states of the Thinker whose answers
-            it speaks.
+        uses_thinker_states: whether stage E trained the talker on the states of the Thinker whose answers it speaks.
     """
 
     def __init__(
@@ -83,8 +82,8 @@ class Speaker:
         """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``sampling`` as in
         ``Talker.generate``.
 
-        The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
-        without a vocoder there is one piece.
+        Concatenated, the pieces are the sound of the whole text. Griffin-Lim needs the whole utterance, so without a
+        vocoder there is one piece.
         """
         symbols = text_symbols(text)
         sampling.setdefault("max_frames", self.max_frames)
@@ -104,13 +103,13 @@ class Speaker:
         return self.codec.context + -(-self.vocoder.context_frames // self.codec.architecture.frames_per_code)
 
     def _piece(self, codes: list[Tensor], start: int, end: int) -> np.ndarray:
-        """The sound of codes ``start`` to ``end``, computed from no more of their surroundings than it depends on."""
+        """The sound of codes ``start`` to ``end``, computed from these codes and their context alone."""
         if self.vocoder is None:
             return self.waveform(torch.stack(codes)).numpy()
         per_code, hop = self.codec.architecture.frames_per_code, self.spec.hop_length
         first, last = max(0, start - self.context), min(len(codes), end + self.context)
         log_mels = self.codec.decode(torch.stack(codes[first:last])[None])[0]
-        # the codec is wrong at the ends of its own window: they lie outside the vocoder's context
+        # at the ends of its window the codec is wrong, so these are cut off: the vocoder's context remains
         near = self.context - self.codec.context
         left, right = max(first, start - near), min(last, end + near)
         waveform = self.vocode(log_mels[(left - first) * per_code : (right - first) * per_code])
