@@ -1,9 +1,8 @@
 """Speech of the small world: sentences of `omni.synthetic.writing`, read aloud by the espeak-ng synthesiser.
 
-espeak-ng remembers: the phase of its pitch flutter, its automatic gain and its noise generators go on from one
-utterance to the next, and no call resets them, so that it reads the same text differently each time. Clips therefore
-come in groups of `GROUP`, and a group is read by a process that has not spoken before. That makes clip i a function of
-the seed and i only: `make_clips` says how.
+espeak-ng has state: the phase of its pitch flutter, its automatic gain and its noise generators continue from one
+utterance to the next, and no call resets them, so it reads the same text differently each time. Clips therefore come in
+groups of `GROUP`, and a new process reads each group. So clip i is a function of the seed and i only: see `make_clips`.
 
 The audio is 16 kHz, 16 bit, mono. Equal versions of espeak-ng, soxr and NumPy on the same kind of processor give equal
 bytes.
@@ -24,19 +23,19 @@ import soxr
 from omni.synthetic import facts, writing
 
 SAMPLE_RATE = 16_000  # Hz
-GROUP = 32  # clips that one process reads: starting it costs as much as reading one or two
+GROUP = 32  # clips per process, whose start takes as long as one or two clips
 
 # --- who speaks ------------------------------------------------------------------------------------------------------
 
-# espeak-ng's names: accent, then variant. Chosen by an independent recogniser, PocketSphinx with a bigram model of the
-# world's sentences, which knows American English only: its word error rate is 1 % on the reader and below 20 % on each
-# of VOICES (160 words a minute), 3 to 36 % on the unseen ones (as they are in asr.val_voices). Many others reach 100 %.
-READER = "en-us+f2"  # of tts.csv
+# espeak-ng's names: accent, then variant. Selected with PocketSphinx and a bigram model of the world's sentences, an
+# independent recogniser of American English: its word error rate is 1 % on the reader and below 20 % on each of VOICES
+# (160 words a minute), 3 to 36 % on the unseen ones (as they are in asr.val_voices). Many others reach 100 %.
+READER = "en-us+f2"  # the voice of tts.csv
 VOICES = (
     "en-us", "en-us+f1", READER, "en-us+f4", "en-us+steph", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+Hugo",
     "en-us+Denis", "en-us+adam", "en", "en+f2", "en-gb-x-rp", "en-gb-x-rp+m3", "en-us-nyc+f2",
 )  # fmt: skip
-# never trained on: no variant of VOICES, and one accent, Lancaster, that is not there either
+# never trained on: variants that are not in VOICES, and one accent, Lancaster, that is not there either
 UNSEEN_VOICES = (
     "en-us+f3", "en-us+m5", "en-us+edward", "en-gb-x-rp+m2", "en-gb-x-gbclan+f5", "en-gb-x-gbclan+m4",
 )  # fmt: skip
@@ -44,13 +43,13 @@ UNSEEN_VOICES = (
 
 @dataclass(frozen=True)
 class Speaking:
-    """How a sentence is said."""
+    """The parameters with which a sentence is spoken."""
 
     voice: str
     words_per_minute: int
     pitch: int  # 0 to 99; 50 is the voice's own
     gain_db: float = 0.0  # espeak-ng itself stays just below full scale
-    lead_s: float = 0.08  # before the first sound, and after the last
+    lead_s: float = 0.08  # silence before the first sound, and after the last
     snr_db: float | None = None  # None: no noise
     noise_smoothing: int = 1  # samples; more is darker noise
 
@@ -59,10 +58,10 @@ class Speaking:
 class Collection:
     """One row of COLLECTIONS: the clips of one manifest, and how they differ."""
 
-    unseen: bool  # sentences: held-out combinations
-    different: bool  # no sentence twice
+    unseen: bool  # whether the sentences have held-out combinations
+    different: bool  # whether all sentences differ
     voices: tuple[str, ...]
-    varied: bool  # rate, pitch and loudness differ from clip to clip
+    varied: bool  # whether rate, pitch and loudness differ between clips
     noisy: float  # share of clips with noise
 
 
@@ -76,7 +75,7 @@ COLLECTIONS = {
 
 
 def sentences(name: str, seed: int, count: int) -> list[str]:
-    """The sentences of a collection; fewer of them are the beginning of more."""
+    """The sentences of a collection; a smaller `count` gives the first of them."""
     collection = COLLECTIONS[name]
     chosen: list[str] = []
     known: set[str] = set()
@@ -92,7 +91,7 @@ def sentences(name: str, seed: int, count: int) -> list[str]:
 
 
 def speaking(name: str, seed: int, index: int) -> Speaking:
-    """How clip `index` of a collection is said."""
+    """The parameters with which clip `index` of a collection is spoken."""
     collection = COLLECTIONS[name]
     rng = random.Random(f"speaking {name} {seed} {index}")
     voice = collection.voices[index % len(collection.voices)]
@@ -112,18 +111,18 @@ def speaking(name: str, seed: int, index: int) -> Speaking:
 # --- the synthesiser -------------------------------------------------------------------------------------------------
 
 # Constants of espeak-ng's speak_lib.h.
-_AUDIO_OUTPUT_SYNCHRONOUS = 2  # the call returns when all is said, and hands the samples to a callback
+_AUDIO_OUTPUT_SYNCHRONOUS = 2  # the call passes the samples to a callback, and returns at the end of the speech
 _RATE, _PITCH = 1, 3  # parameters
-_BUFFER_MS = 1000  # what one call of the callback gets: the library's default, 60 ms, costs a quarter more time
+_BUFFER_MS = 1000  # per call of the callback: the library's default, 60 ms, takes a quarter more time
 _CHARS_UTF8 = 1
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
 class Synthesiser:
-    """espeak-ng, through its C interface. One per process, since the library's state is.
+    """espeak-ng, through its C interface. One per process, since the library has global state.
 
     Raises:
-        RuntimeError: the library does not start, or does not know a voice.
+        RuntimeError: the library does not start, or a voice is unknown.
     """
 
     def __init__(self) -> None:
@@ -151,11 +150,11 @@ class Synthesiser:
         return 0
 
     def speak(self, text: str, voice: str, words_per_minute: int, pitch: int, seed: int) -> np.ndarray:
-        """Samples (n,), int16, at `sample_rate`. `seed` is for the breath in some voices."""
+        """Samples (n,), int16, at `sample_rate`; `seed` of the breath in some voices."""
         self._chunks.clear()
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f'espeak-ng has no voice "{voice}"')
-        # choosing a voice sets both to its own
+        # after the voice, which sets its own rate and pitch
         self.library.espeak_SetParameter(_RATE, words_per_minute, 0)
         self.library.espeak_SetParameter(_PITCH, pitch, 0)
         self.library.espeak_ng_SetRandSeed(seed)
@@ -165,7 +164,7 @@ class Synthesiser:
 
 
 def finish(samples: np.ndarray, sample_rate: int, how: Speaking, seed: int) -> np.ndarray:
-    """What espeak-ng said, as a clip: silence trimmed to `lead_s`, resampled, as loud and as noisy as `how` says.
+    """espeak-ng's samples as a clip: silence trimmed to `lead_s`, resampled, with the gain and noise of `how`.
 
     Args:
         samples: (n,) int16.
@@ -189,11 +188,11 @@ def finish(samples: np.ndarray, sample_rate: int, how: Speaking, seed: int) -> n
 
 def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
     """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice", "answer",
-    "question"}): what the text asks is answered by ``answer``, and what it answers is asked by one of ``question``, a
-    JSON list; "" where there is nothing.
+    "question"}): ``answer`` answers the text, and ``question`` is a JSON list of questions that the text answers; each
+    is "" if there is none.
 
-    Must run in a process in which espeak-ng has not been loaded before, from the beginning of a group: `start` is a
-    multiple of GROUP, and `stop` at most one group later.
+    Must run in a process that has not loaded espeak-ng before, from the beginning of a group: `start` is a multiple of
+    GROUP, and `stop` at most one group later.
 
     Args:
         texts: the sentences of the whole collection.
