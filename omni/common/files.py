@@ -70,7 +70,7 @@ def read_json(path: str | Path, what: str = "file") -> dict:
 
 
 def file_stat(path: Path) -> dict:
-    """Size and time of last change: a file that has kept both is taken to be the same file."""
+    """Size and mtime: a file with the same values counts as unchanged."""
     facts = path.stat()
     return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 

@@ -252,7 +252,7 @@ def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
     # torchaudio centres frame t on sample t * hop_length, log_mel on a later one. So frames are added at both ends, as
     # copies of the outermost one, since log_mel reflects the signal there; ``start`` is then our first sample.
     around = 1 + spec.n_fft // (2 * spec.hop_length)
-    centre = spec.win_length // 2 - (spec.win_length - spec.hop_length) // 2  # of our first frame
+    centre = spec.win_length // 2 - (spec.win_length - spec.hop_length) // 2  # sample at the centre of our first frame
     start = around * spec.hop_length - centre
     with torch.autocast(log_mel.device.type, enabled=False):
         amplitude = _mel_to_linear(log_mel.float().exp(), filters, _pseudo_inverse(spec, log_mel.device))

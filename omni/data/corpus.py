@@ -70,7 +70,7 @@ class TokenFile:
 class TokenCache:
     train: TokenFile
     val: TokenFile
-    sha256: str  # of the corpus
+    sha256: str  # digest of the corpus
     dialogues: int  # samples in the chat format
 
 
@@ -83,7 +83,7 @@ def prepare_corpus(run: Host, path: str, tokenizer: Tokenizer, *, val_split: flo
 
     Raises:
         UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
-        Interrupted: asked to stop; a later call goes on from the last chunk.
+        Interrupted: the run was asked to stop; a later call continues after the last chunk.
     """
     corpus = Path(path)
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]

@@ -51,7 +51,7 @@ def read_record(path: Path) -> dict | list | None:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(value, dict) and SEAL in value):
             return value
-    log(f"{path}: damaged, so it counts for nothing")
+    log(f"{path}: damaged, so it is ignored")
     return None
 
 
@@ -185,7 +185,7 @@ class Transfer:
                     _start_over(self.file)
                     raise RunError(f"{self.url}: expected {most:,} bytes at most, the server sends more")
                 self.file.write(block)
-                self.file.flush()  # what has arrived survives a kill
+                self.file.flush()  # received bytes survive a kill
                 self.bar.update(len(block))
             if total is not None and self.file.tell() < total:
                 raise ConnectionError("connection cut")

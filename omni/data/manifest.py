@@ -48,7 +48,7 @@ class Manifest:
         meta = json.loads((folder / "meta.json").read_text())
         self.path, self.folder = path, folder
         self.sha256: str = meta["sha256"]
-        self.columns: list[str] = meta["columns"]  # that every row must fill
+        self.columns: list[str] = meta["columns"]  # columns that every row must fill
         self.format = FORMATS[meta["format"]](**meta["reading"])
         self.arrays: list[str] = meta["arrays"]
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
@@ -146,7 +146,7 @@ def load_manifest(
 
     Args:
         columns: columns that every row must fill.
-        key: the column by which rows are split: equal values never stand in both splits.
+        key: column by which rows are split: equal values are in one split.
         kind: the format; default: the one that recognises the file.
         cache_dir: folder for the index; default: the manifest's own.
 
@@ -302,7 +302,7 @@ class ManifestDataset:
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
         """The samples of ``rows``; under ``bad_rows``, where -> why rows cannot be used; under ``sample_rows``, the row
-        in whose slot each sample stands.
+        whose slot each sample takes.
 
         If ``rows`` is empty, a batch of one row with ``n_targets`` 0. If no sample can be read, ``n_targets`` is 0 and
         there are no tensors.

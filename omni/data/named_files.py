@@ -16,8 +16,8 @@ _LISTED = 50_000  # names of a folder that are compared with a missing file's na
 def find_file(name: str, folders: list[Path], root: str | None = None) -> Path | Inline:
     """The file ``name`` in the first of the ``folders`` that has one; or the bytes of a data URI.
 
-    A name that is not found as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in
-    the other Unicode forms.
+    If ``name`` is not found as written, it is tried without blanks around it, with ``/`` for ``\\``, and in the other
+    Unicode forms.
 
     Args:
         root: the only folder, which no name may leave; None: names may lead anywhere.

@@ -234,7 +234,7 @@ class OcrArchitecture(Architecture):
 
     @property
     def decoder(self) -> ThinkerArchitecture:
-        """The decoder's sizes as ``omni.models.layers`` wants them."""
+        """The sizes of the decoder for ``omni.models.layers``."""
         return ThinkerArchitecture(
             ctx_len=max(8, self.max_text_length + 1),
             n_layers=self.decoder_layers,

@@ -233,5 +233,5 @@ def read_text(model: OcrModel, images: Tensor) -> list[str]:
 
 
 def start_symbol(arch: OcrArchitecture) -> int:
-    """The symbol before the first character. The one after it stands for characters outside the set."""
+    """The symbol before the first character; the next symbol represents characters outside the set."""
     return 1 + len(arch.characters)

@@ -103,7 +103,7 @@ class TalkerArchitecture(SpeechCodes):
 
     @property
     def blocks(self) -> ThinkerArchitecture:
-        """The sizes of the blocks as ``omni.models.layers`` wants them."""
+        """The sizes of the blocks for ``omni.models.layers``."""
         return ThinkerArchitecture(
             n_layers=self.n_layers,
             d_model=self.d_model,

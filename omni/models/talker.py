@@ -22,7 +22,7 @@ from omni.models.thinker import INIT_STD, Block
 
 _KERNEL = 7  # bytes that a text layer covers
 _MAX_LOG_DURATION = 6.0  # no byte lasts longer than 400 alignment frames
-_OVERTIME_S = 1.0  # an utterance that goes on for so long after its text is cut
+_OVERTIME_S = 1.0  # maximum duration of an utterance after the end of its text
 
 
 class DepthDecoder(nn.Module):

@@ -35,7 +35,7 @@ VOICES = (
     "en-us", "en-us+f1", READER, "en-us+f4", "en-us+steph", "en-us+m1", "en-us+m3", "en-us+m6", "en-us+Hugo",
     "en-us+Denis", "en-us+adam", "en", "en+f2", "en-gb-x-rp", "en-gb-x-rp+m3", "en-us-nyc+f2",
 )  # fmt: skip
-# never trained on: variants that are not in VOICES, and one accent, Lancaster, that is not there either
+# never trained on: variants, and one accent, Lancaster, that are not in VOICES
 UNSEEN_VOICES = (
     "en-us+f3", "en-us+m5", "en-us+edward", "en-gb-x-rp+m2", "en-gb-x-gbclan+f5", "en-gb-x-gbclan+m4",
 )  # fmt: skip

@@ -60,6 +60,6 @@ class JsonArray(JsonLines):
         return json_records(path, chunks)
 
     def unreadable(self, path: Path, record: Record, error: BadRow) -> None:
-        if isinstance(error.__cause__, json.JSONDecodeError):  # not a bad row: the file is no array
+        if isinstance(error.__cause__, json.JSONDecodeError):  # the file is no array
             line = line_of(path, record.start)
             raise UserError(f"{path}: the element of the array at line {line}: {error}") from error
