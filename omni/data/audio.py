@@ -144,7 +144,7 @@ def resampled_length(samples, from_rate, to_rate: int):
 
 @dataclass(frozen=True)
 class MelSpec:
-    """The parameters of a log-mel. Sizes are in samples, frequencies in Hz."""
+    """The parameters of a log-mel, which codec and vocoder must share. Sizes are in samples, frequencies in Hz."""
 
     sample_rate: int = 16000
     n_fft: int = 1024

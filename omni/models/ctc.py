@@ -1,6 +1,6 @@
 """Connectionist temporal classification (Graves et al. 2006): text units, loss, greedy decoding.
 
-A CTC model predicts one unit or the blank in every frame. Without repeats, then without blanks, that is the text; its
+A CTC model predicts one unit or the blank in every frame. Removing repeats, then blanks, gives the text; its
 probability is the sum over all alignments of its units with the frames.
 """
 

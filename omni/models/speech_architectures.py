@@ -26,8 +26,8 @@ class SpeechFrames(Architecture):
 
     @property
     def alignment_frames_per_code(self) -> int:
-        """Alignment frames, in which durations are counted, per code: 4 (20 of 80 ms), or the next larger number that
-        gives whole mel frames."""
+        """Number of alignment frames, the unit of durations, in the time of a code: 4 (each 20 of 80 ms), or the next
+        larger number that divides the code's mel frames; with fewer than 4 mel frames, one each."""
         frames = self.frames_per_code
         return next(count for count in range(min(4, frames), frames + 1) if frames % count == 0)
 
@@ -45,7 +45,7 @@ class SpeechFrames(Architecture):
 class SpeechCodes(SpeechFrames):
     """The codes that the codec produces and the talker predicts."""
 
-    codebooks: int = Field(8, ge=1, le=64, description="codebooks, so codes per frame, each finer than the one before")
+    codebooks: int = Field(8, ge=1, le=64, description="codebooks, each finer than the one before; codes per frame")
     codebook_size: int = Field(256, ge=2, le=65_536, description="codes in each codebook")
 
 

@@ -220,7 +220,7 @@ class Talker(nn.Module):
 
         Args:
             symbols: symbols of each text, see ``omni.models.aligner.text_symbols``.
-            max_frames: maximum length of an utterance, which is also cut a second after the end of its text.
+            max_frames: maximum frames of an utterance; it is also cut a second after the end of its text.
             temperature: 0 takes the likeliest code; above 0, logits are divided by it and a code is drawn.
             top_k: draw from the k likeliest only.
             thinker_states: for each text (its length, thinker_d_model).

@@ -147,7 +147,7 @@ def _shift(values: list[float], reach: float, rng: random.Random) -> float:
 
     Args:
         values: coordinates of its shapes, px from the box's centre.
-        reach: radius of the shapes, px, which stay inside the box.
+        reach: half the extent of a shape, px. All shapes stay inside the box.
     """
     room = SIZE / 4 - MARGIN - reach
     wanted = rng.uniform(-WANDER, WANDER) - sum(values) / len(values)

@@ -2,7 +2,7 @@
 
 Every function is pure: a sign depends on (seed, index, unseen) only.
 
-The held-out split is by words and by fonts: a hash of its letters and digits puts a token into one of the splits
+The held-out split is by words and by fonts: a hash of a token's letters and digits decides the token's split
 (`held_out_word`), and `HELD_OUT_FONTS` are never used in training. A held-out sign has held-out tokens only.
 """
 
