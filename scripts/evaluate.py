@@ -29,6 +29,7 @@ import torch
 from omni.chat.text import without_controls
 from omni.common.errors import RunError, UserError
 from omni.common.media import visible
+from omni.export.folder import refuse_export
 from omni.stages import STAGES
 from omni.stages.evaluation import OMNI_TASKS
 from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # an index beside a user's file would stay there
+        refuse_export(args.ckpt_dir, "--ckpt_dir")
         opened = load(stage, args.ckpt_dir, device)
         result = stage.evaluation()(args, opened, device)
     for name, value in result.metrics.items():
@@ -102,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(f"{args.ckpt_dir} (step {opened.step}) on {args.data}: {result.rows} rows{left_out}")
     for name, value in result.metrics.items():
-        print(f"  {name:<24}{value:.4f}")
+        print(f"  {name:<23} {value:.4f}")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ class Assistant:
         Raises:
             UserError: the folder has none, is damaged, or holds files of several runs.
         """
+        if not folder.exists():
+            raise UserError(f"{folder}: expected a folder with thinker.pt, or an export, found nothing")
         source = Export(folder) if is_export(folder) else folder
         answers_all = source.config["omni"] is not None if isinstance(source, Export) else STAGES["omni"].is_in(folder)
         return cls(folder, open_model("omni" if answers_all else "thinker", source, device))

@@ -230,8 +230,8 @@ def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_s
             bar.update(len(chunk))
     if file_stat(corpus) != stat:
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
-    if not done["train"]["samples"]:
-        raise UserError(f"{corpus}: expected lines of text for training, found none")
+    if not done["train" if val_split < 1 else "val"]["samples"]:
+        raise UserError(f"{corpus}: expected lines of text, found none")
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
         done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}

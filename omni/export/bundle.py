@@ -125,6 +125,8 @@ class Export:
             return Loaded(model, architecture, config, facts["step"], facts["metrics"], weights, tokenizer)
 
     def _part(self, name: str) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
+        if name not in PARTS:
+            raise UserError(f"{self.folder}: an export has no {name}, but {', '.join(self.components)}")
         part, stage = PARTS[name], STAGE_OF[name]
         if not self.has(name):
             raise UserError(f"{self.folder}: has no {name}, which {part.purpose}. Export it with {part.option}")
@@ -142,19 +144,22 @@ def open_model(name: str, source: "str | Path | Export", device: torch.device | 
     """Open a trained model, wherever it is.
 
     Args:
-        name: a part of an export ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "vocoder", "ocr"), or
-            "omni", the whole of stage E.
+        name: a part of an export ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "vocoder", "ocr"); or
+            a stage of ``STAGES``, for its whole model: of these an export holds "omni" only.
         source: an export; or a stage's folder, final file or step file.
 
     Raises:
-        UserError: it is not there, damaged, or of another version.
+        UserError: it is not there, damaged, or of another version; or there is no such name.
     """
+    parts = [part for part in PARTS if STAGE_OF[part].name != "omni"]  # projections have no file of their own
+    if name not in (*parts, *STAGES):
+        raise UserError(f'model "{quoted(name)}": expected one of {", ".join(dict.fromkeys((*parts, *STAGES)))}')
     if not isinstance(source, Export) and is_export(Path(source)):
         source = Export(source)
     if isinstance(source, Export):
         return source.open(name, device)
-    if name == "omni":
-        return load(STAGES["omni"], source, device)
+    if name not in PARTS:
+        return load(STAGES[name], source, device)
     opened, part = load(STAGE_OF[name], source, device), PARTS[name]
     model = part.take(opened.model)
     return replace(opened, model=model, architecture=model.architecture)
