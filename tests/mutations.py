@@ -194,8 +194,7 @@ MUTATIONS = [
         "lock", "workers inherit the lock", "omni/common/lock.py",
         "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first"
-        " tests/test_resume.py::test_sigkill_at_random_instants[text]",
+        "tests/test_files.py -k a_folder_is_free",
     ),
     Mutation(
         "config config_diff", "another training's checkpoint is taken", "omni/train/resume.py",
