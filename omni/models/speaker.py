@@ -8,13 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.data.audio import griffin_lim, log_mel
+from omni.common.errors import BadRow, UserError
+from omni.common.media import Media, quoted
+from omni.data.audio import griffin_lim, load_audio, log_mel
 from omni.models.aligner import text_symbols
 from omni.models.codec import Codec, mel_spec
 from omni.models.talker import Talker
 from omni.models.vocoder import Generator, refuse_other_mels
 
 MAX_SECONDS = 60.0
+MIN_VOICE_S = 1.0  # of a recording whose voice is imitated; at most MAX_SECONDS
+_SILENT = 1e-3  # largest amplitude of silence
 FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time per streamed piece of sound
 
 
@@ -36,13 +40,49 @@ class Speaker:
             refuse_other_mels("the vocoder", vocoder.architecture, "the codec", self.spec)
         self.code_s = codec.architecture.frame_ms / 1000
         self.max_frames = int(MAX_SECONDS / self.code_s)
+        self.reference: Tensor | None = None  # codes (N, Q) of the voice; None: the talker's first
+
+    # Voices ------------------------------------------------------------------------------------------------------
+
+    def voice(self, name: str | None = None, recording: Media | None = None) -> Tensor | None:
+        """The codes (N, Q) of a voice: of one of the talker's, by its name; or of a recording of one to 60 seconds.
+        Without either, None.
+
+        Raises:
+            UserError: the talker has one voice, or none of this name; or the recording cannot be used.
+        """
+        speakers, what = self.talker.architecture.speakers, "--voice" if recording is None else "--voice_from"
+        if name is None and recording is None:
+            return None
+        if self.talker.voice_encoder is None:
+            raise UserError(f"{what}: this talker has one voice. Train one with voice_layers, on a column speaker")
+        if recording is not None:
+            return self._recorded_voice(recording)
+        if name not in speakers:
+            raise UserError(f"--voice: expected one of {', '.join(map(quoted, speakers))}, found {quoted(name)}")
+        return self.talker.voice_codes[speakers.index(name)]
+
+    def _recorded_voice(self, recording: Media) -> Tensor:
+        rate = self.spec.sample_rate
+        try:
+            waveform = load_audio(recording, rate, MAX_SECONDS)
+        except BadRow as error:
+            raise UserError(f"--voice_from: {error}") from error
+        if len(waveform) < MIN_VOICE_S * rate:
+            found = f"expected at least {MIN_VOICE_S:g} s, found {len(waveform) / rate:.2g} s"
+            raise UserError(f"--voice_from: {quoted(recording)}: {found}")
+        if np.abs(waveform).max() < _SILENT:
+            raise UserError(f"--voice_from: {quoted(recording)}: expected a voice, found silence")
+        return self.encode(torch.from_numpy(waveform))
 
     # Many texts at once ------------------------------------------------------------------------------------------
 
-    def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
-        """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
+    def codes(self, texts: Sequence[str], references: Sequence[Tensor] | None = None, **sampling) -> list[Tensor]:
+        """The codes (N, Q) of each text; ``references``, by default the speaker's own, and ``sampling`` as in
+        ``Talker.generate``."""
         symbols = [text_symbols(text) for text in texts]
         sampling.setdefault("max_frames", self.max_frames)
+        sampling["references"] = references or self._references(len(texts))
         frames, going_on = [], []
         for codes, still in self.talker.generate(symbols, **sampling):
             frames.append(codes)
@@ -51,6 +91,9 @@ class Speaker:
             return [torch.zeros(0, self.talker.codebooks, dtype=torch.int64) for _ in texts]
         lengths = torch.stack(going_on).sum(dim=0).tolist()
         return [codes[:length] for codes, length in zip(torch.stack(frames, dim=1), lengths, strict=True)]
+
+    def _references(self, count: int) -> list[Tensor] | None:
+        return None if self.reference is None else [self.reference] * count
 
     def waveform(self, codes: Tensor) -> Tensor:
         """The sound (S,) of codes (N, Q)."""
@@ -78,15 +121,16 @@ class Speaker:
 
     # One text, piece by piece ------------------------------------------------------------------------------------
 
-    def stream(self, text: str, **sampling) -> Iterator[np.ndarray]:
-        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``sampling`` as in
-        ``Talker.generate``.
+    def stream(self, text: str, reference: Tensor | None = None, **sampling) -> Iterator[np.ndarray]:
+        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``reference`` and
+        ``sampling`` as in ``codes``.
 
         Concatenated, the pieces are the sound of the whole text. Griffin-Lim needs the whole utterance, so without a
         vocoder there is one piece.
         """
         symbols = text_symbols(text)
         sampling.setdefault("max_frames", self.max_frames)
+        sampling["references"] = self._references(1) if reference is None else [reference]
         codes: list[Tensor] = []
         done, chunk = 0, FIRST_CHUNK
         for frame, _ in self.talker.generate([symbols], **sampling):

@@ -100,6 +100,10 @@ class TalkerArchitecture(SpeechCodes):
     thinker_d_model: int | None = Field(
         None, ge=8, le=1_000_000, description="width of the Thinker whose states are added to the text; default: none"
     )
+    voice_layers: int = Field(
+        0, ge=0, le=1000, description="blocks of the voice encoder, for data with the column speaker; 0: one voice"
+    )
+    speakers: list[str] = Field([], max_length=10_000, description="names of the voices, set by the script")
 
     @property
     def blocks(self) -> ThinkerArchitecture:

@@ -2,11 +2,13 @@
 
 It predicts a duration for each UTF-8 byte of the text. A length regulator then repeats the bytes' vectors over the
 frames in which they are spoken. A causal decoder predicts the codes of each frame from the frame's text and from the
-frames before. In stage E, the Thinker's hidden state of a byte's token may be added to the byte's vector.
+frames before. In stage E, the Thinker's hidden state of a byte's token may be added to the byte's vector. A talker of
+several voices also reads a reference, the codes of a recording, and speaks in its voice.
 """
 
 # B utterances, L text bytes, T frames (one code of each codebook), D model width, K head width
 # Q codebooks, V codes in each, W width of the depth decoder, P alignment frames in a frame (see omni.models.aligner)
+# N codes in time of a reference, S named voices
 
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +21,7 @@ from omni.models.aligner import TEXT_SYMBOLS
 from omni.models.layers import ConvNeXtBlock, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.models.speech_architectures import TalkerArchitecture
 from omni.models.thinker import INIT_STD, Block
+from omni.models.voices import VOICE_CODES, VoiceEncoder
 
 _KERNEL = 7  # bytes that a text layer covers
 _MAX_LOG_DURATION = 6.0  # no byte lasts longer than 400 alignment frames
@@ -106,13 +109,19 @@ class Talker(nn.Module):
         self.layers = nn.ModuleList(Block(self.blocks_arch, n, use_flash) for n in range(arch.n_layers))
         self.norm = RMSNorm(D)
         self.depth = DepthDecoder(arch)
+        self.voice_encoder = None
+        if arch.voice_layers:
+            self.voice_encoder = VoiceEncoder(D, arch.voice_layers)
+            # references of the named voices, in the order of ``speakers``
+            shape = (len(arch.speakers), VOICE_CODES, self.codebooks)
+            self.register_buffer("voice_codes", torch.zeros(shape, dtype=torch.int64))  # (S, N, Q)
         self._initialise()
 
     def _initialise(self) -> None:
         """As in the Thinker, but text and frames, which are added, start at about the same scale."""
         residual_std = INIT_STD / (2 * self.architecture.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.startswith(("text_layers.", "duration_head.")):
+            if name.startswith(("text_layers.", "duration_head.", "voice_encoder.")):
                 continue  # these initialise themselves
             if parameter.dim() > 1 or name == "start":
                 writes_residual = "o_proj" in name or "down_proj" in name
@@ -121,18 +130,29 @@ class Talker(nn.Module):
         nn.init.normal_(self.embed_codes.weight, std=0.5 / self.codebooks**0.5)
         nn.init.normal_(self.start, std=0.5)
 
+    # The voice ---------------------------------------------------------------------------------------------------
+
+    def encode_voices(self, references: Tensor, lengths: Tensor) -> Tensor:
+        """Codes (B, N, Q) of recordings, valid up to ``lengths`` (B,) -> (B, D), what sets their voices apart."""
+        return self.voice_encoder(self.embed_frames(references), lengths)
+
     # The text ----------------------------------------------------------------------------------------------------
 
-    def encode_text(self, symbols: Tensor, lengths: Tensor, thinker_states: Tensor | None = None) -> Tensor:
+    def encode_text(
+        self, symbols: Tensor, lengths: Tensor, thinker_states: Tensor | None = None, voices: Tensor | None = None
+    ) -> Tensor:
         """(B, L) symbols, valid up to ``lengths`` (B,) -> (B, L, D).
 
         Args:
             thinker_states: (B, L, thinker_d_model), the Thinker's hidden state of each symbol's token, or zeros.
+            voices: (B, D) of ``encode_voices``; durations depend on them too.
         """
         mask = (torch.arange(symbols.shape[1], device=symbols.device) < lengths[:, None])[..., None]
         x = self.embed_text(symbols)
         if thinker_states is not None:
             x = x + self.thinker_proj(thinker_states)
+        if voices is not None:
+            x = x + voices[:, None]
         for layer in self.text_layers:
             x = layer(x, mask.to(x.dtype))
         return x
@@ -172,6 +192,7 @@ class Talker(nn.Module):
         durations: Tensor,
         thinker_states: Tensor | None = None,
         frame_dropout: Tensor | None = None,
+        references: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Logits of each frame's codes, given the text and the frames before it; and the predicted log-durations.
 
@@ -181,18 +202,22 @@ class Talker(nn.Module):
             durations: see ``length_regulator``.
             thinker_states: see ``encode_text``.
             frame_dropout: (B, T), true where the frame is hidden from the input.
+            references: arguments of ``encode_voices``, of a talker of several voices.
 
         Returns:
             (B, T + 1, Q, V + 1): entry t predicts frame t; for the first codebook also the end, index V.
             (B, L): see ``log_durations``.
         """
         T = codes.shape[1]
-        text = self.encode_text(symbols, text_lengths, thinker_states)
+        voices = None if references is None else self.encode_voices(*references)
+        text = self.encode_text(symbols, text_lengths, thinker_states, voices)
         frames = self.embed_frames(codes)
         if frame_dropout is not None:
             frames = frames.masked_fill(frame_dropout[..., None], 0.0)
         before = torch.cat((self.start.to(frames.dtype).expand(len(codes), 1, -1), frames), dim=1)  # (B, T + 1, D)
         x = before + self.length_regulator(text, text_lengths, durations, T + 1)
+        if voices is not None:
+            x = x + voices[:, None]
         cos, sin = self.rope(T + 1)
         for layer in self.layers:
             x, _ = layer(x, cos, sin, None, None)
@@ -215,6 +240,7 @@ class Talker(nn.Module):
         top_k: int | None = None,
         seed: int = 0,
         thinker_states: Sequence[Tensor] | None = None,
+        references: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield frame after frame, for several texts at once.
 
@@ -224,6 +250,8 @@ class Talker(nn.Module):
             temperature: 0 takes the likeliest code; above 0, logits are divided by it and a code is drawn.
             top_k: draw from the k likeliest only.
             thinker_states: for each text (its length, thinker_d_model).
+            references: for each text the codes (N, Q) of a recording in its voice; None: the first named voice. A
+                talker of one voice has none.
 
         Yields:
             codes (B, Q), and (B,) true for the utterances that have not ended; the others' codes are meaningless. The
@@ -235,12 +263,17 @@ class Talker(nn.Module):
         padded = nn.utils.rnn.pad_sequence([torch.tensor(line) for line in symbols], batch_first=True).to(device)
         if thinker_states is not None:
             thinker_states = nn.utils.rnn.pad_sequence(list(thinker_states), batch_first=True).to(device)
-        text = self.encode_text(padded, lengths, thinker_states)
+        voices = None
+        if self.voice_encoder is not None:
+            voices = self.encode_voices(*pad_references(references or [self.voice_codes[0]] * len(symbols), device))
+        text = self.encode_text(padded, lengths, thinker_states, voices)
         durations = self.choose_durations(text, lengths)
         overtime = int(_OVERTIME_S * 1000 / self.architecture.frame_ms)
         limits = (durations.sum(dim=1) // self.alignment_frames_per_code + 1 + overtime).clamp(max=max_frames)  # (B,)
         n_frames = int(limits.max())
         spoken = self.length_regulator(text, lengths, durations, n_frames)
+        if voices is not None:
+            spoken = spoken + voices[:, None]
         cos, sin = self.rope(n_frames)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.start.dtype
@@ -279,6 +312,17 @@ class Talker(nn.Module):
             before = before + depth.embed_codes(code + level * self.codebook_size)
             codes.append(code)
         return torch.stack(codes, dim=-1), ended
+
+
+def pad_references(references: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Codes (N, Q) of several recordings -> (B, N, Q), zero beyond their lengths; (B,) these lengths."""
+    lengths = torch.tensor([len(codes) for codes in references], device=device)
+    return nn.utils.rnn.pad_sequence([codes.to(device) for codes in references], batch_first=True), lengths
+
+
+def references_in(batch: dict) -> tuple[Tensor, Tensor] | None:
+    """The ``references`` of a batch for ``Talker.forward``; None without several voices."""
+    return (batch["references"], batch["reference_lengths"]) if "references" in batch else None
 
 
 def draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
@@ -327,7 +371,8 @@ def talker_loss(
         share = 2 * frame_dropout * torch.rand(len(codes), 1, device=codes.device)
         hidden = torch.rand(codes.shape[:2], device=codes.device) < share
     text = batch["symbols"], batch["text_lengths"]
-    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"), hidden)
+    states, references = batch.get("thinker_states"), references_in(batch)
+    logits, log_durations = model(*text, codes, batch["durations"], states, hidden, references)
     targets = frame_targets(codes, lengths, logits.shape[-1] - 1)
     nats = code_nats(logits, targets)
     first = nats[..., 0].sum() / (targets[..., 0] != IGNORE_INDEX).sum()

@@ -64,7 +64,7 @@ class SftConfig(StageConfig):
     speech_csv: str | None = input_file(
         None,
         hint=TTS_HINT,
-        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question",
+        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question and speaker",
     )
     val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
     jsonl_path: str | None = input_file(
