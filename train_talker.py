@@ -42,7 +42,7 @@ from omni.stages.codec import (
 from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references, sample_writer
 from omni.stages.talker import STAGE, CodedSpeech, TalkerConfig
 from omni.stages.vocoder import load_vocoder_for
-from omni.stages.voices import Voices, with_references
+from omni.stages.voices import Voices, require_speakers, with_references
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: recordings of no more than max_codes codes ------------------------------------------------------
         manifest = val_manifest = prepare_manifest(run, config.tts_csv, COLUMNS, key="text")
         lengths = count_codes(run, manifest, config)
+        if config.voice_layers:
+            require_speakers(run, manifest)
         if config.val_csv:
             val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key="text")
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
@@ -123,9 +125,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loss = partial(talker_loss, frame_dropout=config.frame_dropout, duration_weight=config.duration_weight)
 
         # --- Validation: perplexity of the true codes, and word error rate of the talker's speech ------------------
-        if vocoder is not None:
-            vocoder.to(run.device)
-        speaker, recognizer, references = Speaker(talker, codec, vocoder), None, {}
+        speaker, recognizer, references = Speaker(talker, codec, vocoder and vocoder.to(run.device)), None, {}
         if config.audio_ckpt:
             recognizer = Recognizer(config.audio_ckpt, run.device)
             references = prepare_references(run, speaker, recognizer, val_manifest, val_rows[: config.val_sentences])

@@ -49,17 +49,20 @@ class Speaker:
         Without either, None.
 
         Raises:
-            UserError: the talker has one voice, or none of this name; or the recording cannot be used.
+            UserError: the talker has one voice, or none of this name; the recording cannot be used; or both are given.
         """
         speakers, what = self.talker.architecture.speakers, "--voice" if recording is None else "--voice_from"
         if name is None and recording is None:
             return None
+        if name is not None and recording is not None:
+            raise UserError("--voice_from: expected no --voice beside it")
         if self.talker.voice_encoder is None:
             raise UserError(f"{what}: this talker has one voice. Train one with voice_layers, on a column speaker")
         if recording is not None:
             return self._recorded_voice(recording)
         if name not in speakers:
-            raise UserError(f"--voice: expected one of {', '.join(map(quoted, speakers))}, found {quoted(name)}")
+            names = ", ".join(quoted(one) for one in speakers if one)
+            raise UserError(f"--voice: expected one of {names}, found {quoted(name)}")
         return self.talker.voice_codes[speakers.index(name)]
 
     def _recorded_voice(self, recording: Media) -> Tensor:

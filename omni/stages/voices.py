@@ -49,6 +49,15 @@ def speaker_keys(run: Host, manifest: Manifest) -> np.ndarray:
     )
 
 
+def require_speakers(run: Host, manifest: Manifest) -> None:
+    """
+    Raises:
+        UserError: no row names a speaker.
+    """
+    if np.isin(speaker_keys(run, manifest), (0, speaker_key(""))).all():
+        raise UserError(f'{manifest.path}: expected names in a column "speaker", for key "voice_layers"; found none')
+
+
 def in_turns(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """``rows`` in an order in which speakers take turns, so that the first few rows have as many of each.
 
@@ -79,11 +88,7 @@ class Voices:
     @classmethod
     def find(cls, run: Host, coded: ManifestWithColumns, rows: np.ndarray) -> "Voices":
         """The speakers of ``rows``, by name, each with the codes of its first recordings, one after the other; repeated
-        if they are too short.
-
-        Raises:
-            UserError: no row names a speaker.
-        """
+        if they are too short."""
         manifest, codes, keys = coded.manifest, coded.computed["codes"], speaker_keys(run, coded.manifest)
         found = {}
         for clips in clips_by_speaker(coded, rows, keys):
@@ -94,11 +99,18 @@ class Voices:
                     break
             joined = np.concatenate(parts)
             found[speaker_of(manifest[int(clips[0])])] = np.resize(joined, (VOICE_CODES, joined.shape[1]))
-        if not any(found):
-            raise UserError(f'{manifest.path}: key "voice_layers": expected names in a column "speaker", found none')
         names = sorted(found, key=lambda name: (not name, name))  # the first is the default, so not the blank one
         run.log(f"{manifest.path}: {len(found):,} speakers: {', '.join(map(repr, names[:20]))}")
         return cls(names, torch.from_numpy(np.stack([found[name] for name in names]).astype(np.int64)))
+
+
+def voice_of(talker: Talker, name: str, own: Tensor) -> Tensor | None:
+    """The codes (N, Q) of a speaker's voice: the talker's of this name, else the beginning of an ``own`` recording.
+    None for a talker of one voice."""
+    if talker.voice_encoder is None:
+        return None
+    speakers = talker.architecture.speakers
+    return talker.voice_codes[speakers.index(name)] if name in speakers else own[:REFERENCE_CODES]
 
 
 def clips_by_speaker(coded: ManifestWithColumns, rows: np.ndarray, keys: np.ndarray) -> list[np.ndarray]:
