@@ -1,6 +1,8 @@
 """Several voices from one talker: which recording a sample refers to, and what the voice changes."""
 
 import json
+import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,8 +14,10 @@ from stages import AUDIO_ENC, OMNI, TALKER, VOICES, make_voices
 from test_config import only_error
 from test_export import run as run_anywhere
 from test_talker import SIZES, TEXTS, forward, small, utterances
+from test_web_demo import Site, needs_gradio, start
 
 import omni.stages.voices
+from omni.chat.speech import load_speaker
 from omni.export.bundle import open_model
 from omni.models.aligner import text_symbols
 from omni.models.codec import Codec
@@ -312,9 +316,9 @@ def test_one_line_for_a_voice_that_there_is_not(trained, tmp_path):
     def from_file(name: str):
         return infer("--voice_from", str(tmp_path / name))
 
-    only_error(infer("--voice", "bob"), "--voice", "ann, joe", "found bob")
+    only_error(infer("--voice", "bob"), "voice bob", "expected one of ann, joe")
     only_error(infer("--voice", "ann", "--voice_from", str(tmp_path / "good.wav")), "--voice_from", "no --voice")
-    only_error(from_file("short.wav"), "--voice_from", "short.wav", "at least 1 s, found 0.5 s")
+    only_error(from_file("short.wav"), "short.wav", "lasts 0.5 s, expected at least 1 s")
     only_error(from_file("silent.wav"), "silent.wav", "found silence")
     only_error(from_file("absent.wav"), "absent.wav", "No such file")
     only_error(run_script(trained, "infer_chat.py", "--text", "one", "--voice", "ann"), "--voice", "--audio_out")
@@ -336,24 +340,63 @@ def test_a_talker_of_one_voice_takes_no_voice(tmp_path):
     training = TALKER.training(tmp_path, max_steps=3, max_epochs=None)
     training.finish()
     say = ("--say", "one", "--audio_out", "said.wav")
-    only_error(run_script(training, "infer_chat.py", *say, "--voice", "ann"), "--voice", "one voice", "voice_layers")
-    only_error(run_script(training, "infer_chat.py", *say, "--voice_from", "a.wav"), "--voice_from", "one voice")
+    only_error(run_script(training, "infer_chat.py", *say, "--voice", "ann"), "one voice", "voice_layers")
+    only_error(run_script(training, "infer_chat.py", *say, "--voice_from", "a.wav"), "one voice", "voice_layers")
 
 
-def test_stage_e_and_the_export_keep_the_voices(trained, tmp_path):
-    omni = OMNI.training(tmp_path, max_steps=6, max_epochs=None)
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    """An export of stage E on top of ``trained``."""
+    folder = tmp_path_factory.mktemp("exported")
+    omni = OMNI.training(folder, max_steps=6, max_epochs=None)
     omni.config |= {"talker_ckpt": str(trained.save_dir), "speech_csv": trained.config["tts_csv"]}
     omni.finish()
-    stage_d = trained.final_file()["model"]
-    voices = {key: tensor for key, tensor in stage_d.items() if key.startswith("voice")}
-    kept = {key: omni.final_file()["model"][f"talker.{key}"] for key in voices}
-    assert len(voices) > 5 and not differences(voices, kept)
-    folder = tmp_path / "exported"
-    exported = run_anywhere(
-        tmp_path, "export.py", "--omni_ckpt", str(omni.save_dir), "--talker_ckpt", str(trained.save_dir),
-        "--output_dir", str(folder),
+    process = run_anywhere(
+        folder, "export.py", "--omni_ckpt", str(omni.save_dir), "--talker_ckpt", str(trained.save_dir),
+        "--output_dir", str(folder / "merged"),
     )  # fmt: skip
-    assert exported.returncode == 0, exported.stderr
-    talker = open_model("talker", folder).model
+    assert process.returncode == 0, process.stderr
+    return folder / "merged"
+
+
+def test_stage_e_and_the_export_keep_the_voices(trained, exported):
+    stage_d, talker = trained.final_file()["model"], open_model("talker", exported).model
+    voices = {key: tensor for key, tensor in stage_d.items() if key.startswith("voice")}
+    kept = {key: tensor for key, tensor in talker.state_dict().items() if key.startswith("voice")}
     assert talker.architecture.speakers == ["ann", "joe", ""]
-    assert torch.equal(talker.voice_codes, stage_d["voice_codes"])
+    assert len(voices) > 5 and not differences(voices, kept)
+
+
+@needs_gradio
+def test_the_page_offers_the_names_and_takes_a_recording(exported, tmp_path):
+    from gradio_client import handle_file
+    from gradio_client.exceptions import AppError
+
+    for name, sound in (("good", torch.randn(24_000)), ("silent", torch.zeros(24_000))):
+        soundfile.write(tmp_path / f"{name}.wav", 0.1 * sound.numpy(), 16_000)
+    process = start(tmp_path, exported)
+    try:
+        client = Site(process, tmp_path).visitor().client
+        choices = [part["props"].get("choices") for part in client.config["components"] if part["type"] == "dropdown"]
+        assert choices == [[["ann", "ann"], ["joe", "joe"]]]
+
+        def said(voice: str | None, file: str | None) -> np.ndarray:
+            given = file and handle_file(str(tmp_path / file))
+            return soundfile.read(client.predict("one two", 1.0, 3, voice, given, api_name="/say")[1], dtype="int16")[0]
+
+        (speaker, _), found = load_speaker(exported, None, None, torch.device("cpu")), []
+        for name, file in (("ann", None), ("joe", None), ("ann", "good.wav")):
+            reference = speaker.voice(recording=tmp_path / file) if file else speaker.voice(name)
+            pieces = speaker.stream("one two", reference, temperature=1.0, seed=3)
+            expected = np.concatenate(list(pieces)).clip(-1, 1)
+            found.append(said(name, file))
+            assert len(found[-1]) == len(expected) > 1000
+            np.testing.assert_allclose(found[-1] / 32767, expected, atol=2e-4)
+        assert len({sound.tobytes() for sound in found}) == 3, "else equality would say little"
+        with pytest.raises(AppError, match=r"silent\.wav: expected a voice, found silence"):
+            said("ann", "silent.wav")
+        with pytest.raises(AppError):
+            said("bob", None)
+    finally:
+        process.send(signal.SIGTERM)
+        process.wait()

@@ -51,18 +51,20 @@ class Speaker:
         Raises:
             UserError: the talker has one voice, or none of this name; the recording cannot be used; or both are given.
         """
-        speakers, what = self.talker.architecture.speakers, "--voice" if recording is None else "--voice_from"
         if name is None and recording is None:
             return None
         if name is not None and recording is not None:
             raise UserError("--voice_from: expected no --voice beside it")
         if self.talker.voice_encoder is None:
-            raise UserError(f"{what}: this talker has one voice. Train one with voice_layers, on a column speaker")
+            raise UserError(
+                "the talker has one voice, so no other can be chosen. Train one with voice_layers, see docs/faq.md"
+            )
         if recording is not None:
             return self._recorded_voice(recording)
+        speakers = self.talker.architecture.speakers
         if name not in speakers:
-            names = ", ".join(quoted(one) for one in speakers if one)
-            raise UserError(f"--voice: expected one of {names}, found {quoted(name)}")
+            known = ", ".join(quoted(one) for one in speakers if one)
+            raise UserError(f"voice {quoted(name)}: expected one of {known}")
         return self.talker.voice_codes[speakers.index(name)]
 
     def _recorded_voice(self, recording: Media) -> Tensor:
@@ -70,12 +72,12 @@ class Speaker:
         try:
             waveform = load_audio(recording, rate, MAX_SECONDS)
         except BadRow as error:
-            raise UserError(f"--voice_from: {error}") from error
+            raise UserError(str(error)) from error
         if len(waveform) < MIN_VOICE_S * rate:
-            found = f"expected at least {MIN_VOICE_S:g} s, found {len(waveform) / rate:.2g} s"
-            raise UserError(f"--voice_from: {quoted(recording)}: {found}")
+            found = f"lasts {len(waveform) / rate:.2g} s, expected at least {MIN_VOICE_S:g} s"
+            raise UserError(f"{quoted(recording)}: {found} of a voice")
         if np.abs(waveform).max() < _SILENT:
-            raise UserError(f"--voice_from: {quoted(recording)}: expected a voice, found silence")
+            raise UserError(f"{quoted(recording)}: expected a voice, found silence")
         return self.encode(torch.from_numpy(waveform))
 
     # Many texts at once ------------------------------------------------------------------------------------------
