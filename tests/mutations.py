@@ -49,6 +49,7 @@ class Mutation:
 
 RESUME = "tests/test_resume.py::test_resume_is_exact_with_partial_steps_and_bf16[text]"
 SAVES = "tests/test_checkpoint.py"
+VOICES = "tests/test_voices.py"
 MUTATIONS = [
     Mutation(
         "exact resume", "a resumed epoch begins at its first sample", "omni/train/loop.py",
@@ -1062,6 +1063,67 @@ MUTATIONS = [
     Mutation(
         "independent judges", "the page shows transcripts as HTML", "scripts/listening_page.py",
         "{html.escape(text)}</p>", "{text}</p>", "tests/test_second_opinion.py -k self_contained",
+    ),
+    Mutation(
+        "several voices", "a clip is its own reference", "omni/stages/voices.py",
+        "index + (index >= np.searchsorted(clips, row))", "index",
+        f"{VOICES}::test_a_reference_is_another_clip_of_the_speaker_and_the_own_one_only_without_another",
+    ),
+    Mutation(
+        "several voices", "references are drawn anew in each run", "omni/stages/voices.py",
+        "index = int(rng.integers(len(clips) - 1))", "index = int(np.random.default_rng().integers(len(clips) - 1))",
+        f"{VOICES}::test_a_reference_depends_on_seed_epoch_and_row_alone",
+    ),
+    Mutation(
+        "several voices", "the padding of references counts", "omni/models/voices.py",
+        "(self.norm(frames) * mask).sum(dim=1) / lengths[:, None]", "self.norm(frames).mean(dim=1)",
+        f"{VOICES}::test_padding_of_references_changes_nothing",
+    ),
+    Mutation(
+        "several voices", "durations do not depend on the voice", "omni/models/talker.py",
+        "            x = x + voices[:, None]\n        for layer in self.text_layers:",
+        "            pass\n        for layer in self.text_layers:",
+        f"{VOICES}::test_durations_and_codes_depend_on_the_voice",
+    ),
+    Mutation(
+        "several voices", "frames are spoken without the voice that they are trained with", "omni/models/talker.py",
+        "spoken = spoken + voices[:, None]", "pass",
+        f"{VOICES}::test_generating_in_a_voice_equals_the_whole_forward",
+    ),
+    Mutation(
+        "several voices", "every name is the first voice", "omni/models/speaker.py",
+        "self.talker.voice_codes[speakers.index(name)]", "self.talker.voice_codes[0]",
+        f"{VOICES}::test_a_voice_by_name_is_that_of_its_codes_and_the_first_is_the_default",
+    ),
+    Mutation(
+        "several voices", "the named voices are not saved", "train_talker.py",
+        "talker.voice_codes.copy_(voices.codes)", "pass",
+        f"{VOICES}::test_training_knows_the_speakers_and_scores_each",
+    ),
+    Mutation(
+        "several voices", "data without speakers are refused late", "train_talker.py",
+        "            require_speakers(run, manifest)", "            pass",
+        f"{VOICES}::test_voices_without_speakers_are_refused_before_anything_is_trained",
+    ),
+    Mutation(
+        "several voices", "the first sentences of a validation may be of one speaker", "omni/stages/voices.py",
+        "return rows[np.lexsort((speaker, turn))]", "return rows",
+        f"{VOICES}::test_speakers_take_turns",
+    ),
+    Mutation(
+        "several voices", "stage E trains without the speakers", "omni/stages/tasks/spoken_answers.py",
+        "if side.processor.talker.voice_layers:", "if False:",
+        f"{VOICES}::test_stage_e_and_the_export_keep_the_voices",
+    ),
+    Mutation(
+        "several voices", "silence is a voice", "omni/models/speaker.py",
+        "if np.abs(waveform).max() < _SILENT:", "if False:",
+        f"{VOICES}::test_one_line_for_a_voice_that_there_is_not",
+    ),
+    Mutation(
+        "several voices", "the page speaks in the first voice alone", "omni/chat/web_voices.py",
+        "return speaker.voice(name) if name else None", "return None",
+        f"{VOICES}::test_the_page_offers_the_names_and_takes_a_recording",
     ),
 ]  # fmt: skip
 

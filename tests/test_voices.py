@@ -261,7 +261,7 @@ def test_training_knows_the_speakers_and_scores_each(trained):
     assert final["architecture"]["speakers"] == ["ann", "joe", ""] == final["config"]["speakers"]
     named = {f"{metric}_{name}" for metric in ("wer_talker", "code_perplexity_of") for name in ("ann", "joe")}
     assert named <= final["metrics"].keys() and "wer_talker_" not in final["metrics"]
-    assert final["model"]["voice_codes"].shape == (3, VOICE_CODES, 2)
+    assert final["model"]["voice_codes"].shape == (3, VOICE_CODES, 2) and final["model"]["voice_codes"].any()
     process = run_script(
         trained, "scripts/evaluate.py", "talker", "--data", trained.config["tts_csv"], "--json",
         "--audio_ckpt", trained.config["audio_ckpt"],
