@@ -346,7 +346,7 @@ MUTATIONS = [
         "tests/test_corpus.py::test_lines_end_as_on_any_system_and_begin_after_a_bom",
     ),
     Mutation(
-        "any exception is the row's", "only exceptions that were thought of are", "omni/common/errors.py",
+        "any exception is the row's", "only expected exceptions are", "omni/common/errors.py",
         "if error is None or isinstance(error, _PASSED_ON):",
         "if not isinstance(error, OSError) or isinstance(error, _PASSED_ON):",
         "tests/test_rows.py::test_any_exception_of_a_reader_is_the_rows",
@@ -1206,7 +1206,7 @@ def main() -> None:
     for mutation, tests in zip(chosen, failed, strict=True):
         names = list(dict.fromkeys(re.split(r"[\[ ]", test.split("::")[-1])[0] for test in tests if test not in spoilt))
         unnoticed += not names
-        by = ", ".join(names) or "**nobody**"
+        by = ", ".join(names) or "**no test**"
         lines.append(f"| {mutation.promise} | {mutation.what} | {mutation.file} | {by} |")
     print(f"{len(chosen) - unnoticed} of {len(chosen)} noticed")
     if args.page:

@@ -11,7 +11,9 @@ from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Export, open_model
 from omni.export.folder import is_export
+from omni.models.omni_model import OmniModel
 from omni.stages import STAGES
+from omni.stages.omni import ConversationKeys
 from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
 from omni.train.checkpoint import understood
 from omni.train.stage import Loaded
@@ -35,11 +37,12 @@ class Assistant:
         self.folder, self.tokenizer, self.metrics = folder, opened.tokenizer, opened.metrics
         self.omni = self.processor = None
         self.thinker, self.origins = opened.model, {}
-        if hasattr(opened.model, "thinker"):
+        if isinstance(opened.model, OmniModel):
             self.omni, self.thinker = opened.model, opened.model.thinker
             with understood(opened.path):
-                prompt, self.origins = opened.config["prompt"], opened.config["origins"]
-            self.processor = Processor(self.tokenizer, self.omni.architecture, prompt=prompt)
+                keys = ConversationKeys.model_validate(opened.config)
+            self.origins = keys.origins
+            self.processor = Processor(self.tokenizer, self.omni.architecture, prompt=keys.prompt)
         self.ctx_len = self.thinker.architecture.ctx_len
 
     @classmethod

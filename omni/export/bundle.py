@@ -21,6 +21,7 @@ from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer, check_size
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
 from omni.stages import STAGES
+from omni.stages.omni import ConversationKeys
 from omni.train.checkpoint import build, understood
 from omni.train.stage import Loaded, load
 
@@ -136,8 +137,8 @@ class Export:
     def _omni(self) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
         if (keys := self.config["omni"]) is None:
             raise UserError(f"{self.folder}: its Thinker takes text alone. Export it with --omni_ckpt")
-        stage, config = STAGES["omni"], {key: keys[key] for key in ("prompt", "origins")}
-        return stage.model, stage.architecture.model_validate(keys["architecture"]), config
+        stage, config = STAGES["omni"], ConversationKeys.model_validate({k: keys[k] for k in ("prompt", "origins")})
+        return stage.model, stage.architecture.model_validate(keys["architecture"]), config.model_dump()
 
 
 def open_model(name: str, source: "str | Path | Export", device: torch.device | str = "cpu") -> Loaded:

@@ -106,8 +106,8 @@ def load(stage: Stage, source: str | Path, device: torch.device | str = "cpu") -
     """Open the model that ``stage`` has trained.
 
     Args:
-        source: its folder, of which the final file is read or, while it still trains, the newest step file; or one of
-            these files.
+        source: its final file or a step file; or its folder, which stands for the final file or, while the stage still
+            trains, for the newest step file.
 
     Raises:
         UserError: nothing there, damaged, of another stage or of another version.
