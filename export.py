@@ -21,7 +21,18 @@ from omni.common.errors import UserError
 from omni.common.files import file_sha256, write_json
 from omni.data.tokenizer import chat_template
 from omni.export.bundle import PARTS, STAGE_OF, buffers_of, rounded, write_weights
-from omni.export.folder import CONFIG, FORMAT, INFO, WEIGHTS, check_target, finite, info_sha256, is_own_file, new_folder
+from omni.export.folder import (
+    CONFIG,
+    FORMAT,
+    INFO,
+    WEIGHTS,
+    check_target,
+    finite,
+    info_sha256,
+    is_own_file,
+    new_folder,
+    refuse_export,
+)
 from omni.export.hf import image_processor, preprocessing, write_language, write_model, write_recogniser
 from omni.export.model_card import describe, loss_of_quality, model_card
 from omni.export.parts import add_audio_encoder, add_speech, add_vision_encoder, answering_parts, load_part
@@ -51,6 +62,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.omni_ckpt is None and args.thinker_ckpt is None:
         raise UserError("--omni_ckpt, --thinker_ckpt: expected one or both, found neither")
+    for option, value in vars(args).items():
+        if option.endswith("_ckpt") and value is not None:
+            refuse_export(value, f"--{option}")
     if args.vocoder_ckpt is not None and args.talker_ckpt is None:
         raise UserError("--vocoder_ckpt: expected --talker_ckpt beside it, whose log-mels the vocoder reads")
     return args

@@ -54,6 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ocr", action="store_true", help="print the text of each --image and exit")
     parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
     parser.add_argument("--vocoder_ckpt", metavar="DIR", type=Path, help="folder of stage F (default: Griffin-Lim)")
+    parser.add_argument("--voice", metavar="NAME", help="voice of a talker of several voices (default: its first)")
+    parser.add_argument("--voice_from", metavar="FILE", help="recording of 1 to 60 s, in whose voice to speak")
     parser.add_argument("--ocr_ckpt", metavar="DIR", type=Path, help="folder of stage G, for --ocr")
     parser.add_argument("--system", help="system message at the beginning of the conversation")
     parser.add_argument("--complete", action="store_true", help="continue the text as it stands, without chat tokens")
@@ -100,12 +102,12 @@ def check_args(args: argparse.Namespace) -> None:
         if not args.image:
             raise UserError("--ocr: expected an --image FILE beside it, the picture to read")
         others = ("text", "audio_in", "video", "system", "complete", "audio_out", "talker_ckpt", "vocoder_ckpt")
-        without_effect(args, "--ocr", *others, "temperature")
+        without_effect(args, "--ocr", *others, "voice", "voice_from", "temperature")
     elif args.ocr_ckpt is not None:
         raise UserError("--ocr_ckpt: expected --ocr beside it")
     if args.audio_out is not None:
         wav_target(args.audio_out)
-    for name in ("talker_ckpt", "vocoder_ckpt"):
+    for name in ("talker_ckpt", "vocoder_ckpt", "voice", "voice_from"):
         if getattr(args, name) is not None and args.audio_out is None:
             raise UserError(f"--{name}: expected --audio_out beside it, the file for the speech")
     if args.text is not None and not args.text.strip() and not (args.complete or args.audio_in):
@@ -163,6 +165,7 @@ def chat(args: argparse.Namespace) -> None:
 def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -> Speaker:
     device = pick_device(args.device)
     speaker, origin = load_speaker(args.ckpt_dir, args.talker_ckpt, args.vocoder_ckpt, device, assistant)
+    speaker.reference = speaker.voice(args.voice, args.voice_from and media_named(args.voice_from))
     states = ", conditioned on the Thinker's states" if speaker.uses_thinker_states and assistant else ""
     print(f"{origin}{states}", file=sys.stderr)
     if speaker.vocoder is None:

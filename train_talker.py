@@ -2,10 +2,10 @@
 
     python train_talker.py --config configs/talker_tiny.json
 
-The data are CSV rows of a text and its recording, preferably of one voice. First the codec learns to encode log-mels as
-codes and to decode them (rvq_codec.pt), then the aligner learns when each byte of a text is spoken (aligner.pt). Both
-are frozen, all recordings are coded and aligned once, and the talker learns to predict durations and codes from texts
-(talker.pt). With a recogniser of stage B, validation measures the word error rate of the talker's speech.
+The data are CSV rows of a text and its recording, of one voice or, with voice_layers, of the voices in the column
+speaker. First the codec learns to encode log-mels as codes and to decode them (rvq_codec.pt), then the aligner learns
+when each byte of a text is spoken (aligner.pt). Both are frozen, all recordings are coded and aligned once, and the
+talker learns to predict durations and codes (talker.pt). A recogniser of stage B adds word error rates of its speech.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.common.numerics import weights_sha256
 from omni.common.spoken import spoken_version
-from omni.data.audio import load_audio
-from omni.data.manifest import account_for_split, prepare_manifest, read_some, split_rows
+from omni.data.manifest import account_for_split, prepare_manifest, split_rows
 from omni.data.order import held_out_set, training_set
 from omni.data.recordings import static_lengths
 from omni.models.aligner import Aligner
@@ -39,15 +38,16 @@ from omni.stages.codec import (
     count_codes,
     leave_out_long,
     prepare_mel_statistics,
+    refuse_unreadable,
 )
-from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references
+from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references, sample_writer
 from omni.stages.talker import STAGE, CodedSpeech, TalkerConfig
 from omni.stages.vocoder import load_vocoder_for
+from omni.stages.voices import Voices, require_speakers, with_references
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
-from omni.train.samples import save_samples
 from omni.train.stage import load
 
 COLUMNS = ("text", "wav")
@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: recordings of no more than max_codes codes ------------------------------------------------------
         manifest = val_manifest = prepare_manifest(run, config.tts_csv, COLUMNS, key="text")
         lengths = count_codes(run, manifest, config)
+        if config.voice_layers:
+            require_speakers(run, manifest)
         if config.val_csv:
             val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key="text")
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
@@ -74,9 +76,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         account_for_split(run, manifest, train_rows, val_manifest, val_rows)
         if not len(train_rows):
             raise UserError(f"{manifest.path}: not one of its {len(manifest)} rows is left to train on")
-        if not lengths[train_rows].any():  # raises with the reason
-            rows, rate = train_rows[-100:], config.sample_rate
-            read_some(manifest, rows, 100, lambda row: load_audio(manifest.file(row["wav"]), rate), run.check_stop)
+        if not lengths[train_rows].any():
+            refuse_unreadable(run, manifest, train_rows, config.sample_rate)
         if not len(val_rows):
             run.log("no held-out rows (val_split is 0, or there are very few rows): nothing will be validated")
         val_keys = {"training": False, "max_codes": config.max_codes, "static": config.use_compile}
@@ -109,33 +110,34 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         coded, _ = val_coded, _ = prepare_speech(run, manifest, codec, aligner, config.max_codes, "train")
         if config.val_csv:
             val_coded, _ = prepare_speech(run, val_manifest, codec, aligner, config.max_codes, "validation")
-        recordings = CodedSpeech(coded, train_rows, config.architecture, seed=config.seed, **train_keys)
+
+        # --- Several voices: with each sample goes another recording by its speaker --------------------------------
+        if config.voice_layers:
+            voices = Voices.find(run, coded, train_rows)
+            run.config = config = config.model_copy(update={"speakers": voices.names})  # checkpoints have the names
+            val_coded, val_rows = with_references(run, val_coded, val_rows, voices)
+            coded, _ = with_references(run, coded, train_rows, voices)
 
         # --- Third part: the talker --------------------------------------------------------------------------------
-        talker = run.prepare(Talker(config.architecture, use_flash=config.use_flash))
+        recordings = CodedSpeech(coded, train_rows, config.architecture, seed=config.seed, **train_keys)
+        talker = Talker(config.architecture, use_flash=config.use_flash)
+        if config.voice_layers:
+            talker.voice_codes.copy_(voices.codes)
+        run.prepare(talker)
         loss = partial(talker_loss, frame_dropout=config.frame_dropout, duration_weight=config.duration_weight)
 
         # --- Validation: perplexity of the true codes, and word error rate of the talker's speech ------------------
-        if vocoder is not None:
-            vocoder.to(run.device)
-        speaker, recognizer, references = Speaker(talker, codec, vocoder), None, {}
+        speaker, recognizer, references = Speaker(talker, codec, vocoder and vocoder.to(run.device)), None, {}
         if config.audio_ckpt:
             recognizer = Recognizer(config.audio_ckpt, run.device)
             references = prepare_references(run, speaker, recognizer, val_manifest, val_rows[: config.val_sentences])
         else:
             run.log('no "audio_ckpt": the talker\'s speech is written to files, without word error rates')
-
-        def show(step: int, number: int, wav: str, speech: Tensor) -> None:
-            recording = load_audio(val_manifest.file(wav), speaker.spec.sample_rate)
-            versions = speaker.versions(torch.from_numpy(recording))
-            clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": speech}
-            save_samples(run, step, number, clips, speaker.spec)
-
         validation = None
         if len(val_rows):
             split = held_out_set(run, CodedSpeech(val_coded, val_rows, config.architecture, **val_keys))
             sentences, shown = -(-config.val_sentences // run.world), config.val_samples if run.is_main else 0
-            score = TalkerScore(speaker, recognizer, sentences, show, shown)
+            score = TalkerScore(speaker, recognizer, sentences, sample_writer(run, speaker, val_manifest), shown)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         config = run.config = config.model_copy(update={"vocab_size": tokenizer.vocab_size})
         if config.val_text:
             corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=0.0)
-            held_out_corpus = prepare_corpus(run, config.val_text, tokenizer, val_split=0.0)
-            held_out, held_out_sha256 = held_out_corpus.train, held_out_corpus.sha256
+            held_out_corpus = prepare_corpus(run, config.val_text, tokenizer, val_split=1.0)
+            held_out, held_out_sha256 = held_out_corpus.val, held_out_corpus.sha256
         else:
             corpus = prepare_corpus(run, config.train_text, tokenizer, val_split=config.val_split)
             held_out, held_out_sha256 = corpus.val, corpus.sha256

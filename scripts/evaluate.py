@@ -29,6 +29,7 @@ import torch
 from omni.chat.text import without_controls
 from omni.common.errors import RunError, UserError
 from omni.common.media import visible
+from omni.export.folder import refuse_export
 from omni.stages import STAGES
 from omni.stages.evaluation import OMNI_TASKS
 from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
@@ -53,6 +54,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--audio_ckpt", help="talker: folder of stage B, for word error rates")
     parser.add_argument("--vocoder_ckpt", help="talker: folder of stage F (default: Griffin-Lim)")
     parser.add_argument("--save_speech", metavar="DIR", help="talker: write its speech here, with manifests")
+    parser.add_argument("--voice", metavar="NAME", help="talker: speak in this voice (default: each row's speaker)")
+    parser.add_argument("--voice_from", metavar="FILE", help="talker: speak in the voice of this recording, 1 to 60 s")
     parser.add_argument("--limit", type=int, help="evaluate the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -67,9 +70,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise_open_file_limit()
     if not args.data.is_file():
         raise UserError(f"--data {args.data}: expected a file, found none")
+    for name in ("save_speech", "voice", "voice_from"):
+        if getattr(args, name) is not None and args.stage != "talker":
+            raise UserError(f"--{name}: has no effect on {args.stage}")
     if args.save_speech is not None:
-        if args.stage != "talker":
-            raise UserError(f"--save_speech: has no effect on {args.stage}")
         if not args.save_speech or Path(args.save_speech).exists() and not Path(args.save_speech).is_dir():
             raise UserError(f"--save_speech {args.save_speech!r}: expected a folder, or a name for a new one")
         args.save_speech = Path(args.save_speech)
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     device = pick_device(args.device)
     with tempfile.TemporaryDirectory(prefix="omni_evaluate_") as folder:
         args.cache_dir = folder  # an index beside a user's file would stay there
+        refuse_export(args.ckpt_dir, "--ckpt_dir")
         opened = load(stage, args.ckpt_dir, device)
         result = stage.evaluation()(args, opened, device)
     for name, value in result.metrics.items():
@@ -102,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(f"{args.ckpt_dir} (step {opened.step}) on {args.data}: {result.rows} rows{left_out}")
     for name, value in result.metrics.items():
-        print(f"  {name:<24}{value:.4f}")
+        print(f"  {name:<23} {value:.4f}")
 
 
 if __name__ == "__main__":

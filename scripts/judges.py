@@ -1,4 +1,4 @@
-"""Judges of speech that nobody here trained: a class each. ``make judges`` installs what they run on.
+"""Judges of speech, trained elsewhere: one class each. ``make judges`` installs what they run on.
 
 A judge is built with the ``References`` that it may compare with; its one method, ``judge``, gives the figures of
 some clips. Another judge is another class with a row in ``JUDGES``.

@@ -1,4 +1,4 @@
-"""How good is speech, judged by models that nobody here trained?
+"""How good is speech, judged by models trained elsewhere?
 
     make judges
     python scripts/evaluate.py talker --ckpt_dir checkpoints/talker_demo --vocoder_ckpt checkpoints/vocoder_demo \\

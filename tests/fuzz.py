@@ -242,7 +242,6 @@ def make_exports(folder: Path) -> None:
 def read_export(path: Path) -> None:
     folder = next(parent for parent in path.parents if (parent / INFO).exists())
     merged = Export(folder)
-    merged.tokenizer()
     for name in merged.components:
         merged.open(name)
     for name in merged.checksums:

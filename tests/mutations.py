@@ -49,6 +49,7 @@ class Mutation:
 
 RESUME = "tests/test_resume.py::test_resume_is_exact_with_partial_steps_and_bf16[text]"
 SAVES = "tests/test_checkpoint.py"
+VOICES = "tests/test_voices.py"
 MUTATIONS = [
     Mutation(
         "exact resume", "a resumed epoch begins at its first sample", "omni/train/loop.py",
@@ -194,8 +195,7 @@ MUTATIONS = [
         "lock", "workers inherit the lock", "omni/common/lock.py",
         "fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "tests/test_signals.py::test_a_second_process_on_the_same_folder_stops_and_names_the_first"
-        " tests/test_resume.py::test_sigkill_at_random_instants[text]",
+        "tests/test_files.py -k a_folder_is_free",
     ),
     Mutation(
         "config config_diff", "another training's checkpoint is taken", "omni/train/resume.py",
@@ -346,7 +346,7 @@ MUTATIONS = [
         "tests/test_corpus.py::test_lines_end_as_on_any_system_and_begin_after_a_bom",
     ),
     Mutation(
-        "any exception is the row's", "only exceptions that were thought of are", "omni/common/errors.py",
+        "any exception is the row's", "only expected exceptions are", "omni/common/errors.py",
         "if error is None or isinstance(error, _PASSED_ON):",
         "if not isinstance(error, OSError) or isinstance(error, _PASSED_ON):",
         "tests/test_rows.py::test_any_exception_of_a_reader_is_the_rows",
@@ -1130,6 +1130,67 @@ MUTATIONS = [
         '{"file": args.speech_text, "sha256": digest}', '{"file": args.speech_text}',
         "tests/test_open_vocabulary.py -k has_changed",
     ),
+    Mutation(
+        "several voices", "a clip is its own reference", "omni/stages/voices.py",
+        "index + (index >= np.searchsorted(clips, row))", "index",
+        f"{VOICES}::test_a_reference_is_another_clip_of_the_speaker_and_the_own_one_only_without_another",
+    ),
+    Mutation(
+        "several voices", "references are drawn anew in each run", "omni/stages/voices.py",
+        "index = int(rng.integers(len(clips) - 1))", "index = int(np.random.default_rng().integers(len(clips) - 1))",
+        f"{VOICES}::test_a_reference_depends_on_seed_epoch_and_row_alone",
+    ),
+    Mutation(
+        "several voices", "the padding of references counts", "omni/models/voices.py",
+        "(self.norm(frames) * mask).sum(dim=1) / lengths[:, None]", "self.norm(frames).mean(dim=1)",
+        f"{VOICES}::test_padding_of_references_changes_nothing",
+    ),
+    Mutation(
+        "several voices", "durations do not depend on the voice", "omni/models/talker.py",
+        "            x = x + voices[:, None]\n        for layer in self.text_layers:",
+        "            pass\n        for layer in self.text_layers:",
+        f"{VOICES}::test_durations_and_codes_depend_on_the_voice",
+    ),
+    Mutation(
+        "several voices", "frames are spoken without the voice that they are trained with", "omni/models/talker.py",
+        "spoken = spoken + voices[:, None]", "pass",
+        f"{VOICES}::test_generating_in_a_voice_equals_the_whole_forward",
+    ),
+    Mutation(
+        "several voices", "every name is the first voice", "omni/models/speaker.py",
+        "self.talker.voice_codes[speakers.index(name)]", "self.talker.voice_codes[0]",
+        f"{VOICES}::test_a_voice_by_name_is_that_of_its_codes_and_the_first_is_the_default",
+    ),
+    Mutation(
+        "several voices", "the named voices are not saved", "train_talker.py",
+        "talker.voice_codes.copy_(voices.codes)", "pass",
+        f"{VOICES}::test_training_knows_the_speakers_and_scores_each",
+    ),
+    Mutation(
+        "several voices", "data without speakers are refused late", "train_talker.py",
+        "            require_speakers(run, manifest)", "            pass",
+        f"{VOICES}::test_voices_without_speakers_are_refused_before_anything_is_trained",
+    ),
+    Mutation(
+        "several voices", "the first sentences of a validation may be of one speaker", "omni/stages/voices.py",
+        "return rows[np.lexsort((speaker, turn))]", "return rows",
+        f"{VOICES}::test_speakers_take_turns",
+    ),
+    Mutation(
+        "several voices", "stage E trains without the speakers", "omni/stages/tasks/spoken_answers.py",
+        "if side.processor.talker.voice_layers:", "if False:",
+        f"{VOICES}::test_stage_e_and_the_export_keep_the_voices",
+    ),
+    Mutation(
+        "several voices", "silence is a voice", "omni/models/speaker.py",
+        "if np.abs(waveform).max() < _SILENT:", "if False:",
+        f"{VOICES}::test_one_line_for_a_voice_that_there_is_not",
+    ),
+    Mutation(
+        "several voices", "the page speaks in the first voice alone", "omni/chat/web_voices.py",
+        "return speaker.voice(name) if name else None", "return None",
+        f"{VOICES}::test_the_page_offers_the_names_and_takes_a_recording",
+    ),
 ]  # fmt: skip
 
 
@@ -1211,7 +1272,7 @@ def main() -> None:
     for mutation, tests in zip(chosen, failed, strict=True):
         names = list(dict.fromkeys(re.split(r"[\[ ]", test.split("::")[-1])[0] for test in tests if test not in spoilt))
         unnoticed += not names
-        by = ", ".join(names) or "**nobody**"
+        by = ", ".join(names) or "**no test**"
         lines.append(f"| {mutation.promise} | {mutation.what} | {mutation.file} | {by} |")
     print(f"{len(chosen) - unnoticed} of {len(chosen)} noticed")
     if args.page:

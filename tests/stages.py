@@ -4,7 +4,7 @@ import csv
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +141,18 @@ def make_sentences(folder: Path, clips: int = 24) -> dict:
     return {"tts_csv": str(path), "codec_ckpt": str(folder / "codec")}
 
 
+SPEAKERS = ("joe", "ann", "")
+
+
+def make_voices(folder: Path, clips: int = 24) -> dict:
+    """``make_sentences`` with the column ``speaker``, which is blank in every third row."""
+    keys, path = make_sentences(folder, clips), folder / "tts.csv"
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    write_csv(path, [row | {"speaker": SPEAKERS[i % 3]} for i, row in enumerate(rows)])
+    return keys
+
+
 def save_model(path: Path, stage: str, config: StageConfig, model: nn.Module) -> None:
     """A final file of a randomly initialised model."""
     payload = {
@@ -262,6 +274,8 @@ TALKER = StageCase(
     size_key="d_ff",
     data_key="tts_csv",
 )
+
+VOICES = replace(TALKER, name="voices", config=TALKER.config | {"voice_layers": 1}, make_data=make_voices)
 
 
 def make_mix(folder: Path) -> dict:

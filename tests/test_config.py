@@ -197,6 +197,8 @@ ODD_FILES = {
     "4,000 digits": (b'{"vocab_size": ' + b"9" * 4000 + b"}", "vocab_size"),
     "10^12 tokens": (b'{"vocab_size": 1000000000000}', '"vocab_size": expected less than or equal to 1048576'),
     "UTF-16": ('{"lr": 1}'.encode("utf-16"), "found UTF-16"),
+    "a key twice": (b'{"lr": 1, "lr": 2}', 'key "lr" stands twice'),
+    "a key twice, deeper": (b'{"about": {"x": 1, "y": 2, "x": 1}}', 'key "x" stands twice'),
     "a key of 30,000 letters": (b'{"' + b"k" * 30_000 + b'": 1}', "unknown key"),
 }
 

@@ -601,6 +601,50 @@ def test_the_script_refuses_in_one_line(folders, tmp_path):
     only_error(process, "xxx: File name too long")
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_an_export_is_no_folder_of_a_stage(folders, merged, tmp_path, name):
+    given = {"thinker": folders["thinker"], "talker": folders["talker"]} | {name: merged}
+    with pytest.raises(UserError, match=rf"--{name}_ckpt \S+: expected a stage's folder, found an export"):
+        export.main(options(given, tmp_path / "merged"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_file_is_exported_with_a_notice_only_while_its_stage_trains(folders, tmp_path, capsys):
+    for unfinished in (False, True):
+        source = shutil.copytree(folders["thinker"], tmp_path / f"thinker {unfinished}")
+        shutil.copy(folders["thinker"] / "thinker.pt", source / "thinker_step_1.pt")
+        if unfinished:
+            (source / "thinker.pt").unlink()
+        given = source if unfinished else source / "thinker_step_1.pt"
+        export.main(options({"thinker": given}, tmp_path / f"merged {unfinished}"))
+        assert ("no thinker.pt yet" in capsys.readouterr().err) == unfinished
+
+
+def test_a_model_s_name_or_file_that_is_none_says_what_is_expected(folders, merged, tmp_path):
+    for name in ("proj_a", "thinkers", ""):
+        with pytest.raises(UserError, match="expected one of thinker, audio_encoder, .*, aligner, "):
+            open_model(name, folders["omni"])
+    with pytest.raises(UserError, match="an export has no aligner, but thinker"):
+        open_model("aligner", merged)
+    assert open_model("aligner", folders["talker"]).model is not None
+    with pytest.raises(
+        UserError, match=r"talker\.pt: expected a checkpoint of stage codec, found talker. Give a folder"
+    ):
+        open_model("rvq", folders["talker"] / "talker.pt")
+    (tmp_path / "notes.txt").write_text("no model\n" * 50)
+    with pytest.raises(UserError, match=r"notes\.txt: not a checkpoint$"):
+        open_model("ocr", tmp_path / "notes.txt")
+    for step in (3, 4):
+        shutil.copy(folders["ocr"] / "ocr.pt", tmp_path / f"ocr_step_{step}.pt")
+    os.truncate(tmp_path / "ocr_step_4.pt", 1000)
+    with pytest.raises(UserError, match=r"ocr_step_4\.pt: the checksum does not match. Another is ocr_step_3\.pt"):
+        open_model("ocr", tmp_path)
+    with pytest.raises(UserError, match=r"Give \S+merged_model, the export itself"):
+        Assistant.load(merged / "thinker", CPU)
+    with pytest.raises(UserError, match="expected a folder with thinker.pt, or an export, found nothing"):
+        Assistant.load(tmp_path / "absent", CPU)
+
+
 FOLDERS = {"text": "thinker", "audio_enc": "audio", "codec": "talker", "aligner": "talker"}  # others: their own name
 
 

@@ -2,15 +2,19 @@
 
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from harness import ROOT
 
 from omni.common.errors import RunError, UserError
 from omni.common.files import remove_temporary, replace_file
-from omni.common.lock import FolderLock
+from omni.common.lock import FolderInUse, FolderLock
 from omni.stages.evaluation import save_speech
 from omni.train import checkpoint
 
@@ -51,6 +55,34 @@ def test_a_lock_is_no_one_else_s_file(tmp_path, kind):
         FolderLock(tmp_path)
     assert "\n" not in str(error.value)
     untouched(path, mine, before)
+
+
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from omni.common.lock import FolderInUse, FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+child = os.fork()  # as a data loader's worker is
+if child == 0:
+    signal.pause()
+print(child, flush=True)
+signal.pause()
+"""
+
+
+def test_a_folder_is_free_once_its_holder_is_killed_though_a_worker_lives_on(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
+        worker = int(holder.stdout.readline())
+        with pytest.raises(FolderInUse, match=f"process {holder.pid}"):
+            FolderLock(tmp_path)
+        holder.kill()
+        holder.wait()
+        try:
+            os.kill(worker, 0)  # it is there
+            FolderLock(tmp_path).release()
+        finally:
+            os.kill(worker, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, make_mix, save_m
 from test_config import only_error
 
 import export
+from omni.chat.assistant import Assistant
 from omni.chat.speech import load_speaker
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, read_json, read_sealed_json, write_json, write_sealed_json
@@ -188,9 +189,24 @@ def test_an_altered_export_is_one_line_or_the_same_model(merged, tmp_path, file)
                     for part in ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "ocr"):
                         opened.open(part)
                     opened.open("omni")
-                    load_speaker(folder, None, None, CPU)
+                    load_speaker(folder, None, None, CPU, Assistant.load(folder, CPU))
                 except UserError as error:
                     one_line(error, str(folder))
+
+
+@pytest.mark.parametrize("key", ["prompt", "origins"])
+def test_keys_of_a_conversation_are_checked_before_it_begins(merged, tmp_path, key):
+    folder = shutil.copytree(merged, tmp_path / "merged")
+    whole, info = read_json(folder / "config.json"), read_json(folder / INFO)
+    for new in (..., *WRONG, {"codec": 5}):
+        write_json(folder / "config.json", changed(whole, ("omni", key), new))
+        sealed_again(folder, changed(info, ("files", "config.json"), file_sha256(folder / "config.json")))
+        try:
+            load_speaker(folder, None, None, CPU, Assistant.load(folder, CPU))
+        except UserError as error:
+            one_line(error, str(folder))
+        else:
+            assert isinstance(new, str if key == "prompt" else dict)
 
 
 def test_json_that_is_none_is_one_line(tmp_path):

@@ -24,12 +24,13 @@ def test_mixture_of_experts_trains_and_resumes_exactly(tmp_path):
 def test_a_held_out_file_takes_the_place_of_a_split(tmp_path):
     (tmp_path / "held_out.txt").write_text("one red cat near two blue squares\n" * 20)
     training = TEXT.training(tmp_path, max_steps=4, val_text=str(tmp_path / "held_out.txt"))
-    training.finish()
+    output = training.finish().stdout
+    assert "held_out.txt: 20 lines = 0 to train on + 20 held out + 0 blank" in output
     counts = {}
     for meta in tmp_path.glob("*.tokens-*/meta.json"):
         counts[meta.parent.name.split(".tokens")[0]] = json.loads(meta.read_text())
     assert counts["corpus.txt"]["val"]["samples"] == 0, "nothing is taken from the training text"
-    assert counts["held_out.txt"]["train"]["samples"] == 20
+    assert counts["held_out.txt"]["val"]["samples"] == 20
     assert training.metrics("val")[-1]["step"] == 4
 
 

@@ -441,6 +441,8 @@ def test_a_held_out_manifest_is_judged_and_the_encoder_loads(tmp_path):
     model, tokenizer, config = opened.model, opened.tokenizer, opened.config_as(VisionConfig)
     assert not model.training and model.vit(torch.zeros(2, 3, 16, 16)).shape == (2, 1 + 4, config.d_model)
     assert differences(model.state_dict(), training.final_file()["model"]) == []
+    with pytest.raises(UserError, match="trained without a Thinker"):
+        attach_thinker(opened, tmp_path)
     tokens, ends = pad_captions([encode_caption(tokenizer, "a red cat", config.ctx_len)])
     assert model.embed_captions(tokens, ends).shape == (1, config.embed_dim)
 

@@ -12,7 +12,9 @@ from omni.data.tokenizer import StreamDecoder, Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Export, open_model
 from omni.export.folder import is_export
+from omni.models.omni_model import OmniModel
 from omni.stages import STAGES
+from omni.stages.omni import ConversationKeys
 from omni.stages.tasks.processor import Encoded, Processor, speech_bytes
 from omni.train.checkpoint import understood
 from omni.train.stage import Loaded
@@ -36,11 +38,12 @@ class Assistant:
         self.folder, self.tokenizer, self.metrics = folder, opened.tokenizer, opened.metrics
         self.omni = self.processor = None
         self.thinker, self.origins = opened.model, {}
-        if hasattr(opened.model, "thinker"):
+        if isinstance(opened.model, OmniModel):
             self.omni, self.thinker = opened.model, opened.model.thinker
             with understood(opened.path):
-                prompt, self.origins = opened.config["prompt"], opened.config["origins"]
-            self.processor = Processor(self.tokenizer, self.omni.architecture, prompt=prompt)
+                keys = ConversationKeys.model_validate(opened.config)
+            self.origins = keys.origins
+            self.processor = Processor(self.tokenizer, self.omni.architecture, prompt=keys.prompt)
         self.ctx_len = self.thinker.architecture.ctx_len
 
     @classmethod
@@ -50,6 +53,8 @@ class Assistant:
         Raises:
             UserError: the folder has none, is damaged, or holds files of several runs.
         """
+        if not folder.exists():
+            raise UserError(f"{folder}: expected a folder with thinker.pt, or an export, found nothing")
         source = Export(folder) if is_export(folder) else folder
         answers_all = source.config["omni"] is not None if isinstance(source, Export) else STAGES["omni"].is_in(folder)
         return cls(folder, open_model("omni" if answers_all else "thinker", source, device))

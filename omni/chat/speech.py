@@ -55,7 +55,7 @@ def load_speaker(
     opened, codec = (open_model(part, source, device) for part in ("talker", "rvq"))
     speaker = Speaker(opened.model, codec.model)
     own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
-    if own is not None and assistant.origins["codec"] == weights_sha256(codec.model):
+    if own is not None and assistant.origins.get("codec") == weights_sha256(codec.model):
         speaker = Speaker(own, codec.model, uses_thinker_states=True)
     if vocoder_ckpt is not None:
         speaker.vocoder = open_model("vocoder", vocoder_ckpt, device).model

@@ -23,6 +23,7 @@ from omni.chat.ocr import read_picture
 from omni.chat.server import Turns
 from omni.chat.speech import sentences, synthesize
 from omni.chat.text import clean
+from omni.chat.web_voices import chosen_voice, voice_inputs
 from omni.common.errors import BadRow, UserError
 from omni.common.media import kind_of
 from omni.models.ocr import OcrModel
@@ -105,11 +106,12 @@ class Page:
         self.unread: Callable[[str], int] = lambda session_hash: 0  # messages that a visitor has not fetched yet
 
     async def chat(
-        self, session: Session, asked: dict, aloud: bool, temperature, top_p, max_new_tokens, seed, request: gr.Request
-    ) -> AsyncIterator[tuple]:
+        self, session: Session, asked: dict, aloud: bool, temperature, top_p, max_new_tokens, seed, request: gr.Request,
+        voice: str | None = None, voice_file: str | None = None,
+    ) -> AsyncIterator[tuple]:  # fmt: skip
         """Yield the conversation, the emptied input, the speech so far, and at the end the whole speech."""
         run, files = session.run, asked["files"]
-        with in_the_page(*files), self.turns.job():
+        with in_the_page(*files, voice_file), self.turns.job():
             check_text_length(asked["text"] or "", self.assistant.ctx_len)
             if len(files) > MAX_FILES:
                 raise UserError(f"expected at most {MAX_FILES} files, found {len(files)}")
@@ -143,9 +145,9 @@ class Page:
                 if aloud and self.speaker is not None:
                     texts = sentences(answer["content"])
                     try:
-                        async for heard in self.speech(
-                            session, run, request, texts, "the answer", answer_states=answer_states
-                        ):
+                        how = {"reference": await chosen_voice(self.turns, self.speaker, voice, voice_file)}
+                        how |= {"answer_states": answer_states}
+                        async for heard in self.speech(session, run, request, texts, "the answer", **how):
                             yield gr.skip(), gr.skip(), *heard
                     except UserError as error:  # the answer stands
                         warn(str(error))
@@ -169,11 +171,12 @@ class Page:
         return self.assistant.answer(prompt, answer_states, **sampling)
 
     async def say(
-        self, session: Session, text: str, temperature: float, seed: int, request: gr.Request
-    ) -> AsyncIterator[tuple]:
+        self, session: Session, text: str, temperature: float, seed: int, request: gr.Request,
+        voice: str | None = None, voice_file: str | None = None,
+    ) -> AsyncIterator[tuple]:  # fmt: skip
         """Yield the speech so far, and at the end the whole speech."""
         run = session.run
-        with in_the_page(), self.turns.job():
+        with in_the_page(voice_file), self.turns.job():
             if self.speaker is None:
                 raise UserError(self.no_speaker)
             check_text_length(text or "")
@@ -182,6 +185,7 @@ class Page:
                 raise UserError("expected a text to say")
             sampling = {"temperature": temperature, "seed": random.getrandbits(53) if seed < 0 else seed}
             async with session.turn:
+                sampling["reference"] = await chosen_voice(self.turns, self.speaker, voice, voice_file)
                 async for heard in self.speech(session, run, request, sentences(text), "the text", **sampling):
                     yield heard
 
@@ -329,6 +333,7 @@ def build(page: Page, name: str, examples: list[dict], signs: list[Path]) -> gr.
         session = gr.State(Session)
         gr.HTML(f"<h2>μOmni</h2><b>{html.escape(name)}</b>: {' · '.join(able)}{''.join(absent)}", elem_id="able")
         player = gr.HTML("", html_template="<i></i>", js_on_load=PLAYER, elem_id="player", visible="hidden")
+        voice = voice_inputs(page.speaker)  # of both tabs that speak
         with gr.Tab("Chat"), gr.Row():
             with gr.Column(scale=3):
                 chat = gr.Chatbot(
@@ -352,7 +357,7 @@ def build(page: Page, name: str, examples: list[dict], signs: list[Path]) -> gr.
                 top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p", info="with a temperature; 1: off")
                 most = assistant.ctx_len - 1
                 max_new_tokens = gr.Slider(1, most, min(128, most), step=1, label="Max new tokens")
-                asked = [session, box, aloud, temperature, top_p, max_new_tokens, seed()]
+                asked = [session, box, aloud, temperature, top_p, max_new_tokens, seed(), *voice]
         with gr.Tab("Say a text"):
             gr.HTML(html.escape(no_speech), visible=bool(no_speech))
             text = gr.Textbox("Anna is reading at the market.", lines=3, label="Text", interactive=not no_speech)
@@ -379,7 +384,7 @@ def build(page: Page, name: str, examples: list[dict], signs: list[Path]) -> gr.
         talk = [chat, box, player, answer_wav]
         answering = box.submit(page.chat, asked, talk, api_name="chat", **in_turns)
         saying = say.click(
-            page.say, [session, text, say_temperature, say_seed], [player, say_wav], api_name="say", **in_turns
+            page.say, [session, text, say_temperature, say_seed, *voice], [player, say_wav], api_name="say", **in_turns
         )
         read.click(page.read, picture, found, api_name="read", **in_turns)
         at_once = {"cancels": [answering, saying], "queue": False}

@@ -1,12 +1,11 @@
-"""Results kept on disk, with digests of their inputs and of their own content.
+"""Results cached on disk, with digests of their inputs and of their own content.
 
 A cache is JSON, or arrays in ``.npy`` files beside a JSON file with their digests; the JSON contains its own digest. A
-cache that does not verify is made again, and the log says why: a truncated, flipped or deleted byte is noticed. A
-foreign file at its place is renamed, not deleted.
+cache whose digests do not match is made again, and the log says why. A folder or link at its path is renamed, not
+deleted.
 
-For each recording or picture that a cache depends on, it keeps size, time of change (mtime), and time of change of the
-directory entry (ctime), which changes even if mtime is set back. They select the files to compare; where the result is
-expensive, the content decides, so that a copied folder only has to be read once.
+A cache stores a hash of size, mtime and ctime of each recording or picture that it depends on; ctime changes even if
+mtime is set back. An expensive cache compares changed files by content, so that a copied folder is only read again.
 """
 
 import hashlib
@@ -32,7 +31,7 @@ _IN_MANIFEST = 1  # the facts of a data URI, which only changes with its manifes
 
 
 def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
-    """64-bit hash of size and times of the file that a row names; 0 if there is none."""
+    """64-bit hash of size and times of a row's file; 0 if there is no file."""
     try:
         file = manifest.file(manifest[row][column], root)
         return _IN_MANIFEST if isinstance(file, Inline) else _facts(os.stat(file))
@@ -45,7 +44,7 @@ def _facts(stat: os.stat_result) -> int:
 
 
 def content_of_row(manifest, row: int, column: str, root: str | None, facts: int) -> int:
-    """64-bit hash of the content of the file that a row names; 0 if its ``facts`` have changed, or it is unreadable."""
+    """64-bit hash of the content of a row's file; 0 if its ``facts`` have changed or it is unreadable."""
     try:
         with open_media(manifest.file(manifest[row][column], root)) as file:
             found = _facts(os.fstat(file.fileno())) if facts != _IN_MANIFEST else facts
@@ -67,7 +66,7 @@ def _hash64(data: bytes) -> int:
 
 def write_arrays(path: Path, belongs_to: dict, *, there: Sequence[str] = (), **arrays: np.ndarray) -> None:
     """Write each array as ``<path>.<name>.npy`` (``values`` as ``<path>.npy``), then ``<path>.json`` with their digests
-    and those of the arrays that are ``there`` already."""
+    and those of the existing arrays ``there``."""
     for name, array in arrays.items():
         file = array_file(path, name)
         set_aside(file)
@@ -128,7 +127,7 @@ def set_aside(path: Path, *, even_a_file: bool = False) -> None:
 
 
 def cached_json(path: Path, belongs_to: dict, make: Callable[[], dict], log: Callable[[str], None]) -> dict:
-    """The result kept at ``path``; ``make()`` if there is none, it is damaged, or it belongs to something else."""
+    """The result stored at ``path``, or ``make()`` if that is missing, damaged or of another ``belongs_to``."""
     kept = read_sealed_json(path)
     if kept is None and os.path.lexists(path):
         log(f"{path}: damaged, or of an earlier version: made again")
@@ -143,7 +142,7 @@ def require_finite(values: Tensor, file: object) -> Tensor:
     """``values``, computed from ``file``.
 
     Raises:
-        UserError: one of them is not finite: a cache that depends on them would be useless, and be kept.
+        UserError: a value is not finite, so a cache that depends on it would be useless.
     """
     if not values.isfinite().all():
         raise UserError(

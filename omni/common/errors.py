@@ -1,4 +1,4 @@
-"""What can be wrong: a row of the data, or the three ways in which a run ends early, each with its exit code.
+"""Exceptions: for rows that cannot be used, and for the three ways in which a run ends early, with their exit codes.
 
 A message is one line: what is wrong, where, what was expected, what to do next.
 """
@@ -31,7 +31,7 @@ def check_compatible(
 ) -> None:
     """
     Raises:
-        UserError: two models that must agree in these keys do not; the message names both and each difference.
+        UserError: the models differ in a key that ``may_differ`` lacks; the message names both and each difference.
     """
     found = [
         f"{key} {sizes.get(key)} here, {value} there"
@@ -43,7 +43,7 @@ def check_compatible(
 
 
 class RunError(Exception):
-    """The run cannot continue; the last good checkpoint stands."""
+    """The run cannot continue; the last good checkpoint is kept."""
 
     exit_code = EXIT_FAILED
 
@@ -63,15 +63,15 @@ class TooLong(BadRow):
 
 
 class GivenUp(BaseException):
-    """A batch is not waited for any longer; no fault of the row that is being read meanwhile."""
+    """The wait for a batch has ended; the row that is being read is not at fault."""
 
 
 _PASSED_ON = (BadRow, Interrupted, GivenUp, KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class reading_row:
-    """Whatever goes wrong in this context is a row's: damaged files make decoders raise anything, even MemoryError for
-    a size that a header claims, and what Rust code raises is no ``Exception``. Only a wish to stop is passed on.
+    """Context in which every exception but a request to stop becomes a ``BadRow``: for damaged files, decoders raise
+    anything, even MemoryError for the size in a header, and Rust code raises a ``BaseException``.
 
     Raises:
         BadRow: with the exception's kind and the first line of its message.
@@ -92,13 +92,13 @@ class reading_row:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# What was mended while a row was read: it is used, and the log tells what was done
+# Notes on rows that were repaired while they were read
 
 _notes: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
 
 def note(text: str) -> None:
-    """Tell that something was odd and what was done about it: in the run's log, or where no run reads, on stderr."""
+    """Report a repair: in the run's log, or on stderr where no run collects notes."""
     notes = _notes.get()
     if notes is None:
         print(text, file=sys.stderr)
@@ -108,7 +108,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def collected_notes() -> Iterator[list[str]]:
-    """The notes that are made inside the block."""
+    """The notes made inside the block."""
     notes: list[str] = []
     token = _notes.set(notes)
     try:

@@ -1,7 +1,4 @@
-"""Files on disk: opened only if they are files, written whole or not at all, and sealed where a result depends on them.
-
-Nothing here knows what a checkpoint is; everything that writes beside other people's files goes through here.
-"""
+"""Files: opened only if they are regular, written whole or not at all, and sealed where a result depends on them."""
 
 import contextlib
 import hashlib
@@ -16,15 +13,15 @@ from typing import Any, BinaryIO
 
 from omni.common.errors import UserError
 
-TEMPORARY_SUFFIX = ".omni-partial"  # like nobody else's, since leftovers are deleted
-SEAL = "seal"  # the key of a sealed JSON file that has the digest of the others
+TEMPORARY_SUFFIX = ".omni-partial"  # no other program's, since leftovers are deleted
+SEAL = "seal"  # the key of a sealed JSON file whose value is the digest of the other keys
 
 # ---------------------------------------------------------------------------------------------------------------
 # Reading
 
 
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a file for reading. A folder, pipe or device is an ``OSError`` at once: nothing is waited for."""
+    """Open a regular file for reading. A folder, pipe or device raises ``OSError`` without blocking."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -38,7 +35,7 @@ def read_text(path: str | Path, what: str = "file") -> str:
         what: name of the file's kind in the message, for example "tokenizer".
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         with open_regular(path) as file:
@@ -50,7 +47,7 @@ def read_text(path: str | Path, what: str = "file") -> str:
 
 
 def parse_json(text: str) -> Any:
-    """``json.loads`` whose every failure is a ``ValueError``, nesting too deep for the parser among them."""
+    """``json.loads`` that raises ``ValueError`` for every failure, also for nesting too deep for the parser."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -61,7 +58,7 @@ def read_json(path: str | Path, what: str = "file") -> dict:
     """A JSON object.
 
     Raises:
-        UserError: the file cannot be read, or holds something else; one line.
+        UserError: the file cannot be read, or contains something else.
     """
     try:
         value = parse_json(read_text(path, what))
@@ -73,7 +70,7 @@ def read_json(path: str | Path, what: str = "file") -> dict:
 
 
 def file_stat(path: Path) -> dict:
-    """Size and time of last change: a file that has kept both is taken to be the same file."""
+    """Size and mtime: a file with the same values counts as unchanged."""
     facts = path.stat()
     return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
 
@@ -94,7 +91,7 @@ temporary_in_progress: Path | None = None
 def replace_file(path: Path, write: Callable) -> None:
     """Call ``write(file)`` on a temporary file beside ``path`` and move it into place, all or nothing.
 
-    The temporary name is new, so no link that somebody put there is followed; its permissions are the umask's.
+    The temporary file is always created, so no link is followed; its permissions are the umask's.
     """
     global temporary_in_progress
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}")
@@ -106,7 +103,7 @@ def replace_file(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
-            error.filename = error.filename or str(path)  # a full disk does not say where it is
+            error.filename = error.filename or str(path)  # the error of a full disk has no filename
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -123,31 +120,31 @@ def fsync(path: Path) -> None:
 
 
 def remove_temporary(folder: Path) -> None:
-    """Clear what a kill in mid-write left behind. The caller holds the folder's lock."""
+    """Delete the temporary files of a killed writer. The caller holds the folder's lock."""
     for path in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-        if stat.S_ISREG(path.lstat().st_mode):  # a folder or a link is nobody's temporary file
+        if stat.S_ISREG(path.lstat().st_mode):  # a folder or a link is no temporary file of ours
             path.unlink()
 
 
 def write_json(path: Path, value: dict, indent: int | None = None) -> None:
-    """Write ``value`` whole or not at all; with ``indent`` as people read it."""
+    """Write ``value`` whole or not at all; ``indent`` makes it readable."""
     text = json.dumps(value) if indent is None else json.dumps(value, indent=indent, ensure_ascii=False) + "\n"
     replace_file(path, lambda file: file.write(text.encode()))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Folders that hold our files, and perhaps somebody else's
+# Folders with our files, and perhaps the user's
 
 
 @dataclass(frozen=True)
 class OwnFiles:
-    """Which files in a folder are ours; everything else in it is somebody's, and stays."""
+    """Which files in a folder are ours; all others are the user's and stay."""
 
-    is_own: Callable[[str], bool]  # of a name such as thinker/config.json; only a regular file can be one, not a link
-    folders: frozenset[str]  # that lead to them: thinker
+    is_own: Callable[[str], bool]  # a name such as thinker/config.json -> whether a regular file of this name is ours
+    folders: frozenset[str]  # subfolders with our files, such as thinker
 
     def strangers(self, folder: Path, above: str = "") -> list[str]:
-        """Names of what lies in ``folder``, at any depth, and is not ours."""
+        """Names of everything in ``folder``, at any depth, that is not ours."""
         found = []
         for path in sorted(folder.iterdir()):
             name, mode = above + path.name, path.lstat().st_mode
@@ -161,7 +158,7 @@ class OwnFiles:
         """Delete our files in ``folder``, and every folder that is then empty.
 
         Args:
-            last: the file that tells which are ours, deleted after all others.
+            last: the file that tells which files are ours, deleted after all others.
 
         Returns:
             whether ``folder`` is gone.
@@ -180,11 +177,11 @@ class OwnFiles:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Sealed JSON: a cache that knows whether it is what was written
+# Sealed JSON: files that contain their own digest
 
 
 def json_sha256(value: dict) -> str:
-    """Of what ``value`` says, however it is laid out."""
+    """SHA-256 of ``value``, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -195,7 +192,7 @@ def write_sealed_json(path: Path, value: dict) -> None:
 
 
 def read_sealed_json(path: Path) -> dict | None:
-    """What ``write_sealed_json`` wrote; None if there is no such file, or it differs: the caller makes it anew."""
+    """The value that ``write_sealed_json`` wrote; None if the file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         return open_sealed_json(path)
     return None
@@ -204,7 +201,7 @@ def read_sealed_json(path: Path) -> dict | None:
 def open_sealed_json(path: Path) -> dict:
     """
     Raises:
-        OSError, ValueError: there is no such file, or it is not what ``write_sealed_json`` wrote.
+        OSError, ValueError: the file is missing, or is not what ``write_sealed_json`` wrote.
     """
     with open_regular(path) as file:
         value = parse_json(file.read().decode("utf-8"))

@@ -1,4 +1,4 @@
-"""What data preparation and models may ask of the run that they work for (``omni.train.run.Run``)."""
+"""The interface of a run (``omni.train.run.Run``) that data preparation and models use."""
 
 import signal
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class Host(Protocol):
     config: Any  # the stage's keys
     save_dir: Path
     device: torch.device
-    rank: int  # of this process among ``world``
+    rank: int  # index of this process among ``world`` processes
     world: int
     is_main: bool  # rank 0
 
@@ -33,7 +33,7 @@ class Host(Protocol):
         """
 
     def wait_for(self, function: Callable[[], Any]) -> Any:
-        """``function()``, computed in a thread, so that a signal is noticed while a library works for minutes."""
+        """``function()``, computed in a thread, so that signals are handled during long library calls."""
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """The block runs on rank 0 while the others wait, then on the others, which find its result on disk."""

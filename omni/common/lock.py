@@ -21,7 +21,7 @@ class FolderInUse(UserError):
 def _open_lock(path: Path) -> TextIO:
     """Open or create a lock file, which contains the PID of the process that holds it."""
     try:
-        # not through a link, and not waiting for the other end of a pipe
+        # follows no link, and does not wait for the other end of a pipe
         number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -43,8 +43,8 @@ class FolderLock:
     the partial files of a killed one. A context manager that releases the lock at the end.
 
     Raises:
-        FolderInUse: another process has it.
-        UserError: ``.lock`` is another kind of file, which is left as it is.
+        FolderInUse: another process has the lock.
+        UserError: ``.lock`` is not a lock file; it is left as it is.
     """
 
     def __init__(self, folder: Path) -> None:

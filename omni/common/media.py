@@ -1,4 +1,4 @@
-"""What a row may name as its picture or recording, and how it is opened: a file, or a data URI that holds the bytes."""
+"""The pictures and recordings that rows name: a file, or a data URI that contains the bytes."""
 
 import base64
 import binascii
@@ -17,10 +17,10 @@ _SHOWN_CHARACTERS = 100
 
 @dataclass(frozen=True)
 class Inline:
-    """The bytes of a picture or recording that stand in the manifest itself, as a data URI (RFC 2397)."""
+    """A picture or recording inside the manifest itself: the bytes of a data URI (RFC 2397)."""
 
     data: bytes
-    media_type: str  # as the URI says it; readers go by the content
+    media_type: str  # as the URI declares it; readers go by the content
 
     def __str__(self) -> str:
         return f"data:{quoted(self.media_type)} ({len(self.data):,} bytes)"
@@ -45,7 +45,7 @@ def parse_data_uri(uri: str) -> Inline:
     media_type, *options = head.split(";")
     body = urllib.parse.unquote_to_bytes(body)
     if "base64" in (option.strip().lower() for option in options):
-        body = b"".join(body.split())  # blanks and line ends mean nothing
+        body = b"".join(body.split())  # white space is ignored
         try:
             body = base64.b64decode(body + b"=" * (-len(body) % 4), validate=True)
         except binascii.Error as error:
@@ -54,15 +54,15 @@ def parse_data_uri(uri: str) -> Inline:
 
 
 def open_media(source: Media) -> BinaryIO:
-    """Open a regular file, or the bytes of a data URI, for reading; nothing else is waited for.
+    """Open a regular file, or the bytes of a data URI, for reading, without blocking.
 
     Raises:
-        BadRow: there is no such file, it must not be read, or it is no file: a folder, a pipe, a device.
+        BadRow: the file is missing, unreadable, or not regular: a folder, a pipe, a device.
     """
     if isinstance(source, Inline):
         return io.BytesIO(source.data)
     try:
-        # O_NONBLOCK: opening a named pipe would wait for somebody who writes
+        # O_NONBLOCK: opening a named pipe would wait for a writer
         number = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte or half a surrogate pair in the name
         reason = error.strerror if isinstance(error, OSError) else error
@@ -74,20 +74,20 @@ def open_media(source: Media) -> BinaryIO:
 
 
 Kind = Literal["picture", "film", "sound", "unknown"]
-_SNIFFED_BYTES = 377  # enough to see three packets of a TS begin
+_SNIFFED_BYTES = 377  # the first bytes of three packets of an MPEG transport stream
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"BM")
 _SOUNDS = (b"fLaC", b"OggS", b"ID3", b"RF64", b"RIFX", b"FORM", b"caff", b".snd", b"riff")
 _RIFF = {b"WEBP": "picture", b"WAVE": "sound"}
 _EBML = b"\x1a\x45\xdf\xa3"  # Matroska and WebM
-_STILL = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # pictures in MP4's kind of file
+_STILL = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")  # still pictures in an MP4 container
 
 
 def kind_of(source: Media) -> Kind:
-    """What a file holds, by its content: names lie, and uploads have lost theirs. An animated picture is a picture,
-    and a film that has no more than sound is sound.
+    """The kind of a file by its content, since names may be wrong or missing. An animated picture is a picture, and a
+    film container with sound alone is sound.
 
     Raises:
-        BadRow: it cannot be opened.
+        BadRow: the file cannot be opened.
     """
     with open_media(source) as file:
         head = file.read(_SNIFFED_BYTES)
@@ -105,8 +105,8 @@ def kind_of(source: Media) -> Kind:
 
 
 def _of_container(file: BinaryIO) -> Kind:
-    """Film or sound; a cover is no film."""
-    import av  # here: it takes long to load, and rows have no need of it
+    """Film or sound; cover art is not a film."""
+    import av  # here: it loads slowly, and rows do not need it
     from av.stream import Disposition
 
     file.seek(0)
@@ -114,12 +114,12 @@ def _of_container(file: BinaryIO) -> Kind:
         with av.open(file, options={"format_whitelist": "mov,matroska,avi,mpegts"}) as container:
             films = [track for track in container.streams.video if Disposition.attached_pic not in track.disposition]
             return "film" if films or not container.streams.audio else "sound"
-    except (av.FFmpegError, ValueError, OSError):  # damaged: whoever reads it says how
+    except (av.FFmpegError, ValueError, OSError):  # damaged: reading it reports how
         return "film"
 
 
 def _is_mpeg_audio(head: bytes) -> bool:
-    """MP3 or AAC (ADTS) without a tag: it begins with a frame."""
+    """Whether a file begins with a frame of MP3 or AAC (ADTS), without a tag."""
     if len(head) < 3 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
         return False
     if head[1] & 0xF6 == 0xF0:  # ADTS
@@ -128,7 +128,7 @@ def _is_mpeg_audio(head: bytes) -> bool:
 
 
 def quoted(name: object) -> str:
-    """A name as a message shows it: shortened, and nothing in it reaches the terminal as a control character."""
+    """A name for a message: shortened, its control characters escaped."""
     text = str(name)
     if len(text) > _SHOWN_CHARACTERS:
         text = f"{text[: _SHOWN_CHARACTERS - 20]}... ({len(text):,} characters)"

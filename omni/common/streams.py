@@ -1,6 +1,6 @@
-"""Standard input, output and error of a process that outlives whoever started it.
+"""Standard input, output and error of a process that outlives its terminal.
 
-If a terminal is closed, a pipe's reader leaves, or ``>&-`` gives no stream at all, training goes on with training.log.
+If a terminal is closed, a pipe's reader exits, or ``>&-`` closes a stream, training goes on with training.log.
 """
 
 import contextlib
@@ -19,9 +19,7 @@ def secure() -> None:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            null = os.open(
-                os.devnull, os.O_RDWR
-            )  # the lowest free number, which is the closed one, if it is still free
+            null = os.open(os.devnull, os.O_RDWR)  # takes the closed number, if that is still free
             setattr(sys, name, open(null, mode, buffering=1, closefd=False))
     stream = sys.stderr
     stream.write, stream.flush = _lasting(stream, stream.write), _lasting(stream, stream.flush)
@@ -45,6 +43,6 @@ def _lasting(stream, function):
 
 
 def write_at_once(text: str) -> None:
-    """To stderr, from a signal handler: the main program may be in the middle of a ``print``."""
+    """Write to stderr from a signal handler: the main program may be in the middle of a ``print``."""
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), text.encode())

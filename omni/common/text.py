@@ -1,29 +1,28 @@
-"""Text of labels: what cannot be seen or heard is not written, and does not part words.
+"""Text of labels without invisible characters.
 
 Soft hyphens, zero-width spaces, byte-order marks, marks of direction and variation selectors come along when text is
-copied from web pages and PDF files. Left in a label, each would be a character to learn, one that no picture or
-recording shows.
+copied from web pages and PDF files. A model would have to learn each of them, though no picture or recording shows it.
 """
 
 import re
 import unicodedata
 
 JOINERS = "\u200c\u200d"  # zero-width non-joiner and joiner
-# Of the category Cf (format), and to be seen all the same: signs that enclose a number, the Syriac abbreviation mark,
-# the Mongolian vowel separator, which gives letters another form, and what places Egyptian hieroglyphs in a block
+# Visible characters of the category Cf (format): signs that enclose a number, the Syriac abbreviation mark, the
+# Mongolian vowel separator, which changes the form of letters, and controls that arrange Egyptian hieroglyphs
 VISIBLE_FORMATS = frozenset(
     map(
         chr,
         (*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x180E, 0x110BD, 0x110CD, *range(0x13430, 0x13440)),
     )
 )
-# Invisible, and of other categories: combining grapheme joiner, Hangul fillers, variation selectors
+# Invisible characters of other categories: combining grapheme joiner, Hangul fillers, variation selectors
 _FILLERS = frozenset(map(chr, (0x34F, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
-_VIRAMA = 9  # the combining class of the marks that join consonants in scripts of India and its neighbours
+_VIRAMA = 9  # combining class of the marks that join consonants in Indic scripts
 
 
 class _Invisible(dict):
-    """Code point -> None (left out) or itself; decided when first met, since every label passes through here."""
+    """Code point -> None (removed) or itself; cached, since every label passes through here."""
 
     def __missing__(self, code: int) -> int | None:
         character = chr(code)
@@ -38,10 +37,10 @@ _WITH_JOINERS = _Invisible({ord(joiner): ord(joiner) for joiner in JOINERS})
 
 
 def visible(text: str) -> str:
-    """What of a text can be seen: composed characters (NFC), without invisible ones.
+    """A text in composed characters (NFC), without invisible ones.
 
-    A zero-width joiner or non-joiner stays where it changes what is seen: beside a virama, between letters of Arabic
-    script, and between symbols, which are one emoji together. (RFC 5892, appendix A, has nearly this rule.)
+    A zero-width joiner or non-joiner stays where it changes the appearance: beside a virama, between letters of Arabic
+    script, and between symbols that form one emoji. (RFC 5892, appendix A, has nearly this rule.)
     """
     if text.isascii() and text.isprintable():  # nearly all labels
         return text
@@ -67,10 +66,10 @@ def _script(character: str) -> str:
 
 
 def audible(text: str) -> str:
-    """A text without invisible characters, joiners too: they change letters' shapes, never their sounds."""
+    """A text without invisible characters and joiners, which change letters' shapes but not their sounds."""
     return text.translate(_NO_JOINERS)
 
 
 def clean_text(text: str) -> str:
-    """What a picture of a text can tell: ``visible``, white space as single blanks, none at the ends."""
+    """The ``visible`` text with single blanks as white space, and none at the ends."""
     return " ".join(visible(text).split())

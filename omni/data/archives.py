@@ -1,7 +1,7 @@
 """Published archives, unpacked file by file.
 
-Can be killed at any instant: a file that has its final name is complete, and the next run writes the missing ones.
-Only the standard library and tqdm: a script that downloads need not wait for torch.
+A file that has its final name is complete, so after a kill at any instant the next run writes the missing ones.
+Imports only the standard library and tqdm, so that a script that downloads does not wait for torch.
 """
 
 import contextlib
@@ -28,34 +28,34 @@ from omni.common.errors import RunError
 from omni.common.media import quoted
 
 BLOCK_BYTES = 1 << 20
-_SMALL_BYTES = 16 << 20  # what an archive of next to nothing may hold
-_MOST_ITEMS = 100  # taken from an archive that does not tell how many it has
+_SMALL_BYTES = 16 << 20  # unpacked bytes that the smallest archive may have
+_MOST_ITEMS = 100  # unpacked at most from an archive without a ``count``
 
 
 @dataclass(frozen=True)
 class Archive:
-    """One published file, and which of the files in it are wanted.
+    """One published archive, and the files to unpack from it.
 
-    ``items`` and ``extras`` are regular expressions on names in the archive whose first group is the name to unpack
-    to. Items are what ``limit`` counts; extras (transcripts) are what the items need.
+    ``items`` and ``extras`` are regular expressions for names in the archive; their first group is the name to unpack
+    to. ``limit`` counts the items; extras are files that the items need, such as transcripts.
     """
 
-    name: str  # of the file, at the publisher, on a mirror and on disk
+    name: str  # file name at the publisher, on a mirror and on disk
     url: str
     size: int | None  # bytes; None: not published
     checksum: str  # md5 or sha256, in hexadecimal; "": not published
     items: str
     extras: str = r"(?!)"  # matches nothing
-    extra_of: Callable[[str], str] | None = None  # name of an item -> name of the extra without which it is no use
+    extra_of: Callable[[str], str] | None = None  # name of an item -> name of the extra that it needs
     root: str = ""  # folder of the unpacked archive
-    count: int = 0  # about how many items; 0: they are not counted, and a limit does not apply to them
+    count: int = 0  # approximate number of items; 0: items are not counted, and no limit applies
     growth: float = 1.0  # bytes on disk, unpacked, per byte of archive
-    at_most: int = 0  # bytes that a download never exceeds, where no size is published
+    at_most: int = 0  # bytes that a download without a published size must not exceed
     rename: Mapping[str, str] = field(default_factory=dict)
     # binary file, limit -> what to write in its place
     convert: Callable[[BinaryIO, int | None], Iterator[bytes]] | None = None
     subset: str = ""  # "": always needed
-    outputs: tuple[str, ...] = ()  # files for training that are made from it
+    outputs: tuple[str, ...] = ()  # training files made from this archive
 
     def unpacked_bytes(self, archive_bytes: int, limit: int | None) -> int:
         """About how many bytes of disk the first ``limit`` items take."""
@@ -63,24 +63,24 @@ class Archive:
         return int(archive_bytes * self.growth * share)
 
     def most_bytes(self) -> int:
-        """Of a download whose size is not known beforehand."""
+        """Limit of a download whose size is not known beforehand."""
         return self.at_most or 2 * (self.size or 0) or sys.maxsize
 
     def most_unpacked(self, archive_bytes: int) -> int:
-        """What no such archive holds, however it is packed anew: a bomb."""
+        """Unpacked size beyond which an archive must be a zip bomb."""
         return int(2 * max(self.growth, 1.0) * archive_bytes) + _SMALL_BYTES
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
-    """A temporary file that takes the name ``path`` when the block ends without an error, and goes when it does not.
+    """A temporary file that is renamed to ``path`` if the block succeeds, and deleted if it fails.
 
-    An equal file is left as it is.
+    An equal file at ``path`` is left as it is.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with open(temporary, "xb") as file:  # a link that somebody put there is not followed
+        with open(temporary, "xb") as file:  # follows no link
             yield file
             if sync:
                 file.flush()
@@ -98,26 +98,27 @@ def progress(total: int, unit: str, name: str, initial: int = 0) -> tqdm:
 
 
 class Member(NamedTuple):
-    """One regular file of an archive, or of a folder that somebody unpacked."""
+    """One regular file of an archive, or of an unpacked folder."""
 
     name: str
     size: int
     open: Callable[[], BinaryIO]
-    path: Path | None = None  # set where it lies on disk already
+    path: Path | None = None  # set if the file is on disk already
 
 
 def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> tuple[list[str], list[str]]:
-    """Write the wanted files of ``source`` below ``folder``; those that are there already stay as they are.
+    """Write the wanted files of ``source`` below ``folder``; files that exist already stay as they are.
 
     Args:
         source: the archive, or a folder with its content.
-        limit: number of items after which to stop reading; what ``archive.convert`` makes of it.
+        limit: number of items after which to stop reading; also passed to ``archive.convert``.
 
     Returns:
         Names of the items, in the order of the archive, and of the extras, both relative to ``folder``.
 
     Raises:
-        RunError: damaged, holds a link or a name that leaves the folder, lacks what is wanted, or holds far more.
+        RunError: the archive is damaged, contains a link or a name that leaves the folder, lacks wanted files, or
+            unpacks to far more than expected.
     """
     stop_at = limit if archive.count else None
     items, extras, needed = [], set(), set()
@@ -128,7 +129,7 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
     try:
         with contextlib.closing(_members(source, archive.root)) as members, progress(total, "file", source.name) as bar:
             for member in members:
-                if ".tar" in source.suffixes:  # what is not wanted is decompressed, too
+                if ".tar" in source.suffixes:  # unwanted files are decompressed, too
                     left.take(member.size)
                 item, extra = re.fullmatch(archive.items, member.name), re.fullmatch(archive.extras, member.name)
                 if extra:
@@ -147,7 +148,7 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
                     break
     except _DAMAGES as error:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            # of the disk; not of a decompressor, nor of a header that says where to go on
+            # an error of the disk; those of decompressors and of damaged offsets have one of these two numbers
             raise
         raise RunError(f"{source}: damaged, or not the file that is expected: {quoted(error)}") from error
     if not items:
@@ -158,10 +159,10 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
 
 
 class _Damaged(Exception):
-    """The archive cannot be what is published."""
+    """The archive cannot be the published one."""
 
 
-# whatever the readers of tar, zip and compressed streams raise for bytes that are not theirs
+# raised by the readers of tar, zip and compressed streams for damaged bytes
 _DAMAGES = (
     _Damaged, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     EOFError, RuntimeError, ValueError, TypeError, LookupError, OverflowError, OSError,
@@ -170,7 +171,7 @@ _DAMAGES = (
 
 @dataclass
 class _Allowance:
-    """How many bytes an archive may still unpack to."""
+    """Number of bytes that an archive may still unpack to."""
 
     n_bytes: int
 
@@ -181,7 +182,7 @@ class _Allowance:
 
 
 class _Counted(io.RawIOBase):
-    """``content``, whose bytes are taken from an allowance as they are read."""
+    """A reader of ``content`` that subtracts the bytes it reads from an allowance."""
 
     def __init__(self, content: BinaryIO, left: _Allowance) -> None:
         self.content, self.left = content, left
@@ -202,7 +203,7 @@ def _write(archive: Archive, member: Member, target: Path, limit: int | None, le
     target.parent.mkdir(parents=True, exist_ok=True)
     if archive.convert is None and member.path is not None and _link(member.path, target):
         return
-    # not synced one by one: whoever records that all of them are there syncs once before
+    # not synced one by one: ``Store.settle`` syncs once before it records them
     with replacing(target, sync=False) as file, member.open() as packed:
         content = io.BufferedReader(_Counted(packed, left), BLOCK_BYTES)
         if archive.convert is None:
@@ -212,7 +213,7 @@ def _write(archive: Archive, member: Member, target: Path, limit: int | None, le
 
 
 def _link(path: Path, target: Path) -> bool:
-    """A second name for the same bytes; False on another file system, or one without links."""
+    """Make ``target`` a hard link to ``path``; False if the file systems do not allow that."""
     temporary = target.with_name(f".{target.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -234,7 +235,7 @@ def _members(source: Path, root: str) -> Iterator[Member]:
                     path.relative_to(source).as_posix(), path.stat().st_size, lambda path=path: open(path, "rb"), path
                 )
     elif ".tar" in source.suffixes:
-        with tarfile.open(source, "r|*") as tar:  # a stream: never goes back, so that stopping early saves the rest
+        with tarfile.open(source, "r|*") as tar:  # a stream: never seeks back, so stopping early saves the rest
             while (member := tar.next()) is not None:
                 tar.members.clear()  # they would fill the memory: nine million in MJSynth
                 member = tarfile.data_filter(member, str(source))

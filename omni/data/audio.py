@@ -1,6 +1,6 @@
-"""Audio files to waveforms, waveforms to log-mels and back: one definition for every stage, augmentation drawn by key.
+"""Audio files to waveforms, waveforms to log-mels and back, and augmentation: one definition for every stage.
 
-How files are opened and decoded stands in omni/data/sound_files.py.
+omni/data/sound_files.py opens and decodes the files.
 """
 
 # S samples, T frames, M mel channels
@@ -38,18 +38,18 @@ def load_audio(source: Media, sample_rate: int, max_s: float | None = None, min_
     """A recording as mono at ``sample_rate``: WAV, FLAC, MP3, OGG, M4A, WebM, the sound of a film, and more.
 
     Channels are averaged. If they cancel out, so that their mean has less than a tenth of the energy that unrelated
-    channels would leave, the loudest alone is used, and a note tells so.
+    channels would leave, only the loudest is used, with a note.
 
-    Full scale is 1. Up to ``_MOST_AMPLITUDE`` is taken as it is: mixes in floating point, and decoders, go beyond 1.
+    Full scale is 1. Amplitudes up to ``_MOST_AMPLITUDE`` are kept, since decoders and floating-point mixes exceed 1.
     Floating-point samples in the range of 16-bit integers (at most 32768, and a twentieth of them beyond 1) are divided
-    by 32768, and a note tells so. Anything larger is damaged.
+    by 32768, with a note. Larger amplitudes mean a damaged file.
 
     Other rates are resampled by soxr: band-limited like ``torchaudio``'s resampling, and from 22050 to 16000 Hz ten
     times as fast.
 
     Args:
-        max_s: longest duration in seconds; of a longer file no more than its header, or that much, is read.
-        min_samples: fewest samples at ``sample_rate``, such as a window of the analysis.
+        max_s: longest duration in seconds; a longer file is refused by its header, or read no further than this.
+        min_samples: smallest number of samples at ``sample_rate``, such as one analysis window.
 
     Returns:
         (S,) float32, finite, at least one sample.
@@ -72,8 +72,8 @@ def load_audio(source: Media, sample_rate: int, max_s: float | None = None, min_
 def _read_mono(
     source: Media, sample_rate: int, most: int | None, channel: int | None = None
 ) -> tuple[np.ndarray, int, int | None]:
-    """The mean of a file's channels, or one of them, (S,) float32; its rate; and the loudest channel, if they cancel
-    out."""
+    """(S,) float32, the mean of a file's channels or the given ``channel``; the file's rate; and the loudest channel if
+    the channels cancel out, else None."""
     parts, read, mean_energy, energies = [], 0, 0.0, 0.0
     with open_sound(source) as sound:
         _refuse_long(source, sound.frames or 0, sound.rate, sample_rate, most, "lasts")
@@ -108,7 +108,7 @@ def _in_scale(waveform: np.ndarray, source: Media) -> np.ndarray:
 
 
 def load_speech(source: Media, spec: "MelSpec", max_frames: int) -> np.ndarray:
-    """As ``load_audio``: (S,) at ``spec.sample_rate``, of one window of the analysis to ``max_frames`` frames."""
+    """As ``load_audio``: (S,) at ``spec.sample_rate``, from one analysis window to ``max_frames`` frames long."""
     return load_audio(source, spec.sample_rate, max_frames * spec.hop_length / spec.sample_rate, spec.win_length)
 
 
@@ -131,9 +131,9 @@ def resample(waveform: np.ndarray, from_rate: float, to_rate: float) -> np.ndarr
 
 
 def resampled_length(samples, from_rate, to_rate: int):
-    """(...) int64: how many samples ``resample`` makes of so many, an integer or an array of them.
+    """(...) int64: the length of ``resample``'s output for ``samples``, an integer or an array.
 
-    By soxr's own arithmetic: what would be half a sample may become one or none, as the ratio's last bit falls.
+    The arithmetic is soxr's own: the last bit of the ratio decides whether half a sample is rounded up or down.
     """
     return np.where(from_rate == to_rate, samples, samples / (from_rate / to_rate) + 0.5).astype(np.int64)
 
@@ -144,10 +144,7 @@ def resampled_length(samples, from_rate, to_rate: int):
 
 @dataclass(frozen=True)
 class MelSpec:
-    """What a log-mel is. Recogniser, codec and vocoder share one, so that each reads what the other writes.
-
-    Sizes in samples, frequencies in Hz.
-    """
+    """The parameters of a log-mel, which codec and vocoder must share. Sizes are in samples, frequencies in Hz."""
 
     sample_rate: int = 16000
     n_fft: int = 1024
@@ -158,14 +155,14 @@ class MelSpec:
     f_max: float = 8000.0
 
     def frames(self, samples):
-        """Frames of so many samples, an integer or an array of them: one for every hop that has begun."""
+        """Number of frames of ``samples``, an integer or an array: one for every hop that has begun."""
         return -(-samples // self.hop_length)
 
 
 def reflect(signal: Tensor, left: int, right: int) -> Tensor:
-    """(..., S) -> (..., left + S + right): beyond its ends the signal comes back, the end itself but once.
+    """(..., S) -> (..., left + S + right): the signal, reflected at its ends without repeating the end samples.
 
-    As F.pad's "reflect", whose gradient on a GPU adds up in any order.
+    Equals F.pad's "reflect", whose gradient on a GPU is summed in no fixed order.
     """
     before, after = signal[..., 1 : left + 1], signal[..., signal.shape[-1] - 1 - right : -1]
     return torch.cat([before.flip(-1), signal, after.flip(-1)], dim=-1)
@@ -174,9 +171,9 @@ def reflect(signal: Tensor, left: int, right: int) -> Tensor:
 def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
     """Natural logarithm of the mel-scaled amplitude spectrum.
 
-    Frame ``t`` is centred on the middle of the hop that begins at sample ``t * hop_length``; what lies beyond the
-    ends is the signal reflected. ``frames * hop_length == samples`` where that divides. Differentiable; float32
-    whatever autocast says, since the logarithm of a bf16 sum is off by a few percent.
+    Frame ``t`` is centred on the middle of the hop that begins at sample ``t * hop_length``; beyond its ends the signal
+    is reflected. ``frames * hop_length == samples`` if ``hop_length`` divides ``samples``. Differentiable; float32 even
+    under autocast, since the logarithm of a bf16 sum is off by a few percent.
 
     Args:
         waveform: (..., S), full scale 1.
@@ -189,7 +186,7 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
     window, filters = _transform(spec, waveform.device)
     frames = spec.frames(waveform.shape[-1])
     signal = waveform.float()
-    if signal.shape[-1] < spec.win_length:  # too short to be reflected: silence follows
+    if signal.shape[-1] < spec.win_length:  # too short to be reflected: padded with silence
         signal = F.pad(signal, (0, spec.win_length - signal.shape[-1]))
     left = (spec.win_length - spec.hop_length) // 2
     needed = (spec.frames(signal.shape[-1]) - 1) * spec.hop_length + spec.win_length
@@ -198,8 +195,8 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
         # not torch.stft: it transforms the zeros around the window too, in a layout that costs five times as much
         windows = signal.unfold(-1, spec.win_length, spec.hop_length)[..., :frames, :] * window  # (..., T, win_length)
         real, imaginary = torch.view_as_real(torch.fft.rfft(windows, spec.n_fft)).unbind(-1)  # (..., T, n_fft / 2 + 1)
-        # the small number keeps the gradient of silence finite, and lies far below the floor; abs() takes three
-        # times as long, and each new tensor of this size almost as long as its arithmetic
+        # 1e-16 keeps the gradient of silence finite, and is far below the floor; abs() takes three times as long, and
+        # allocating a tensor of this size almost as long as its arithmetic
         amplitude = real.square().addcmul_(imaginary, imaginary).add_(1e-16).sqrt_()
         mel = amplitude @ filters  # (..., T, M)
     return mel.clamp(min=_SMALLEST_AMPLITUDE).log_()
@@ -223,10 +220,10 @@ def mel_filters(spec: MelSpec) -> np.ndarray:
     return triangles * 2 / (high - low)
 
 
-_LINEAR_HZ = 200 / 3  # a mel, below the knee
+_LINEAR_HZ = 200 / 3  # Hz per mel below the knee
 _KNEE_HZ = 1000.0
 _KNEE_MEL = _KNEE_HZ / _LINEAR_HZ
-_LOG_STEP = math.log(6.4) / 27  # a mel, above it
+_LOG_STEP = math.log(6.4) / 27  # per mel above the knee
 
 
 def _hz_to_mel(hz: float) -> float:
@@ -238,9 +235,9 @@ def _mel_to_hz(mel: np.ndarray) -> np.ndarray:
 
 
 def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
-    """A waveform with about these log-mels: what speaks where there is no vocoder.
+    """A waveform with about these log-mels, for use without a vocoder.
 
-    Draws no random numbers: the phases begin at zero, which measured no worse than at random.
+    Draws no random numbers: the phases begin at zero, which measured no worse than random ones.
 
     Args:
         log_mel: (..., T, M), from ``log_mel``.
@@ -252,10 +249,10 @@ def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
     """
     window, filters = _transform(spec, log_mel.device)
     frames = log_mel.shape[-2]
-    # Their frame t is centred on sample t * hop_length. So the first of ours has to be one of theirs further on, and
-    # what lies beyond the ends needs frames too: log_mel reflects there, so that they resemble the outermost one.
+    # torchaudio centres frame t on sample t * hop_length, log_mel on a later one. So frames are added at both ends, as
+    # copies of the outermost one, since log_mel reflects the signal there; ``start`` is then our first sample.
     around = 1 + spec.n_fft // (2 * spec.hop_length)
-    centre = spec.win_length // 2 - (spec.win_length - spec.hop_length) // 2  # of our first frame
+    centre = spec.win_length // 2 - (spec.win_length - spec.hop_length) // 2  # sample at the centre of our first frame
     start = around * spec.hop_length - centre
     with torch.autocast(log_mel.device.type, enabled=False):
         amplitude = _mel_to_linear(log_mel.float().exp(), filters, _pseudo_inverse(spec, log_mel.device))
@@ -269,10 +266,10 @@ def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
 
 
 def _mel_to_linear(mel: Tensor, filters: Tensor, inverse: Tensor) -> Tensor:
-    """Non-negative amplitudes (..., T, n_fft / 2 + 1) whose mels are ``mel`` (..., T, M).
+    """Non-negative amplitudes (..., T, n_fft / 2 + 1) whose mels are about ``mel`` (..., T, M).
 
     The pseudo-inverse with its negative values cut off is a little too loud everywhere. The multiplicative updates of
-    Lee & Seung 2000, "Algorithms for Non-negative Matrix Factorization", bring that back.
+    Lee & Seung 2000, "Algorithms for Non-negative Matrix Factorization", correct that.
     """
     amplitude = (mel @ inverse).clamp(min=1e-7)
     target = mel @ filters.T
@@ -287,10 +284,10 @@ def _pseudo_inverse(spec: MelSpec, device: torch.device) -> Tensor:
 
 
 def normalise_features(features: Tensor) -> Tensor:
-    """(T, M) of one utterance to mean 0 and variance 1 per channel: loudness and microphone no longer matter.
+    """Normalise (T, M) of one utterance to mean 0 and variance 1 per channel, whatever the loudness and microphone.
 
-    Only valid frames may be given: padding would shift the mean. As NVIDIA NeMo's "per_feature" normalisation, with
-    the variance over T instead of T - 1, which a single frame has too.
+    Only valid frames may be given: padding would shift the mean. As NVIDIA NeMo's "per_feature" normalisation, but
+    with the variance over T instead of T - 1, which is defined for a single frame too.
     """
     centred = features - features.mean(dim=0)
     return centred / (centred.square().mean(dim=0).sqrt() + 1e-5)
@@ -299,12 +296,12 @@ def normalise_features(features: Tensor) -> Tensor:
 def mel_statistics(log_mels: Iterable[Tensor]) -> dict[str, list[float]]:
     """``mean`` and ``std`` of each mel channel over some clips (T, M), at least one."""
     frames = torch.cat(list(log_mels))
-    std = frames.std(dim=0, correction=0).clamp(min=0.1)  # a channel that never changes tells nothing
+    std = frames.std(dim=0, correction=0).clamp(min=0.1)  # a channel that never changes has std 0
     return {"mean": frames.mean(dim=0).tolist(), "std": std.tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Augmentation: every draw comes from the generator given, which is keyed by the row
+# Augmentation: all draws come from the given generator, which is keyed by the row
 
 
 def perturb_speed(waveform: np.ndarray, amount: float, rng: np.random.Generator) -> np.ndarray:
@@ -322,7 +319,7 @@ def spec_augment(
     """Blank out some bands of time and of frequency in normalised features (T, M), whose mean is 0.
 
     Args:
-        time_masks, freq_masks: how many bands.
+        time_masks, freq_masks: number of bands.
         time_width, freq_width: a band's width is drawn evenly from 0 to this; in time also at most a fifth of T.
 
     Park et al. 2019, "SpecAugment", without time warping.

@@ -1,4 +1,4 @@
-"""Conversations as other programs' data sets write them, as messages of this one.
+"""Reads conversations in the formats of common data sets as messages of this project.
 
 - this project, Qwen2-VL, Qwen2-Audio: ``messages``, contents of parts ``{"type": "image", "image": NAME}`` and
   ``{"type": "audio", "audio": NAME}`` or ``"audio_url": NAME``
@@ -8,12 +8,12 @@
   with ``images: [NAME]`` beside the messages
 - ShareGPT (FastChat): ``conversations: [{"from": "human", "value": TEXT}, {"from": "gpt", ...}]``, perhaps ``system``
 - LLaVA (docs/Finetune_Custom_Data.md): as ShareGPT, with ``<image>`` in a text and ``image: NAME`` beside
-- LlamaFactory (data/README.md): either, with ``<image>`` and ``<audio>`` in texts, ``images`` and ``audios`` beside
+- LlamaFactory (data/README.md): either key, with ``<image>`` and ``<audio>`` in texts, ``images`` and ``audios`` beside
 - Qwen-VL, Qwen-Audio: ``conversations``, with ``<img>NAME</img>`` and ``<audio>NAME</audio>`` in texts
 
-NAME is a file or a data URI. Pictures and recordings stand where their tags are, one line break on either side of a tag
-belongs to the tag. Each tag needs its file and each file its tag; only a single picture or recording without a tag is
-put before the first question, as LLaVA does with its tag. Nothing is learnt without its picture: other rows are bad.
+NAME is a file or a data URI. A tag is the place of its picture or recording; one line break on either side of a tag
+belongs to the tag. Each tag needs its file and each file its tag, except that a single picture or recording without a
+tag goes before the first question, as in LLaVA. Other rows are bad: an answer must not be learnt without its picture.
 """
 
 import json
@@ -28,7 +28,7 @@ ROLES = {
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
-# a part's type -> what it is, and the keys under which its file may stand
+# a part's type -> its kind; a kind -> the keys that may name its file
 _KINDS = {
     "text": "text", "input_text": "text", "output_text": "text",
     "image": "image", "image_url": "image", "input_image": "image",
@@ -44,11 +44,11 @@ _TAG_KINDS = {"img": "image", "image": "image", "audio": "audio", "video": "vide
 
 def read_conversation(row: dict) -> list[dict]:
     """A row's conversation as messages ``{"role": "system" | "user" | "assistant", "content": ...}`` that end with an
-    answer. A content is a text, or of a user also a list of parts: ``{"type": "text", "text": ...}``, ``{"type":
-    "image", "image": NAME}``, ``{"type": "audio", "audio": NAME, "text": what it says, if that is known}``.
+    answer. A content is a text or, of a user, also a list of parts: ``{"type": "text", "text": ...}``, ``{"type":
+    "image", "image": NAME}``, ``{"type": "audio", "audio": NAME, "text": transcript, "" if unknown}``.
 
     Raises:
-        BadRow: it is none; tags and files do not match; something in it that is no text, picture or recording.
+        BadRow: the row has no conversation, tags and files do not match, or a part is no text, picture or recording.
     """
     name = next((name for name in ("messages", "conversations") if name in row), "messages")
     turns = row.get(name)
@@ -65,13 +65,13 @@ def read_conversation(row: dict) -> list[dict]:
 
 
 class _Beside:
-    """Files that a row names beside its conversation: each is taken once, in order, by a tag in the text."""
+    """Files that a row names beside its conversation: tags in the text take each of them once, in order."""
 
     def __init__(self, row: dict) -> None:
         self.names = {kind: _names(row, kind) + _names(row, f"{kind}s") for kind in ("image", "audio", "video")}
         if self.names["video"]:
             raise BadRow("a film: expected text, pictures and recordings")
-        self.parts = {"image": 0, "audio": 0}  # that the messages have, with a file of their own or not
+        self.parts = {"image": 0, "audio": 0}  # number of parts in the messages
 
     def take(self, kind: str) -> str:
         if not self.names[kind]:
@@ -119,7 +119,7 @@ def _message(turn: dict, beside: _Beside) -> dict:
 
 
 def _text_parts(text: str, beside: _Beside) -> list[dict]:
-    """A text as parts: what stands between its tags, and their files."""
+    """A text as parts: the text between its tags, and the tags' files."""
     parts, at = [], 0
     for tag in _TAG.finditer(text):
         parts += [{"type": "text", "text": text[at : tag.start()]}] * (tag.start() > at)
@@ -132,7 +132,7 @@ def _text_parts(text: str, beside: _Beside) -> list[dict]:
 
 
 def _parts(given, beside: _Beside) -> list[dict]:
-    """One element of a list of parts; a text may have tags."""
+    """One element of a list of parts, as parts: a text may have tags."""
     if not isinstance(given, dict):
         raise BadRow(f"expected a part of type text, image or audio, found {_shown(given)}")
     kind = _KINDS.get(given.get("type") or next((key for key in ("text", "image", "audio") if key in given), None))

@@ -1,9 +1,8 @@
 """A text file of any size, as packed token sequences in a memory-mapped cache.
 
-The corpus is UTF-8, one sample a line, which ends with LF, CRLF or CR; a byte-order mark is no part of it. It is read
-once, in chunks: each line's tokens are appended to ``train.bin`` or ``val.bin``, each sample closed by the end-of-text
-token. A kill in the middle costs one chunk. Memory stays
-bounded whatever the size, and a training sequence is a slice of the file: nothing is padded.
+The corpus is UTF-8, one sample per line, with LF, CRLF or CR as line ends; a byte-order mark is skipped. It is read
+once, in chunks of bounded memory: each line's tokens are appended to ``train.bin`` or ``val.bin``, followed by the
+end-of-text token. A kill costs at most one chunk. A training sequence is a slice of the file, without padding.
 """
 
 import codecs
@@ -30,12 +29,12 @@ from omni.data.lines import PIECE_BYTES, count_lines, read_chunks, split_samples
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 
 _VERSION = 2
-_ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes 100 bytes and more until it is written
+_ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes over 100 bytes until it is written
 _TOKENIZER_SAMPLE_BYTES = 24 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
 
 
 def sample_lines(run: Host, path: Path) -> Iterator[str]:
-    """Lines to train a tokenizer on: the whole file, or of a large one the beginning of each chunk."""
+    """Lines to train a tokenizer on: the whole file, or the beginning of each chunk of a large one."""
     share = _TOKENIZER_SAMPLE_BYTES / max(1, path.stat().st_size)
     row = 1
     for chunk in read_chunks(path):
@@ -61,7 +60,7 @@ class TokenFile:
     dtype: str
     tokens: int
     samples: int
-    text_bytes: int  # UTF-8 bytes of the samples, each with its newline: what bits per byte are counted over
+    text_bytes: int  # UTF-8 bytes of the samples, each with its newline, for bits per byte
 
     def open(self) -> np.ndarray:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
@@ -71,21 +70,20 @@ class TokenFile:
 class TokenCache:
     train: TokenFile
     val: TokenFile
-    sha256: str  # of the corpus
+    sha256: str  # digest of the corpus
     dialogues: int  # samples in the chat format
 
 
 def prepare_corpus(run: Host, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
-    """Tokenise ``path`` once; later calls open what is there.
+    """Tokenise ``path`` once; later calls open the cache.
 
-    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while
-    the corpus has the size and time that it had; otherwise the corpus is hashed, and tokenised again if it changed.
-    A sample goes to the validation split by a hash of its text alone: a repeated line never stands in both, and runs
-    with other seeds are judged on the same text.
+    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while the corpus
+    keeps its size and mtime; otherwise the corpus is hashed, and tokenised again if its content has changed. A hash of
+    its text alone decides a sample's split: a repeated line is never in both, and all seeds share a validation split.
 
     Raises:
         UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
-        Interrupted: asked to stop; a later call goes on from the last chunk.
+        Interrupted: the run was asked to stop; a later call continues after the last chunk.
     """
     corpus = Path(path)
     key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
@@ -101,7 +99,7 @@ def prepare_corpus(run: Host, path: str, tokenizer: Tokenizer, *, val_split: flo
 
 
 def _prepare(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
-    """Make the cache if need be. Only who holds the folder's lock writes in it."""
+    """Make the cache if it is stale. Only the holder of the folder's lock writes there."""
     copied = None
 
     def problem() -> str | None:
@@ -111,7 +109,7 @@ def _prepare(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_sp
 
     make = partial(_tokenise, run, corpus, folder, tokenizer, val_split)
     if not make_once(folder, problem, make, run.log, run.check_stop) and copied:
-        # where that cannot be noted, the files are hashed every time
+        # if this cannot be written, every run hashes the files
         with contextlib.suppress(UserError), hold_cache(folder, run.log, run.check_stop):
             if problem() is None and copied:
                 write_sealed_json(folder / "meta.json", copied)
@@ -127,7 +125,7 @@ def _read_cache(folder: Path, meta: dict) -> TokenCache:
 
 
 def _account(corpus: Path, cache: TokenCache, meta: dict) -> str:
-    """Where the lines of the corpus went, in one line."""
+    """A log line that accounts for every line of the corpus."""
     train, val, lines, blank = cache.train.samples, cache.val.samples, meta["lines"], meta["blank"]
     assert train + val >= lines, f"{corpus}: {lines} lines with text, but {train} + {val} samples"
     text = f"{corpus}: {lines + blank:,} lines = {train:,} to train on + {val:,} held out + {blank:,} blank"
@@ -141,10 +139,10 @@ def _chain(digest: str, chunk: bytes) -> str:
 
 
 def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
-    """Why the cache must be made ("" where there is none yet), or None if it is whole and of this corpus; and for a
-    copy, the same bytes at another time, what ``meta.json`` should say.
+    """Why the cache must be made ("" if there is none yet), or None if it is whole and of this corpus; and the new
+    content of ``meta.json`` if files have the same bytes but another mtime, else None.
 
-    What has kept size and time is trusted, the rest is hashed.
+    Files that keep size and mtime are trusted, others are hashed.
     """
     path = folder / "meta.json"
     try:
@@ -175,7 +173,7 @@ def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
 
 
 def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
-    """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` says which bytes are safely done."""
+    """Fill ``folder``: train.bin, val.bin, meta.json. ``progress.json`` records the bytes that are safely done."""
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     stat = file_stat(corpus)
     # "done" counts are in units of the corpus (bytes, rows) and of each split (tokens, samples, text bytes)
@@ -207,7 +205,7 @@ def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_s
         for chunk in read_chunks(corpus, done["bytes"]):
             run.check_stop()
             for samples in _batches(split_samples(chunk, corpus, done["rows"] + 1)):
-                # bytes, not str: what came in is what is hashed
+                # bytes, not str: the hash is of the text as it was read
                 held_out = [zlib.crc32(s) < val_split * 2**32 for s in samples]
                 encoded = tokenizer.encode_batch([s.decode("utf-8") for s in samples])
                 for name, is_val in (("train", False), ("val", True)):
@@ -232,8 +230,8 @@ def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_s
             bar.update(len(chunk))
     if file_stat(corpus) != stat:
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
-    if not done["train"]["samples"]:
-        raise UserError(f"{corpus}: expected lines of text for training, found none")
+    if not done["train" if val_split < 1 else "val"]["samples"]:
+        raise UserError(f"{corpus}: expected lines of text, found none")
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
         done[name] |= {"sha256": file_sha256(path), "stat": file_stat(path)}
@@ -264,8 +262,8 @@ class PackedTokens:
     Args:
         keep_tail: also yield the last, shorter sequence, padded with ignored targets. Validation does, so that it
             covers every token; training leaves it out.
-        context_weight, answer_ids: what a target counts for that stands in no answer (1 in one), and the tokens that
-            begin and end an answer.
+        context_weight: weight of a target outside answers; inside, it is 1.
+        answer_ids: tokens that begin and end an answer.
 
     Raises:
         UserError: the split does not fill one sequence.
@@ -298,8 +296,8 @@ class PackedTokens:
         return self.__dict__ | {"_array": None}  # a worker opens its own map; pickled, it would be the whole file
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; one dummy row for no rows. With
-        a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then ``n_targets``."""
+        """``tokens`` and ``targets`` (B, ctx_len) int64, the targets one token ahead; a dummy row if ``rows`` is empty.
+        With a ``context_weight`` also ``weights`` (B, ctx_len) of the targets, whose sum is then ``n_targets``."""
         if self._array is None:
             self._array = self.tokens.open()
         window = np.full((max(1, len(rows)), self.ctx_len + 1), IGNORE_INDEX, dtype=np.int64)
@@ -320,8 +318,8 @@ class PackedTokens:
 
 
 def in_answers(tokens: Tensor, begin: int, end: int) -> Tensor:
-    """(B, T) bool: whether what follows a position belongs to an answer: ``begin`` has come, ``end`` not yet. The rest
-    of an answer that began in the sequence before is taken for context: nothing says that it is one."""
+    """(B, T) bool: whether the token after a position belongs to an answer: after ``begin``, up to ``end``. The rest of
+    an answer that began in an earlier sequence counts as context, since the sequence does not show its beginning."""
     at = torch.arange(tokens.shape[1]).expand_as(tokens)
     begun, ended = (torch.where(tokens == mark, at, -1).cummax(dim=1).values for mark in (begin, end))
     return begun > ended

@@ -1,7 +1,7 @@
-"""Downloads that go on where they were cut, and a record of what was unpacked from them.
+"""Downloads that resume, and a record of the files unpacked from each.
 
-Both can be killed at any instant. A file that has its final name is complete, so the next run begins with the first
-one that is missing. Only the standard library and tqdm: a script that downloads need not wait for torch.
+A file that has its final name is complete, so after a kill at any instant the next run begins with the first missing
+file. Imports only the standard library and tqdm, so that a script that downloads does not wait for torch.
 """
 
 import contextlib
@@ -37,12 +37,12 @@ _DIGEST_LENGTHS = {32: "md5", 40: "sha1", 64: "sha256"}  # in hexadecimal digits
 
 
 def not_following(path: str, flags: int) -> int:
-    """For ``open``: a link that somebody put at ``path`` is an ``OSError``."""
+    """Opener for ``open`` that raises ``OSError`` if ``path`` is a link."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def read_record(path: Path) -> dict | list | None:
-    """Sealed JSON, or unsealed as earlier versions wrote it; None, and a line, if it is damaged."""
+    """Sealed JSON, or unsealed JSON of an earlier version; None if it is missing or, with a log line, damaged."""
     if not os.path.lexists(path):
         return None
     if (value := read_sealed_json(path)) is not None:
@@ -51,7 +51,7 @@ def read_record(path: Path) -> dict | list | None:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not (isinstance(value, dict) and SEAL in value):
             return value
-    log(f"{path}: damaged, so it counts for nothing")
+    log(f"{path}: damaged, so it is ignored")
     return None
 
 
@@ -80,24 +80,24 @@ def log(message: str) -> None:
 
 @dataclass
 class Transfer:
-    """One file on its way from ``url`` to ``path``, going on with what an earlier run left in ``<path>.part``.
+    """One download from ``url`` to ``path``, which resumes from an earlier run's ``<path>.part``.
 
-    Going on is safe only if the file is still the same: the server is asked so with its own ETag or Last-Modified
-    (RFC 9110, 13.1.5), kept in ``<path>.part.validator``. A server that gives neither, or ignores ranges, sends the
-    file from the start.
+    Resuming is safe only if the file has not changed: the request sends back the server's ETag or Last-Modified
+    (RFC 9110, 13.1.5) from ``<path>.part.validator``. A server that gives neither, or ignores ranges, sends the file
+    from the start.
     """
 
     url: str
     path: Path
     size: int | None  # bytes expected, if known
-    most_bytes: int  # after which to stop, whatever the server says
-    space_for: Callable[[int], int]  # bytes of the file -> bytes of disk that must be free for what is made from it
-    retry_wait_s: float  # before the first of several retries; each waits twice as long as the one before
+    most_bytes: int  # limit of the download, whatever the server declares
+    space_for: Callable[[int], int]  # bytes of the file -> free bytes of disk needed for its unpacked content
+    retry_wait_s: float  # wait before the first of several retries; each wait is twice the one before
 
     def run(self) -> None:
         """
         Raises:
-            RunError: refused by the server, of another size, too little disk, or cut again and again.
+            RunError: the server refuses, the size differs, disk is short, or the connection fails again and again.
         """
         part = self.path.with_name(f"{self.path.name}.part")
         self.validator = self.path.with_name(f"{part.name}.validator")
@@ -129,11 +129,11 @@ class Transfer:
         self.validator.unlink(missing_ok=True)
 
     def _receive(self) -> None:
-        """One request, for all that is still missing."""
+        """One request, for all missing bytes."""
         offset = self.file.tell()
         if offset and offset == self.size:
             return
-        # some servers turn Python's own agent name away
+        # some servers refuse Python's own agent name
         headers = {"User-Agent": "Mozilla/5.0 (compatible; micro-omni)", "Accept-Encoding": "identity"}
         if offset and (known := self._known_validator()):
             headers |= {"Range": f"bytes={offset}-", "If-Range": known}
@@ -149,7 +149,7 @@ class Transfer:
             if error.code in _TRANSIENT_STATUS:
                 raise
             raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
-        except ValueError as error:  # it was sent on to what is no address
+        except ValueError as error:  # redirected to an invalid address
             raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
         with response:
             length = response.headers.get("Content-Length", "")
@@ -185,13 +185,13 @@ class Transfer:
                     _start_over(self.file)
                     raise RunError(f"{self.url}: expected {most:,} bytes at most, the server sends more")
                 self.file.write(block)
-                self.file.flush()  # what has arrived survives a kill
+                self.file.flush()  # received bytes survive a kill
                 self.bar.update(len(block))
             if total is not None and self.file.tell() < total:
                 raise ConnectionError("connection cut")
 
     def _known_validator(self) -> str:
-        """What an earlier run noted; "" if that cannot be sent back."""
+        """The validator that an earlier run stored; "" if there is none that can be sent."""
         try:
             known = self.validator.read_text(encoding="ascii")
         except (OSError, UnicodeDecodeError):
@@ -226,12 +226,12 @@ def digest_algorithm(digest: str) -> str | None:
 
 @dataclass
 class Store:
-    """The folder that archives are downloaded to, with a record of what has been unpacked from each of them."""
+    """The folder of the downloaded archives, with a record of the files unpacked from each."""
 
     folder: Path
-    from_dir: Path | None = None  # download nothing: archives, or what they hold, are here
-    mirror: str | None = None  # archives are at <mirror>/<name>
-    checksums: Mapping[str, str] = field(default_factory=dict)  # archive -> digest that wins over the published one
+    from_dir: Path | None = None  # folder with archives or their content: nothing is downloaded
+    mirror: str | None = None  # address of the archives: <mirror>/<name>
+    checksums: Mapping[str, str] = field(default_factory=dict)  # archive -> digest that replaces the published one
     keep_archives: bool = False
     retry_wait_s: float = 1.0
 
@@ -252,16 +252,16 @@ class Store:
         remove_temporary(self.folder)
 
     def settle(self, archive: Archive, folder: Path, limit: int | None) -> list[str]:
-        """Have an archive's items below ``folder``: nothing to do, or unpack, or download and unpack.
+        """Make sure that an archive's items are below ``folder``: download and unpack them if they are not.
 
         Returns:
-            Their names relative to ``folder``: the first ``limit`` of the archive.
+            Names of the items relative to ``folder``, the first ``limit`` of the archive.
         """
         record = self.folder / f"{archive.name}.files"
         limit = limit if archive.count or archive.convert else None
         items = self._settled(record, archive, folder, limit)
         if items is None:
-            there = _bytes_below(folder / archive.root) if archive.root else 0  # by a run that was interrupted
+            there = _bytes_below(folder / archive.root) if archive.root else 0  # from an interrupted run
 
             def space_for(size: int) -> int:
                 return max(0, archive.unpacked_bytes(size, limit) - there)
@@ -269,11 +269,11 @@ class Store:
             source = self._locate(archive) if self.from_dir else self._download(archive, space_for)
             if not source.is_dir():
                 check_space(folder, space_for(source.stat().st_size))
-            elif source.stat().st_dev != folder.stat().st_dev:  # else the files get a second name, and take no space
+            elif source.stat().st_dev != folder.stat().st_dev:  # else hard links, which take no space
                 check_space(folder, _bytes_below(source / archive.root) - there)
             log(f"{source}: unpacking into {folder}")
             items, extras = unpack(archive, source, folder, limit)
-            os.sync()  # the record must not survive a power cut that the files do not
+            os.sync()  # no power cut may leave the record without the files
             sizes = {name: (folder / name).stat().st_size for name in [*items, *extras]}
             write_sealed_json(record, {"limit": limit, "items": items, "sizes": sizes})
         if not self.keep_archives and not self.from_dir:
@@ -281,7 +281,7 @@ class Store:
         return items
 
     def _settled(self, record: Path, archive: Archive, folder: Path, limit: int | None) -> list[str] | None:
-        """Items that were unpacked completely and still lie there; None if they must be unpacked (again)."""
+        """Names of items that are unpacked completely; None if they must be unpacked (again)."""
         made = read_record(record)
         if not _is_record(made):
             return None
@@ -296,7 +296,7 @@ class Store:
         return made["items"][: limit if archive.count else None] if enough else None
 
     def missing(self, archive: Archive) -> str | None:
-        """What ``from_dir`` lacks for this archive, in words."""
+        """What ``from_dir`` lacks for this archive, for a message; None if nothing."""
         if (self.from_dir / archive.name).is_file() or (archive.root and (self.from_dir / archive.root).is_dir()):
             return None
         return archive.name + (f" (or, unpacked, {archive.root}/)" if archive.root else "")
@@ -325,8 +325,8 @@ class Store:
         return path
 
     def _mismatch(self, archive: Archive, path: Path) -> str | None:
-        """In words, how the file differs from its checksum: the user's, or the published one, or else the one of the
-        first download, which is recorded for that."""
+        """How the file differs from its checksum, for a message; None if it does not. The checksum is the user's, else
+        the published one, else that of the first download, which is recorded."""
         record = self.folder / f"{archive.name}.sha256"
         expected = self.checksums.get(archive.name) or archive.checksum
         if not expected and record.exists():
@@ -344,7 +344,7 @@ class Store:
 
 
 def _is_record(value: dict | list | None) -> bool:
-    """Whether it tells what was unpacked; an unsealed one of an earlier version can be anything."""
+    """Whether ``value`` is a record of unpacked files; an unsealed file of an earlier version can be anything."""
     if not isinstance(value, dict) or value.keys() != {"limit", "items", "sizes"}:
         return False
     limit, items, sizes = value["limit"], value["items"], value["sizes"]
@@ -356,7 +356,7 @@ def read_checksums(path: Path) -> dict[str, str]:
     """Lines as ``sha256sum`` and ``md5sum`` write them: file name -> digest.
 
     Raises:
-        UserError: not readable, or a line that is none of these.
+        UserError: the file is not readable, or a line has another form.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

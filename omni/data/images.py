@@ -1,4 +1,4 @@
-"""Picture files to tensors of one size, whatever the file holds and whoever wrote it."""
+"""Picture files of several formats to tensors of one size."""
 
 # C = 3 channels (RGB), H and W height and width in pixels, B pictures
 
@@ -16,12 +16,12 @@ from omni.common.errors import BadRow
 from omni.common.media import Media, open_media, quoted
 from omni.data.metadata import without_metadata
 
-# A picture is a few hundred bytes for a header that promises any size. 64 megapixels (more than most cameras make)
-# are 0.6 GB while they are decoded and turned upright, a WebP 1 GB (measured); a column one pixel wide would be 3 GB.
+# The header of a small file can declare any size. 64 megapixels (more than most cameras make) take 0.6 GB to decode
+# and turn upright, as WebP 1 GB (measured); as a column one pixel wide they would take 3 GB.
 MAX_PIXELS = 64_000_000
-MAX_SIDE = 65_535  # what a JPEG or GIF can have
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, a WebP before it makes room for its canvas
-# No other parsers: some of them start programs, and all of them have bugs.
+MAX_SIDE = 65_535  # the maximum of JPEG and GIF
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, and a WebP before it allocates a canvas
+# Pillow's other parsers are not used: some start programs, and each may have bugs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 _ORIENTATION = 0x0112  # the EXIF tag: how the camera was held
 _WHITE, _BLACK = (255, 255, 255), (0, 0, 0)
@@ -40,12 +40,12 @@ def load_image(source: Media, height: int, width: int, *, fit: str = "squash") -
     """A picture as RGB, upright (EXIF), over a background where it is transparent, resized with antialiasing.
 
     Args:
-        source: a file or data URI in one of ``FORMATS``, recognised by its content; of several frames the first.
+        source: a file or data URI in one of ``FORMATS``, recognised by its content; the first of several frames.
             Broken metadata are ignored.
         height, width: pixels of the result.
         fit: "squash" stretches the whole picture to the size, as ``ViTImageProcessor`` does: nothing is cut off, so a
-            caption stays true. "pad" keeps the proportions and fills with the background what is left over on the
-            right, or above and below: for lines of text, which must not be stretched.
+            caption stays true. "pad" keeps the proportions and fills the rest, on the right or above and below, with
+            the background: for lines of text, which must not be stretched.
 
     Returns:
         uint8 (3, H, W).
@@ -65,8 +65,8 @@ def load_image(source: Media, height: int, width: int, *, fit: str = "squash") -
 
 
 def _decode(source: Media, file: BinaryIO, enough: int) -> tuple[Image.Image, Image.Transpose | None]:
-    """The picture in RGB, and what turns it upright."""
-    # of damage that it can read past, Pillow warns on stderr, a line for each of a million pictures
+    """The picture in RGB, and the transpose that turns it upright."""
+    # Pillow warns on stderr, a line for each picture, of damage that it can read past
     with (
         warnings.catch_warnings(action="ignore"),
         Image.open(without_metadata(source, file), formats=FORMATS) as picture,
@@ -79,18 +79,18 @@ def _decode(source: Media, file: BinaryIO, enough: int) -> tuple[Image.Image, Im
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What turns it upright by EXIF, in which anything may stand; None if that cannot be read."""
+    """The transpose that turns the picture upright, from its EXIF; None if that is absent or damaged."""
     exif = Image.Exif()
     try:
         exif.load(picture.info.get("exif", b""))
         return _UPRIGHT.get(exif.get(_ORIENTATION))
-    except Exception:  # Pillow raises whatever it likes; the picture is as good as one without EXIF
+    except Exception:  # Pillow raises anything for damaged EXIF, which is then ignored
         return None
 
 
 @contextmanager
 def decoding(source: Media, kind: str) -> Iterator[None]:
-    """Decoders raise whatever they like at a damaged file: any exception is a BadRow, with its reason."""
+    """Context in which any exception becomes a BadRow with its reason, since decoders of damaged files raise any."""
     try:
         yield
     except BadRow:
@@ -100,15 +100,15 @@ def decoding(source: Media, kind: str) -> Iterator[None]:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [-1, 1]: mean 0.5 and standard deviation 0.5, as ``ViTImageProcessor`` has it.
+    """uint8 (B, 3, H, W) -> float32 in [-1, 1]: mean 0.5 and standard deviation 0.5, as in ``ViTImageProcessor``.
 
-    On the device, after the transfer: a byte a value travels, not four.
+    Called on the device, after the transfer, which so moves one byte per value, not four.
     """
     return images.float() / 127.5 - 1.0
 
 
 def check_size(source: Media, width: int, height: int, most: int) -> None:
-    """Refuse (BadRow) what promises more than ``most`` pixels, or a side of more than ``MAX_SIDE``."""
+    """Raise BadRow if there are more than ``most`` pixels, or a side has more than ``MAX_SIDE``."""
     if width * height > most or max(width, height) > MAX_SIDE:
         expected = f"at most {most:,} in all and {MAX_SIDE:,} a side"
         raise BadRow(f"{quoted(source)}: {width} x {height} pixels, expected {expected}")
@@ -124,7 +124,7 @@ def reason_of(error: Exception) -> str:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """Decode, as 8-bit RGB; where it is transparent, over white, or over black if over white it could not be seen."""
+    """Decode to 8-bit RGB: a transparent picture over white, or over black if it would be invisible over white."""
     if picture.mode.startswith("I;16"):  # Pillow's own conversion would cut off at 255
         return Image.fromarray((np.asarray(picture) // 257).astype(np.uint8)).convert("RGB")
     if not picture.has_transparency_data:
@@ -148,7 +148,7 @@ def _background(picture: Image.Image, alpha: Image.Image) -> tuple[int, int, int
 
 
 def squash(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3), resized with antialiasing, proportions lost."""
+    """uint8 (H, W, 3), resized with antialiasing; proportions change."""
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(image)

@@ -1,7 +1,7 @@
-"""What a file was found to hold, kept beside it: made once, used by all, made again when either of them has changed.
+"""The index of a file, stored beside it: made once, and again when the file or the index has changed.
 
-An index is a folder: arrays and ``meta.json``, each sealed with its own digest. The latter has the file's digest, size
-and time. Only who holds the folder's lock writes in it.
+An index is a folder with arrays and ``meta.json``, each sealed with its own digest. ``meta.json`` has the file's
+digest, size and mtime. Only the holder of the folder's lock writes there.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ _DIGEST_BYTES = 32
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """An ``.npy`` file, followed by the SHA-256 of it: who reads arrays only does not see that."""
+    """Write an ``.npy`` file followed by its SHA-256, which readers of ``.npy`` do not read."""
 
     def write(file) -> None:
         np.save(file, array)
@@ -30,10 +30,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def open_array(path: Path) -> np.ndarray:
-    """What ``save_array`` wrote, mapped from disk.
+    """The array that ``save_array`` wrote, mapped from disk.
 
     Raises:
-        OSError, ValueError: it is not there, or is not what was written.
+        OSError, ValueError: the file is missing or damaged.
     """
     data = np.memmap(path, np.uint8, "r")
     if hashlib.sha256(data[:-_DIGEST_BYTES]).digest() != data[-_DIGEST_BYTES:].tobytes():
@@ -43,7 +43,7 @@ def open_array(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def hold_cache(folder: Path, log: Callable[[str], None], check_stop: Callable[[], None]) -> Iterator[None]:
-    """The lock of a cache folder, which is made if need be.
+    """Hold the lock of a cache folder, which is created if it is missing.
 
     Raises:
         UserError: the folder cannot be written.
@@ -64,11 +64,11 @@ def make_once(
     log: Callable[[str], None],
     check_stop: Callable[[], None],
 ) -> bool:
-    """Call ``make()``, with the folder's lock, if there is a ``problem()`` with what the folder contains: why it cannot
-    be used, "" where that need not be told, None if it can.
+    """Call ``make()``, with the folder's lock, if ``problem()`` says why the folder cannot be used ("" if the log need
+    not say it); None means that it can.
 
     Returns:
-        whether there was a problem at first.
+        whether there was a problem before the lock was taken.
 
     Raises:
         UserError: the folder cannot be written.
@@ -90,10 +90,10 @@ def prepare_index(
     log: Callable[[str], None],
     check_stop: Callable[[], None],
 ) -> None:
-    """Call ``make()``, which fills ``folder`` and writes ``meta.json`` last, unless an index of ``path`` is there.
+    """Call ``make()``, which fills ``folder`` and writes ``meta.json`` last, unless the index of ``path`` is valid.
 
     Raises:
-        UserError: there is no such file, or the folder cannot be written.
+        UserError: the file cannot be read, or the folder cannot be written.
     """
 
     def problem() -> str | None:
@@ -106,7 +106,7 @@ def prepare_index(
     if make_once(folder, problem, make, log, check_stop):
         return
     if open_sealed_json(folder / "meta.json")["stat"] != file_stat(path):
-        # the same bytes at another time; where that cannot be noted they are hashed every time
+        # the same bytes with another mtime; if that cannot be written, every run hashes them
         with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):
             meta = open_sealed_json(folder / "meta.json")
             if why_stale(path, folder) is None and meta["stat"] != file_stat(path):
@@ -114,7 +114,7 @@ def prepare_index(
 
 
 def why_stale(path: Path, folder: Path) -> str | None:
-    """Why an index must be made ("" where nobody need know), or None if it is whole and of the file as it is.
+    """Why an index must be made ("" if the log need not say it), or None if it is whole and of the present file.
 
     Raises:
         OSError: the file cannot be read.

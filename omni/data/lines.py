@@ -15,7 +15,7 @@ PIECE_BYTES = 64 << 10
 def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
     """Consecutive chunks of about 16 MiB from byte ``start`` on, cut after a line's end where one is near.
 
-    Where the cuts fall depends on the content alone, so an interrupted pass can be taken up at any of them.
+    The cuts depend on the content alone, so an interrupted pass can resume at any of them.
     """
     with open(path, "rb") as file:
         file.seek(start)
@@ -23,7 +23,7 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
             chunk += file.readline(PIECE_BYTES)
             cut = 0
             if not chunk.endswith(b"\n"):
-                # the last CR that something follows; else, in a giant line, where a character ends
+                # after the last CR that is not the last byte; else, in a giant line, where a character ends
                 end = chunk.rfind(b"\r", max(0, len(chunk) - 2 * PIECE_BYTES), -1) + 1
                 end += chunk[end : end + 1] == b"\n"
                 cut = len(chunk) - end if end and file.peek(1) else _incomplete_character(chunk)
@@ -34,16 +34,16 @@ def read_chunks(path: Path, start: int = 0) -> Iterator[bytes]:
 
 
 def line_spans(chunk: bytes, path: Path, first_row: int) -> Iterator[tuple[int, int]]:
-    """(first byte, byte after the last) of each line of a chunk, without what ends it, and without the byte-order mark
-    of a file whose line 1 is the first.
+    """(first byte, byte after the last) of each line of a chunk, without its line end and, in line 1 of the file,
+    without the byte-order mark.
 
     Raises:
-        UserError: the file is plainly no UTF-8.
+        UserError: the file is plainly not UTF-8.
     """
     if first_row == 1 and (encoding := other_encoding(chunk)):
         raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
     at = 0
-    for line in chunk.splitlines(keepends=True):  # of bytes: at LF, CRLF and CR, nothing else
+    for line in chunk.splitlines(keepends=True):  # splits bytes at LF, CRLF and CR only
         start, end = at, at + len(line.rstrip(b"\r\n"))
         if first_row == 1 and at == 0 and line.startswith(codecs.BOM_UTF8):
             start = len(codecs.BOM_UTF8)
@@ -52,12 +52,12 @@ def line_spans(chunk: bytes, path: Path, first_row: int) -> Iterator[tuple[int, 
 
 
 def count_lines(chunk: bytes) -> int:
-    """How many lines end in a chunk."""
+    """Number of line ends in a chunk."""
     return chunk.count(b"\n") + chunk.count(b"\r") - chunk.count(b"\r\n")
 
 
 def _incomplete_character(chunk: bytes) -> int:
-    """How many bytes at the end begin a UTF-8 character without completing it: 0 to 3."""
+    """Number of bytes, 0 to 3, of an incomplete UTF-8 character at the end."""
     for back in range(1, min(4, len(chunk) + 1)):
         byte = chunk[-back]
         if byte >= 0xC0:  # a leading byte: 110..., 1110... and 11110... announce 2, 3 and 4 bytes

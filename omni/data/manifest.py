@@ -1,8 +1,8 @@
-"""Rows of a file of any size, read in any order, and what happens to the bad ones among them.
+"""Rows of a file of any size, read in any order; bad rows are counted, named, and replaced or left out.
 
-The file is read once, in chunks: where each row begins and ends goes into an index beside it, 20 bytes a row, that
-later runs map into memory. Row ``i`` is then one short read, so a run that resumes reads no row that it skips. What a
-row is, its format knows: see ``omni.data.formats``.
+One pass over the file writes the first and last byte of each row to an index beside it, 20 bytes a row, which later
+runs map into memory. Row ``i`` is then one short read, so a resumed run reads no row that it skips. The formats
+(``omni.data.formats``) define the rows.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from omni.data.records import MAX_ROW_BYTES, Record, other_encoding
 T = TypeVar("T")
 _VERSION = 3
 _SUBSTITUTES_TRIED = 100
-_NAMED = 5  # rows left out that are named, for each reason; all are counted
+_NAMED = 5  # rows that the log names for each reason; all are counted
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Manifest:
         meta = json.loads((folder / "meta.json").read_text())
         self.path, self.folder = path, folder
         self.sha256: str = meta["sha256"]
-        self.columns: list[str] = meta["columns"]  # that every row must fill
+        self.columns: list[str] = meta["columns"]  # columns that every row must fill
         self.format = FORMATS[meta["format"]](**meta["reading"])
         self.arrays: list[str] = meta["arrays"]
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
@@ -59,7 +59,7 @@ class Manifest:
         arrays = {name: np.load(self.folder / f"{name}.npy", mmap_mode="r") for name in self.arrays}
         self.spans = arrays["spans"]  # (rows, 2) first byte, byte after the last
         self.keys = arrays["keys"]  # (rows,) CRC-32 of the key column
-        self._numbers = arrays.get("numbers")  # (rows,) what messages call a row, where that is not its place
+        self._numbers = arrays.get("numbers")  # (rows,) the row's number in messages, if not its position
         self._file = os.open(self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict:
@@ -80,7 +80,7 @@ class Manifest:
     def __getitem__(self, row: int) -> dict:
         """
         Raises:
-            BadRow: not a row of the file's format, or a required column that is absent or empty.
+            BadRow: not a row of the file's format, or a required column is absent or empty.
         """
         record = self._record(row)
         with reading_row():
@@ -89,7 +89,7 @@ class Manifest:
         return fields
 
     def _record(self, row: int) -> Record:
-        start, end = (int(byte) for byte in self.spans[row])  # of no such row an IndexError, as of a list
+        start, end = (int(byte) for byte in self.spans[row])  # IndexError if there is no such row
         return Record(start, end, os.pread(self._file, end - start, start) if end - start <= MAX_ROW_BYTES else None)
 
     def _following(self, row: int) -> Record | None:
@@ -108,7 +108,7 @@ class Manifest:
         return find_file(name, [self.path.parent, Path()] if root is None else [Path(root)], root)
 
     def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
-        """``rows`` without those where the mask ``unusable`` is true; says how many they are, and which the first."""
+        """``rows`` without those where the mask ``unusable`` is true; logs their number and the first of them."""
         out = rows[unusable]
         if len(out):
             self.left_out[reason] = np.union1d(self.left_out.get(reason, out[:0]), out)
@@ -145,13 +145,13 @@ def load_manifest(
     """Open a manifest; its index is made once, and again when the file changes.
 
     Args:
-        columns: those that every row must fill.
-        key: the column by which rows are split: equal values never stand in both splits.
+        columns: columns that every row must fill.
+        key: column by which rows are split: equal values are in one split.
         kind: the format; default: the one that recognises the file.
         cache_dir: folder for the index; default: the manifest's own.
 
     Raises:
-        UserError: no such file, not of its format, or no row that can be used.
+        UserError: the file is missing, is not of its format, or has no row that can be used.
     """
     path = Path(path)
     facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name]
@@ -167,7 +167,7 @@ def load_manifest(
 def _make_index(
     path: Path, folder: Path, columns: tuple[str, ...], key: str, kind: type[Format] | None, log, check_stop
 ) -> None:
-    for old in folder.glob("*.np[yz]"):  # row measurements of another content
+    for old in folder.glob("*.np[yz]"):  # measurements of the earlier content
         old.unlink()
     (folder / "meta.json").unlink(missing_ok=True)
     before, digest = file_stat(path), hashlib.sha256()
@@ -205,8 +205,8 @@ def _make_index(
 
 
 def split_rows(manifest: Manifest, val_split: float) -> tuple[np.ndarray, np.ndarray]:
-    """Row numbers for training and for validation, by a hash of the key column alone: whatever the seed, the same
-    rows are held out, and equal keys are on one side."""
+    """Row numbers for training and for validation, by a hash of the key column alone: all seeds hold out the same rows,
+    and equal keys are in one split."""
     held_out = np.asarray(manifest.keys) < val_split * 2**32
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
@@ -217,10 +217,10 @@ def spread(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def account_for_rows(run: Host, manifest: Manifest, **uses: np.ndarray) -> None:
-    """Log in one line where every row of a manifest went: a use of it, or left out, for which reasons.
+    """Log a line that accounts for every row of a manifest: by use, or left out, with the reasons.
 
     Args:
-        uses: what for, with ``_`` for blanks -> the rows.
+        uses: name of the use, with ``_`` for blanks -> the rows.
     """
     left_out = {reason: len(rows) for reason, rows in manifest.left_out.items()}
     parts = [f"{len(rows):,} {name.replace('_', ' ')}" for name, rows in uses.items()]
@@ -235,7 +235,7 @@ def account_for_rows(run: Host, manifest: Manifest, **uses: np.ndarray) -> None:
 def account_for_split(
     run: Host, manifest: Manifest, train_rows: np.ndarray, held_out: Manifest, held_out_rows: np.ndarray
 ) -> None:
-    """``account_for_rows`` of a manifest for training and of that of the held-out rows, which may be the same."""
+    """``account_for_rows`` for the training manifest and the held-out manifest, which may be the same."""
     if manifest is held_out:
         account_for_rows(run, manifest, to_train_on=train_rows, held_out=held_out_rows)
     else:
@@ -244,11 +244,10 @@ def account_for_split(
 
 
 def read_some(manifest: Manifest, rows: np.ndarray, count: int, read: Callable[[dict], T], check_stop) -> list[T]:
-    """``read(row)`` for up to ``count`` rows, evenly spread; those that cannot be used are named by whoever trains on
-    them.
+    """``read(row)`` for up to ``count`` rows, evenly spread; bad rows are skipped, since training reports them.
 
     Raises:
-        UserError: not one of them can be used.
+        UserError: none of the rows can be used.
     """
     found, problem = [], ""
     for row in spread(rows, count):
@@ -268,10 +267,10 @@ class ManifestDataset:
 
     Args:
         rows: (N,) row numbers in the manifest.
-        seed: of the augmentation.
-        training: rows are augmented, and a bad one is replaced by the next good one in the same slot. Otherwise the
-            rows are as they are, and a bad one is left out.
-        lengths: (N,) how long each sample is, for batches of similar lengths; None: batches are as they come.
+        seed: seed of the augmentation.
+        training: whether rows are augmented, and a bad row is replaced by the next good one in the same slot. If not,
+            rows are not augmented, and a bad row is left out.
+        lengths: (N,) length of each sample, for batches of similar lengths; None: batches ignore lengths.
     """
 
     def __init__(
@@ -302,11 +301,11 @@ class ManifestDataset:
         return len(self.row_numbers)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """The samples of ``rows``, and under ``bad_rows`` what was wrong with those that cannot be used; under
-        ``sample_rows``, the row in whose slot each sample stands.
+        """The samples of ``rows``; under ``bad_rows``, where -> why rows cannot be used; under ``sample_rows``, the row
+        whose slot each sample takes.
 
-        For no rows, a batch of one row with ``n_targets`` 0. Without a single sample there is nothing to collate: the
-        batch then has ``n_targets`` 0 and no tensors.
+        If ``rows`` is empty, a batch of one row with ``n_targets`` 0. If no sample can be read, ``n_targets`` is 0 and
+        there are no tensors.
         """
         bad: dict[str, str] = {}
         found = [(int(row), self._sample(int(row), epoch, bad)) for row in rows]

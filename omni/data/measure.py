@@ -1,4 +1,4 @@
-"""What is measured of every row of a manifest, once, and kept beside its index: such as lengths of recordings."""
+"""Measurements of every row of a manifest, such as lengths of recordings, made once and stored beside the index."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from omni.common.host import Host
 from omni.data.index import make_once
 from omni.data.manifest import Manifest
 
-_ROWS_A_THREAD = 512  # less would be work for the threads themselves
+_ROWS_A_THREAD = 512  # with fewer, starting the work would cost more than the work
 _THREADS = 8  # headers are read from many small files: waiting, not computing
 
 
@@ -31,10 +31,10 @@ def measure_rows(
 ) -> np.ndarray:
     """``function(manifest, row)`` for every row, computed once and kept beside the index under ``name``.
 
-    Made for headers: how long a recording is. A row for which it raises ``BadRow`` gets 0.
+    Made for headers, such as the length of a recording. A row for which it raises ``BadRow`` gets 0.
 
     Args:
-        column: the one whose files are measured; a file that has changed is measured again.
+        column: the column whose files are measured; a file that has changed is measured again.
 
     Returns:
         (rows,) of ``dtype``, mapped from disk.
@@ -59,7 +59,7 @@ def _problem(path: Path, belongs_to: dict, facts: dict[str, np.ndarray]) -> str 
 
 
 def _measure_changed(run: Host, manifest: Manifest, path: Path, belongs_to: dict, facts: dict, function, dtype) -> None:
-    """Measure the rows whose files have changed, or all if what was measured cannot be used."""
+    """Measure the rows whose files have changed, or all rows if the stored measurements cannot be used."""
     changed, before = np.ones(len(manifest), bool), np.zeros(len(manifest), dtype)
     if not arrays_problem(path, belongs_to):
         kept, _ = open_arrays(path)
@@ -74,7 +74,7 @@ def _measure_changed(run: Host, manifest: Manifest, path: Path, belongs_to: dict
 
 
 def file_facts(run: Host, manifest: Manifest, column: str, root: str | None = None) -> np.ndarray:
-    """(rows,) uint64 of size and times of the files that a column names, as they are when first asked for in a run."""
+    """(rows,) uint64 hashes of size and times of a column's files, as of the first call in a run."""
     if (column, root) not in manifest.facts:
         starts = range(0, len(manifest), _ROWS_A_THREAD)
 
@@ -83,15 +83,14 @@ def file_facts(run: Host, manifest: Manifest, column: str, root: str | None = No
             rows = range(start, min(start + _ROWS_A_THREAD, len(manifest)))
             return [facts_of_row(manifest, row, column, root) for row in rows]
 
-        with ThreadPoolExecutor(_THREADS) as pool:  # for file systems that answer over a network
+        with ThreadPoolExecutor(_THREADS) as pool:  # faster on network file systems
             found = itertools.chain.from_iterable(pool.map(some, starts))
             manifest.facts[column, root] = np.fromiter(found, np.uint64, len(manifest))
     return manifest.facts[column, root]
 
 
 def files_digest(manifest: Manifest, rows: Sequence[int], column: str) -> str:
-    """Of size and times of the files that some rows name."""
-
+    """SHA-256 of size and times of the files that some rows name."""
     facts = [facts_of_row(manifest, int(row), column, None) for row in rows]
     return hashlib.sha256(np.array(facts, np.uint64).tobytes()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""A picture file without what makes no pixels: a broken profile, comment or thumbnail does not cost the picture."""
+"""Removes metadata from picture files, so that a broken profile, comment or thumbnail does not cost the picture."""
 
 import io
 import os
@@ -9,21 +9,21 @@ from typing import BinaryIO
 from omni.common.errors import BadRow
 from omni.common.media import Media, quoted
 
-MAX_FILE_BYTES = 256_000_000  # decoders hold the whole file; four bytes for each of the 64 megapixels that are read
-MAX_READS = 4_000_000  # of a file in small pieces, some seconds; of a GIF in whole pieces, 200 MB
+MAX_FILE_BYTES = 256_000_000  # decoders load the whole file; four bytes for each of 64 megapixels
+MAX_READS = 4_000_000  # some seconds for a file in small pieces; 200 MB of a GIF in full-size ones
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-# Those that make pixels, of animations too; and eXIf, which says how the camera was held.
+# Chunks that determine the pixels, of animations too; and eXIf, which has the camera's orientation.
 _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT", b"eXIf")
 
 
 def without_metadata(source: Media, file: BinaryIO) -> BinaryIO:
     """``file`` (or, of a PNG or JPEG, a copy) for Pillow, which refuses a picture for its text, profile or resolution.
 
-    Where the structure itself is broken, the rest is left as it stands, for the decoder to judge.
+    If the structure itself is broken, the rest is left as it is, and the decoder decides.
 
     Raises:
-        BadRow: more than ``MAX_FILE_BYTES``; or, here or later, made of more pieces than ``MAX_READS``.
+        BadRow: the file has more than ``MAX_FILE_BYTES`` or, here or later, more than ``MAX_READS`` pieces.
     """
     size = file.seek(0, os.SEEK_END)
     if size > MAX_FILE_BYTES:
@@ -45,7 +45,7 @@ def without_metadata(source: Media, file: BinaryIO) -> BinaryIO:
 
 
 class _Pieces:
-    """A file from which only so many pieces are read: a GIF or PNG can have millions, a few bytes each."""
+    """A file that allows ``MAX_READS`` reads: a GIF or PNG can have millions of pieces of a few bytes."""
 
     def __init__(self, source: Media, file: BinaryIO) -> None:
         self.source, self.file, self.left = source, file, MAX_READS
@@ -66,7 +66,7 @@ def _png_chunks(file: BinaryIO) -> Iterator[bytes]:
         if len(head) < 8 or name == b"IEND" or not name.isalpha():
             yield head + file.read()
             return
-        if name not in _PNG_CHUNKS and name[0] & 0x20:  # the bit that marks what a reader may leave out
+        if name not in _PNG_CHUNKS and name[0] & 0x20:  # the bit that marks chunks which a reader may skip
             file.seek(length + 4, os.SEEK_CUR)
             continue
         body = file.read(length + 4)  # with its checksum
@@ -87,8 +87,8 @@ def _jpeg_segments(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _makes_pixels(marker: int, body: bytes) -> bool:
-    """Whether a JPEG is decoded otherwise without this segment, by libjpeg's rules for JFIF and Adobe, which say what
-    the colours are; or turned otherwise."""
+    """Whether a JPEG's pixels or orientation depend on this segment; libjpeg's rules for JFIF and Adobe, which define
+    the colours, apply."""
     if marker == 0xE0:
         return body.startswith(b"JFIF\0") and len(body) >= 14
     if marker == 0xEE:

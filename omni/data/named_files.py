@@ -1,4 +1,4 @@
-"""Files that rows name: found under the name as it is written, or as other systems write it, and never outside."""
+"""Finds the files that rows name, under the name as written or as other systems write it, and never outside a root."""
 
 import functools
 import itertools
@@ -10,20 +10,20 @@ from pathlib import Path, PureWindowsPath
 from omni.common.errors import BadRow, reading_row
 from omni.common.media import Inline, is_data_uri, parse_data_uri, quoted
 
-_LISTED = 50_000  # names of a folder among which one is looked for that is spelt otherwise
+_LISTED = 50_000  # names of a folder that are compared with a missing file's name
 
 
 def find_file(name: str, folders: list[Path], root: str | None = None) -> Path | Inline:
     """The file ``name`` in the first of the ``folders`` that has one; or the bytes of a data URI.
 
-    A name that is not found as it is written is looked for without blanks around it, with ``/`` for ``\\``, and in
-    the other Unicode forms.
+    If ``name`` is not found as written, it is tried without blanks around it, with ``/`` for ``\\``, and in the other
+    Unicode forms.
 
     Args:
         root: the only folder, which no name may leave; None: names may lead anywhere.
 
     Raises:
-        BadRow: there is no such file, or it lies outside ``root``.
+        BadRow: the file is missing, or lies outside ``root``.
     """
     if not isinstance(name, str) or "\0" in name:
         raise BadRow(f"expected a file name, found {quoted(repr(name))}")
@@ -56,8 +56,8 @@ def _spellings(name: str) -> list[str]:
 
 
 def _none_found(folder: Path, name: str) -> str:
-    """That a file is not there, and what is there under a name that differs in little."""
-    # a name with a drive stands for itself, as one that begins with / does
+    """The message that a file is missing, with the name of an existing file that differs little."""
+    # a name with a drive is absolute, as one that begins with /
     shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
     path = folder / _spellings(name)[-1]
     while path != path.parent and not path.parent.is_dir():

@@ -1,7 +1,7 @@
-"""Which row comes when: an order that is a pure function of (seed, epoch, position).
+"""The order of the rows, a pure function of (seed, epoch, position).
 
 Positions are absolute. One step consumes ``samples_per_step`` positions, step ``s`` those from
-``s * samples_per_step`` on, so a resumed run computes where it stands and reads no row that it skips.
+``s * samples_per_step`` on, so a resumed run computes its position and reads no row that it skips.
 """
 
 import ctypes
@@ -24,8 +24,8 @@ from omni.common.host import STOP_SIGNALS, Host
 _MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
 _FEISTEL_ROUNDS = 6
 _PR_SET_PDEATHSIG = 1  # prctl(2): a signal for this process when its parent dies
-_LOOK_UP_S = 1  # how often somebody who waits for a batch looks whether to wait on
-_POOL_STEPS = 64  # among whose samples those of similar length are put together
+_LOOK_UP_S = 1  # interval at which a wait for a batch may be given up
+_POOL_STEPS = 64  # steps among whose samples those of similar length are grouped
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ _POOL_STEPS = 64  # among whose samples those of similar length are put together
 def splitmix64(value: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele et al. 2014): a bijection of 64-bit words with good avalanche."""
     value = np.asarray(value, dtype=np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         value = value + np.uint64(0x9E3779B97F4A7C15)
         value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -43,10 +43,10 @@ def splitmix64(value: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
-    """Where a keyed permutation of ``range(size)`` sends ``positions``, in O(1) memory.
+    """The images of ``positions`` under a keyed permutation of ``range(size)``, in O(1) memory.
 
-    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; results outside the range are sent
-    through again until they fall inside ("cycle walking", Black & Rogaway 2002), which keeps it a bijection.
+    A Feistel network (Luby & Rackoff 1988) permutes the next power of four; results outside the range are permuted
+    again until they fall inside ("cycle walking", Black & Rogaway 2002), which keeps it a bijection.
 
     Args:
         positions: integers in [0, size), any shape.
@@ -73,22 +73,22 @@ def permute(positions: np.ndarray, size: int, key: int) -> np.ndarray:
 
 
 class BatchSource(Protocol):
-    """Rows that can be read in any order. What a stage brings."""
+    """Rows that can be read in any order; each stage implements it."""
 
     def __len__(self) -> int: ...
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
         """The rows as one micro-batch: tensors, and ``n_targets``, the number of targets the loss is a mean over.
 
-        For no rows: any well-formed batch with ``n_targets`` 0. Random augmentation is keyed by (seed, epoch, row).
-        Under ``bad_rows`` it may name rows that cannot be used: where -> why.
+        If ``rows`` is empty: any well-formed batch with ``n_targets`` 0. Random augmentation is keyed by (seed, epoch,
+        row). An optional ``bad_rows`` names rows that cannot be used: where -> why.
         """
 
-    # Optional: ``lengths``, (rows,) numbers. Training batches are then made of samples of similar length.
+    # Optional: ``lengths``, (rows,) numbers. Training batches then consist of samples of similar length.
 
 
 class ResumableDataset(IterableDataset):
-    """Yields ready micro-batches from ``skip_samples`` on, to the end of that epoch.
+    """Yields micro-batches from ``skip_samples`` on, to the end of that epoch.
 
     ``skip_samples`` counts samples since the beginning of training, over all epochs and processes. The last step of
     an epoch may be incomplete (``drop_last`` false); it still takes up ``samples_per_step`` positions.
@@ -97,11 +97,11 @@ class ResumableDataset(IterableDataset):
         source: the rows.
         batch_size: rows per micro-batch and process.
         accumulation: micro-batches per step and process.
-        rank, world: this process among how many.
-        shuffle: False reads in order: validation.
+        rank, world: index of this process, and number of processes.
+        shuffle: False reads in order, for validation.
 
     Raises:
-        UserError: fewer rows than one step takes, with ``drop_last``.
+        UserError: there is no row or, with ``drop_last``, no full step.
     """
 
     def __init__(
@@ -140,10 +140,10 @@ class ResumableDataset(IterableDataset):
         return self._rows_of_step(epoch, step)[first : first + self.batch_size]
 
     def _rows_of_step(self, epoch: int, step: int) -> np.ndarray:
-        """Row numbers of a whole step, over all processes: the same however they are dealt out.
+        """Row numbers of a whole step, over all processes, however many there are.
 
-        With lengths, the samples of ``_POOL_STEPS`` steps in a row are sorted by length and cut into steps, whose
-        order is random again. Still a pure function of (seed, epoch, position), still each sample once an epoch.
+        With lengths, the samples of ``_POOL_STEPS`` consecutive steps are sorted by length and cut into steps in random
+        order. This remains a pure function of (seed, epoch, position), with each sample once an epoch.
         """
         pool, index = divmod(step, 1 if self.lengths is None else _POOL_STEPS)
         if self._pool is None or self._pool[0] != (epoch, pool):
@@ -169,7 +169,7 @@ class ResumableDataset(IterableDataset):
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
         epoch, first_step = divmod(self.skip_samples // self.samples_per_step, self.steps_per_epoch)
         start, stop = first_step * self.accumulation, self.steps_per_epoch * self.accumulation
-        # the loader asks its workers in turn, so dealing the micro-batches out in turn keeps their order
+        # the loader reads from its workers in turn, so they take micro-batches in turn
         for micro_batch in range(start + index, stop, count):
             rows = self.rows(epoch, micro_batch)
             with collected_notes() as notes:
@@ -178,7 +178,7 @@ class ResumableDataset(IterableDataset):
 
 
 def training_set(run: Host, source: BatchSource) -> ResumableDataset:
-    """``source`` in random order, in steps as the run's config says, dealt out to its processes."""
+    """``source`` in random order, in steps of the run's config, distributed over its processes."""
     config = run.config
     return ResumableDataset(
         source,
@@ -192,7 +192,7 @@ def training_set(run: Host, source: BatchSource) -> ResumableDataset:
 
 
 def held_out_set(run: Host, source: BatchSource, batch_size: int | None = None) -> ResumableDataset:
-    """``source`` in its own order, dealt out to the run's processes; ``batch_size``: the config's if None."""
+    """``source`` in its own order, distributed over the run's processes; ``batch_size``: the config's if None."""
     size = batch_size or run.config.batch_size
     return ResumableDataset(source, seed=0, batch_size=size, rank=run.rank, world=run.world, shuffle=False)
 
@@ -213,10 +213,10 @@ NO_BATCH = "no batch came in {} s (loader_timeout_s): a data worker, or the disk
 
 
 def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[dict | None]:
-    """The loader's batches; None in the place of one that is not waited for any longer, and of all after it.
+    """The loader's batches; None for a batch on which ``give_up`` ends the wait, and for all later ones.
 
     Args:
-        give_up: asked about once a second, with the seconds waited so far.
+        give_up: seconds waited so far -> whether to end the wait; called about once a second.
     """
     batches, given_up = iter(loader), False
 
@@ -234,14 +234,14 @@ def arriving(loader: DataLoader, give_up: Callable[[float], bool]) -> Iterator[d
         return
     except GivenUp:
         given_up = True
-    while True:  # the loader is not asked again, and not taken apart either: that would wait as well
+    while True:  # the loader is neither used nor shut down: either would wait
         yield None
 
 
 @contextmanager
 def _every_second(look: Callable) -> Iterator[None]:
-    """``look`` is called while the block waits, whatever it waits for: a worker that was stopped in the middle of a
-    message keeps torch's own time-out from being looked at."""
+    """Call ``look`` every second while the block waits. torch's own time-out has no effect while a worker is stopped in
+    the middle of a message."""
     handler = signal.signal(signal.SIGALRM, look)
     timer = signal.setitimer(signal.ITIMER_REAL, _LOOK_UP_S, _LOOK_UP_S)
     try:
@@ -255,7 +255,7 @@ def _begin_worker(trainer: int, _worker: int) -> None:
     # a Ctrl-C reaches the whole process group; the main process decides when its workers end
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    # torch's workers look for their parent too, but who was forked just before its death never misses it
+    # torch's workers check for their parent too, but one forked just before the parent's death never notices
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != trainer:

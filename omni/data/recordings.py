@@ -7,8 +7,8 @@ from omni.data.audio import audio_length, resampled_length
 from omni.data.manifest import Manifest
 from omni.data.measure import measure_rows
 
-LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # of a recording, as its file has it
-_STATIC_LENGTHS = 4  # shapes that torch.compile has to know
+LENGTH = np.dtype([("samples", np.int64), ("rate", np.int32)])  # length of a recording in its file
+_STATIC_LENGTHS = 4  # number of shapes for torch.compile
 
 
 def measure_samples(run: Host, manifest: Manifest, sample_rate: int) -> np.ndarray:

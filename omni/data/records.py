@@ -1,12 +1,12 @@
-"""Where each row of a CSV, JSONL or JSON file begins and ends: found in one pass, in bounded memory.
+"""Finds where each row of a CSV, JSONL or JSON file begins and ends, in one pass and in bounded memory.
 
 CSV: the rows are those of Python's ``csv.reader`` over the file opened with ``newline=""``. A line ends with LF, CRLF
-or CR. A quotation mark opens a quoted field only at the beginning of a field; in one, two of them are one, and line
-ends belong to the field. JSONL: lines with the same ends. JSON: the elements of an array.
+or CR. A quotation mark opens a quoted field only at the beginning of a field; inside a quoted field, two marks are one,
+and line ends belong to the field. JSONL: lines with the same ends. JSON: the elements of an array.
 
-Departures from ``csv.reader``, all of them told: a quotation mark that is never closed is refused, since the rest of
+Departures from ``csv.reader``, each with a message: a quotation mark that is never closed is refused, since the rest of
 the file would be one row; a row over several lines with text after a closing quotation mark is bad (two stray marks
-have made one row of many); so is a row that a single CR cuts in two, in a file whose header ends otherwise.
+have joined many rows); so is a row that a single CR cuts in two, in a file whose header ends otherwise.
 """
 
 import codecs
@@ -22,7 +22,7 @@ from omni.common.media import quoted
 
 MAX_ROW_BYTES = 1 << 20
 _OPENING = re.compile(rb'(?<![^,\r\n])"')  # a quotation mark at the beginning of a field
-# what opens or closes something, past strings without escapes; between elements also the comma
+# the next bracket, brace or quotation mark, past strings without escapes; between elements also a comma
 _JSON_TOKEN = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+")*+(["\[\]{}])')
 _JSON_TOKEN_OUTSIDE = re.compile(rb'[^"\[\]{},]*+(["\[\]{},])')
 _STRING_END = re.compile(rb'["\\]')
@@ -45,7 +45,7 @@ class _Gatherer:
     """Cuts a stream of chunks into records; it holds the bytes of one, up to ``MAX_ROW_BYTES``."""
 
     def __init__(self, start: int) -> None:
-        self.start = self.at = start  # of the open record, of the next chunk
+        self.start = self.at = start  # first byte of the open record, and of the next chunk
         self.held: bytearray | None = bytearray()
 
     def add(self, data: bytes) -> None:
@@ -57,7 +57,7 @@ class _Gatherer:
 
     def close(self, data: bytes = b"") -> Record:
         """The open record, which ends with ``data``."""
-        if not self.held and self.at == self.start and len(data) <= MAX_ROW_BYTES:  # as most do, it lies in one chunk
+        if not self.held and self.at == self.start and len(data) <= MAX_ROW_BYTES:  # most records lie in one chunk
             record = Record(self.start, self.start + len(data), data)
             self.start = self.at = record.end
             return record
@@ -68,7 +68,7 @@ class _Gatherer:
 
 
 def other_encoding(head: bytes) -> str | None:
-    """What a file that begins with ``head`` is, if it is plainly no UTF-8."""
+    """The encoding of a file that begins with ``head``, if that is plainly not UTF-8."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "UTF-16, by its byte-order mark"
     if head[:4096].count(0) * 3 > len(head[:4096]):  # in UTF-16, every other byte of ASCII letters
@@ -94,7 +94,7 @@ def without_bom(chunks: Iterator[bytes]) -> tuple[int, Iterator[bytes]]:
 
 
 def line_of(path: Path, byte: int) -> int:
-    """The number, from 1, of the line that a byte of the file stands in."""
+    """The line number, from 1, of a byte of the file."""
     lines, left, previous = 1, byte, b""
     with open(path, "rb") as file:
         while left > 0 and (chunk := file.read(min(left, 1 << 20))):
@@ -102,7 +102,7 @@ def line_of(path: Path, byte: int) -> int:
             text = previous + chunk
             lines += text.count(b"\n") + text.count(b"\r") - text.count(b"\r\n")
             previous = b"\r" if chunk.endswith(b"\r") else b""
-            lines -= len(previous)  # counted with what follows it
+            lines -= len(previous)  # counted with the next chunk
     return lines + len(previous)
 
 
@@ -124,7 +124,7 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
     for chunk in chunks:
         first = record.at  # byte of the file that chunk begins with
         _refuse_nul(path, chunk, first)
-        text = previous + chunk  # one byte of what came before: is a quotation mark at the beginning of a field?
+        text = previous + chunk  # the byte before tells whether a quotation mark begins a field
         pending = previous == b"\r" and not in_quotes  # a line end, unless the LF of a CRLF follows
         quoted_spans = []
         if quotes and (in_quotes or b'"' in chunk):
@@ -136,7 +136,7 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
                     begin, at, in_quotes, quote_seen = opening.start(), opening.end(), True, False
                     opened = first + begin - 1
                 if not quote_seen:
-                    at = text.find(b'"', at) + 1  # after what closes the field or is the first of two
+                    at = text.find(b'"', at) + 1  # after a mark that closes the field or is the first of two
                     if not at:
                         break
                 quote_seen = True
@@ -170,8 +170,8 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
 
 
 def _line_ends(text: bytes, pending: bool) -> np.ndarray:
-    """Positions after each line end in ``text[1:]``; of ``text[0]`` too if it is a CR that is ``pending``. A CR that
-    comes last is left to what follows it."""
+    """Positions after each line end in ``text[1:]``; of ``text[0]`` too if it is a CR that is ``pending``. A CR at
+    the end is left to the next chunk."""
     array = np.frombuffer(text, np.uint8)
     is_end = array == ord("\n")
     is_end[0] = False
@@ -186,7 +186,7 @@ def json_records(path: Path, chunks: Iterator[bytes]) -> Iterator[Record]:
     """The elements of a JSON array.
 
     Raises:
-        UserError: it is not an array, is not closed, or something follows it.
+        UserError: the file is not an array, is not closed, or something follows the array.
     """
     start, chunks = without_bom(chunks)
     record = _Gatherer(start)

@@ -1,7 +1,7 @@
-"""What a sound file holds, block by block: by libsndfile where a header tells the length, else by FFmpeg, to the end.
+"""Decodes sound files block by block: with libsndfile if the header has the length, else with FFmpeg, to the end.
 
-A length is believed only where the bytes bear it out, and counted everywhere else: MP3, AAC and the sound tracks of
-films say little that can be relied on, and who writes into a pipe does not know the length yet.
+A declared length is used only if the bytes confirm it; else the samples are counted. MP3, AAC and the sound tracks of
+films declare no reliable length, and a program that writes into a pipe does not know the length yet.
 """
 
 # S samples, C channels
@@ -21,37 +21,37 @@ from omni.common.errors import BadRow
 from omni.common.media import Inline, Media, open_media, quoted
 
 _BLOCK_VALUES = 1 << 18  # samples x channels read at a time: a thousand channels need no more memory than one
-_RATES_HZ = range(1_000, 768_001)  # a rate outside is a damaged header, and resampling from it would cost any memory
+_RATES_HZ = range(1_000, 768_001)  # others mean a damaged header, and resampling could take any amount of memory
 _UNKNOWN_LENGTH = 1 << 62  # libsndfile: the header does not say
-# Whoever writes a WAV into a pipe puts 0 for the size of its data, or one near 2 or 4 GiB, about as much as fits.
+# A WAV written into a pipe declares a data size of 0, or one near the maximum of 2 or 4 GiB.
 _LARGEST_SIZE = 0x7FFF0000
 
-# The demuxers of FFmpeg that are used, by what a file begins with. No others, and no guessing: playlists, for one, make
-# FFmpeg open whatever they name, on this machine or elsewhere.
+# FFmpeg's demuxers by the first bytes of a file. No others, and no probing: a playlist, for example, would make FFmpeg
+# open any file or address that it names.
 _BEGINNINGS = (
     (rb"RIFF....AVI ", "avi"), (rb"RIFF|RF64", "wav"), (rb"fLaC", "flac"), (rb"OggS", "ogg"), (rb"FORM....AIF", "aiff"),
     (rb"caff", "caf"), (rb"wvpk", "wv"), (rb"#!AMR", "amr"),
     (rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "asf"), (rb"\x1a\x45\xdf\xa3", "matroska"), (rb"\x47.{187}\x47", "mpegts"),
     (rb"....(ftyp|moov|mdat|wide|free|skip)", "mov"), (rb"\xff[\xf0\xf1\xf8\xf9]", "aac"), (rb"\xff[\xe0-\xff]", "mp3"),
 )  # fmt: skip
-# What telephone exchanges keep has no header: the ending tells what it is, and FFmpeg's option the rate.
+# Telephone formats have no header: the ending of the name gives the format, and FFmpeg's option the rate.
 _HEADERLESS = {
     ".g722": ("g722", {}), ".gsm": ("gsm", {}), ".ulaw": ("mulaw", {"sample_rate": "8000"}),
     ".alaw": ("alaw", {"sample_rate": "8000"}), ".sln": ("s16le", {"sample_rate": "8000"}),
     ".sln16": ("s16le", {"sample_rate": "16000"}),
 }  # fmt: skip
-_WITHOUT_CONTAINER = ("mp3", "aac")  # tags of any kind stand before and behind the frames
+_WITHOUT_CONTAINER = ("mp3", "aac")  # tags of any kind may stand before and after the frames
 _LIBSNDFILE = ("wav", "flac", "ogg", "aiff", "caf", None)  # None: formats that only libsndfile knows
-_TAGS_BYTES = 1 << 24  # ID3v2 tags hold pictures; behind more than this, nothing is looked for
+_TAGS_BYTES = 1 << 24  # ID3v2 tags contain pictures; sound after larger tags is not found
 _DURATION_ERROR_S = 1.0  # a Matroska file's duration is that of its longest track, in milliseconds
 
 
 @dataclass(frozen=True)
 class Sound:
-    """A sound file that is open.
+    """An open sound file.
 
-    ``frames``: samples of each channel; None: they have to be counted. ``blocks``: (S, C) float32, one after the other,
-    full scale 1; raises BadRow where the file is damaged, or ends before its header says.
+    ``frames``: samples of each channel; None: they have to be counted. ``blocks``: consecutive (S, C) float32, full
+    scale 1; raises BadRow where the file is damaged, or ends before its header says.
     """
 
     rate: int
@@ -62,19 +62,19 @@ class Sound:
 @contextmanager
 def open_sound(source: Media) -> Iterator[Sound]:
     """
-    A WAV file with fewer bytes of sound than its header says was cut off, unless the header was written before the
-    length was known: then the size of the data is ``_LARGEST_SIZE`` or more, or 0 in a file that goes on behind it and
-    is not as long as its header says. Such a file is read to its end, as players do.
+    A WAV file with fewer bytes of sound than its header says is truncated, unless the header was written before the
+    length was known: then the data size is ``_LARGEST_SIZE`` or more, or 0 in a file whose length differs from that in
+    its header. Such a file is read to its end, as players do.
 
     Raises:
-        BadRow: not audio, empty, of an impossible rate, or a WAV that was cut off.
+        BadRow: not audio, empty, of an impossible rate, or a truncated WAV.
     """
     name = quoted(source)
     with ExitStack() as stack:
         file = stack.enter_context(open_media(source))
         ending, handle, size = "", file, len(source.data) if isinstance(source, Inline) else 0
         if not isinstance(source, Inline):
-            # by its number, libsndfile reads an open file without a detour through Python
+            # given a descriptor, libsndfile does not read through Python
             ending, handle = Path(source).suffix.lower(), file.fileno()
             size = os.fstat(handle).st_size
 
@@ -93,14 +93,14 @@ def open_sound(source: Media) -> Iterator[Sound]:
                 if not _is_unfinished(opened, size):
                     yield _by_libsndfile(opened, name)
                     return
-            # back to the start; libsndfile has moved on behind the back of the file object
+            # back to the start: libsndfile has moved the descriptor's position
             file.seek(0) if handle is file else os.lseek(handle, 0, os.SEEK_SET)
         declared = _declared_frames(peek(begins, 256)) if demuxer == "mp3" else 0
         yield stack.enter_context(_by_ffmpeg(file, name, demuxer, options, declared))
 
 
 def _content(peek: Callable[[int, int], bytes]) -> int:
-    """Where the content begins, behind ID3v2 tags and zeros."""
+    """The first byte of the content, after ID3v2 tags and zeros."""
     begins = 0
     while begins < _TAGS_BYTES and len(head := peek(begins, 4096)) > 10 and _demuxer(head) is None:
         if head[:3] == b"ID3":
@@ -141,7 +141,7 @@ def _wav_size(file: soundfile.SoundFile, chunk: str) -> tuple[int, int] | None:
 
 
 def _is_unfinished(file: soundfile.SoundFile, size: int) -> bool:
-    """Whether a file's header does not know its length, so that libsndfile does not know it either."""
+    """Whether the header was written before the length was known, so that libsndfile does not know it either."""
     riff, data = _wav_size(file, "RIFF"), _wav_size(file, "data")
     zero = riff and data and data[0] == 0 and size - 8 - riff[0] not in (0, -1, 1)
     return bool(zero) or file.frames >= _UNKNOWN_LENGTH
@@ -177,7 +177,7 @@ def _blocks(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
 def _by_ffmpeg(file, name: str, demuxer: str, options: dict[str, str], declared: int) -> Iterator[Sound]:
     """
     Args:
-        declared: packets that an MP3 should have; 0: it does not say.
+        declared: number of packets that an MP3 declares; 0: none declared.
     """
     try:
         container = av.open(file, format=demuxer, options=options, metadata_errors="ignore")
@@ -237,7 +237,7 @@ def _values(frame: av.AudioFrame) -> np.ndarray:
 
 
 def _declared_frames(head: bytes) -> int:
-    """How many frames the first frame of an MP3 says that there are after it; 0: it does not say."""
+    """Number of further frames that the first frame of an MP3 declares; 0: none declared."""
     found = re.search(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f](....)", head, re.DOTALL)
     return int.from_bytes(found[1]) if found else 0
 

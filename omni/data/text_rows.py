@@ -1,4 +1,4 @@
-"""Lines of a text file as rows, through an index as a manifest has one."""
+"""Lines of a text file as the rows of a manifest."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ from omni.data.manifest import Manifest, load_manifest
 
 
 def load_text(path: str | Path, **how) -> Manifest:
-    """Rows ``{"text": line}``; ``manifest.format.dialogues``: whether they are those of dialogues alone.
+    """Rows ``{"text": line}``; ``manifest.format.dialogues``: whether only lines with dialogues are rows.
 
     Args:
-        how: as of ``load_manifest``.
+        how: arguments of ``load_manifest``.
     """
     return load_manifest(path, ("text",), "text", kind=TextLines, **how)

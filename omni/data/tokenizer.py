@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-level BPE with chat tokens, kept in one ``tokenizer.json``.
 
 Every byte is in the vocabulary, and nothing is normalised or stripped, so ``decode(encode(text)) == text`` for any
-text that UTF-8 can hold. The file opens as it is in ``tokenizers`` and ``transformers``.
+text that UTF-8 can encode. ``tokenizers`` and ``transformers`` open the file as it is.
 
 Source: byte-level BPE as in GPT-2 (Radford et al. 2019), on BPE for words (Sennrich et al. 2016).
 """
@@ -51,7 +51,7 @@ def chat_template(prompt: str = "") -> str:
 
 
 def _byte_of_symbol() -> dict[str, int]:
-    """How byte-level BPE writes a byte as one visible character: itself if it prints, else the next one from 256."""
+    """Visible character -> byte, as byte-level BPE writes it: the byte itself if it prints, else the next from 256."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -68,9 +68,9 @@ _ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 
 def difference(tokenizer: tokenizers.Tokenizer, empty: tokenizers.Tokenizer) -> str | None:
-    """How ``tokenizer`` differs from ``empty`` but for what it has learnt; None if it does not.
+    """How ``tokenizer`` differs from ``empty`` in anything but vocabulary and merges; None if it does not.
 
-    A normaliser, for example, may make a gigabyte of one letter.
+    A normaliser, for example, could turn one letter into a gigabyte.
     """
     found, expected = (json.loads(one.to_str()) for one in (tokenizer, empty))
     added = found["added_tokens"]
@@ -86,10 +86,10 @@ def difference(tokenizer: tokenizers.Tokenizer, empty: tokenizers.Tokenizer) -> 
 
 
 def check_ids(serialized: str) -> None:
-    """To be asked before the library reads a ``tokenizer.json``: it sets memory aside up to the highest id.
+    """Check a ``tokenizer.json`` before the library reads it, which allocates memory up to the highest id.
 
     Raises:
-        ValueError: the ids are not those from 0 on, so that a token has no embedding.
+        ValueError: the ids have gaps, or do not begin at 0.
     """
     whole = parse_json(serialized)
     ids = {*whole["model"]["vocab"].values(), *(token["id"] for token in whole["added_tokens"])}
@@ -100,8 +100,8 @@ def check_ids(serialized: str) -> None:
 def check_size(tokenizer: "Tokenizer", path: Path, vocab_size: int) -> None:
     """
     Args:
-        tokenizer: read from ``path``; one of ``omni.models.ctc`` as well.
-        vocab_size: of the model beside it.
+        tokenizer: tokenizer read from ``path``; may be a ``CtcTokenizer``.
+        vocab_size: vocabulary size of the model beside it.
 
     Raises:
         UserError: the two differ.
@@ -120,15 +120,15 @@ class Tokenizer:
         """``serialized``: the text of a ``tokenizer.json``."""
         self.serialized = serialized
         self._tokenizer = tokenizers.Tokenizer.from_str(serialized)
-        # A second one, as the switch is a state of the tokenizer, and a shared state would be a race.
+        # A second one, since ``encode_special_tokens`` is state, and switching it would be a race.
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True
         self.eos_id = self.token_id(END_OF_TEXT)
         self.end_id = self.token_id(END)
-        self.answer_ids = self.token_id("<|assistant|>"), self.end_id  # what an assistant's answer stands between
+        self.answer_ids = self.token_id("<|assistant|>"), self.end_id  # tokens around an assistant's answer
 
     def __reduce__(self):
-        # as text: the library's own pickle forgets the switch
+        # as text: the library's own pickle loses ``encode_special_tokens``
         return type(self), (self.serialized,)
 
     @classmethod
@@ -186,12 +186,12 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Of the file that was loaded, byte for byte."""
+        """SHA-256 of the loaded file."""
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     @property
     def vocab_size(self) -> int:
-        """Entries there really are, special tokens included."""
+        """Actual number of entries, special tokens included."""
         return self._tokenizer.get_vocab_size()
 
     @property
@@ -209,7 +209,7 @@ class Tokenizer:
 
     @property
     def units(self) -> list[str]:
-        """The text of each token, in their order; a part of a character comes out as U+FFFD."""
+        """The text of each token, in order of the ids; a part of a character becomes U+FFFD."""
         return [self.decode([i]) for i in range(self.vocab_size)]
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
@@ -227,12 +227,12 @@ class Tokenizer:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
 
     def byte_counts(self, ids: list[int]) -> list[int]:
-        """How many bytes of the text each token stands for; 0 for a special one."""
+        """Number of bytes of text of each token; 0 for a special one."""
         special = self._tokenizer.get_added_tokens_decoder()
-        return [0 if i in special else len(self._tokenizer.id_to_token(i)) for i in ids]  # one character each byte
+        return [0 if i in special else len(self._tokenizer.id_to_token(i)) for i in ids]  # one character per byte
 
     def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """Text of ``ids``. Bytes that are not UTF-8 (a cut character) come out as U+FFFD."""
+        """Text of ``ids``. Bytes that are not UTF-8 (a cut character) become U+FFFD."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
     def chat_prompt(self, messages: list[dict[str, str]], generation_prompt: bool = True) -> list[int]:
@@ -255,9 +255,9 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text as they come. A character spread over several tokens waits until it is whole.
+    """Decodes ids one by one. A character of several tokens is returned once it is complete.
 
-    The pieces of ``push`` and the one of ``flush``, joined, are ``tokenizer.decode(ids, skip_special)``.
+    The results of ``push`` and ``flush``, joined, are ``tokenizer.decode(ids, skip_special)``.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = False):
@@ -274,5 +274,5 @@ class StreamDecoder:
         return self._utf8.decode(bytes(self._byte_of_symbol[symbol] for symbol in symbols))
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that never became whole, else nothing."""
+        """The rest: U+FFFD for an incomplete character, else nothing."""
         return self._utf8.decode(b"", final=True)

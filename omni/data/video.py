@@ -1,4 +1,4 @@
-"""Frames of a video, evenly spaced: of a film, an animated picture, or a folder of pictures."""
+"""Evenly spaced frames of a video: a film, an animated picture, or a folder of pictures."""
 
 # F frames, H and W height and width in pixels
 
@@ -21,17 +21,16 @@ from omni.common.media import Inline, Media, open_media, quoted
 from omni.data.images import check_size, decoding, load_image, squash, to_rgb
 from omni.data.metadata import without_metadata
 
-MAX_FRAME_PIXELS = 20_000_000  # 5K; a decoder of films holds up to 30 frames, which are 0.9 GB then (measured)
-# What may be decoded for the frames that are wanted, some seconds of work; small frames count as 64 x 64. Of a film,
-# these are the stretches from a key frame to a wanted one: for 16 of them in 1080p, four seconds each. Of an animation,
-# all frames.
+MAX_FRAME_PIXELS = 20_000_000  # 5K; a film decoder holds up to 30 frames, here 0.9 GB (measured)
+# Limits of the pixels that are decoded, some seconds of work; small frames count as 64 x 64. A film is decoded from a
+# key frame to each wanted frame: for 16 of them in 1080p, four seconds each. An animation is decoded from the start.
 MAX_FILM_PIXELS = 4_000_000_000
 MAX_ANIMATION_PIXELS = 1_000_000_000
 _LEAST_PIXELS = 64 * 64
-MAX_PACKETS = 1_000_000  # of a film, which are counted: nine hours at 30 a second
+MAX_PACKETS = 1_000_000  # packets of a film: nine hours at 30 a second
 MAX_FILES = 100_000  # in a folder of frames: an hour at 25 a second
 ANIMATED = ("GIF", "WEBP", "PNG")
-# No other parsers: playlists, for one, make FFmpeg open whatever they name, on this machine or elsewhere.
+# No other demuxers: a playlist, for example, would make FFmpeg open any file or address that it names.
 FILMS = {"MP4": "mov", "MKV and WebM": "matroska", "AVI": "avi", "TS": "mpegts"}
 _FRAME_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -42,11 +41,11 @@ def load_frames(source: Media, count: int, height: int, width: int) -> tuple[Ten
     Args:
         source: a film (MP4, MOV, MKV, WebM, AVI, TS) or an animated GIF, WebP or PNG, known by its content, as a file
             or data URI; or a folder with a picture file for each frame, in the order of the numbers in their names.
-        count: at most so many.
-        height, width: of each, as in ``load_image`` with "squash".
+        count: maximum number of frames.
+        height, width: size of each frame, as in ``load_image`` with "squash".
 
     Returns:
-        uint8 (F, 3, H, W), and how many frames the video has.
+        uint8 (F, 3, H, W), and the number of frames of the video.
 
     Raises:
         BadRow: not such a file or folder, damaged, of more than ``MAX_FRAME_PIXELS`` a frame, or more than
@@ -79,7 +78,7 @@ def _frame_files(folder: Path) -> list[Path]:
 
 
 class _Budget:
-    """What may still be decoded of a video."""
+    """Number of pixels of a video that may still be decoded."""
 
     def __init__(self, source: Media, pixels: int) -> None:
         self.source, self.pixels, self.left = source, pixels, pixels
@@ -88,7 +87,7 @@ class _Budget:
         """Count frames of one size, before they are decoded.
 
         Raises:
-            BadRow: they are too large, or too much in all.
+            BadRow: the frames are too large, or exceed the budget.
         """
         check_size(self.source, width, height, MAX_FRAME_PIXELS)
         self.left -= frames * max(width * height, _LEAST_PIXELS)
@@ -109,7 +108,7 @@ def _of_animation(source: Media, file: BinaryIO, count: int, height: int, width:
         total, frames = getattr(picture, "n_frames", 1), []
         wanted = evenly(total, count)
         budget.spend(*size, wanted[-1] + 1)
-        for index in range(wanted[-1] + 1):  # each is painted over the one before; a GIF may grow with any of them
+        for index in range(wanted[-1] + 1):  # each is painted over the one before; a GIF may grow at any frame
             picture.seek(index)
             if picture.size != size:
                 budget.spend(*picture.size)
@@ -119,8 +118,8 @@ def _of_animation(source: Media, file: BinaryIO, count: int, height: int, width:
 
 
 def _of_film(source: Media, file: BinaryIO, count: int, height: int, width: int) -> tuple[list[np.ndarray], int]:
-    """By FFmpeg's decoders. Frames are counted by their packets, which costs no decoding: not every format says how
-    many it has."""
+    """Decode with FFmpeg. Frames are counted by their packets, without decoding, since not every format declares
+    their number."""
     try:
         with _open(file) as container:
             packets = [(packet.pts, packet.is_keyframe) for packet in _packets(source, container)]
@@ -137,13 +136,13 @@ def _of_film(source: Media, file: BinaryIO, count: int, height: int, width: int)
 
 def _open(file: BinaryIO) -> av.container.InputContainer:
     file.seek(0)
-    # max_pixels: also of what is decoded to find out what it is; and names and other tags may be anything
+    # max_pixels also applies while FFmpeg probes the file; tags may be anything
     options = {"format_whitelist": ",".join(FILMS.values()), "max_pixels": str(MAX_FRAME_PIXELS)}
     return av.open(file, options=options, metadata_errors="replace")
 
 
 def _packets(source: Media, container: av.container.InputContainer) -> Iterator[av.Packet]:
-    """Those of the first track that is not sound; of a frame each, with some codecs of none."""
+    """Packets of the first video track: one frame each, in some codecs none."""
     if not container.streams.video:
         tracks = len(container.streams.audio)
         raise BadRow(f"{quoted(source)}: expected a film, found {tracks} tracks of sound and no pictures")
@@ -151,9 +150,9 @@ def _packets(source: Media, container: av.container.InputContainer) -> Iterator[
     if stream.codec_context is None:
         raise BadRow(f"{quoted(source)}: expected a film, found pictures of an unknown codec")
     check_size(source, stream.codec_context.width, stream.codec_context.height, MAX_FRAME_PIXELS)
-    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # in mid-stream, before there is room for it
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # checked in mid-stream, before allocation
     stream.codec_context.thread_type = "AUTO"
-    stream.codec_context.thread_count = 2  # each holds more frames
+    stream.codec_context.thread_count = 2  # each thread holds more frames
     for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
         if number == MAX_PACKETS:
             raise BadRow(f"{quoted(source)}: expected at most {MAX_PACKETS:,} frames, found more")
@@ -184,18 +183,18 @@ def _wanted_frames(
         last = frame
     if last is None:
         raise BadRow(f"{quoted(source)}: expected a film with at least one frame, found none")
-    while len(frames) < len(wanted):  # some codecs have packets of no frame of their own
+    while len(frames) < len(wanted):  # some codecs have packets without a frame
         frames.append(_upright(last, height, width))
     return frames
 
 
 def _needed(packets: list[tuple[int, bool]], wanted: list[int]) -> set[int]:
-    """The packets that must be decoded for those that are ``wanted``: from a key frame on."""
+    """The packets to decode for the ``wanted`` ones: each from its key frame on."""
     keys = [i for i, (_, is_key) in enumerate(packets) if is_key or i == 0]
     needed = set()
     for packet in wanted:
         key = bisect.bisect_right(keys, packet) - 1
-        if packets[packet][0] < packets[keys[key]][0]:  # shown before its key frame: made of what is before that, too
+        if packets[packet][0] < packets[keys[key]][0]:  # shown before its key frame: depends on the one before, too
             key = max(0, key - 1)
         needed.update(range(keys[key], packet + 1))
     return needed
@@ -214,7 +213,7 @@ def _decode(
             if (codec.width, codec.height) != size:  # it may change in mid-stream
                 budget.spend(codec.width, codec.height)
             yield from packet.decode()
-        elif was_decoded:  # the end of a stretch: what the decoder still holds, and a new beginning
+        elif was_decoded:  # the end of a stretch: take the decoder's last frames and reset it
             yield from codec.decode(None)
             codec.flush_buffers()
         was_decoded = index in needed
@@ -223,7 +222,7 @@ def _decode(
 
 
 def _upright(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
-    """uint8 (H, W, 3); films of a telephone say how it was held."""
+    """uint8 (H, W, 3), rotated as the film's metadata say."""
     alpha = any(component.is_alpha for component in frame.format.components)
     pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24")
     pixels = np.rot90(pixels, k=round(frame.rotation / 90))  # counterclockwise, both
@@ -231,13 +230,13 @@ def _upright(frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """At most ``count`` of the indices below ``total``, evenly spaced, the first and the last among them; of one only,
-    the middle."""
+    """At most ``count`` of the indices below ``total``, evenly spaced, the first and the last among them; the middle
+    one if ``count`` is 1."""
     if count >= total:
         return list(range(total))
     return [total // 2] if count == 1 else [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
 def _by_number(name: str) -> list:
-    """frame_2 before frame_10: text and numbers by turns, so that like is compared with like."""
+    """Sort key that puts frame_2 before frame_10: text and numbers in turn."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]

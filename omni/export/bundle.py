@@ -21,6 +21,7 @@ from omni.common.media import quoted
 from omni.data.tokenizer import Tokenizer, check_size
 from omni.export.folder import CONFIG, INFO, TOKENIZER, WEIGHTS, is_export, read_info
 from omni.stages import STAGES
+from omni.stages.omni import ConversationKeys
 from omni.train.checkpoint import build, understood
 from omni.train.stage import Loaded, load
 
@@ -125,6 +126,8 @@ class Export:
             return Loaded(model, architecture, config, facts["step"], facts["metrics"], weights, tokenizer)
 
     def _part(self, name: str) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
+        if name not in PARTS:
+            raise UserError(f"{self.folder}: an export has no {name}, but {', '.join(self.components)}")
         part, stage = PARTS[name], STAGE_OF[name]
         if not self.has(name):
             raise UserError(f"{self.folder}: has no {name}, which {part.purpose}. Export it with {part.option}")
@@ -134,27 +137,30 @@ class Export:
     def _omni(self) -> tuple[Callable[[BaseModel], nn.Module], BaseModel, dict]:
         if (keys := self.config["omni"]) is None:
             raise UserError(f"{self.folder}: its Thinker takes text alone. Export it with --omni_ckpt")
-        stage, config = STAGES["omni"], {key: keys[key] for key in ("prompt", "origins")}
-        return stage.model, stage.architecture.model_validate(keys["architecture"]), config
+        stage, config = STAGES["omni"], ConversationKeys.model_validate({k: keys[k] for k in ("prompt", "origins")})
+        return stage.model, stage.architecture.model_validate(keys["architecture"]), config.model_dump()
 
 
 def open_model(name: str, source: "str | Path | Export", device: torch.device | str = "cpu") -> Loaded:
     """Open a trained model, wherever it is.
 
     Args:
-        name: a part of an export ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "vocoder", "ocr"), or
-            "omni", the whole of stage E.
+        name: a part of an export ("thinker", "audio_encoder", "vision_encoder", "talker", "rvq", "vocoder", "ocr"); or
+            a stage of ``STAGES``, for its whole model: of these an export holds "omni" only.
         source: an export; or a stage's folder, final file or step file.
 
     Raises:
-        UserError: it is not there, damaged, or of another version.
+        UserError: it is not there, damaged, or of another version; or there is no such name.
     """
+    parts = [part for part in PARTS if STAGE_OF[part].name != "omni"]  # projections have no file of their own
+    if name not in (*parts, *STAGES):
+        raise UserError(f'model "{quoted(name)}": expected one of {", ".join(dict.fromkeys((*parts, *STAGES)))}')
     if not isinstance(source, Export) and is_export(Path(source)):
         source = Export(source)
     if isinstance(source, Export):
         return source.open(name, device)
-    if name == "omni":
-        return load(STAGES["omni"], source, device)
+    if name not in PARTS:
+        return load(STAGES[name], source, device)
     opened, part = load(STAGE_OF[name], source, device), PARTS[name]
     model = part.take(opened.model)
     return replace(opened, model=model, architecture=model.architecture)

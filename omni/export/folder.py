@@ -196,6 +196,17 @@ def is_export(folder: str | Path) -> bool:
     return (Path(folder) / INFO).is_file() or (Path(folder) / WEIGHTS).is_file()
 
 
+def refuse_export(source: Path, option: str) -> None:
+    """
+    Raises:
+        UserError: ``source``, given as ``option``, is an export where a stage's folder is expected.
+    """
+    if is_export(source):
+        raise UserError(
+            f"{option} {source}: expected a stage's folder, found an export. Give the folder of its training"
+        )
+
+
 def read_info(folder: Path) -> dict:
     """Read model_info.json, which has its own digest and that of every other file.
 
@@ -209,7 +220,8 @@ def read_info(folder: Path) -> dict:
         if info_sha256(info) != info["sha256"]:
             raise ValueError("the checksum does not match")
     except OSError as error:
-        raise UserError(f"{path}: cannot read it: {error.strerror}") from error
+        whole = f". Give {folder.parent}, the export itself" if (folder.parent / INFO).is_file() else ""
+        raise UserError(f"{path}: cannot read it: {error.strerror}{whole}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or not written by export.py") from error
     if info.get("format") != FORMAT:

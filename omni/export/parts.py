@@ -35,7 +35,7 @@ def load_part(name: str, folder: Path) -> Part:
 
 
 def notice_unfinished(opened: Loaded, stage: Stage) -> None:
-    if opened.path.name != stage.final:
+    if not opened.path.with_name(stage.final).exists():
         notice(f"{opened.path.parent}: no {stage.final} yet, exporting {opened.path.name}")
 
 

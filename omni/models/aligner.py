@@ -1,9 +1,8 @@
-"""The aligner: which byte of a text is spoken when, learned from texts and recordings alone. It gives the talker's
-durations.
+"""The aligner learns from texts and recordings alone which byte of a text is spoken when: the talker's durations.
 
-Two small encoders make vectors of the text's bytes and of the speech, and a byte's score at a moment is how well the
-two vectors agree. Training maximises the likelihood of the text over all monotonic ways through the recording
-("forward-sum", Badlani et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest way gives the durations.
+Two small encoders turn the text's bytes and the speech into vectors, whose product scores a byte at an alignment frame.
+Training maximises the likelihood of the text over all monotonic alignments with the recording ("forward-sum", Badlani
+et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest alignment gives the durations.
 """
 
 # B utterances, T mel frames, M mel channels, S alignment frames of speech, L text bytes, W model width
@@ -22,14 +21,14 @@ from omni.models.speech_architectures import AlignerArchitecture
 TEXT_END = 256  # the symbol after the last byte of a text
 TEXT_SYMBOLS = 257
 _KERNEL = 5
-_BLANK = -1.0  # score of being between two bytes, while training; as Badlani et al.
-_PRIOR_STD = 0.1  # how far a byte may be from the diagonal, as a share of the whole
+_BLANK = -1.0  # score of the blank between two bytes, in training; as in Badlani et al.
+_PRIOR_STD = 0.1  # standard deviation of a byte's distance from the diagonal, as a share of the whole
 _EXCLUDED = -1e4  # score of a byte beyond the text's end
 
 
 def text_symbols(text: str, language: Language | None = None) -> list[int]:
-    """The symbols of a text: the UTF-8 bytes of the ``spoken_form`` of its ``audible`` characters, runs of blanks made
-    one, and an end.
+    """The symbols of a text: the UTF-8 bytes of the ``spoken_form`` of its ``audible`` characters, with single blanks,
+    and ``TEXT_END``.
 
     Args:
         language: the architecture's ``text_language``.
@@ -40,7 +39,7 @@ def text_symbols(text: str, language: Language | None = None) -> list[int]:
 def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> None:
     """
     Raises:
-        BadRow: more bytes than alignment frames to speak them in.
+        BadRow: there are more bytes than alignment frames.
     """
     if alignment_frames < len(symbols):
         raise BadRow(
@@ -49,7 +48,7 @@ def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> Non
 
 
 class Aligner(nn.Module):
-    """Text and speech -> how likely each byte is spoken in each alignment frame, see ``SpeechFrames``."""
+    """Text and speech -> scores of each byte in each alignment frame, see ``SpeechFrames``."""
 
     def __init__(self, architecture: AlignerArchitecture):
         super().__init__()
@@ -71,7 +70,7 @@ class Aligner(nn.Module):
             log_mels: (B, T, M), T whole codes, valid up to ``lengths`` (B,) frames.
 
         Returns:
-            Scores (B, S, L) in float32; a softmax over the bytes makes probabilities of them.
+            Scores (B, S, L) in float32; their softmax over the bytes gives probabilities.
         """
         device = symbols.device
         read = torch.arange(symbols.shape[1], device=device) < text_lengths[:, None]  # (B, L)
@@ -94,7 +93,7 @@ class Aligner(nn.Module):
         """The durations (L,) in alignment frames of one text's ``text_symbols``, spoken in log-mels (T, M).
 
         Raises:
-            BadRow: more bytes than alignment frames.
+            BadRow: there are more bytes than alignment frames.
         """
         device, T = self.mel_mean.device, len(log_mels)
         lengths, text_lengths = torch.tensor([T], device=device), torch.tensor([len(symbols)], device=device)
@@ -105,15 +104,15 @@ class Aligner(nn.Module):
         return torch.from_numpy(likeliest_durations(scores, alignment_frames, text_lengths)[0].astype(np.int64))
 
     def alignment_frames(self, lengths: Tensor) -> Tensor:
-        """Alignment frames of recordings of ``lengths`` (B,) frames: those of whole codes."""
+        """Number of alignment frames of recordings of ``lengths`` (B,) frames, rounded up to whole codes."""
         per_code = self.architecture.frames_per_code
         return (lengths + per_code - 1) // per_code * self.architecture.alignment_frames_per_code
 
 
 def diagonal_prior(alignment_frames: Tensor, text_lengths: Tensor, S: int, L: int) -> Tensor:
-    """(B, S, L): a text is read at a fairly steady pace, which spares the aligner a long search for where to begin.
+    """Log-prior (B, S, L) for a steady pace of reading, with which the aligner learns sooner.
 
-    A Gaussian about the diagonal, in the place of the beta-binomial of Badlani et al.
+    A Gaussian about the diagonal, instead of the beta-binomial of Badlani et al.
     """
     times = (torch.arange(S, device=alignment_frames.device) + 0.5) / alignment_frames[:, None]  # (B, S)
     places = (torch.arange(L, device=alignment_frames.device) + 0.5) / text_lengths[:, None]  # (B, L)
@@ -125,13 +124,13 @@ def aligner_nats(model: nn.Module, alignment_frames: Tensor, batch: dict) -> Ten
     scores = model(batch["symbols"], batch["text_lengths"], batch["log_mels"], batch["lengths"])
     B, S, L = scores.shape
     scores = torch.cat((scores, scores.new_full((B, S, 1), _BLANK)), dim=-1)
-    # each byte of a text is a class of its own, so this sums over the alignments of just this text
+    # each byte of a text is a class of its own, so this sums over the alignments of this text only
     targets = torch.arange(L, device=scores.device).expand(B, -1)
     return ctc_nll(scores, alignment_frames, targets, batch["text_lengths"])
 
 
 def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: Tensor) -> list[np.ndarray]:
-    """How many alignment frames each byte takes, at least one, on the likeliest way through the text.
+    """Number of alignment frames of each byte, at least one, in the likeliest alignment.
 
     The search is that of Kim et al. 2020, "Glow-TTS" (monotonic alignment search).
 
@@ -139,14 +138,14 @@ def likeliest_durations(scores: Tensor, alignment_frames: Tensor, text_lengths: 
         scores: (B, S, L) of ``Aligner``; every text has no more bytes than its recording has alignment frames.
 
     Returns:
-        For each utterance (its bytes,) uint16, whose sum is its alignment frames.
+        For each utterance (number of bytes,) uint16, whose sum is its number of alignment frames.
     """
     log_probs = scores.log_softmax(dim=-1).cpu().numpy()
     alignment_frames, text_lengths = alignment_frames.cpu().numpy(), text_lengths.cpu().numpy()
     B, S, L = log_probs.shape
-    best = np.full((B, L), -np.inf, np.float32)  # of all ways that are at this byte in this frame
+    best = np.full((B, L), -np.inf, np.float32)  # log-probability of the best alignment up to this byte
     best[:, 0] = log_probs[:, 0, 0]
-    moved = np.zeros((B, S, L), bool)  # whether the best way has come from the byte before
+    moved = np.zeros((B, S, L), bool)  # whether the best alignment comes from the byte before
     nowhere = np.full((B, 1), -np.inf, np.float32)
     for frame in range(1, S):
         from_before = np.concatenate((nowhere, best[:, :-1]), axis=1)

@@ -15,17 +15,17 @@ from omni.models.thinker import Thinker
 def greedy_answers(
     thinker: Thinker, embeds: Tensor, prompts: Tensor, max_new_tokens: int, stop_ids: tuple[int, ...]
 ) -> list[list]:
-    """The likeliest answer to each of several prompts at once: the same that ``Thinker.generate`` yields one by one.
+    """The greedy answer to each of several prompts, as ``Thinker.generate`` yields it for one prompt.
 
     Args:
-        embeds: (B, T, D), the first ``prompts`` (B,) positions of each row, at least 1; the rest is ignored.
+        embeds: (B, T, D); only the first ``prompts`` (B,) positions of each row, at least 1, are read.
 
     Returns:
         B lists of ids, the stop ids left out.
     """
     room = thinker.architecture.ctx_len - max_new_tokens
     together = (prompts <= room).nonzero().flatten().tolist()
-    # one whose prompt leaves less room ends where ctx_len does, whatever stands beside it
+    # an answer whose prompt leaves less room ends at ctx_len, so its row is computed alone
     groups = [([row], thinker.architecture.ctx_len - int(prompts[row])) for row in range(len(prompts))]
     groups = [group for group in groups if group[0][0] not in together]
     groups += [(together, max_new_tokens)] if together else []
@@ -37,13 +37,13 @@ def greedy_answers(
 
 
 def _answers(thinker: Thinker, embeds: Tensor, prompts: Tensor, limit: int, stop_ids: tuple[int, ...]) -> list[list]:
-    """Prompts of unequal length are pushed to the right, so that they end together. That shifts the positions of a
-    whole row, and rotary attention knows distances only."""
+    """Prompts of unequal length are padded on the left, so that they end together. That shifts the positions of a whole
+    row, which does not change rotary attention, since it depends on distances only."""
     B, longest, device = len(prompts), int(prompts.max()), embeds.device
     index = torch.arange(longest, device=device) - (longest - prompts)[:, None]  # (B, longest); negative: padding
     there = index >= 0
     x = embeds.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, embeds.shape[2]))
-    # padding sees itself, since a softmax over nothing is no number
+    # padding attends to itself, since a softmax over nothing is nan
     causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
     mask = (causal & there[:, None, :]) | torch.eye(longest, dtype=torch.bool, device=device)
     autocast = torch.is_autocast_enabled(device.type)

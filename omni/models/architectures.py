@@ -1,4 +1,4 @@
-"""What each model is built from: its sizes, checked. Configs have the same keys; checkpoints and exports keep them."""
+"""The sizes of each model, validated. Configs have the same keys; checkpoints and exports store them."""
 
 from typing import Self
 
@@ -6,14 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Architecture(BaseModel):
-    """Everything that a model is built from: sizes only, no paths, no training."""
+    """The arguments of a model: its sizes, without paths or training settings."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
     @classmethod
     def of(cls, config: BaseModel, **known) -> Self:
-        """The keys of ``config`` that belong to this architecture; ``known`` ones, such as the size of a trained
-        vocabulary, in the place of the config's."""
+        """The keys of ``config`` that belong to this architecture; ``known`` values, such as the size of a trained
+        vocabulary, replace the config's."""
         return cls(**{name: getattr(config, name) for name in cls.model_fields if name not in known} | known)
 
 
@@ -21,15 +21,15 @@ class ThinkerArchitecture(Architecture):
     """The sizes of the Thinker: Qwen3 (``use_moe`` false) or Qwen3-MoE (true)."""
 
     vocab_size: int = Field(8192, ge=272, le=1_048_576, description="upper bound; a small corpus may fill less")
-    ctx_len: int = Field(512, ge=8, le=1_048_576, description="tokens per training sequence, and the longest context")
+    ctx_len: int = Field(512, ge=8, le=1_048_576, description="tokens of training sequences and of the longest context")
     n_layers: int = Field(8, ge=1, le=1000)
     d_model: int = Field(512, ge=8, le=1_000_000)
     n_heads: int = Field(8, ge=1, le=1_024)
-    head_dim: int | None = Field(None, ge=2, le=16_384, description="default: d_model / n_heads")
+    head_dim: int | None = Field(None, ge=2, le=16_384, description="width of a head; default: d_model / n_heads")
     d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches, in training only")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the residual branches, in training only")
     rope_theta: float = Field(10000.0, gt=0)
-    tie_embeddings: bool = Field(True, description="the output head is the input embedding")
+    tie_embeddings: bool = Field(True, description="input embedding serves as the output head too")
     use_gqa: bool = Field(False, description="grouped-query attention with kv_groups key/value heads")
     kv_groups: int = Field(2, ge=1, le=1_024, description="key/value heads under use_gqa")
     use_moe: bool = False
@@ -75,14 +75,14 @@ class AudioEncoderArchitecture(Architecture):
     frame_win: int = Field(640, ge=16, le=65_536, description="samples of a mel frame's window")
     downsample_time: int = Field(8, description="mel frames per output frame: 8 or 4")
     subsampling_channels: int = Field(
-        128, ge=1, le=1_000_000, description="channels of the convolutions that shorten the time"
+        128, ge=1, le=1_000_000, description="channels of the convolutions that reduce the frame rate"
     )
     n_layers: int = Field(8, ge=1, le=1000)
     d_model: int = Field(256, ge=8, le=1_000_000)
     n_heads: int = Field(4, ge=1, le=1_024)
     d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the feed-forward modules")
     conv_kernel_size: int = Field(9, ge=1, le=1_024, description="width of the depthwise convolution, in output frames")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the residual branches, in training only")
     ctc_vocab_size: int = Field(
         512, ge=2, le=1_048_576, description="upper bound of the BPE vocabulary; few texts may fill less"
     )
@@ -109,13 +109,13 @@ class AudioEncoderArchitecture(Architecture):
 class VisionArchitecture(Architecture):
     """The sizes of the vision encoder, a ViT."""
 
-    img_size: int = Field(224, ge=8, le=16_384, description="pixels; pictures are stretched to a square of this side")
+    img_size: int = Field(224, ge=8, le=16_384, description="side in pixels of the square that pictures are resized to")
     patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels")
     d_model: int = Field(384, ge=8, le=1_000_000)
     n_layers: int = Field(8, ge=1, le=1000)
     n_heads: int = Field(6, ge=1, le=1_024)
     d_ff: int = Field(1536, ge=8, le=1_000_000)
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the residual branches of both towers, in training only")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on both towers' residual branches, in training only")
 
     @property
     def height(self) -> int:
@@ -168,41 +168,41 @@ class RectangularVisionArchitecture(VisionArchitecture):
 
 
 class PictureTextArchitecture(Architecture):
-    """The sizes of the model of stage C: a ViT, a text tower, and the space in which they are compared."""
+    """The sizes of stage C's model: a ViT, a text tower, and the space of their embeddings."""
 
     vision: VisionArchitecture
-    text: ThinkerArchitecture  # of the text tower, or of the Thinker in its place
-    uses_thinker: bool = Field(False, description="a frozen Thinker embeds the captions, and is no part of the model")
-    embed_dim: int = Field(256, ge=2, le=1_000_000, description="width of the space of pictures and captions")
+    text: ThinkerArchitecture  # sizes of the text tower, or of the Thinker that replaces it
+    uses_thinker: bool = Field(False, description="a frozen Thinker outside the model embeds the captions")
+    embed_dim: int = Field(256, ge=2, le=1_000_000, description="width of the embeddings of pictures and captions")
     temperature: float = Field(0.07, ge=0.01, le=1, description="initial value of the learned temperature")
-    word_head: bool = Field(True, description="a head that predicts a caption's words from the patches")
+    word_head: bool = Field(True, description="head that predicts a caption's words from the patches")
 
 
 class OcrArchitecture(Architecture):
     """The sizes of the OCR model: ViT encoder, character decoder."""
 
     img_size: int = Field(
-        224, ge=8, le=16_384, description="side of the picture in pixels, where height or width is not given"
+        224, ge=8, le=16_384, description="side of the picture in pixels, unless height or width is given"
     )
-    img_height: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
-    img_width: int | None = Field(None, ge=8, le=16_384, description="default: img_size")
-    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels, where height or width is not given")
-    patch_height: int | None = Field(None, ge=1, le=4_096, description="default: patch")
-    patch_width: int | None = Field(None, ge=1, le=4_096, description="default: patch")
+    img_height: int | None = Field(None, ge=8, le=16_384, description="pixels; default: img_size")
+    img_width: int | None = Field(None, ge=8, le=16_384, description="pixels; default: img_size")
+    patch: int = Field(16, ge=1, le=4_096, description="side of a patch in pixels, unless height or width is given")
+    patch_height: int | None = Field(None, ge=1, le=4_096, description="pixels; default: patch")
+    patch_width: int | None = Field(None, ge=1, le=4_096, description="pixels; default: patch")
     vision_d_model: int = Field(256, ge=8, le=1_000_000)
     vision_layers: int = Field(6, ge=1, le=1000)
     vision_heads: int = Field(4, ge=1, le=1_024)
     vision_d_ff: int = Field(1024, ge=8, le=1_000_000)
-    conv_stem: bool = Field(False, description="three small convolutions make the patches' tokens, not a linear map")
+    conv_stem: bool = Field(False, description="three small convolutions instead of a linear map of each patch")
     decoder_d_model: int = Field(256, ge=8, le=1_000_000)
     decoder_layers: int = Field(4, ge=1, le=1000)
     decoder_heads: int = Field(4, ge=1, le=1_024)
     decoder_d_ff: int = Field(1024, ge=8, le=1_000_000, description="inner width of the SwiGLU MLP")
-    dropout: float = Field(0.1, ge=0, lt=1, description="on the residual branches, in training only")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout on the residual branches, in training only")
     max_text_length: int = Field(
-        256, ge=1, le=65_536, description="characters; a row with a longer text is left out and named"
+        256, ge=1, le=65_536, description="characters of the longest text; rows with longer texts are left out"
     )
-    ctc_weight: float = Field(0.0, ge=0, description="of an auxiliary CTC loss on the columns of patches; 0: none")
+    ctc_weight: float = Field(0.0, ge=0, description="weight of a CTC loss on the columns of patches; 0: none")
     characters: str = Field(min_length=1, description="characters that the model can write")
 
     @property
@@ -234,7 +234,7 @@ class OcrArchitecture(Architecture):
 
     @property
     def decoder(self) -> ThinkerArchitecture:
-        """The decoder's sizes as ``omni.models.layers`` wants them."""
+        """The sizes of the decoder for ``omni.models.layers``."""
         return ThinkerArchitecture(
             ctx_len=max(8, self.max_text_length + 1),
             n_layers=self.decoder_layers,

@@ -1,6 +1,6 @@
 """The audio encoder: a FastConformer over log-mels, with a linear head trained by CTC.
 
-For every input it gives what ``transformers.ParakeetForCTC`` gives: see ``to_parakeet_state_dict``.
+Its outputs equal those of ``transformers.ParakeetForCTC``: see ``to_parakeet_state_dict``.
 """
 
 # B batch, T mel frames, M mel channels, U output frames (T / 8, rounded up), D model width, F inner width
@@ -18,7 +18,7 @@ from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.ops import attention, linear
 
 BATCH_NORM_EPS = 1e-5
-# rms of a * sigmoid(b) for two independent standard normals: how much a gated linear unit quietens
+# rms of a * sigmoid(b) for independent standard normals: the factor by which a gated linear unit scales its input
 _GLU_RMS = 0.5415
 
 
@@ -35,16 +35,16 @@ def mel_spec(arch: AudioEncoderArchitecture) -> MelSpec:
 
 
 def output_frames(frames, downsample_time: int):
-    """How many output frames so many mel frames become; ints, arrays or tensors."""
+    """Number of output frames of ``frames`` mel frames; an int, array or tensor."""
     return -(-frames // downsample_time)
 
 
 class Subsampling(nn.Module):
-    """Mel frames to fewer, wider ones: (B, T, M) -> (B, U, D).
+    """Mel frames to fewer, wider frames: (B, T, M) -> (B, U, D).
 
     Each stage halves time and frequency: the first by a full convolution, the others by a depthwise and a pointwise
-    one (Rekesh et al. 2023). What lies beyond an utterance's end is set to zero after each stage, since the next
-    convolution would look at it.
+    one (Rekesh et al. 2023). Frames beyond an utterance's end are set to zero after each stage, since the next
+    convolution reads them.
     """
 
     def __init__(self, arch: AudioEncoderArchitecture):
@@ -65,7 +65,7 @@ class Subsampling(nn.Module):
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
         x = features.unsqueeze(1)  # (B, 1, T, M)
-        if x.device.type == "cpu":  # channels last in memory, and so is all that follows: faster there
+        if x.device.type == "cpu":  # channels last in memory, here and in all that follows: faster there
             x = features.unsqueeze(-1).permute(0, 3, 1, 2)
         x = F.relu(self.conv(x))  # (B, C, T / 2, M / 2)
         lengths = output_frames(lengths, 2)
@@ -78,8 +78,8 @@ class Subsampling(nn.Module):
 
 
 def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of each channel by itself. On a CPU in the weights' float32, also under autocast: in bf16 it takes
-    four times as long there."""
+    """A convolution of each channel by itself. On a CPU it uses the weights' float32, also under autocast: bf16 would
+    take four times as long."""
     with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else nullcontext():
         return conv(x.to(conv.weight.dtype) if x.device.type == "cpu" else x)
 
@@ -100,8 +100,8 @@ def relative_positions(frames: int, width: int, device: torch.device) -> Tensor:
 def by_distance_to_by_key(scores: Tensor) -> Tensor:
     """Scores (..., U, 2U) of query i for distances U - 1 ... -U, as (..., U, U) for keys j: distance i - j. A view.
 
-    Row i needs its columns U - 1 - i and on: one further left with each row. Read in rows that are one shorter, the
-    same memory has exactly that slant.
+    Row i needs its columns from U - 1 - i on, one further left with each row. Reading the same memory in rows that are
+    one shorter shifts each row by exactly that.
     """
     U = scores.shape[-2]
     return scores.flatten(-2)[..., U - 1 : -1].unflatten(-1, (U, 2 * U - 1))[..., :U]
@@ -110,8 +110,8 @@ def by_distance_to_by_key(scores: Tensor) -> Tensor:
 class RelativeAttention(nn.Module):
     """Self-attention with relative positions, (B, U, D) -> (B, U, D).
 
-    A key is scored by its content and by a projection of its distance, each with a learned bias in the query's place
-    (Dai et al. 2019, "Transformer-XL", section 3.3). The second score goes into the fused attention as its mask.
+    A key's score is the sum of one for its content and one for its projected distance, each with a learned bias of the
+    query (Dai et al. 2019, "Transformer-XL", section 3.3). The fused attention takes the second as its mask.
     """
 
     no_decay = ("bias_u", "bias_v")
@@ -128,7 +128,7 @@ class RelativeAttention(nn.Module):
         self.bias_v = nn.Parameter(torch.zeros(n_heads, self.d_head))
 
     def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """``positions`` (2U, D); ``mask`` (B, U), true for frames that are there."""
+        """``positions`` (2U, D); ``mask`` (B, U), true for valid frames."""
         B, U, _ = x.shape
         q, k, v = (
             linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, U, 3, self.n_heads, self.d_head).unbind(dim=2)
@@ -138,7 +138,7 @@ class RelativeAttention(nn.Module):
         by_content = (q + self.bias_u.to(q.dtype)).transpose(1, 2)  # (B, H, U, K)
         by_distance = (q + self.bias_v.to(q.dtype)).transpose(1, 2) @ r  # (B, H, U, 2U)
         scores = by_distance_to_by_key(by_distance) / math.sqrt(self.d_head)
-        # not -inf: where all is masked, its softmax is not a number
+        # not -inf: a softmax over -inf alone is nan
         scores = scores.masked_fill(~mask[:, None, None, :], torch.finfo(scores.dtype).min)
         y = attention(by_content, k, v, mask=scores, use_flash=self.use_flash)  # (B, H, U, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, U, -1))
@@ -159,9 +159,9 @@ class FeedForward(nn.Module):
 class ChannelScale(nn.Module):
     """(B, U, D) -> (B, U, D): a learned scale and shift per channel.
 
-    It stands where Conformers have a batch norm, and does what that does at inference. In training, batch statistics
-    would make the result depend on how a batch is split over micro-batches and processes, and one batch that is not
-    finite would spoil the running averages for good.
+    It replaces a Conformer's batch norm, and equals it at inference. In training, batch statistics would make the
+    result depend on how a batch is split over micro-batches and processes, and one batch that is not finite would spoil
+    the running averages for good.
     """
 
     def __init__(self, width: int):
@@ -174,7 +174,7 @@ class ChannelScale(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Depthwise convolution, for the near neighbourhood, which attention models less well. (B, U, D) -> (B, U, D)."""
+    """Depthwise convolution over near frames, which attention models less well. (B, U, D) -> (B, U, D)."""
 
     def __init__(self, d_model: int, kernel_size: int):
         super().__init__()
@@ -182,19 +182,19 @@ class Convolution(nn.Module):
         self.depthwise_conv = nn.Conv1d(d_model, d_model, kernel_size, padding=kernel_size // 2, groups=d_model)
         self.norm = ChannelScale(d_model)
         self.pointwise_conv2 = nn.Linear(d_model, d_model)
-        # no norm follows to put the scale right, so it is right from the start
+        # no norm follows, so the initial weights must keep the scale
         nn.init.normal_(self.depthwise_conv.weight, std=1 / (_GLU_RMS * math.sqrt(kernel_size)))
         nn.init.zeros_(self.depthwise_conv.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """``mask`` (B, U), true for frames that are there: the others must be zero for their neighbours."""
+        """``mask`` (B, U), true for valid frames; the others are set to zero, since the convolution reads them."""
         x = F.glu(self.pointwise_conv1(x), dim=-1) * mask[:, :, None]
         x = self.depthwise_conv(x.transpose(1, 2)).transpose(1, 2)
         return self.pointwise_conv2(F.silu(self.norm(x)))
 
 
 class Block(nn.Module):
-    """Half a feed-forward, attention, convolution, half a feed-forward, each on a normed input and added.
+    """Half a feed-forward, attention, convolution, half a feed-forward, each on a residual branch with a norm.
 
     Gulati et al. 2020, "Conformer".
     """
@@ -227,8 +227,8 @@ class AudioEncoder(nn.Module):
         architecture: its ``ctc_vocab_size`` is the tokenizer's real one. The blank is one more class, the last.
         use_flash: fused attention; False: the plain maths.
 
-    Rekesh et al. 2023, "Fast Conformer with Linearly Scalable Attention". Departures: ``ChannelScale`` where that has
-    a batch norm; no factor sqrt(D) after the subsampling, whose linear layer is initialised to the right scale.
+    Rekesh et al. 2023, "Fast Conformer with Linearly Scalable Attention". Departures: ``ChannelScale`` instead of a
+    batch norm; no factor sqrt(D) after the subsampling, whose linear layer is initialised to the right scale.
     """
 
     def __init__(self, architecture: AudioEncoderArchitecture, *, use_flash: bool = True):
@@ -248,10 +248,10 @@ class AudioEncoder(nn.Module):
         """
         Args:
             features: (B, T, M) normalised log-mels, zero beyond each utterance's end.
-            lengths: (B,) their mel frames, at least 1.
+            lengths: (B,) mel frames of each utterance, at least 1.
 
         Returns:
-            Frames (B, U, D) and how many of them are valid (B,). Padding changes no valid frame.
+            Frames (B, U, D) and the number of valid ones (B,). Padding changes no valid frame.
         """
         x = self.dropout(self.subsampling(features, lengths))
         lengths = output_frames(lengths, self.architecture.downsample_time)
@@ -262,7 +262,7 @@ class AudioEncoder(nn.Module):
         return x, lengths
 
     def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``encode``, but logits (B, U, V) of the tokens and, last, the blank."""
+        """As ``encode``, but returns logits (B, U, V) of the tokens and, last, the blank."""
         x, lengths = self.encode(features, lengths)
         return self.ctc_head(x), lengths
 
@@ -300,7 +300,7 @@ def parakeet_config(arch: AudioEncoderArchitecture) -> dict:
 
 
 def to_parakeet_state_dict(model: AudioEncoder) -> dict[str, Tensor]:
-    """The weights under the names, and in the shapes, of ``transformers.ParakeetForCTC``: equal logits.
+    """The weights with the names and shapes of ``transformers.ParakeetForCTC``, which gives equal logits.
 
     ``ChannelScale`` becomes a batch norm with mean 0 and variance 1 - eps, which divides by exactly 1.
     """
@@ -319,7 +319,7 @@ def to_parakeet_state_dict(model: AudioEncoder) -> dict[str, Tensor]:
 
 
 def _parakeet_name(name: str) -> str:
-    """There the subsampling is one list: convolution, ReLU, then (depthwise, pointwise, ReLU) for each stage."""
+    """Parakeet's subsampling is one list: convolution, ReLU, then (depthwise, pointwise, ReLU) for each stage."""
     parts = name.split(".")
     if parts[:2] == ["subsampling", "conv"]:
         return f"subsampling.layers.0.{parts[2]}"

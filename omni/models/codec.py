@@ -1,8 +1,8 @@
 """The speech codec: log-mels to a few small integers every 80 ms, and back.
 
-An encoder makes one latent of every ``frame_ms`` of log-mel, a residual vector quantiser (``omni.models.quantizer``)
-writes each latent as one code from each of its codebooks, and a decoder makes log-mels of the codes. The talker learns
-to predict the codes.
+An encoder turns every ``frame_ms`` of log-mel into a latent, a residual vector quantiser (``omni.models.quantizer``)
+replaces each latent by one code from each codebook, and a decoder turns the codes into log-mels. The talker learns to
+predict the codes.
 """
 
 # B clips, T mel frames, M mel channels, N = T / frames_per_code latents, C latent width, D model width, Q codebooks
@@ -34,8 +34,8 @@ def mel_spec(arch: SpeechFrames) -> MelSpec:
 class Codec(nn.Module):
     """Log-mels -> codes -> log-mels.
 
-    Frames are put together by ``frames_per_code`` and all of the network runs on the slow rate, 12.5 frames/s; a few
-    layers at the mels' own rate smooth the seams in the end.
+    The network joins ``frames_per_code`` frames and runs at the slow rate, 12.5 frames/s; a few layers at the mels' own
+    rate smooth the seams at the end.
     """
 
     def __init__(self, architecture: CodecArchitecture):
@@ -76,7 +76,7 @@ class Codec(nn.Module):
         """
         Args:
             log_mels: (B, T, M), T a multiple of ``frames_per_code``.
-            lengths: (B,) frames of each clip; what follows is ignored.
+            lengths: (B,) frames of each clip; frames beyond them are ignored.
 
         Returns:
             Input and output, normalised, (B, T, M); codes (B, N, Q); and the commitment loss, ().
@@ -91,10 +91,10 @@ class Codec(nn.Module):
         return (log_mels - self.mel_mean) / self.mel_std
 
     def latents(self, normalised: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, M) -> latents (B, N, C), and which of them are of the clips, (B, N)."""
+        """(B, T, M) -> latents (B, N, C), and (B, N), true where a latent is not padding."""
         per_code = self.architecture.frames_per_code
         frame = torch.arange(normalised.shape[1], device=lengths.device) < lengths[:, None]  # (B, T)
-        # beyond its end, a clip goes on in silence up to the next whole code
+        # silence fills a clip up to the next whole code
         silence = self.normalise(torch.full_like(self.mel_mean, SILENCE))
         normalised = torch.where(frame[..., None], normalised, silence.to(normalised.dtype))
         mask = frame.unflatten(1, (-1, per_code)).any(dim=-1)  # (B, N)

@@ -1,6 +1,6 @@
 """Connectionist temporal classification (Graves et al. 2006): text units, loss, greedy decoding.
 
-A CTC model predicts one unit, or the blank, in every frame. A text results from dropping repeats, then blanks; its
+A CTC model predicts one unit or the blank in every frame. Removing repeats, then blanks, gives the text; its
 probability is the sum over all alignments of its units with the frames.
 """
 
@@ -31,10 +31,10 @@ from omni.data.tokenizer import check_ids, difference
 
 
 def normalise_text(text: str) -> str:
-    """The pronounced part of a text: what transcripts are trained on and compared by.
+    """The pronounced part of a text, on which transcripts are trained and compared.
 
     NFKC, lower case; letters, digits and apostrophes inside words stay, invisible characters go (``audible``),
-    everything else parts words. Numbers stay in digits: ``spoken_form`` makes words of them.
+    everything else separates words. Numbers stay in digits: ``spoken_form`` makes words of them.
     "“It’s  5pm,” he said" becomes "it's 5pm he said".
     """
     text = unicodedata.normalize("NFKC", audible(text)).lower().replace("’", "'")
@@ -43,7 +43,7 @@ def normalise_text(text: str) -> str:
 
 
 class _Heard(dict):
-    """Code point -> itself, or a space; decided when first met, since every utterance read passes through here."""
+    """Code point -> itself, or a space; cached, since every utterance passes through here."""
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
@@ -65,8 +65,8 @@ def _without_merges() -> tokenizers.Tokenizer:
 class CtcTokenizer:
     """BPE over the characters of normalised text, kept in a ``tokenizer.json``. Build one with ``train`` or ``load``.
 
-    Not byte-level: a unit should be a sound. The alphabet is that of the texts it was trained on; other characters
-    have no unit and are left out of a target (``unknown`` names them).
+    Not byte-level: a unit should be a sound. The alphabet is that of the training texts; other characters have no unit
+    and are left out of a target (``unknown`` names them).
 
     Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units".
     """
@@ -82,7 +82,7 @@ class CtcTokenizer:
         """Learn merges from ``texts``, read once as a stream.
 
         Args:
-            vocab_size: upper bound; few texts have fewer merges to give.
+            vocab_size: upper bound; few texts give fewer merges.
 
         Raises:
             UserError: the alphabet alone is larger.
@@ -121,17 +121,17 @@ class CtcTokenizer:
 
     @property
     def units(self) -> list[str]:
-        """The text of each token, in their order; one that begins a word begins with a space."""
+        """The text of each token, in order of the ids; a token that begins a word begins with a space."""
         return [self._tokenizer.id_to_token(i).replace("▁", " ") for i in range(self.vocab_size)]
 
     @property
     def vocab_size(self) -> int:
-        """Tokens there really are; the blank is not among them."""
+        """Actual number of tokens, without the blank."""
         return self._tokenizer.get_vocab_size()
 
     @property
     def sha256(self) -> str:
-        """Of the file that was loaded, byte for byte."""
+        """SHA-256 of the loaded file."""
         return hashlib.sha256(self.serialized.encode()).hexdigest()
 
     @property
@@ -153,7 +153,7 @@ class CtcTokenizer:
 
 
 def frames_needed(ids: Sequence[int]) -> int:
-    """The fewest frames that can spell ``ids``: one each, and a blank between two that are the same."""
+    """Smallest number of frames for ``ids``: one per id, and a blank between two equal ones."""
     return len(ids) + sum(one == next_one for one, next_one in pairwise(ids))
 
 
@@ -164,14 +164,13 @@ def frames_needed(ids: Sequence[int]) -> int:
 def ctc_nll(logits: Tensor, frames: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
     """Negative log-likelihood of each target, in float32, infinite where a target does not fit its frames.
 
-    On a GPU this is our own forward-backward algorithm: torch's adds the gradients of a token's occurrences in an
-    order that differs from run to run, and waits for the device to read the lengths; cuDNN's wants every utterance
-    of a batch to have the same length.
+    On a GPU this is our own forward-backward algorithm: torch's sums the gradients of a token's occurrences in an order
+    that differs from run to run, and waits for the device to read the lengths; cuDNN's requires equal lengths.
 
     Args:
         logits: (B, U, V).
-        frames: (B,) valid frames of each.
-        targets: (B, L) token ids; what stands beyond ``target_lengths`` (B,) is ignored.
+        frames: (B,) valid frames of each utterance.
+        targets: (B, L) token ids; ids beyond ``target_lengths`` (B,) are ignored.
 
     Returns:
         (B,) in nats.
@@ -184,7 +183,7 @@ def ctc_nll(logits: Tensor, frames: Tensor, targets: Tensor, target_lengths: Ten
 
 
 class _ForwardBackward(torch.autograd.Function):
-    """Graves et al. 2006, section 4.1. No operation in it waits for the device, or sums in an order left open.
+    """Graves et al. 2006, section 4.1. No operation waits for the device or sums in an undefined order.
 
     The backward variables are the forward variables of the same problem in reverse, so one pass over the frames
     computes both. The gradient with respect to a log-probability is then the expected number of its uses.
@@ -208,11 +207,11 @@ class _ForwardBackward(torch.autograd.Function):
         alpha, beta = both[:B], _reindex(both[B:], time_back, state_back)  # (B, U, S), each with the frame's emission
         inside = torch.arange(S, device=states.device) < counts[:, None]
         inside = inside[:, None, :] & (torch.arange(U, device=states.device) < frames[:, None])[:, :, None]
-        through = (alpha + beta - emissions).masked_fill(~inside, -math.inf)  # log-likelihood of all ways through here
-        log_likelihood = through[:, 0].logsumexp(dim=1)  # at any frame the same sum
+        through = (alpha + beta - emissions).masked_fill(~inside, -math.inf)  # log-likelihood of all paths through it
+        log_likelihood = through[:, 0].logsumexp(dim=1)  # the same at every frame
         uses = (through - log_likelihood[:, None, None]).exp()
         uses = uses.masked_fill(~torch.isfinite(log_likelihood)[:, None, None], math.nan)
-        # a matrix product, not a scatter: that would add up in any order
+        # a matrix product, not a scatter, which would sum in no fixed order
         ctx.save_for_backward(uses @ F.one_hot(states, V).to(uses.dtype))
         return -log_likelihood
 
@@ -229,9 +228,9 @@ def _reindex(x: Tensor, time: Tensor, state: Tensor) -> Tensor:
 
 
 def _forward_variables(emissions: Tensor, states: Tensor) -> Tensor:
-    """Log-likelihood (B, U, S) of all ways to be in a state at a frame, that frame's emission included.
+    """Log-likelihood (B, U, S) of all paths to a state at a frame, that frame's emission included.
 
-    A way starts in one of the first two states; it stays, moves on by one, or by two if that skips a blank between
+    A path starts in one of the first two states; it stays, moves on by one, or by two if that skips a blank between
     different tokens.
     """
     B, U, S = emissions.shape
@@ -253,5 +252,5 @@ def _forward_variables(emissions: Tensor, states: Tensor) -> Tensor:
 
 
 def collapse(path: Sequence[int], blank: int) -> list[int]:
-    """The token ids that one unit per frame spells: without repeats, then without blanks."""
+    """The token ids of a ``path`` of one unit per frame: without repeats, then without blanks."""
     return [token for token, _ in groupby(path) if token != blank]

@@ -1,6 +1,6 @@
-"""One new token at a time: what a Thinker computes, in half as many operations, which at this size are what takes time.
+"""The Thinker's computation for one new token, in half as many operations.
 
-At one token an operation's arithmetic is nothing beside the microseconds it takes to begin it. So the projections of
+For one token, an operation's arithmetic takes far less than the microseconds of its launch. So the projections of
 attention are one matrix here, and those into the MLP another; a norm's weight is multiplied into the matrix that reads
 it, and those of queries and keys, with the attention's scale, into the rotation's cosines and sines.
 """
@@ -41,13 +41,13 @@ class _Layer:
 
 @torch.no_grad()
 def decode_step(thinker, cache: KVCache) -> Callable[..., Tensor]:
-    """A function that reads one more token of each sequence: ``hidden_states`` of the ids, up to rounding.
+    """A function that reads one more token of each sequence, equal to ``Thinker.hidden_states`` up to rounding.
 
-    The weights are copied: it is right until they change.
+    The weights are copied, so it is valid until they change.
 
     Returns:
-        ``read(ids, seen=None)``: ids (B,), the token after those that ``cache`` holds, and seen (B, S) bool, true where
-        a sequence may look, default everywhere -> the last, normalised hidden states (B, D).
+        ``read(ids, seen=None)``: ids (B,), the token after those in ``cache``, and seen (B, S) bool, true where a
+        sequence may attend, default everywhere -> the last, normalised hidden states (B, D).
     """
     arch = thinker.architecture
     if arch.use_moe:
@@ -61,7 +61,7 @@ def decode_step(thinker, cache: KVCache) -> Callable[..., Tensor]:
     H, G, K, dtype = arch.n_heads, arch.n_kv_heads, arch.d_head, cache.keys.dtype
     layers = [_Layer(block, thinker, cache, index) for index, block in enumerate(thinker.layers)]
     last_norm = thinker.norm.weight.float() * arch.d_model**0.5
-    # lengths that make the norms' epsilon
+    # lengths whose squares are the norms' epsilon times the width
     short, short_head = (torch.tensor((width * RMS_EPS) ** 0.5, device=last_norm.device) for width in (arch.d_model, K))
 
     def read(ids: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -95,6 +95,6 @@ def _transposed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _over_length(x: Tensor, short: Tensor) -> Tensor:
-    """RMSNorm over sqrt(its width), float32: x / sqrt(sum(x^2) + short^2), three operations in the place of six."""
+    """RMSNorm over sqrt(its width), float32: x / sqrt(sum(x^2) + short^2), three operations instead of six."""
     x = x.float()
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), short)

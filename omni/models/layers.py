@@ -1,6 +1,6 @@
 """The blocks of a decoder: RMSNorm, rotary positions, grouped-query attention with a KV cache, SwiGLU, MoE.
 
-Parameter names are those of Qwen3 in ``transformers``, so that an export only puts a prefix before them.
+Parameter names are those of Qwen3 in ``transformers``, so that an export only adds a prefix.
 """
 
 # B batch, T new tokens, S tokens attended to (cached and new), D model width, F inner width
@@ -43,8 +43,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, in memory that is allocated once.
 
     Args:
-        max_len: tokens it can hold.
-        dtype: that of the attention: the weights', or autocast's.
+        max_len: number of tokens that fit.
+        dtype: dtype of the attention: the weights' or autocast's.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class KVCache:
         self.position = 0  # tokens held, so the position of the next one
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, G, T, K) of the new tokens; return all of them up to now (B, G, S, K).
+        """Store k and v (B, G, T, K) of the new tokens; return those of all tokens so far (B, G, S, K).
 
-        ``advance`` moves the position, once per forward: every layer writes at the same place.
+        ``advance`` moves the position once per forward, since every layer writes at the same position.
         """
         end = self.position + k.shape[2]
         if end > self.max_len:
@@ -92,7 +92,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(arch.d_head)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        """``mask`` (T, S), true where a query may look: only for several new tokens after a filled cache."""
+        """``mask`` (T, S), true where a query may attend: only for several new tokens after a filled cache."""
         B, T, _ = x.shape
         n_heads, n_keys = self.n_heads, self.n_kv_heads
         heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, n_heads + 2 * n_keys, self.d_head)
@@ -101,8 +101,8 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # is_causal aligns its triangle with the first key. That is right when keys and queries are the same tokens,
-        # and wrong after a filled cache: there one new token sees all keys, and several need the mask.
+        # is_causal aligns its triangle with the first key: right if keys and queries are the same tokens, wrong after
+        # a filled cache, where one new token attends to all keys, and several need the mask.
         is_causal = mask is None and T > 1
         y = attention(q, k, v, causal=is_causal, mask=mask, use_flash=self.use_flash)  # (B, H, T, K)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -123,8 +123,8 @@ class SwiGLU(nn.Module):
 
 @torch.library.custom_op("omni::grouped_linear", mutates_args=())
 def _grouped_linear_loop(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """``grouped_linear`` as one matmul per expert. One op, so that torch.compile does not look inside: the sizes
-    of the groups are known only at run time."""
+    """``grouped_linear`` as one matmul per expert. A custom op, so that torch.compile does not trace it: the sizes of
+    the groups are known only at run time."""
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     start = 0
     for expert, end in enumerate(ends.tolist()):  # one wait for the device per call
@@ -171,10 +171,10 @@ _grouped_linear_loop.register_autograd(_grouped_linear_backward, setup_context=_
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """ManifestDataset sorted by expert, each times the weight of its expert: one matmul per expert, not per token.
+    """Rows sorted by expert, each times the weight of its expert: one matmul per expert, not per token.
 
     Args:
-        rows: (R, in), those of expert 0 first.
+        rows: (R, in), the rows of expert 0 first.
         weight: (E, out, in).
         ends: (E,) int32, the row after the last one of each expert.
 
@@ -182,9 +182,9 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         (R, out), in autocast's dtype under autocast.
     """
     device, dtype = rows.device.type, matmul_dtype(rows)
-    rows, weight = rows.to(dtype), weight.to(dtype)  # neither kernel below takes part in autocast by itself
-    # torch's fused kernel never waits for the device. In torch 2.11 it can be compiled for bf16 only, and wants rows
-    # of whole 16 bytes and, on CUDA, compute capability 8.
+    rows, weight = rows.to(dtype), weight.to(dtype)  # autocast applies to neither kernel below
+    # torch's fused kernel never waits for the device. In torch 2.11 it can be compiled for bf16 only, and requires rows
+    # of a multiple of 16 bytes and, on CUDA, compute capability 8.
     fused = rows.dtype == torch.bfloat16 and weight.shape[1] % 8 == 0 and weight.shape[2] % 8 == 0
     if fused and (device == "cpu" or (device == "cuda" and torch.cuda.get_device_capability(rows.device) >= (8, 0))):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
@@ -192,7 +192,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs, their weights stacked: gate and up in one matrix, as ``transformers`` 5 stacks them."""
+    """E SwiGLU MLPs with stacked weights: gate and up in one matrix, as in ``transformers`` 5."""
 
     def __init__(self, n_experts: int, d_model: int, d_expert: int):
         super().__init__()
@@ -200,13 +200,13 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(n_experts, d_model, d_expert))
 
     def forward(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """rows (R, D) sorted by expert, and where each expert's end (E,) -> (R, D)."""
+        """rows (R, D) sorted by expert, and ends (E,), the row after each expert's last -> (R, D)."""
         gate_up = grouped_linear(rows, self.gate_up_proj, ends)  # (R, 2F)
         return grouped_linear(silu_gate(gate_up), self.down_proj, ends)
 
 
 class MoE(nn.Module):
-    """Mixture of experts, (B, T, D) -> (B, T, D), exactly that of Qwen3-MoE.
+    """Mixture of experts, (B, T, D) -> (B, T, D), exactly as in Qwen3-MoE.
 
     A softmax over all experts in float32 routes a token to its ``top_k`` best; their probabilities are scaled to
     sum to 1. No token is ever dropped. Fedus et al. 2021, "Switch Transformers"; Qwen3 technical report, 2025.
@@ -233,7 +233,7 @@ class MoE(nn.Module):
         experts = torch.arange(self.n_experts, device=x.device)
         ends = torch.searchsorted(by_expert, experts, right=True, out_int32=True)  # (E,)
         y = self.experts(x[order // self.top_k], ends)  # (R, D)
-        # Back to token order by a gather, not by adding into place: the same bits in every run.
+        # back to token order by a gather, not by index_add: the same bits in every run
         y = y[order.argsort()].view(B * T, self.top_k, D)
         y = (y * weights.unsqueeze(-1).to(y.dtype)).sum(dim=1)
 
@@ -242,10 +242,10 @@ class MoE(nn.Module):
 
 
 def load_balancing_loss(router_stats: list[Tensor]) -> Tensor:
-    """How unevenly the experts are used, () float32: ``top_k`` when even, up to E when one takes all.
+    """The load-balancing loss, () float32: ``top_k`` for an even load, up to E if one expert takes all.
 
     Args:
-        router_stats: one (2, E) of ``MoE`` per layer. Averaged over the layers first, as Qwen3-MoE does.
+        router_stats: (2, E) of ``MoE`` for each layer; averaged over the layers first, as in Qwen3-MoE.
 
     Equations 4 to 6 of Fedus et al. 2021.
     """
@@ -256,8 +256,8 @@ def load_balancing_loss(router_stats: list[Tensor]) -> Tensor:
 class ConvNeXtBlock(nn.Module):
     """(B, N, D) -> (B, N, D): a depthwise convolution in time, then an MLP per frame, on a residual branch.
 
-    Liu et al. 2022, "A ConvNet for the 2020s", in one dimension as in Siuzdak 2023, "Vocos". Departures: RMSNorm for
-    LayerNorm, no layer scale; the branch starts at zero instead.
+    Liu et al. 2022, "A ConvNet for the 2020s", in one dimension as in Siuzdak 2023, "Vocos". Departures: RMSNorm
+    instead of LayerNorm; the branch starts at zero instead of with a layer scale.
     """
 
     def __init__(self, width: int, inner: int, kernel_size: int):
@@ -270,8 +270,7 @@ class ConvNeXtBlock(nn.Module):
         nn.init.zeros_(self.down_proj.bias)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``mask`` (B, N, 1): 1 for frames, 0 for padding, which looks like what lies beyond the ends; None: no
-        padding."""
+        """``mask`` (B, N, 1): 1 for frames, 0 for padding, which is set to zero; None: no padding."""
         y = x if mask is None else x * mask
         y = self.conv(y.transpose(1, 2)).transpose(1, 2)
         return x + self.down_proj(F.gelu(self.up_proj(self.norm(y))))

@@ -1,10 +1,10 @@
-"""OCR: a ViT encodes the picture of a line of text, and an autoregressive decoder writes its characters.
+"""OCR: a ViT encodes a picture of a line of text, and an autoregressive decoder writes its characters.
 
 The character set is part of the architecture.
 """
 
 # B pictures, T symbols, P image tokens (class token and patches), U columns of patches
-# D model width (the decoder's, where nothing else is said), H heads, K head width, C characters
+# D model width (the decoder's unless noted), H heads, K head width, C characters
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,10 @@ END = 0  # the symbol after the last character; the characters are 1 to C
 
 
 class CrossAttention(nn.Module):
-    """From every symbol to all image tokens, (B, T, D) -> (B, T, D).
+    """Cross-attention from every symbol to all image tokens, (B, T, D) -> (B, T, D).
 
-    Keys and values depend on the picture alone, so they are made once per picture (``keys_values``) and not once per
-    symbol. Queries and keys pass an RMSNorm per head, as in ``omni.models.layers.Attention``.
+    Keys and values depend on the picture alone, so they are computed once per picture (``keys_values``). Queries and
+    keys pass an RMSNorm per head, as in ``omni.models.layers.Attention``.
     """
 
     def __init__(self, arch: ThinkerArchitecture, use_flash: bool):
@@ -77,11 +77,11 @@ class DecoderBlock(nn.Module):
 
 
 def conv_stem(patch: tuple[int, int], d_model: int) -> nn.Sequential:
-    """Three 3 x 3 convolutions in place of the ViT's single linear map of a patch, (B, 3, H, W) -> (B, D, rows, U).
+    """Three 3 x 3 convolutions instead of the ViT's linear map of a patch, (B, 3, H, W) -> (B, D, rows, U).
 
-    Each halves a side of the patch as long as it is even; the last, linear one takes in what is left of it. Strokes
-    are then learned once and not at every place within a patch. Xiao et al. 2021, "Early Convolutions Help
-    Transformers See Better", with GroupNorm for BatchNorm, which would make the result depend on the micro-batch.
+    Each halves a side of the patch if it is even; a last, linear one covers the rest of the patch. Strokes are then
+    learned once and not for every position within a patch. Xiao et al. 2021, "Early Convolutions Help Transformers See
+    Better", with GroupNorm instead of BatchNorm, which would make the result depend on the micro-batch.
     """
     height, width = patch
     layers, channels = [], 3
@@ -96,7 +96,7 @@ def conv_stem(patch: tuple[int, int], d_model: int) -> nn.Sequential:
 def sinusoids(length: int, width: int) -> Tensor:
     """(length, width) with a mean square of 1: sines and cosines of the position at wavelengths from 6 to 1257.
 
-    Vaswani et al. 2017, section 3.5; lines are short, so the wavelengths are.
+    Vaswani et al. 2017, section 3.5, with short wavelengths for short lines.
     """
     frequencies = 200.0 ** (-torch.arange(0, width, 2) / width)
     angles = torch.outer(torch.arange(length).float(), frequencies)
@@ -106,9 +106,9 @@ def sinusoids(length: int, width: int) -> Tensor:
 class OcrModel(nn.Module):
     """A picture of a line of text -> its characters, one after the other.
 
-    Li et al. 2021, "TrOCR": a ViT encodes, a transformer decoder attends to all of its tokens. Departures: characters
-    instead of subwords; the decoder's layers are pre-norm with RMSNorm and SwiGLU, rotary as well as learned
-    positions; nothing is pretrained. Optional: ``conv_stem``, and a CTC loss on the encoder's columns.
+    Li et al. 2021, "TrOCR": a transformer decoder attends to all tokens of a ViT. Departures: characters instead of
+    subwords; a pre-norm decoder with RMSNorm, SwiGLU, and rotary as well as learned positions; nothing is pretrained.
+    Optional: ``conv_stem``, and a CTC loss on the encoder's columns.
 
     Args:
         use_flash: fused attention; False: the plain maths.
@@ -117,7 +117,7 @@ class OcrModel(nn.Module):
     def __init__(self, architecture: OcrArchitecture, *, use_flash: bool = True):
         super().__init__()
         self.architecture = arch = architecture
-        # The symbols that can be written come first, so that the tied head is the first rows of the embedding.
+        # the symbols that can be written come first, so the tied head is the first rows of the embedding
         self.n_written = 1 + len(arch.characters)
         self.encoder = ViT(arch.encoder, use_flash=use_flash)
         if arch.conv_stem:
@@ -138,14 +138,14 @@ class OcrModel(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As in the Thinker; the ViT has initialised itself."""
+        """As in the Thinker; the ViT initialises itself."""
         residual_std = INIT_STD / (3 * self.decoder_arch.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 and not name.startswith(("encoder.", "ctc_head.")):
                 writes_residual = "o_proj" in name or "down_proj" in name
                 nn.init.normal_(parameter, std=residual_std if writes_residual else INIT_STD)
-        # Nearby columns and nearby characters start alike, and stand out from the content: attention finds its way
-        # along the line sooner than with random positions.
+        # Position embeddings of neighbours start similar, and large beside the content: attention learns to move along
+        # the line sooner than with random ones.
         with torch.no_grad():
             rows, columns = self.encoder.grid
             width = self.architecture.vision_d_model
@@ -155,11 +155,11 @@ class OcrModel(nn.Module):
             self.embed_positions.weight.copy_(2 * INIT_STD * sinusoids(length, width))
 
     def forward(self, images: Tensor, symbols: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits of the symbol after each position, and of the encoder alone for each column.
+        """Logits of the symbol after each position and, from the encoder alone, of each column.
 
         Args:
             images: (B, 3, height, width) uint8.
-            symbols: (B, T) the start symbol and the characters, see ``encode_texts``; T at most max_text_length + 1.
+            symbols: (B, T) the start symbol and the characters; T at most max_text_length + 1.
 
         Returns:
             (B, T, 1 + C) in autocast's dtype under autocast; and the logits of the auxiliary loss (B, U, C + 1), the
@@ -173,7 +173,7 @@ class OcrModel(nn.Module):
         return logits, self.ctc_head(columns)
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The encoder's tokens as each decoder layer sees them: keys and values (B, H, P, K)."""
+        """Keys and values (B, H, P, K) of the encoder's tokens for each decoder layer."""
         tokens = self.bridge(tokens)
         return [block.cross_attn.keys_values(tokens) for block in self.layers]
 
@@ -192,7 +192,7 @@ class OcrModel(nn.Module):
         return self.norm(x)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., 1 + C): of the end, then of each character."""
+        """(..., D) -> logits (..., 1 + C) of ``END`` and of each character."""
         return F.linear(hidden, self.embed_tokens.weight[: self.n_written])
 
     @torch.inference_mode()
@@ -233,5 +233,5 @@ def read_text(model: OcrModel, images: Tensor) -> list[str]:
 
 
 def start_symbol(arch: OcrArchitecture) -> int:
-    """The symbol before the first character. The one after it stands for characters outside the set."""
+    """The symbol before the first character; the next symbol represents characters outside the set."""
     return 1 + len(arch.characters)

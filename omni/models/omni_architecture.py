@@ -1,4 +1,4 @@
-"""What the omni model is built from: the architectures of its parts, and how they are joined."""
+"""The architecture of the omni model: the architectures of its parts, and how they are joined."""
 
 from typing import Self
 
@@ -12,26 +12,26 @@ class OmniArchitecture(Architecture):
     """The parts of the omni model; a part that no task needs is None."""
 
     thinker: ThinkerArchitecture
-    audio_encoder: AudioEncoderArchitecture | None = None  # ctc_vocab_size: the tokens that its CTC head knows
-    max_mel_length: int | None = Field(None, ge=1, description="mel frames of the longest recording that it encodes")
+    audio_encoder: AudioEncoderArchitecture | None = None  # ctc_vocab_size: number of tokens of its CTC head
+    max_mel_length: int | None = Field(None, ge=1, description="mel frames of the longest recording")
     vision_encoder: VisionArchitecture | None = None
-    n_words: int = Field(0, ge=0, description="words that patches name, the vocabulary of stage C; 0: no word head")
+    n_words: int = Field(0, ge=0, description="words of the word head, stage C's vocabulary; 0: no word head")
     talker: TalkerArchitecture | None = None
-    max_codes: int | None = Field(None, ge=1, description="codes of the longest speech that the talker learned from")
-    duration_weight: float = Field(0.3, ge=0, description="weight of the durations in the talker's loss")
+    max_codes: int | None = Field(None, ge=1, description="codes of the longest speech that the talker was trained on")
+    duration_weight: float = Field(0.3, ge=0, description="weight of the duration loss in the talker's loss")
     proj_d_ff: int = Field(512, ge=8, le=1_000_000, description="inner width of the projections into the Thinker")
-    image_stack: int = Field(1, ge=1, le=64, description="side of the square of neighbouring patches in one position")
-    drop_blanks: bool = Field(True, description="leave out audio frames in which its CTC head finds nothing new")
+    image_stack: int = Field(1, ge=1, le=64, description="side of the square of patches that share one position")
+    drop_blanks: bool = Field(True, description="audio frames with a blank or repeated CTC token are left out")
 
     @property
     def parts(self) -> dict[str, dict]:
-        """Prefix in the state dict -> sizes, of the parts that other stages have trained."""
+        """Prefix in the state dict -> sizes of a part that another stage has trained."""
         names = ("thinker", "audio_encoder", "vision_encoder", "talker")
         return {name: sizes for name, sizes in self.model_dump(include={*names}).items() if sizes is not None}
 
     @property
     def image_side(self) -> int:
-        """Positions of an image along each side."""
+        """Number of an image's positions along each side."""
         return self.vision_encoder.img_size // self.vision_encoder.patch // self.image_stack
 
     @model_validator(mode="after")

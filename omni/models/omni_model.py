@@ -1,11 +1,11 @@
-"""The omni model: a Thinker whose sequences have text, recordings and images, and a talker for its answers.
+"""The omni model: a Thinker for sequences of text, recordings and images, and a talker that speaks its answers.
 
-The encoders of stages B and C turn each recording and image into features, a projection brings these to the Thinker's
+The encoders of stages B and C turn each recording and image into features, a projection maps these to the Thinker's
 width, and they replace the embeddings of ``<|audio|>`` and ``<|image|>`` tokens, between a start and an end token.
 """
 
-# B samples, T positions, D the Thinker's width, V vocabulary; I images, P positions of one, N patches, K an encoder's
-# width; A recordings, F mel frames, M mel channels, U encoder frames; S spoken answers
+# B samples, T positions, D the Thinker's width, V vocabulary; I images, P positions and N patches per image, K an
+# encoder's width; A recordings, F mel frames, M mel channels, U encoder frames; S spoken answers
 
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
 
-ROWS_TOGETHER = 8  # sequences that are padded to one length on a CPU
-COSINE_SCALE = 20.0  # of cosines as logits: among thousands of tokens, the right one can still have all the weight
+ROWS_TOGETHER = 8  # sequences padded to one length on a CPU
+COSINE_SCALE = 20.0  # cosine -> logit: one of thousands of tokens can still have a probability near 1
 
 
 class Sequences(NamedTuple):
@@ -35,31 +35,31 @@ class Sequences(NamedTuple):
 
     embeds: Tensor  # (B, T, D)
     targets: Tensor  # (B, T)
-    dropped: Tensor  # (B,) how many positions shorter each row has become
+    dropped: Tensor  # (B,) number of positions dropped from each row
     audio: Tensor | None  # (A, U, D), the recordings with all of their positions
 
 
 class Losses(NamedTuple):
-    """Each () float32; the last two are sums, over the number of targets of the first."""
+    """Each () float32; the last two are sums, divided by the number of targets of the first."""
 
     nats: Tensor  # mean cross-entropy of the answers' tokens
-    balance: Tensor  # the experts' load balancing
-    ctc_alignment_loss: Tensor  # of recordings with their transcripts
-    talker_loss: Tensor  # of spoken answers
+    balance: Tensor  # the experts' load-balancing loss
+    ctc_alignment_loss: Tensor  # CTC loss of recordings with their transcripts
+    talker_loss: Tensor  # the talker's loss of spoken answers
 
 
 class OmniModel(nn.Module):
     """Thinker, encoders, projections and talker. A part that no task needs is None, and not in the state dict.
 
     Liu et al. 2023, "Visual Instruction Tuning" (LLaVA), for images and recordings alike. Departures: neighbouring
-    patches (``image_stack`` x ``image_stack``) may share a position, side by side; and those frames of a recording may
-    be left out for which the encoder's CTC head finds nothing new (``drop_blanks``, as Gaido et al. 2021, "CTC-based
-    Compression for Direct Speech Translation"): the rest is as long as a text.
+    patches (``image_stack`` x ``image_stack``) may share a position, concatenated; audio frames whose CTC token is the
+    blank or a repeat may be dropped (``drop_blanks``, as in Gaido et al. 2021, "CTC-based Compression for Direct Speech
+    Translation"), after which a recording is about as long as its text.
 
     Args:
         freeze_encoders: the encoders are not trained.
-        one_length: every batch has one length, as a compiled Thinker wants it.
-        use_flash: fused attention; ``audio_flash`` that of the audio encoder.
+        one_length: all batches have the same length, as a compiled Thinker needs.
+        use_flash: fused attention; ``audio_flash``: in the audio encoder, too.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class OmniModel(nn.Module):
         if audio := architecture.audio_encoder:
             self.audio_encoder = AudioEncoder(audio, use_flash=use_flash and audio_flash)
             self.proj_a = Projection(audio.d_model, d_ff, arch.d_model, units=audio.ctc_vocab_size + 1)
-            self.audio_encoder.ctc_head.requires_grad_(False)  # it decides which frames are left out
+            self.audio_encoder.ctc_head.requires_grad_(False)  # it decides which frames are dropped
         if vision := architecture.vision_encoder:
             self.vision_encoder = ViT(vision, use_flash=use_flash)
             stacked, side = vision.d_model * architecture.image_stack**2, architecture.image_side
@@ -101,7 +101,7 @@ class OmniModel(nn.Module):
         super().train(mode)
         if self.frozen:
             for encoder in self.encoders:
-                encoder.eval()  # no dropout in what is not trained
+                encoder.eval()  # no dropout in frozen modules
         if self.talker is not None:
             self.talker.eval()
         return self
@@ -123,10 +123,9 @@ class OmniModel(nn.Module):
         return Losses(nats, balance, ctc_alignment_loss, speech_loss)
 
     def speech(self, batch: dict, embeds: Tensor) -> dict:
-        """The talker's input and targets, as ``collate_utterances`` gives them, with ``thinker_states``: the Thinker's
-        hidden states over ``embeds`` (B, T, D) at the token of each byte of a spoken answer. No gradient of the
-        talker's loss reaches the Thinker. Spoken answers follow texts alone, so that their positions have not
-        moved."""
+        """The talker's input and targets, as from ``collate_utterances``, with ``thinker_states``: the Thinker's hidden
+        states over ``embeds`` (B, T, D) at the token of each byte of a spoken answer. No gradient of the talker's loss
+        reaches the Thinker. Spoken answers follow texts alone, so no position before them is dropped."""
         rows, at = batch["speech_rows"], batch["speech_at"]
         with torch.no_grad():
             hidden = self.thinker.hidden_states(inputs_embeds=embeds[rows])  # (S, T, D)
@@ -136,8 +135,8 @@ class OmniModel(nn.Module):
         return speech | {"thinker_states": states.masked_fill((at < 0)[..., None], 0.0), "n_targets": codes}
 
     def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The first two of ``forward``. A dialogue is several times as long as a recording, so rows of similar length
-        go through the Thinker together, each group padded to its own longest only."""
+        """The first two losses of ``forward``. A dialogue is several times as long as a recording, so rows of similar
+        length go through the Thinker in groups, each padded to its own longest row."""
         if not self.ragged:
             return self.thinker(inputs_embeds=embeds, targets=targets)
         nats, balance = [], []
@@ -150,8 +149,8 @@ class OmniModel(nn.Module):
 
     @property
     def ragged(self) -> bool:
-        """Whether a batch may be cut as its lengths suggest: on a GPU they would have to be waited for, and a compiled
-        Thinker wants one length only."""
+        """Whether a batch may be cut to its lengths: a GPU would have to wait for them, and a compiled Thinker needs a
+        single length."""
         return self.device.type == "cpu" and not self.one_length
 
     def embed(self, batch: dict) -> Sequences:
@@ -161,8 +160,8 @@ class OmniModel(nn.Module):
         if "images" in batch or "patches" in batch:
             rows = rows.index_copy(0, batch["image_at"], self._images(batch).flatten(0, 1).to(rows.dtype))
         elif self.vision_encoder is not None and self.training:
-            # Each parameter has a gradient in every step, if only zero: DDP waits for all of them, and the
-            # optimizer's averages must not depend on how a step falls into micro-batches.
+            # Each parameter has a gradient in every step, perhaps zero: DDP waits for all of them, and the optimizer's
+            # averages must not depend on how a step is split into micro-batches.
             rows = rows + 0.0 * self._images(self._blank(x)).sum().to(rows.dtype)
         if "features" in batch or "frames" in batch:
             audio, new = self._recordings(batch)
@@ -176,7 +175,7 @@ class OmniModel(nn.Module):
         kept = torch.ones(targets.numel(), dtype=torch.bool, device=x.device)
         kept[batch["audio_at"]] = new.flatten()[batch["audio_from"]]
         kept = kept.view_as(targets)
-        # dropped positions go to the end, where they are padding
+        # dropped positions move to the end as padding
         order, dropped = torch.argsort(~kept, dim=1, stable=True), (~kept).sum(dim=1)
         if self.ragged:
             order = order[:, : round_up(int((batch["sizes"] - dropped).max()))]
@@ -185,12 +184,12 @@ class OmniModel(nn.Module):
         return Sequences(x, targets, dropped, audio)
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Images (I, 3, H, W) uint8 -> their patches (I, N, K), row by row, without CLS."""
+        """Images (I, 3, H, W) uint8 -> states of their patches (I, N, K), row by row, without CLS."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.vision_encoder(normalise(images))[:, 1:]
 
     def encode_audio(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Recordings (A, F, M) of ``lengths`` (A,) -> frames (A, U, K), zero beyond their number, and that (A,)."""
+        """Recordings (A, F, M) of ``lengths`` (A,) -> frames (A, U, K), zero if padding, and their numbers (A,)."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             frames, counts = self.audio_encoder.encode(features, lengths)
         return frames * frame_mask(counts, frames.shape[1])[:, :, None], counts
@@ -207,8 +206,8 @@ class OmniModel(nn.Module):
         return self.proj_v(grid.flatten(2), -torch.expm1(log_absent))
 
     def _recordings(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """A batch's recordings in the Thinker's width, (A, U, D), padded; and (A, U), true where the likeliest token of
-        the CTC head is neither the blank nor that of the frame before."""
+        """A batch's recordings in the Thinker's width, (A, U, D), padded; and (A, U), true where the CTC head's
+        likeliest token is neither the blank nor that of the frame before."""
         if "frames" in batch:
             frames = batch["frames"].float()  # (A, U, K)
         else:
@@ -220,11 +219,11 @@ class OmniModel(nn.Module):
     def _ctc_alignment_loss(self, audio: Tensor, batch: dict) -> Tensor:
         """The CTC loss that aligns audio positions (A, U, D) with the tokens of their transcripts: () float32, a sum.
 
-        CTC (Graves et al. 2006) whose units are the Thinker's tokens, whose scores are cosines with their embeddings,
-        and whose blank is ``<|audio|>``. So a recording soon resembles its text. The embeddings get no gradient.
+        The units are the Thinker's tokens, the logits are scaled cosines with their embeddings, which get no gradient,
+        and the blank is ``<|audio|>`` (CTC: Graves et al. 2006). So a recording's vectors soon resemble its text's.
         """
         table, blank = F.normalize(self.thinker.embed_tokens.weight.detach().float(), dim=-1), self.audio_id  # (V, D)
-        with true_float32(audio.device):  # in less, near cosines would be equal
+        with true_float32(audio.device):  # in lower precision, close cosines would be equal
             logits = COSINE_SCALE * F.normalize(audio.float(), dim=-1) @ table.T  # (A, U, V)
         logits = torch.cat((logits[..., :blank], logits[..., blank + 1 :], logits[..., blank, None]), dim=-1)
         units = batch["transcript_ids"] - (batch["transcript_ids"] > blank).long()
@@ -232,7 +231,7 @@ class OmniModel(nn.Module):
         return torch.where(batch["transcript_lengths"] > 0, nll, 0.0).sum()
 
     def _blank(self, like: Tensor) -> dict:
-        """A black image and a moment of silence, which take no position."""
+        """A black image and a short silence that take no position."""
         blank = {}
         if self.vision_encoder is not None:
             height, width = self.vision_encoder.img_size

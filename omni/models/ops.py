@@ -1,9 +1,8 @@
-"""What a transformer spends its time in beside its matrix products: norm, rotation, gate and attention.
+"""The operations of a transformer beside its matrix products: norm, rotation, gate and attention.
 
-Each is a formula in elementary operations, for which autograd would find the gradient; that is how it runs on a GPU,
-and in a compiled model, which makes one kernel of several. On a CPU every elementary operation reads and writes all of
-its memory, and that, not arithmetic, is what a small model's step takes. So here the gradients are written out: fewer
-passes forward, fewer backward, and nothing kept that the backward can do without.
+On a GPU and in a compiled model, which fuses kernels, autograd differentiates their elementary operations. On a CPU
+each elementary operation reads and writes all of its memory, which takes most of a small model's step. So the gradients
+are written out for the CPU: fewer passes forward and backward, and fewer tensors stored for the backward.
 """
 
 # B batch, T queries, S keys, K head width, H query heads, G key/value heads, D width, F inner width
@@ -18,31 +17,31 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 RMS_EPS = 1e-6
-_QUERIES = 128  # of causal attention, computed together: they need no key beyond the last of them
+_QUERIES = 128  # queries of causal attention computed together: they need no key after the last query
 
 
 def use_cpu_kernels(x: Tensor) -> bool:
-    """Whether what follows is written out for ``x``: in training on a CPU, where nothing is compiled."""
+    """Whether the written-out gradients apply to ``x``: in training on a CPU, without torch.compile."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer would compute in, given ``x``."""
+    """The dtype in which a linear layer would compute, given ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def round_up(length: int, step: int = 16) -> int:
-    """To a multiple of ``step``. On a CPU, oneDNN makes a kernel for each shape of a product when it first meets it,
-    which takes as long as several products, and keeps a thousand. So lengths should be few."""
+    """``length`` rounded up to a multiple of ``step``. On a CPU, oneDNN builds a kernel for each new shape of product,
+    which takes as long as several products, and caches a thousand. So there should be few lengths."""
     return -(-length // step) * step
 
 
 def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
-    """(..., D) -> (..., sum of the layers' widths): several layers that read the same, as one product.
+    """(..., D) -> (..., sum of the layers' widths): several layers with the same input, as one product.
 
-    All of them have a bias, or none. Without gradients, so perhaps for a single token, joining their weights would
-    take longer than multiplying by them.
+    Either all layers have a bias or none. Without gradients, perhaps for a single token, joining the weights would take
+    longer than the products.
     """
     if not torch.is_grad_enabled():
         return torch.cat([layer(x) for layer in layers], dim=-1)
@@ -51,7 +50,7 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """A backward that refuses ``create_graph``: a derivative of what is written out here would be wrong."""
+    """A backward that refuses ``create_graph``, since autograd's derivative of a written-out gradient is wrong."""
 
     @wraps(backward)
     def checked(ctx, *grads: Tensor):
@@ -95,16 +94,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _over_rms(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (..., D) float32 over its rms, and what it was multiplied by (..., 1)."""
+    """x (..., D) float32 over its rms, and the factor 1 / rms (..., 1)."""
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     scale = square.div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
     return x * scale, scale
 
 
 def _norm_backward(grad: Tensor, normed: Tensor, scale: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of ``normed * weight``, whose memory is used, that of x, and that of the weight at each place.
+    """Gradients of x, and of the weight at each position, from that of ``normed * weight``, which is overwritten.
 
-    What is divided by its own length cannot grow along itself: that part of the gradient is taken out.
+    The component of the gradient along x is removed, since the norm does not depend on the length of x.
     """
     weight_grad = grad * normed
     grad.mul_(weight)
@@ -124,7 +123,7 @@ def norm_and_rotate(
 
     Args:
         heads: (B, T, H + G, K), the ``n_heads`` queries first.
-        q_weight, k_weight: (K,), of the norms.
+        q_weight, k_weight: (K,), the norms' weights.
         cos, sin: (T, K).
 
     Returns:
@@ -142,7 +141,7 @@ def norm_and_rotate(
 class _NormAndRotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, heads: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        """``weight`` (H + G, K), that of each head; ``cos`` and ``sin`` (T, 1, K)."""
+        """``weight`` (H + G, K), the norm's weight of each head; ``cos`` and ``sin`` (T, 1, K)."""
         normed, scale = _over_rms(heads.float())
         ctx.save_for_backward(normed, scale, weight, cos, sin)
         half = heads.shape[-1] // 2
@@ -167,7 +166,7 @@ class _NormAndRotate(torch.autograd.Function):
 
 
 def silu_gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, of gate and up side by side: (..., 2F) -> (..., F). Shazeer 2020, "GLU Variants"."""
+    """silu(gate) * up, with gate and up concatenated: (..., 2F) -> (..., F). Shazeer 2020, "GLU Variants"."""
     if use_cpu_kernels(gate_up):
         return _SiluGate.apply(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
@@ -203,14 +202,14 @@ def attention(
     """softmax(q k^T / sqrt(K)) v, (B, H, T, K) -> (B, H, T, K), in autocast's dtype under autocast.
 
     Args:
-        k, v: (B, G, S, K); H / G queries share one.
-        causal: a query sees the keys up to its own place; T = S.
-        mask: broadcast to (B, H, T, S): bool, true where a query may look, or a number that is added before the
-            softmax, whose gradient goes back to it. A query that may look nowhere gets some finite vector.
+        k, v: (B, G, S, K); H / G query heads share one key/value head.
+        causal: a query attends to the keys up to its own position; T = S.
+        mask: broadcast to (B, H, T, S): bool, true where a query may attend, or numbers added before the softmax, which
+            get a gradient. A query that may attend to nothing gets a finite vector.
         use_flash: the fused kernel; False: the plain maths, with T * S numbers in memory for each head.
 
     Raises:
-        ValueError: causal, and T is not S or there is a mask.
+        ValueError: ``causal`` with T != S or with a mask.
     """
     if causal and (mask is not None or q.shape[2] != k.shape[2]):
         raise ValueError("causal attention is of the same tokens to each other, without a mask")
@@ -225,9 +224,9 @@ def attention(
 
 
 class _PlainAttention(torch.autograd.Function):
-    """The plain maths in the dtype of its inputs; of causal attention, block by block, only the half that is seen.
+    """The plain maths in the dtype of its inputs; for causal attention, block by block, only the unmasked half.
 
-    Those of ``F.scaled_dot_product_attention`` are in float32 throughout, and compute both halves.
+    ``F.scaled_dot_product_attention`` computes both halves, in float32 throughout.
     """
 
     @staticmethod
@@ -235,7 +234,7 @@ class _PlainAttention(torch.autograd.Function):
         (B, H, T, K), (G, S) = q.shape, k.shape[1:3]
         q = q.reshape(B * H, T, K)
         k, v = (t[:, :, None].expand(B, G, H // G, S, K).reshape(B * H, S, K) for t in (k, v))
-        y, shares = torch.empty_like(q), []  # of each query's attention
+        y, shares = torch.empty_like(q), []  # attention probabilities of each block of queries
         size = _QUERIES if causal else max(1, T)
         for start in range(0, T, size):
             end = min(T, start + size)

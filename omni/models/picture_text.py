@@ -1,7 +1,7 @@
 """Stage C's model: a ViT beside a text tower, trained to match pictures with their captions."""
 
 # B pictures and as many captions, H and W height and width in pixels, P patches, D model width, V vocabulary
-# T tokens of a caption, E width of the common space
+# T tokens of a caption, E width of the embeddings
 
 import math
 
@@ -16,23 +16,22 @@ from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
 
 MAX_SCALE = 100.0
-WORD_LOGITS = 1 << 26  # at a time
+WORD_LOGITS = 1 << 26  # logits of the word head in memory at a time
 FEW_PATCHES = -6.0  # log-odds, before training, that a patch shows a word
 
 
 class PictureTextModel(nn.Module):
-    """Two towers that put a picture and its caption close to each other.
+    """Two towers that embed a picture and its caption close to each other.
 
     Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (CLIP). Departures:
-    the picture's state is the mean and the maximum over its patches' states, not that of CLS, since the patches are
-    what the omni model reads, and since a maximum lets one patch speak for a small thing that a mean drowns; the text
-    tower is a small Thinker. Causal, so a caption's state is the one at its last token. Beside the contrast, the
-    patches predict the words of the caption (``word_loss``): among the few captions of a small batch, a few words
-    are enough to find the right one, and the contrast alone would teach few others.
+    mean and maximum over the patches' states replace the state of CLS, since the omni model reads the patches, and
+    since a maximum keeps a small object that a mean averages away; the text tower is a small Thinker, causal, so a
+    caption's state is that of its last token. The patches also predict the words of the caption (``word_loss``): among
+    the few captions of a small batch a few words identify the right one, so the contrastive loss alone teaches few.
 
     Under ``uses_thinker``, a frozen Thinker (``attach_thinker``) embeds the captions: a caption's state is the mean
     over its tokens, since the last state of a language model tells more about the next word than about the sentence.
-    The Thinker is no submodule: it is neither trained nor saved, only its digest is, so that another one is refused.
+    The Thinker is no submodule, so it is neither trained nor saved; its digest is saved, so that another is refused.
 
     Args:
         architecture: the ``vocab_size`` of its ``text`` is the tokenizer's real one.
@@ -57,7 +56,7 @@ class PictureTextModel(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(arch.temperature)))
 
     def attach_thinker(self, thinker: Thinker) -> None:
-        """Embed captions with ``thinker``, on its device already and frozen from here on."""
+        """Embed captions with ``thinker``, which is on its device already and is frozen from now on."""
         self._frozen = [thinker.requires_grad_(False).eval()]
         self.thinker_sha256.copy_(torch.tensor(list(bytes.fromhex(weights_sha256(thinker)))))
 
@@ -72,9 +71,9 @@ class PictureTextModel(nn.Module):
             same: (B, B) bool, see ``contrastive_loss``.
 
         Returns:
-            the pictures and the captions in the common space, each (B, E) float32 of length 1, and the () factor
-            that makes logits of their products; with ``same`` three () float32: the contrastive loss, the word loss
-            (0 without ``word_loss``) and the factor.
+            embeddings of the pictures and the captions, each (B, E) float32 of length 1, and the () factor from their
+            cosines to logits; with ``same`` three () float32: the contrastive loss, the word loss (0 without a
+            ``word_head``) and the factor.
         """
         # CLIP clamps the parameter itself; this clamp lets gradients through, so that the scale can come down again
         log_scale = self.log_scale - (self.log_scale - math.log(MAX_SCALE)).clamp(min=0).detach()
@@ -88,8 +87,8 @@ class PictureTextModel(nn.Module):
         return contrastive_loss(pictures, captions, scale, same), words, scale
 
     def _log_absent(self, patches: Tensor) -> Tensor:
-        """(B, P, D) -> (B, V), see ``noisy_or_log_absent``. Logits of many patches and a large vocabulary are a step's
-        largest tensor: some pictures at a time, and made again in the backward."""
+        """(B, P, D) -> (B, V), see ``noisy_or_log_absent``. The logits are a step's largest tensor, so they are
+        computed for some pictures at a time, and again in the backward."""
         together = max(1, WORD_LOGITS // (patches.shape[1] * self.word_head.out_features))
 
         def of(some: Tensor) -> Tensor:
@@ -106,10 +105,10 @@ class PictureTextModel(nn.Module):
         return F.normalize(self.picture_proj(states).float(), dim=-1)
 
     def embed_captions(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Captions in the common space.
+        """Embeddings of captions.
 
         Args:
-            tokens: (B, T) int64; what stands after a caption's end is not looked at.
+            tokens: (B, T) int64; tokens after a caption's end are ignored.
             ends: (B,) int64, the index of each caption's last token.
 
         Returns:
@@ -127,20 +126,20 @@ class PictureTextModel(nn.Module):
 
 def similarities(pictures: Tensor, captions: Tensor) -> Tensor:
     """Cosines (B, C) of (B, E) and (C, E)."""
-    with true_float32(pictures.device):  # in less, near ones would be equal
+    with true_float32(pictures.device):  # in lower precision, close ones would be equal
         return pictures @ captions.T
 
 
 def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy: of each picture over all captions, and of each caption over all pictures.
 
-    A pair whose picture or caption equals this one's is no negative: it is left out of the softmax. The negatives are
-    those of the micro-batch of one process, so neither accumulation nor processes add any.
+    A pair with an equal picture or caption is not a negative: the softmax leaves it out. Negatives come from one
+    process's micro-batch, so neither accumulation nor more processes add any.
 
     Args:
         pictures, captions: (B, E) float32, of length 1.
         scale: () the inverse temperature.
-        same: (B, B) bool, true where picture or caption of two pairs are equal; so on the diagonal, too.
+        same: (B, B) bool, true where two pairs have equal pictures or captions, so also on the diagonal.
 
     Returns:
         () float32, in nats: log(B) for an untrained model.
@@ -153,11 +152,11 @@ def contrastive_loss(pictures: Tensor, captions: Tensor, scale: Tensor, same: Te
 
 
 def word_loss(log_absent: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
-    """Cross-entropy of which tokens each caption has, its end left out: a token is present if any patch shows it.
+    """Cross-entropy of the set of a caption's tokens, without its end: a token is present if any patch shows it.
 
     Fang et al. 2015, "From Captions to Visual Concepts and Back": independent probabilities of every patch, joined by a
-    noisy or. Once one patch predicts a word, no other patch gains by predicting it, so that words stay local.
-    Each token counts by its rarity, so that "a" and "the" count for little.
+    noisy or. Once one patch predicts a word, no other patch gains by predicting it, so words stay local. A token's
+    weight is its rarity, so "a" and "the" count for little.
 
     Args:
         log_absent: (B, V) float32, see ``noisy_or_log_absent``.
@@ -168,17 +167,17 @@ def word_loss(log_absent: Tensor, tokens: Tensor, ends: Tensor) -> Tensor:
     """
     inside = torch.arange(tokens.shape[1], device=ends.device) < ends[:, None]  # (B, T)
     present = torch.zeros_like(log_absent).scatter(1, tokens * inside, 1.0)  # (B, V)
-    present[:, 0] = 0  # the end of text, which now stands for all that is not inside
+    present[:, 0] = 0  # the end of text, to which the scatter mapped all tokens outside
     nats = torch.where(present > 0, -torch.log(-torch.expm1(log_absent.clamp(max=-1e-6))), -log_absent)
     counts = rarity_of(present.sum(dim=0), len(present))
     return (nats * counts).sum() / present.sum().clamp(min=1)
 
 
 def noisy_or_log_absent(logits: Tensor, dim: int) -> Tensor:
-    """Log-probability, float32, that none of the patches along ``dim`` shows a token, of each patch's log-odds."""
+    """Log-probability, float32, that no patch along ``dim`` shows a token, from the patches' log-odds."""
     return -F.softplus(logits.float()).sum(dim=dim)
 
 
 def rarity_of(counts: Tensor, captions: int) -> Tensor:
-    """What tokens (V,) count that stand in ``counts`` of some captions: the log of the inverse share, 0 if in all."""
+    """Weight of tokens that occur in ``counts`` (V,) of ``captions``: log of the inverse share, 0 if in all of them."""
     return torch.log((1 + captions) / (1 + counts))

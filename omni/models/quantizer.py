@@ -1,10 +1,10 @@
-"""The residual vector quantiser of the speech codec: its codebooks, and how they follow the latents.
+"""The residual vector quantiser of the speech codec, and the updates of its codebooks.
 
-``forward`` chooses codes and collects, in training, which latents chose which code. ``update`` then moves the
-codebooks: once per optimizer update, called by stage D's script through the training loop.
+``forward`` chooses codes and, in training, collects the latents that chose each code. ``update`` then moves the
+codebooks, once per optimizer update; the training loop calls it for stage D's script.
 """
 
-# B clips, N latents of a clip, C latent width, Q codebooks, K codes in each, R latents of a batch that are not padding
+# B clips, N latents of a clip, C latent width, Q codebooks of K codes, R latents of a batch that are not padding
 
 from collections.abc import Callable
 
@@ -20,15 +20,15 @@ DEAD = 0.05  # a code used less than this share of the average is moved onto a l
 class ResidualQuantizer(nn.Module):
     """Each latent as a sum of one vector from each codebook, chosen one codebook after the other: codes (..., Q).
 
-    Zeghidour et al. 2021, "SoundStream": each codebook quantises what the ones before it leave over. The codebooks are
-    no parameters but follow the latents that choose them by exponential moving averages (van den Oord et al. 2017,
+    Zeghidour et al. 2021, "SoundStream": each codebook quantises the residual of the ones before it. The codebooks are
+    not parameters: they are exponential moving averages of the latents that choose them (van den Oord et al. 2017,
     appendix A.1). A code that hardly any latent chooses is moved onto one of the batch's latents (Dhariwal et al.
     2020, "Jukebox"). In training, some clips use only the first few codebooks ("quantizer dropout" of SoundStream),
-    so that k of Q codebooks are a coarser picture and not a broken one.
+    so that the first k of Q codebooks give a coarser approximation of the latents.
 
     Args:
         dropout: share of the clips that use fewer codebooks in training.
-        decay: of the moving averages, per optimizer update.
+        decay: decay of the moving averages per optimizer update.
     """
 
     def __init__(self, codebooks: int, codebook_size: int, width: int, dropout: float, decay: float):
@@ -36,7 +36,7 @@ class ResidualQuantizer(nn.Module):
         self.dropout, self.decay = dropout, decay
         self.register_buffer("codebooks", torch.randn(codebooks, codebook_size, width))  # (Q, K, C)
         self.register_buffer("counts", torch.zeros(codebooks, codebook_size))  # (Q, K) moving average of choices
-        self._step: dict[str, Tensor] = {}  # what this step's micro-batches have seen; gone with a step given up
+        self._step: dict[str, Tensor] = {}  # sums over this step's micro-batches; lost with a step given up
 
     def forward(self, latents: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -45,9 +45,8 @@ class ResidualQuantizer(nn.Module):
             mask: (B, N), true where there is a latent.
 
         Returns:
-            The quantised latents (B, N, C), whose gradient goes to the latents as if nothing had been rounded
-            (straight-through); codes (B, N, Q) int64; and the commitment loss, (), which pulls the latents to the
-            vectors that they chose.
+            The quantised latents (B, N, C), whose gradient goes to the latents unchanged (straight-through); codes
+            (B, N, Q) int64; and the commitment loss, (), which pulls the latents to their quantised values.
         """
         Q, K, _ = self.codebooks.shape
         B = latents.shape[0]
@@ -66,7 +65,7 @@ class ResidualQuantizer(nn.Module):
             commitment = commitment + masked_mean((residual - vectors).square(), active)
             if self.training:
                 with torch.no_grad():
-                    # a product with 0s and 1s, and not index_add: the same bits in every run on a GPU
+                    # a one-hot product, not index_add: the same bits in every run on a GPU
                     one_hot = F.one_hot(chosen[active], K).to(residual.dtype)  # (R, K)
                     rows = residual[active]  # (R, C)
                     counts.append(one_hot.sum(dim=0))
@@ -88,21 +87,21 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, ok: Tensor, sum_over_ranks: Callable[[Tensor], Tensor], is_main: bool) -> None:
-        """Move the codebooks by what the step's micro-batches have chosen, the same way in every process.
+        """Move the codebooks by the choices of the step's micro-batches, equally in every process.
 
         Args:
-            ok: () 1.0, or 0.0 if the step's update was not made: then nothing moves.
+            ok: () 1.0, or 0.0 if the step's update was skipped, so that nothing moves.
         """
         step, self._step = self._step, {}
         batch_counts, sums = sum_over_ranks(step["counts"]), sum_over_ranks(step["sums"])
-        samples = sum_over_ranks(step["samples"] * float(is_main))  # those of the first process
+        samples = sum_over_ranks(step["samples"] * float(is_main))  # the first process's samples
         drawn = sum_over_ranks(step["drawn"] * float(is_main))  # (Q,) 0 where there were no latents to draw from
         counts = self.decay * self.counts + (1 - self.decay) * batch_counts
         weighted = self.decay * self.counts[..., None] * self.codebooks + (1 - self.decay) * sums
         average = counts.mean(dim=-1, keepdim=True)  # (Q, 1)
         dead = (counts < DEAD * average) & (drawn > 0)[:, None]
         codebooks = torch.where(dead[..., None], samples, weighted / counts.clamp(min=1e-12)[..., None])
-        counts = torch.where(dead, average, counts)  # as long as the others to find its place
+        counts = torch.where(dead, average, counts)  # a moved code starts with the average count
         self.codebooks.copy_(torch.where(ok > 0, codebooks, self.codebooks))
         self.counts.copy_(torch.where(ok > 0, counts, self.counts))
 
@@ -118,7 +117,7 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of (B, N, C) over all channels of the (B, N) frames that count; 0 if there are none."""
+    """Mean of (B, N, C) over all channels of the frames where ``mask`` (B, N) is true; 0 if there are none."""
     return (values * mask[..., None]).sum() / (mask.sum() * values.shape[-1]).clamp(min=1)
 
 

@@ -1,4 +1,4 @@
-"""From text to sound: talker, codec and vocoder put together, for many texts at once or in pieces as they are made."""
+"""From text to sound with talker, codec and vocoder: for many texts at once, or streamed for one text."""
 
 # B utterances, N codes in time, T mel frames, M mel channels, S samples, Q codebooks
 
@@ -8,14 +8,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.data.audio import griffin_lim, log_mel
+from omni.common.errors import BadRow, UserError
+from omni.common.media import Media, quoted
+from omni.data.audio import griffin_lim, load_audio, log_mel
 from omni.models.aligner import text_symbols
 from omni.models.codec import Codec, mel_spec
 from omni.models.talker import Talker
 from omni.models.vocoder import Generator, refuse_other_mels
 
 MAX_SECONDS = 60.0
-FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time whose sound is handed out together
+MIN_VOICE_S = 1.0  # of a recording whose voice is imitated; at most MAX_SECONDS
+_SILENT = 1e-3  # largest amplitude of silence
+FIRST_CHUNK, NEXT_CHUNKS = 4, 16  # codes in time per streamed piece of sound
 
 
 class Speaker:
@@ -23,8 +27,7 @@ class Speaker:
 
     Args:
         vocoder: None: Griffin-Lim.
-        uses_thinker_states: whether the talker has learned, in stage E, to use the states of the Thinker whose answers
-            it speaks.
+        uses_thinker_states: whether stage E trained the talker on the states of the Thinker whose answers it speaks.
     """
 
     def __init__(
@@ -38,13 +41,54 @@ class Speaker:
         self.text_language = talker.architecture.text_language
         self.code_s = codec.architecture.frame_ms / 1000
         self.max_frames = int(MAX_SECONDS / self.code_s)
+        self.reference: Tensor | None = None  # codes (N, Q) of the voice; None: the talker's first
+
+    # Voices ------------------------------------------------------------------------------------------------------
+
+    def voice(self, name: str | None = None, recording: Media | None = None) -> Tensor | None:
+        """The codes (N, Q) of a voice: of one of the talker's, by its name; or of a recording of one to 60 seconds.
+        Without either, None.
+
+        Raises:
+            UserError: the talker has one voice, or none of this name; the recording cannot be used; or both are given.
+        """
+        if name is None and recording is None:
+            return None
+        if name is not None and recording is not None:
+            raise UserError("--voice_from: expected no --voice beside it")
+        if self.talker.voice_encoder is None:
+            raise UserError(
+                "the talker has one voice, so no other can be chosen. Train one with voice_layers, see docs/faq.md"
+            )
+        if recording is not None:
+            return self._recorded_voice(recording)
+        speakers = self.talker.architecture.speakers
+        if name not in speakers:
+            known = ", ".join(quoted(one) for one in speakers if one)
+            raise UserError(f"voice {quoted(name)}: expected one of {known}")
+        return self.talker.voice_codes[speakers.index(name)]
+
+    def _recorded_voice(self, recording: Media) -> Tensor:
+        rate = self.spec.sample_rate
+        try:
+            waveform = load_audio(recording, rate, MAX_SECONDS)
+        except BadRow as error:
+            raise UserError(str(error)) from error
+        if len(waveform) < MIN_VOICE_S * rate:
+            found = f"lasts {len(waveform) / rate:.2g} s, expected at least {MIN_VOICE_S:g} s"
+            raise UserError(f"{quoted(recording)}: {found} of a voice")
+        if np.abs(waveform).max() < _SILENT:
+            raise UserError(f"{quoted(recording)}: expected a voice, found silence")
+        return self.encode(torch.from_numpy(waveform))
 
     # Many texts at once ------------------------------------------------------------------------------------------
 
-    def codes(self, texts: Sequence[str], **sampling) -> list[Tensor]:
-        """The codes (N, Q) of each text; ``sampling`` as in ``Talker.generate``."""
+    def codes(self, texts: Sequence[str], references: Sequence[Tensor] | None = None, **sampling) -> list[Tensor]:
+        """The codes (N, Q) of each text; ``references``, by default the speaker's own, and ``sampling`` as in
+        ``Talker.generate``."""
         symbols = [text_symbols(text, self.text_language) for text in texts]
         sampling.setdefault("max_frames", self.max_frames)
+        sampling["references"] = references or self._references(len(texts))
         frames, going_on = [], []
         for codes, still in self.talker.generate(symbols, **sampling):
             frames.append(codes)
@@ -53,6 +97,9 @@ class Speaker:
             return [torch.zeros(0, self.talker.codebooks, dtype=torch.int64) for _ in texts]
         lengths = torch.stack(going_on).sum(dim=0).tolist()
         return [codes[:length] for codes, length in zip(torch.stack(frames, dim=1), lengths, strict=True)]
+
+    def _references(self, count: int) -> list[Tensor] | None:
+        return None if self.reference is None else [self.reference] * count
 
     def waveform(self, codes: Tensor) -> Tensor:
         """The sound (S,) of codes (N, Q)."""
@@ -80,15 +127,16 @@ class Speaker:
 
     # One text, piece by piece ------------------------------------------------------------------------------------
 
-    def stream(self, text: str, **sampling) -> Iterator[np.ndarray]:
-        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``sampling`` as in
-        ``Talker.generate``.
+    def stream(self, text: str, reference: Tensor | None = None, **sampling) -> Iterator[np.ndarray]:
+        """The sound of ``text``, (S,) float32 pieces, each as soon as no later code can change it; ``reference`` and
+        ``sampling`` as in ``codes``.
 
-        The pieces are, one after the other, the sound of the whole. Griffin-Lim looks at all of an utterance, so
-        without a vocoder there is one piece.
+        Concatenated, the pieces are the sound of the whole text. Griffin-Lim needs the whole utterance, so without a
+        vocoder there is one piece.
         """
         symbols = text_symbols(text, self.text_language)
         sampling.setdefault("max_frames", self.max_frames)
+        sampling["references"] = self._references(1) if reference is None else [reference]
         codes: list[Tensor] = []
         done, chunk = 0, FIRST_CHUNK
         for frame, _ in self.talker.generate([symbols], **sampling):
@@ -105,13 +153,13 @@ class Speaker:
         return self.codec.context + -(-self.vocoder.context_frames // self.codec.architecture.frames_per_code)
 
     def _piece(self, codes: list[Tensor], start: int, end: int) -> np.ndarray:
-        """The sound of codes ``start`` to ``end``, computed from no more of their surroundings than it depends on."""
+        """The sound of codes ``start`` to ``end``, computed from these codes and their context alone."""
         if self.vocoder is None:
             return self.waveform(torch.stack(codes)).numpy()
         per_code, hop = self.codec.architecture.frames_per_code, self.spec.hop_length
         first, last = max(0, start - self.context), min(len(codes), end + self.context)
         log_mels = self.codec.decode(torch.stack(codes[first:last])[None])[0]
-        # the codec is wrong at the ends of its own window: they lie outside the vocoder's context
+        # at the ends of its window the codec is wrong, so these are cut off: the vocoder's context remains
         near = self.context - self.codec.context
         left, right = max(first, start - near), min(last, end + near)
         waveform = self.vocode(log_mels[(left - first) * per_code : (right - first) * per_code])

@@ -1,4 +1,4 @@
-"""What the models of speech are built from: codec, aligner, talker, vocoder. See ``omni.models.architectures``."""
+"""The architectures of the speech models: codec, aligner, talker, vocoder. See ``omni.models.architectures``."""
 
 import math
 from typing import Annotated, Self
@@ -27,8 +27,8 @@ class SpeechFrames(Architecture):
 
     @property
     def alignment_frames_per_code(self) -> int:
-        """Durations of a text's bytes are counted in alignment frames: whole mel frames, a quarter of a code's time
-        (20 of 80 ms), or the next shorter time that divides it evenly."""
+        """Number of alignment frames, the unit of durations, in the time of a code: 4 (each 20 of 80 ms), or the next
+        larger number that divides the code's mel frames; with fewer than 4 mel frames, one each."""
         frames = self.frames_per_code
         return next(count for count in range(min(4, frames), frames + 1) if frames % count == 0)
 
@@ -44,9 +44,9 @@ class SpeechFrames(Architecture):
 
 
 class SpeechCodes(SpeechFrames):
-    """The codes that the codec writes and the talker predicts."""
+    """The codes that the codec produces and the talker predicts."""
 
-    codebooks: int = Field(8, ge=1, le=64, description="codes per frame, each finer than the one before")
+    codebooks: int = Field(8, ge=1, le=64, description="codebooks, each finer than the one before; codes per frame")
     codebook_size: int = Field(256, ge=2, le=65_536, description="codes in each codebook")
 
 
@@ -56,8 +56,8 @@ class CodecArchitecture(SpeechCodes):
     codec_d_model: int = Field(512, ge=8, le=1_000_000, description="width of the codec")
     codec_d_ff: int = Field(1536, ge=8, le=1_000_000, description="inner width of the codec's blocks")
     codec_layers: int = Field(6, ge=1, le=1000, description="blocks of the encoder, and of the decoder")
-    codec_kernel_size: int = Field(5, ge=1, le=1_024, description="width of their convolutions, in frames of frame_ms")
-    codec_smoother_layers: int = Field(2, ge=0, le=1000, description="blocks after the decoder, at the mels' own rate")
+    codec_kernel_size: int = Field(5, ge=1, le=1_024, description="convolutions' width, in frames of frame_ms")
+    codec_smoother_layers: int = Field(2, ge=0, le=1000, description="blocks after the decoder, at the mel frame rate")
     codec_latent: int = Field(64, ge=1, le=1_000_000, description="width of the quantised latents")
     quantizer_dropout: float = Field(0.25, ge=0, le=1, description="share of clips coded with fewer codebooks")
     ema_decay: float = Field(0.98, gt=0, lt=1, description="decay, per step, of the codebooks' moving averages")
@@ -83,12 +83,12 @@ class AlignerArchitecture(ReadTexts, SpeechFrames):
         2,
         ge=0,
         le=1000,
-        description="convolutions over the text, and over the speech, each 5 bytes or alignment frames wide",
+        description="convolutions over the text and over the speech, each 5 bytes or alignment frames wide",
     )
 
 
 class TalkerArchitecture(ReadTexts, SpeechCodes):
-    """The sizes of the talker, and the codes that it writes."""
+    """The sizes of the talker, and the codes that it predicts."""
 
     d_model: int = Field(512, ge=8, le=1_000_000)
     n_layers: int = Field(8, ge=1, le=1000)
@@ -107,10 +107,14 @@ class TalkerArchitecture(ReadTexts, SpeechCodes):
     thinker_d_model: int | None = Field(
         None, ge=8, le=1_000_000, description="width of the Thinker whose states are added to the text; default: none"
     )
+    voice_layers: int = Field(
+        0, ge=0, le=1000, description="blocks of the voice encoder, for data with the column speaker; 0: one voice"
+    )
+    speakers: list[str] = Field([], max_length=10_000, description="names of the voices, set by the script")
 
     @property
     def blocks(self) -> ThinkerArchitecture:
-        """The sizes of the blocks as ``omni.models.layers`` wants them."""
+        """The sizes of the blocks for ``omni.models.layers``."""
         return ThinkerArchitecture(
             n_layers=self.n_layers,
             d_model=self.d_model,
@@ -144,17 +148,17 @@ class VocoderArchitecture(Architecture):
     hop_length: int = Field(160, ge=4, le=65_536, description="samples from one mel frame to the next")
 
     # Generator
-    upsample_rates: list[ListedSize] = Field([5, 4, 4, 2], description="their product is hop_length")
+    upsample_rates: list[ListedSize] = Field([5, 4, 4, 2], description="factors whose product is hop_length")
     upsample_kernel_sizes: list[ListedSize] | None = Field(
-        None, description="default: twice the rates, made even with them"
+        None, description="kernel sizes; default: twice each rate, plus 1 if the rate is odd"
     )
-    upsample_initial_channel: int = Field(512, ge=2, le=65_536, description="halved by every upsampling")
+    upsample_initial_channel: int = Field(512, ge=2, le=65_536, description="channels, halved by every upsampling")
     resblock_kernel_sizes: list[ListedSize] = [3, 7, 11]
     resblock_dilation_sizes: list[list[ListedSize]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
 
     @property
     def kernel_sizes(self) -> list[int]:
-        """Of the upsampling: as given, or by default about two inputs wide."""
+        """Kernel sizes of the upsampling: as given, or by default about two inputs wide."""
         return self.upsample_kernel_sizes or [2 * rate + rate % 2 for rate in self.upsample_rates]
 
     @model_validator(mode="after")
@@ -193,9 +197,9 @@ class VocoderArchitecture(Architecture):
 class DiscriminatorArchitecture(Architecture):
     """The sizes of the discriminators that the vocoder is trained against."""
 
-    mpd_periods: list[ListedSize] = Field([2, 3, 5, 7, 11], description="samples; one discriminator for each")
+    mpd_periods: list[ListedSize] = Field([2, 3, 5, 7, 11], description="periods in samples, one discriminator each")
     msd_num_scales: int = Field(
-        3, ge=0, le=16, description="discriminators of the waveform at full, half, quarter ... rate"
+        3, ge=0, le=16, description="number of discriminators of the waveform at full, half, quarter ... rate"
     )
     disc_channels: int = Field(
         32, le=65_536, description="channels of a period discriminator's first layer; the other layers scale with it"

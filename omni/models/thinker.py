@@ -51,7 +51,7 @@ class Thinker(nn.Module):
 
     Args:
         architecture: its ``vocab_size`` is the tokenizer's real one.
-        use_flash: fused attention; False: the plain maths, to compare with or for hardware without it.
+        use_flash: fused attention; False: the plain maths, for comparison or hardware without it.
     """
 
     def __init__(self, architecture: ThinkerArchitecture, *, use_flash: bool = True):
@@ -61,15 +61,15 @@ class Thinker(nn.Module):
         self.layers = nn.ModuleList(Block(arch, layer, use_flash) for layer in range(arch.n_layers))
         self.norm = RMSNorm(arch.d_model)
         self.lm_head = None if arch.tie_embeddings else nn.Linear(arch.d_model, arch.vocab_size, bias=False)
-        # A function of the sizes, so not part of a checkpoint: a longer ctx_len may be tried on the same weights.
+        # not part of a checkpoint, since it depends on the sizes alone: ctx_len can change for the same weights
         cos, sin = rope_tables(arch.ctx_len, arch.d_head, arch.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)  # (ctx_len, K)
         self.register_buffer("rope_sin", sin, persistent=False)
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal with std 0.02; what writes into the residual stream is scaled down by its 2 n_layers terms, so
-        that the stream's variance does not grow with depth (Radford et al. 2019, GPT-2)."""
+        """Normal with std 0.02, divided by sqrt(2 n_layers) for weights that write into the residual stream, so that
+        its variance does not grow with depth (Radford et al. 2019, GPT-2)."""
         residual_std = INIT_STD / (2 * self.architecture.n_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
@@ -89,16 +89,15 @@ class Thinker(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the token after each position; with ``targets`` the training losses instead.
 
-        Training calls the module, ``model(token_ids, targets=targets)``, since that is what ``torch.compile`` and DDP
-        see.
+        Training calls the module, ``model(token_ids, targets=targets)``, since ``torch.compile`` and DDP wrap it.
 
         Args:
             token_ids: (B, T); or else
             inputs_embeds: (B, T, D), embeddings of any modality.
             targets: (B, T), and ``reduction``: see ``loss``, whose pair of results is then returned.
-            weights: (B, T), how much each target counts; default: all the same.
-            cache: continue after the tokens it holds, and add these to it.
-            return_hidden: also return what the head reads.
+            weights: (B, T), weight of each target; default: 1.
+            cache: cache of the tokens before; the new tokens are added.
+            return_hidden: also return the head's input.
 
         Returns:
             logits (B, T, V), in autocast's dtype under autocast; with ``return_hidden`` a pair with hidden (B, T, D).
@@ -121,7 +120,7 @@ class Thinker(nn.Module):
         """As ``forward``, without the output head: the last, normalised hidden states (B, T, D).
 
         Args:
-            mask: (B, 1, T, S) bool, true where a query may look; default: at itself and all before it.
+            mask: (B, 1, T, S) bool, true where a query may attend; default: to itself and all before it.
         """
         return self._hidden(token_ids, inputs_embeds, cache, mask)[0]
 
@@ -168,13 +167,13 @@ class Thinker(nn.Module):
 
         Args:
             token_ids: (B, T), or None when ``inputs_embeds`` (B, T, D) is given.
-            targets: (B, T), the token that follows each position; -100 has no loss.
-            reduction: "mean" over the targets that count (0 if none does), or "sum", in nats.
+            targets: (B, T), the token that follows each position; -100 is ignored.
+            reduction: "mean" over the targets that are not ignored (0 if there are none), or "sum", in nats.
 
         Returns:
             two () float32 tensors. The second is not weighted yet (``router_aux_loss_coef``); 0 without experts.
         """
-        # Through __call__, so that a model compiled in place computes the loss compiled too.
+        # through __call__, so that a model compiled in place also compiles the loss
         return self(token_ids, inputs_embeds=inputs_embeds, targets=targets, reduction=reduction)
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
@@ -182,16 +181,16 @@ class Thinker(nn.Module):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
         weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
         hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to be waited for
+        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
             counted = (targets != IGNORE_INDEX).nonzero().flatten()
-            missing = round_up(len(counted), 64) - len(counted)  # so many more, without weight
+            missing = round_up(len(counted), 64) - len(counted)  # padding, without weight
             weights = F.pad(weights[counted], (0, missing))
             counted = F.pad(counted, (0, missing))
             hidden, targets = hidden[counted], targets[counted]
         nats = 0.0
         for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
             if len(part[0]) < len(hidden) and torch.is_grad_enabled():
-                # Float32 logits of a large batch are the largest tensor of a step: made again in the backward.
+                # recomputed in the backward: float32 logits of a large batch are a step's largest tensor
                 nats = nats + checkpoint(self._nats, *part, use_reentrant=False, preserve_rng_state=False)
             else:
                 nats = nats + self._nats(*part)
@@ -221,12 +220,12 @@ class Thinker(nn.Module):
 
         Args:
             prompt_ids: at least one id, at most ``ctx_len``.
-            temperature: 0 takes the likeliest token; above, the logits are divided by it and a token is drawn.
+            temperature: 0 takes the likeliest token; above 0, the logits are divided by it and a token is drawn.
             top_k: draw from the k likeliest only.
             top_p: draw from the likeliest tokens that together have this probability (Holtzman et al. 2019).
             seed: the same seed gives the same answer; None: a new one each time.
-            inputs_embeds: (1, T, D), a prompt of any modality, in the place of ``prompt_ids``.
-            states: gets the hidden state (D,) of each id that was yielded, once it has been read to find the next.
+            inputs_embeds: (1, T, D), a prompt of any modality, instead of ``prompt_ids``.
+            states: list to which the hidden state (D,) of each yielded id is appended, once the next id is computed.
         """
         prompt_length = len(prompt_ids) if inputs_embeds is None else inputs_embeds.shape[1]
         if not 0 < prompt_length <= self.architecture.ctx_len:
@@ -269,7 +268,7 @@ class Thinker(nn.Module):
 
 
 def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """(V,) logits -> (V,) probabilities, 0 for what ``top_k`` and then ``top_p`` leave out."""
+    """(V,) logits -> (V,) probabilities, 0 for tokens that ``top_k`` and then ``top_p`` exclude."""
     if top_k is not None and top_k < logits.shape[0]:
         values, kept = logits.topk(top_k)  # by index, not by threshold: ties must not widen the choice
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept, values)
@@ -284,7 +283,7 @@ def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Te
 def to_qwen3_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The Thinker's weights under the names of ``Qwen3ForCausalLM`` or ``Qwen3MoeForCausalLM``.
 
-    Experts are unstacked, one entry per matrix, as Qwen3-MoE's published files have them and every reader expects.
+    Experts are unstacked, one entry per matrix, as in Qwen3-MoE's published files, which every reader expects.
     """
     renamed = {}
     for name, tensor in state_dict.items():

@@ -11,8 +11,8 @@ from omni.models.architectures import VisionArchitecture
 from omni.models.ops import attention, linear
 
 LAYER_NORM_EPS = 1e-12
-INIT_STD = 0.02  # of the CLS token and the positions
-GAIN = 0.7  # of a matrix: its standard deviation times the root of what it adds up
+INIT_STD = 0.02  # standard deviation of the CLS token and the positions
+GAIN = 0.7  # standard deviation of a matrix times the square root of its number of inputs
 POSITION_SCALE = 0.1
 
 
@@ -64,10 +64,7 @@ class ViTBlock(nn.Module):
 
 
 class PatchEmbedding(nn.Conv2d):
-    """(B, 3, H, W) -> (B, D, rows, columns): a linear map of each patch, a convolution in weights and result.
-
-    Cut into patches first, it is one matrix product.
-    """
+    """(B, 3, H, W) -> (B, D, rows, columns): a convolution, computed as one matrix product over the patches."""
 
     def forward(self, images: Tensor) -> Tensor:
         height, width = self.kernel_size
@@ -79,7 +76,7 @@ class PatchEmbedding(nn.Conv2d):
 def grid_positions(rows: int, columns: int, width: int) -> Tensor:
     """Sines and cosines of each patch's row and column, (rows * columns, width), small against the patches' content.
 
-    A quarter of the width each for sine and cosine of row and of column; what a multiple of four leaves stays 0.
+    Sine and cosine of row and of column take a quarter of the width each; channels beyond a multiple of four are 0.
     """
     quarter = width // 4
     frequencies = 1e4 ** -(torch.arange(quarter) / quarter)
@@ -92,10 +89,10 @@ def grid_positions(rows: int, columns: int, width: int) -> Tensor:
 class ViT(nn.Module):
     """Vision transformer: patches to tokens, a CLS token before them, learned positions, pre-norm layers, a norm.
 
-    Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words". Departures: none in the computation, two in where the
-    weights start. What writes into the residual stream is scaled down by its depth, as in the Thinker; the positions
-    are sines and cosines of row and column (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"), so that
-    which patches are neighbours need not be learned first.
+    Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words". Departures: none in the computation, two in the
+    initialisation. Weights that write into the residual stream are scaled down by its depth, as in the Thinker; the
+    positions start with sines and cosines of row and column (Beyer et al. 2022, "Better plain ViT baselines for
+    ImageNet-1k"), so that neighbourhood need not be learned.
 
     Args:
         use_flash: fused attention; False: the plain maths.
@@ -130,7 +127,7 @@ class ViT(nn.Module):
             self.position_embeddings[0, 1:] += grid_positions(*self.grid, self.architecture.d_model)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Every token's final state; the first is CLS, then the patches row by row.
+        """Every token's final state: first CLS, then the patches row by row.
 
         Args:
             images: (B, 3, H, W) in [-1, 1], see ``omni.data.images.normalise``.

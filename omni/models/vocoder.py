@@ -1,7 +1,7 @@
-"""HiFi-GAN: a generator that turns log-mels into a waveform, and the discriminators that it learns to deceive.
+"""HiFi-GAN: a generator of waveforms from log-mels, and the discriminators that it is trained against.
 
-The generator is that of ``transformers.SpeechT5HifiGan`` to the number. It reads the very log-mels that the codec
-writes (``omni.data.audio.log_mel``), and makes ``hop_length`` samples of each frame.
+The generator's outputs equal those of ``transformers.SpeechT5HifiGan``. It reads the log-mels that the codec writes
+(``omni.data.audio.log_mel``), and turns each frame into ``hop_length`` samples.
 """
 
 # B clips, T mel frames, M mel channels, S samples (T * hop_length), C channels, P period
@@ -23,8 +23,8 @@ from omni.common.errors import check_compatible
 from omni.data.audio import MelSpec, reflect
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
 
-SLOPE = 0.1  # of the leaky ReLUs
-LAST_SLOPE = 0.01  # of the one before the waveform: an oversight of the original that all its checkpoints have
+SLOPE = 0.1  # slope of the leaky ReLUs
+LAST_SLOPE = 0.01  # slope of the last leaky ReLU: an oversight of the original, which all its checkpoints have
 
 
 def mel_spec(arch: VocoderArchitecture) -> MelSpec:
@@ -42,7 +42,7 @@ def mel_spec(arch: VocoderArchitecture) -> MelSpec:
 def refuse_other_mels(vocoder: Path | str, arch: VocoderArchitecture, codec: Path | str, spec: MelSpec) -> None:
     """
     Raises:
-        UserError: ``vocoder``, of ``arch``, reads other log-mels than ``codec`` writes: each difference.
+        UserError: ``vocoder``, of ``arch``, reads other log-mels than ``codec`` writes; the message names differences.
     """
     check_compatible(vocoder, asdict(mel_spec(arch)), codec, asdict(spec), what="its log-mels do")
 
@@ -52,14 +52,13 @@ def refuse_other_mels(vocoder: Path | str, arch: VocoderArchitecture, codec: Pat
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(B, S, C) -> (B, C, 1, S), as the convolutions below read it: on a CPU channels last in memory, as it came."""
+    """(B, S, C) -> (B, C, 1, S) for the convolutions below; on a CPU a view, so channels are last in memory."""
     x = x[:, None].permute(0, 3, 1, 2)
     return x if x.device.type == "cpu" else x.contiguous()
 
 
 class Conv1d(nn.Conv1d):
-    """Over the one row of a picture (B, C, 1, S): for pictures there are kernels that read channels last, and these
-    take half of the time."""
+    """A convolution over pictures of one row (B, C, 1, S), whose kernels for channels last take half the time."""
 
     def forward(self, x: Tensor) -> Tensor:
         steps, padding, dilation = (1, *self.stride), (0, *self.padding), (1, *self.dilation)
@@ -75,7 +74,7 @@ class ConvTranspose1d(nn.ConvTranspose1d):
 
 
 class ResidualBlock(nn.Module):
-    """Pairs of a dilated and a plain convolution, each pair added to what goes in, (B, C, 1, S) -> (B, C, 1, S)."""
+    """Residual pairs of a dilated and a plain convolution, (B, C, 1, S) -> (B, C, 1, S)."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: list[int]):
         super().__init__()
@@ -97,7 +96,7 @@ class Generator(nn.Module):
     """Log-mels (B, T, M) -> waveforms (B, T * hop_length), full scale 1.
 
     Kong et al. 2020, "HiFi-GAN", with residual blocks of type 1, weight norm on every convolution, and log-mels
-    normalised per channel, as in ``transformers.SpeechT5HifiGan``, whose names the modules have.
+    normalised per channel. Modules have the names of ``transformers.SpeechT5HifiGan``.
     """
 
     def __init__(self, architecture: VocoderArchitecture):
@@ -124,14 +123,14 @@ class Generator(nn.Module):
             x = upsampling(F.leaky_relu(x, SLOPE))  # half as many channels, rate times as many samples
             ways = [block(x) for block in self.resblocks[stage * kinds : (stage + 1) * kinds]]
             x = ways[0] if kinds == 1 else reduce(torch.add, ways) / kinds
-        with torch.autocast(x.device.type, enabled=False):  # 8 bits of a bf16 waveform would be heard as noise
+        with torch.autocast(x.device.type, enabled=False):  # bf16's 8 bits would be audible as noise
             return torch.tanh(self.conv_post(F.leaky_relu(x.float(), LAST_SLOPE))).flatten(1)  # (B, S)
 
     @property
     def context_frames(self) -> int:
-        """How many frames before and after a frame have a part in its samples, at most."""
+        """Maximum number of frames on either side of a frame on which its samples depend."""
         arch = self.architecture
-        reach = 3  # of conv_post, in samples on either side
+        reach = 3  # samples on either side that conv_post reads
         widest = max(
             (kernel_size - 1) // 2 * (sum(dilations) + len(dilations))
             for kernel_size, dilations in zip(arch.resblock_kernel_sizes, arch.resblock_dilation_sizes, strict=True)
@@ -139,7 +138,7 @@ class Generator(nn.Module):
         for rate, kernel_size in zip(reversed(arch.upsample_rates), reversed(arch.kernel_sizes), strict=True):
             padding = (kernel_size - rate) // 2
             reach = math.ceil((reach + widest + kernel_size - 1 - padding) / rate)
-        return reach + 3  # of conv_pre
+        return reach + 3  # conv_pre reads 3 frames on either side
 
     @torch.inference_mode()
     def vocode(self, log_mel: Tensor, start: int = 0, end: int | None = None) -> Tensor:
@@ -154,15 +153,14 @@ class Generator(nn.Module):
         frames, hop = log_mel.shape[-2], self.architecture.hop_length
         end = frames if end is None else end
         first, last = max(0, start - self.context_frames), min(frames, end + self.context_frames)
-        waveform = self.forward(
-            log_mel.reshape(-1, *log_mel.shape[-2:])[:, first:last]
-        )  # compiled: for one length only
+        # forward, not the module: that may be compiled, for one length only
+        waveform = self.forward(log_mel.reshape(-1, *log_mel.shape[-2:])[:, first:last])
         waveform = waveform[:, (start - first) * hop : (end - first) * hop]
         return waveform.reshape(*log_mel.shape[:-2], -1)
 
 
 def fold_weight_norm(model: nn.Module) -> nn.Module:
-    """Direction and length of each weight become one tensor again: faster, and what other tools read."""
+    """Join direction and length of each weight into one tensor, which is faster and which other tools read."""
     for module in model.modules():
         if is_parametrized(module, "weight"):
             remove_parametrizations(module, "weight")
@@ -170,12 +168,12 @@ def fold_weight_norm(model: nn.Module) -> nn.Module:
 
 
 def to_speecht5_state_dict(model: Generator) -> dict[str, Tensor]:
-    """The weights of a folded generator as ``transformers.SpeechT5HifiGan`` names them."""
+    """The weights of a folded generator under the names of ``transformers.SpeechT5HifiGan``."""
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
 def speecht5_config(arch: VocoderArchitecture) -> dict:
-    """The config.json with which ``transformers.SpeechT5HifiGan`` is this generator."""
+    """The ``config.json`` with which ``transformers.SpeechT5HifiGan`` opens this generator."""
     return {
         "architectures": ["SpeechT5HifiGan"],
         "model_type": "speecht5_hifigan",
@@ -196,7 +194,7 @@ def speecht5_config(arch: VocoderArchitecture) -> dict:
 
 
 class PeriodDiscriminator(nn.Module):
-    """Looks at every P-th sample: the waveform folded to (B, 1, S / P, P), convolved along the time only."""
+    """Scores every P-th sample: the waveform folded to (B, 1, S / P, P), convolved along the time only."""
 
     def __init__(self, period: int, channels: int):
         super().__init__()
@@ -214,7 +212,7 @@ class PeriodDiscriminator(nn.Module):
 
 
 class ScaleDiscriminator(nn.Module):
-    """Looks at the waveform, averaged over 2 ** ``halvings`` samples, with long grouped convolutions."""
+    """Scores the waveform, averaged over 2 ** ``halvings`` samples, with long grouped convolutions."""
 
     def __init__(self, halvings: int, channels: int):
         super().__init__()
@@ -248,10 +246,10 @@ def _layers(discriminator: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 class Discriminators(nn.Module):
-    """Every period's and every scale's: waveforms (B, S) -> for each discriminator the outputs of its layers.
+    """All discriminators, of periods and scales: waveforms (B, S) -> the outputs of each one's layers.
 
     Kong et al. 2020. Departures: ``disc_channels`` sets the width (32 in the paper), and the first scale has weight
-    norm like the others, not spectral norm, whose power iteration would change with every look.
+    norm like the others, not spectral norm, whose power iteration would change in every forward.
     """
 
     def __init__(self, architecture: DiscriminatorArchitecture):
@@ -268,7 +266,7 @@ class Discriminators(nn.Module):
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
-    """What the block computes with ``module`` has gradients with respect to its inputs, not to its weights."""
+    """Inside the block, results of ``module`` have gradients with respect to its inputs, but not to its weights."""
     module.requires_grad_(False)
     try:
         yield module

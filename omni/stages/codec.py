@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from omni.common.caches import require_finite
 from omni.common.host import Host
 from omni.common.numerics import weights_sha256
-from omni.data.audio import MelSpec, load_speech, log_mel, mel_statistics
+from omni.data.audio import MelSpec, load_audio, load_speech, log_mel, mel_statistics
 from omni.data.manifest import Manifest, ManifestDataset, read_some, spread
 from omni.data.measure import files_digest
 from omni.data.recordings import measure_samples, static_lengths
@@ -29,7 +29,7 @@ STATISTICS_CLIPS = 256
 class SpeechConfig(StageConfig):
     """The keys that all parts of stage D have."""
 
-    tts_csv: str = input_file(hint=TTS_HINT, description="manifest with the columns text and wav, one voice")
+    tts_csv: str = input_file(hint=TTS_HINT, description="manifest with the columns text and wav, optionally speaker")
     val_csv: str | None = input_file(
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"
     )
@@ -148,6 +148,16 @@ def count_codes(run: Host, manifest: Manifest, architecture: SpeechFrames) -> np
 def leave_out_long(run: Host, manifest: Manifest, rows: np.ndarray, lengths: np.ndarray, max_codes: int) -> np.ndarray:
     """``rows`` without recordings of more than ``max_codes`` codes. Unreadable rows stay: reading them raises."""
     return manifest.leave_out(rows, lengths[rows] > max_codes, f"longer than max_mel_length {max_codes}", run.log)
+
+
+def refuse_unreadable(run: Host, manifest: Manifest, rows: np.ndarray, sample_rate: int) -> None:
+    """
+    Raises:
+        UserError: none of the ``rows`` can be read, with the reason of the last one.
+    """
+    read_some(
+        manifest, rows[-100:], 100, lambda row: load_audio(manifest.file(row["wav"]), sample_rate), run.check_stop
+    )
 
 
 def prepare_mel_statistics(run: Host, clips: SpeechClips) -> dict[str, list[float]]:

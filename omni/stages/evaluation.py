@@ -36,12 +36,13 @@ from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import processor_of
 from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
-from omni.stages.talker import Utterance, collate_utterances, talker_metrics, talker_sums
+from omni.stages.talker import Utterance, collate_utterances, speakers_in, talker_metrics, talker_sums
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.mixture import AnswerScore, EvalItems
 from omni.stages.text import text_metrics, text_sums
 from omni.stages.vision import VisionConfig, attach_thinker
 from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for, split_column
+from omni.stages.voices import speaker_of, voice_of
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
 from omni.train.samples import write_sound
@@ -197,10 +198,12 @@ def evaluate_omni(args: argparse.Namespace, opened: Loaded, device: torch.device
 
 def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
     """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
-    of their resynthesis by vocoder and codec, and of the talker's speech."""
+    of their resynthesis by vocoder and codec, and of the talker's speech. With several voices each row is spoken as its
+    speaker, or all as ``--voice`` or ``--voice_from``."""
     codec, aligner = (load(STAGES[name], args.ckpt_dir, device).model for name in ("codec", "aligner"))
     vocoder = load_vocoder_for(args.ckpt_dir, mel_spec(codec.architecture), args.vocoder_ckpt, device)
     speaker = Speaker(opened.model, codec, vocoder)
+    voice = speaker.voice(args.voice, args.voice_from)
     recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     result, totals, counts = EvalResult(), {}, {}
@@ -213,28 +216,30 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
                 with reading_row():
                     symbols = text_symbols(text, speaker.text_language)
                     log_mels = log_mel(recording, speaker.spec)
-                    durations = aligner.align_one(symbols, log_mels)
+                    durations, codes = aligner.align_one(symbols, log_mels), speaker.encode(recording)
+                    name = speaker_of(manifest[row]) if voice is None else ""
             except BadRow as error:
                 result.left_out[manifest.where(row)] = str(error)
                 continue
-            utterances.append(Utterance(text, symbols, speaker.encode(recording), durations))
+            reference = voice_of(speaker.talker, name, codes) if voice is None else voice
+            utterances.append(Utterance(text, symbols, codes, durations, reference=reference, speaker=name))
             recordings.append(recording)
         if not utterances:
             continue
-        texts = [utterance.text for utterance in utterances]
+        texts, references = zip(*((utterance.text, utterance.reference) for utterance in utterances), strict=True)
         result.rows += len(texts)
         add(
             totals,
             talker_sums(speaker.talker, to_device(collate_utterances(utterances, speaker.talker.architecture), device)),
         )
         if recognizer is None and args.save_speech is None:
-            for text in texts[: args.show - len(result.shown)]:
-                (codes,) = speaker.codes([text])
+            for text, reference in list(zip(texts, references, strict=True))[: args.show - len(result.shown)]:
+                (codes,) = speaker.codes([text], [reference])
                 result.shown.append((text, f"{len(codes) * speaker.code_s:.2f} s of speech"))
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
-        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts)]
+        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts, references)]
         if args.save_speech:
             save_speech(args.save_speech, sounds, texts, result.rows - len(texts), speaker.spec.sample_rate)
         if recognizer is None:
@@ -242,6 +247,11 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
         for kind, waveforms in sounds.items():
             heard = recognizer.transcribe(waveforms, speaker.spec.sample_rate)
             counts[kind] = np.add(counts.get(kind, (0, 0)), word_errors(texts, heard, recognizer.text_language))
+        for name, own in speakers_in(speaker.talker, {"speakers": [one.speaker for one in utterances]}).items():
+            errors = word_errors(
+                [texts[index] for index in own], [heard[index] for index in own], recognizer.text_language
+            )
+            counts[f"talker_{name}"] = np.add(counts.get(f"talker_{name}", (0, 0)), errors)
         result.shown += list(zip(texts, heard, strict=True))
     result.check_rows(args)
     result.metrics = talker_metrics(totals) | word_error_rates(counts)

@@ -4,7 +4,7 @@ import json
 import os
 from typing import ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ class SftConfig(StageConfig):
     speech_csv: str | None = input_file(
         None,
         hint=TTS_HINT,
-        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question",
+        description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question and speaker",
     )
     val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
     jsonl_path: str | None = input_file(
@@ -171,6 +171,15 @@ def registered_tasks() -> dict[str, type]:
     from omni.stages.tasks import TASKS  # here, as it imports all models, which a config does not need
 
     return TASKS
+
+
+class ConversationKeys(BaseModel):
+    """The keys of ``SftConfig`` that a trained model needs to converse; an export has no others of its training."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: str
+    origins: dict[str, str]
 
 
 STAGE = Stage(

@@ -23,8 +23,8 @@ from omni.stages.omni import SftConfig
 from omni.stages.talker import TalkerConfig
 from omni.stages.tasks.processor import Processor
 from omni.stages.vision import VisionConfig
-from omni.train.checkpoint import build, load_stage, load_weights, saved_config
-from omni.train.stage import load
+from omni.train.checkpoint import build, load_stage, load_weights
+from omni.train.stage import load, saved_config
 
 POSITION_WORDS = (" left", " right", " top", " above", " bottom", " below")  # the Thinker's words for places
 

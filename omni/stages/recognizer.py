@@ -18,10 +18,13 @@ from omni.models.audio_encoder import mel_spec
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.talker import Talker
 from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe, written_words
-from omni.stages.talker import talker_metrics, talker_sums
+from omni.stages.talker import speakers_in, talker_metrics, talker_sums
+from omni.train.run import Run
+from omni.train.samples import save_samples
 from omni.train.stage import load
 
 _BATCH = 16  # recordings that are transcribed at a time
+_COUNTS = ("errors", "words")
 
 
 class Recognizer:
@@ -115,8 +118,21 @@ def prepare_references(
     return run.cached_json("references.json", belongs_to, make)
 
 
+def sample_writer(run: Run, speaker: Speaker, manifest: Manifest) -> Callable[[int, int, str, Tensor], None]:
+    """The function ``show`` of a ``TalkerScore``: writes a recording, its resynthesis and the talker's speech."""
+
+    def show(step: int, number: int, wav: str, speech: Tensor) -> None:
+        recording = load_audio(manifest.file(wav), speaker.spec.sample_rate)
+        versions = speaker.versions(torch.from_numpy(recording))
+        clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": speech}
+        save_samples(run, step, number, clips, speaker.spec)
+
+    return show
+
+
 class TalkerScore:
-    """Metrics of a talker: its perplexity on the true codes, and the word error rate of its speech.
+    """Metrics of a talker: its perplexity on the true codes, and the word error rate of its speech; both also by
+    speaker, if there are several.
 
     Args:
         recognizer: None: no word error rate.
@@ -141,14 +157,23 @@ class TalkerScore:
         totals = talker_sums(model, batch)
         texts = batch["texts"][: self.sentences - self.spoken]
         if texts:
-            waveforms = [self.speaker.waveform(codes) for codes in self.speaker.codes(texts)]
+            spoken = self.speaker.codes(texts, references_of(batch, len(texts)))
+            waveforms = [self.speaker.waveform(codes) for codes in spoken]
             for number, (wav, waveform) in enumerate(zip(batch["wavs"], waveforms, strict=False), start=self.spoken):
                 if self.show is not None and number < self.shown:
                     self.show(batch["step"], number, wav, waveform)
             if self.recognizer is not None:
                 transcripts = self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate)
-                errors, words = word_errors(texts, transcripts, self.recognizer.text_language)
-                totals |= {"word_errors": torch.tensor(errors), "words": torch.tensor(words)}
+                groups = {"": range(len(texts))}
+                groups |= {f"_{name}": rows for name, rows in speakers_in(model, batch).items()}
+                for name, rows in groups.items():
+                    rows = [row for row in rows if row < len(texts)]
+                    counts = word_errors(
+                        [texts[row] for row in rows],
+                        [transcripts[row] for row in rows],
+                        self.recognizer.text_language,
+                    )
+                    totals |= {f"{key}{name}": torch.tensor(count) for key, count in zip(_COUNTS, counts, strict=True)}
             self.spoken += len(texts)
         return totals
 
@@ -156,5 +181,16 @@ class TalkerScore:
         self.spoken = 0
         metrics = talker_metrics(totals)
         if self.recognizer is not None:
-            metrics |= word_error_rates({"talker": (totals["word_errors"], totals["words"])})
+            kinds = [key.removeprefix(_COUNTS[1]) for key in totals if key.startswith(_COUNTS[1])]
+            metrics |= word_error_rates(
+                {f"talker{kind}": tuple(totals[f"{count}{kind}"] for count in _COUNTS) for kind in kinds}
+            )
         return metrics
+
+
+def references_of(batch: dict, count: int) -> list[Tensor] | None:
+    """The references of a batch's first ``count`` samples, for ``Speaker.codes``; None: one voice."""
+    if "references" not in batch:
+        return None
+    pairs = zip(batch["references"], batch["reference_lengths"].tolist(), strict=True)
+    return [codes[:length] for codes, length in pairs][:count]

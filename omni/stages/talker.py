@@ -16,12 +16,15 @@ from omni.common.errors import BadRow, UserError
 from omni.data.manifest import ManifestDataset
 from omni.models.ops import round_up
 from omni.models.speech_architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
-from omni.models.talker import Talker, code_nats, duration_nats, frame_targets
+from omni.models.talker import Talker, code_nats, duration_nats, frame_targets, pad_references, references_in
 from omni.stages.aligner import AlignerConfig, pad_bytes, read_symbols
 from omni.stages.codec import CodecConfig, SpeechConfig, padded_codes, read_log_mels
+from omni.stages.voices import REFERENCE_CODES, speaker_of
 from omni.train.config import ConfigType, StageConfig, resumable
 from omni.train.precompute import ManifestWithColumns
 from omni.train.stage import ExportedPart, Stage
+
+NAMED_SPEAKERS = 16  # most speakers that have metrics of their own
 
 
 class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechConfig):
@@ -125,10 +128,13 @@ class Utterance:
     codes: Tensor
     durations: Tensor
     wav: str = ""  # the recording's name in the manifest
+    reference: Tensor | None = None  # codes (N, Q) of a recording in the same voice, for a talker of several voices
+    speaker: str = ""
 
 
 class CodedSpeech(ManifestDataset):
-    """Texts with the codes and durations of their recordings, two columns of ``ManifestWithColumns``.
+    """Texts with the codes and durations of their recordings, two columns of ``ManifestWithColumns``; for a talker of
+    several voices also with references, a third.
 
     Args:
         max_codes, static: see ``SpeechClips``.
@@ -158,7 +164,10 @@ class CodedSpeech(ManifestDataset):
         if not len(row["durations"]):
             raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
         codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
-        return Utterance(row["text"], symbols, codes, durations, row["wav"])
+        if not self.architecture.voice_layers:
+            return Utterance(row["text"], symbols, codes, durations, row["wav"])
+        speaker, reference = speaker_of(row), torch.from_numpy(row["reference"](rng).astype(np.int64))
+        return Utterance(row["text"], symbols, codes, durations, row["wav"], reference, speaker)
 
     def collate(self, samples: list[Utterance]) -> dict:
         return collate_utterances(samples, self.architecture, static_up_to=self.static_up_to)
@@ -168,11 +177,18 @@ def collate_utterances(
     samples: Sequence[Utterance], architecture: TalkerArchitecture, *, step: int = 1, static_up_to: int | None = None
 ) -> dict:
     """``symbols`` and ``durations`` (B, L), ``codes`` (B, T, Q), zero beyond ``text_lengths``, ``lengths`` (B,);
-    ``texts``, ``wavs``. L and T are multiples of ``step``, or a few static lengths up to a number of codes."""
+    ``texts``, ``wavs``. L and T are multiples of ``step``, or a few static lengths up to a number of codes. With
+    several voices also ``references`` (B, N, Q), zero beyond ``reference_lengths`` (B,), and ``speakers``."""
     lengths = [len(sample.codes) for sample in samples]
     n_codes = padded_codes(round_up(max(lengths), step), static_up_to)
     static_length = None if static_up_to is None else n_codes * architecture.alignment_frames_per_code
-    return {
+    voices = {}
+    if architecture.voice_layers:
+        references, reference_lengths = pad_references([sample.reference for sample in samples])
+        excess = -references.shape[1] % REFERENCE_CODES  # few lengths, for torch.compile
+        voices = {"references": F.pad(references, (0, 0, 0, excess)), "reference_lengths": reference_lengths}
+        voices["speakers"] = [sample.speaker for sample in samples]
+    return voices | {
         "symbols": pad_bytes([torch.tensor(sample.symbols) for sample in samples], step, static_length),
         "durations": pad_bytes([sample.durations for sample in samples], step, static_length),
         "text_lengths": torch.tensor([len(sample.symbols) for sample in samples]),
@@ -189,13 +205,19 @@ def collate_utterances(
 
 
 def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
-    """Sums over a batch, given the true durations and codes so far: nats of each codebook (Q,), ends and durations."""
+    """Sums over a batch, given the true durations and codes so far: nats of each codebook (Q,), ends and durations; and
+    for each speaker of ``speakers_in`` the nats of all codebooks."""
     codes, lengths = batch["codes"], batch["lengths"]
     text = batch["symbols"], batch["text_lengths"]
-    logits, log_durations = model(*text, codes, batch["durations"], batch.get("thinker_states"))
+    states, references = batch.get("thinker_states"), references_in(batch)
+    logits, log_durations = model(*text, codes, batch["durations"], states, references=references)
     targets = frame_targets(codes, lengths, model.codebook_size)
     nats, ends = code_nats(logits, targets), targets == model.codebook_size
-    return {
+    by_speaker = {}
+    for name, rows in speakers_in(model, batch).items():
+        by_speaker[f"nats/{name}"] = nats[rows].masked_fill(ends[rows], 0.0).sum()
+        by_speaker[f"codes/{name}"] = lengths[rows].sum() * model.codebooks
+    return by_speaker | {
         "nats": nats.masked_fill(ends, 0.0).sum(dim=(0, 1)),
         "end_nats": nats[ends].sum(),
         "frames": lengths.sum(),
@@ -205,12 +227,25 @@ def talker_sums(model: Talker, batch: dict) -> dict[str, Tensor]:
     }
 
 
+def speakers_in(model: Talker, batch: dict) -> dict[str, list[int]]:
+    """The samples of each speaker with a name; {} for a talker of one voice, or of more than ``NAMED_SPEAKERS``."""
+    rows: dict[str, list[int]] = {}
+    if 1 < len(model.architecture.speakers) <= NAMED_SPEAKERS:
+        for row, name in enumerate(batch.get("speakers", ())):
+            if name and name in model.architecture.speakers:
+                rows.setdefault(name, []).append(row)
+    return rows
+
+
 def talker_metrics(totals: dict) -> dict[str, float]:
-    """``code_perplexity``: exp of the nats per code, over all codebooks and of each. ``loss``: nats per target.
-    ``duration_loss``: see ``duration_nats``."""
+    """``code_perplexity``: exp of the nats per code, over all codebooks, of each, and ``_of_`` each speaker. ``loss``:
+    nats per target. ``duration_loss``: see ``duration_nats``."""
     nats, frames = totals["nats"], totals["frames"]
     each = (nats / frames).exp().tolist()
     loss = (nats.sum().item() + totals["end_nats"]) / (frames * len(nats) + totals["utterances"])
     metrics = {"loss": loss, "code_perplexity": math.exp(nats.sum().item() / (frames * len(nats)))}
     metrics |= {f"code_perplexity_{level}": value for level, value in enumerate(each, start=1)}
+    for key in [key for key in totals if key.startswith("nats/")]:
+        name = key.removeprefix("nats/")
+        metrics[f"code_perplexity_of_{name}"] = math.exp(totals[key] / totals[f"codes/{name}"])
     return metrics | {"duration_loss": totals["duration_nats"] / totals["symbols"]}

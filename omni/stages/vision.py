@@ -149,6 +149,8 @@ def attach_thinker(opened: Loaded, thinker_ckpt: str | Path | None = None) -> No
     Raises:
         UserError: a file is missing or damaged, or the Thinker is not the one of the training.
     """
+    if thinker_ckpt is not None and not opened.architecture.uses_thinker:
+        raise UserError(f"{opened.path}: trained without a Thinker, found thinker_ckpt {thinker_ckpt}. Leave it out")
     if opened.architecture.uses_thinker:
         source = thinker_ckpt or opened.config_as(VisionConfig).thinker_ckpt
         thinker = load(THINKER, source, next(opened.model.parameters()).device).model

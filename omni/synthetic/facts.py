@@ -91,7 +91,7 @@ COUNTS = table(
     "wings does a bird have: A bird has two wings; points does a star have: A star has five points; "
     "toes are on two feet: There are ten toes on two feet; legs do two dogs have: Two dogs have eight legs"
 )
-SMALL_TALK = (  # (what a user may say, the one answer)
+SMALL_TALK = (  # (a user's sentences, separated by |; their answer)
     ("Hello.|Hello!|Hi.|Hi!|Hey.|Hi there.|Hello there.", "Hello! How can I help you?"),
     ("Good morning.|Good morning!", "Good morning! How can I help you?"),
     ("Good afternoon.", "Good afternoon! How can I help you?"),
@@ -127,7 +127,7 @@ SMALL_TALK = (  # (what a user may say, the one answer)
     ("Sing a song.|Can you sing?", "I cannot sing well, but I can tell you a story."),
 )  # fmt: skip
 
-# Words that a sign may show: short, and all of them ordinary words of the other tables. Upper case on the sign.
+# Words that a sign may show, in upper case: short and ordinary words, most of them from the other tables.
 SIGN_WORDS = tuple(
     sorted(
         word.upper()
@@ -146,7 +146,7 @@ SIGN_WORDS = tuple(
 
 
 def _neighbours(items: tuple[str, ...], ask: str) -> list[tuple[str, str]]:
-    """What comes after and before each item of an ordered list; `ask` is 'What day'."""
+    """Questions and answers about the items after and before each item of a list; `ask` is 'What day'."""
     pairs = list(zip(items, items[1:], strict=False))
     after = [(f"{ask} comes after {one}?", sentence(f"{two} comes after {one}")) for one, two in pairs]
     return after + [(f"{ask} comes before {two}?", sentence(f"{one} comes before {two}")) for one, two in pairs]
@@ -209,9 +209,9 @@ def _build_facts() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-FACTS = _build_facts()  # kind -> (question, answer) pairs; a table like those above, never changed
+FACTS = _build_facts()  # kind -> (question, answer) pairs; never changed
 _FACT_WEIGHTS = [2 if len(pairs) > 40 else 1 for pairs in FACTS.values()]
-_ABOUT = {  # animal -> all that is known about it
+_ABOUT = {  # animal -> all sentences about it
     animal: [
         FACTS[kind][list(table).index(animal)][1]
         for kind, table in (("eats", EATS), ("says", SAYS), ("lives", LIVES), ("young", YOUNG))
@@ -220,11 +220,11 @@ _ABOUT = {  # animal -> all that is known about it
     for animal in EATS
 }
 
-# What can be asked without a picture or a story -> its one answer
+# Question that needs no picture or story -> its one answer
 ANSWERS = {said: answer for sayings, answer in SMALL_TALK for said in sayings.split("|")} | {
     question: answer for pairs in FACTS.values() for question, answer in pairs
 }
-QUESTIONS: dict[str, list[str]] = {}  # the other way round: answer -> all that it answers
+QUESTIONS: dict[str, list[str]] = {}  # answer -> all of its questions
 for _question, _answer in ANSWERS.items():
     QUESTIONS.setdefault(_answer, []).append(_question)
 
@@ -235,7 +235,7 @@ def fact(rng: random.Random) -> tuple[str, str]:
 
 
 def small_talk(rng: random.Random) -> tuple[str, str]:
-    """Something that a user of an assistant says, and what the assistant answers."""
+    """A sentence of a user's small talk, and the assistant's answer."""
     if rng.random() < 0.1:
         animal = rng.choice(list(_ABOUT))
         return f"Tell me about {plural(animal)}.", " ".join(_ABOUT[animal])

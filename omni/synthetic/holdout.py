@@ -1,8 +1,8 @@
 """The held-out split of the small world, by unseen combinations.
 
-`HELD_OUT` lists pairs and triples (a purple circle; a star left of a square; Anna in the library) which never occur in
-training text, although each word in them does. So a good score on held-out text cannot come from memory. Questions
-mention a held-out combination only when it is true.
+`HELD_OUT` lists pairs and triples (a purple circle; a star left of a square; Anna in the library) that never occur in
+training text, although each of their words does. So a good score on held-out text cannot come from memory. Questions
+mention a held-out combination only if it is true.
 """
 
 import random
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from omni.synthetic.scenes import Scene
     from omni.synthetic.stories import Story
 
-# Each entry is one unseen combination. Relations are written with "left of" or "above"; "a triangle right of a circle"
-# is the same fact as "a circle left of a triangle" and is held out with it.
+# Relations are written with "left of" or "above"; "a triangle right of a circle" is the same fact as "a circle left of
+# a triangle" and is held out with it.
 HELD_OUT_PAIRS = (("purple", "circle"), ("green", "heart"), ("orange", "star"))
 HELD_OUT_RELATIONS = (
     ("circle", "left of", "triangle"),
@@ -40,7 +40,7 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 
 
 def relation_key(shape: str, relation: str, other: str) -> tuple[str, str, str]:
-    """The one spelling of a relation: with "left of" or "above"."""
+    """A relation in its unique form, with "left of" or "above"."""
     return (shape, relation, other) if relation in ("left of", "above") else (other, INVERSE[relation], shape)
 
 

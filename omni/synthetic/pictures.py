@@ -1,4 +1,4 @@
-"""Pictures of the small world: a scene of `omni.synthetic.scenes`, drawn, with its caption and questions.
+"""Pictures of the small world: drawings of `omni.synthetic.scenes`, with captions and questions.
 
 Every function is pure: a picture depends on (seed, index, unseen) only. All randomness comes from Python's own
 generator, and the drawing snaps to whole pixels of a canvas four times as fine, so that the pinned Pillow gives the
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from omni.synthetic import holdout, lexicon, scenes
 
-# (x, y) points: x to the right, y down. "px" is a pixel of the finished picture, "fine" one of the canvas.
+# (x, y) points: x to the right, y down. "px" is a pixel of the finished picture, "fine" a pixel of the canvas.
 SIZE = 128  # px, both sides
 FINE = 4  # canvas pixels per picture pixel and axis
 SAVE = {"format": "PNG", "compress_level": 2}  # for Image.save: 6 saves a sixth of the bytes for three times the time
@@ -39,13 +39,13 @@ RADIUS = {
 BOARD = {"small": ((48, 52), (17, 19)), "big": ((58, 60), (34, 44))}  # a sign's width and height, px
 MARGIN = 2  # px that a group keeps from the edge of its box
 GAP = 2.0  # px at least between two shapes of a group
-# px at most that a group moves in its box, and a shape in its group: together less than half of the 32 px between two
+# px by which a group may move in its box, and a shape in its group: together less than half of the 32 px between two
 # boxes, or "at the top" could become "in the top left corner"
 WANDER, STRAY = 7.0, 5.0
 FONT_FOLDER = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"  # found, not imported: slow
-QUESTIONS = 6  # at most, per picture
-ATTRIBUTES = ("colour", "shape", "count")  # that a picture of one group is classified by
-CAPTIONS_TRIED = 64  # draws of a scene's caption, to find all of them: there are a dozen at most
+QUESTIONS = 6  # maximum per picture
+ATTRIBUTES = ("colour", "shape", "count")  # classes of a picture of one group
+CAPTIONS_TRIED = 64  # random captions of a scene, to find all of them: there are at most a dozen
 
 # --- outlines -------------------------------------------------------------------------------------------------------
 
@@ -59,7 +59,7 @@ def _arc(radius: float, start: float, stop: float, n_points: int = 40, centre: f
 
 
 def _polar(radii: tuple[float, ...], n_points: int) -> Points:
-    """A polygon with one corner at the top, its radii taken in turn: a triangle, a star."""
+    """A polygon with a corner at the top and `radii` in turn, such as a triangle or a star."""
     angles = [math.tau * i / n_points - math.pi / 2 for i in range(n_points)]
     return [(radii[i % len(radii)] * math.cos(t), radii[i % len(radii)] * math.sin(t)) for i, t in enumerate(angles)]
 
@@ -83,7 +83,7 @@ OUTLINES: dict[str, Points] = {  # within a circle of radius 1.06 around the ori
     "star": _polar((1.06, 0.44), 10),
     "heart": _heart(),
     "cross": _cross(0.98, 0.32),
-    # out and back, one polygon with a hole
+    # the outer circle, then the inner one backwards: one polygon with a hole
     "ring": _arc(0.98, 0, 360) + _arc(0.52, 360, 0),
     "diamond": [(0.0, -1.06), (0.66, 0.0), (0.0, 1.06), (-0.66, 0.0)],
     # the inner edge is a circle around (0.637, 0) through the same two tips; then moved to the middle
@@ -91,11 +91,11 @@ OUTLINES: dict[str, Points] = {  # within a circle of radius 1.06 around the ori
     "arrow": [(-1.0, -0.24), (0.1, -0.24), (0.1, -0.72), (1.05, 0.0), (0.1, 0.72), (0.1, 0.24), (-1.0, 0.24)],
 }
 _REACH = 1.06
-_QUARTER_TURNS = {"arrow": (0, 1, 2, 3), "moon": (0, 2)}  # shapes that are themselves in more than one direction
+_QUARTER_TURNS = {"arrow": (0, 1, 2, 3), "moon": (0, 2)}  # shapes with more than one direction
 
 # --- arrangement ----------------------------------------------------------------------------------------------------
 
-# Where the shapes of a group stand, in units of the smallest distance between two of them. Mirrored at random.
+# Positions of a group's shapes, in units of the smallest distance between two of them. Mirrored at random.
 _ARRANGEMENTS: dict[int, tuple[Points, ...]] = {
     1: ([(0, 0)],),
     2: ([(-0.5, 0), (0.5, 0)], [(0, -0.5), (0, 0.5)], [(-0.4, -0.4), (0.4, 0.4)]),
@@ -117,12 +117,12 @@ _ARRANGEMENTS: dict[int, tuple[Points, ...]] = {
 
 
 def _arrange(count: int, radius: float, rng: random.Random) -> Points:
-    """Centres of `count` shapes in px from the centre of their box: apart by `GAP`, and all inside the box.
+    """Centres of `count` shapes in px from the centre of their box: the shapes are `GAP` apart and inside the box.
 
-    Each shape moves at random within its share of the free distance, so none has to be tried twice.
+    Each shape moves at random within its share of the free distance, so no position has to be rejected.
     """
     reach = _REACH * radius
-    room = SIZE / 4 - MARGIN - reach  # a centre's largest distance from the box's, along each axis
+    room = SIZE / 4 - MARGIN - reach  # largest distance of a centre from the box's centre, along each axis
     closest = 2 * reach + GAP
     options = []  # (arrangement, the widest spacing that fits)
     for points in _ARRANGEMENTS[count]:
@@ -143,11 +143,11 @@ def _arrange(count: int, radius: float, rng: random.Random) -> Points:
 
 
 def _shift(values: list[float], reach: float, rng: random.Random) -> float:
-    """A move of a whole group along one axis: its centre of mass to within `WANDER` of the box's centre.
+    """A shift of a whole group along one axis, which brings its mean to within `WANDER` of the box's centre.
 
     Args:
-        values: where its shapes stand, px from the box's centre.
-        reach: how far they extend from there. All of that stays inside the box.
+        values: coordinates of its shapes, px from the box's centre.
+        reach: half the extent of a shape, px. All shapes stay inside the box.
     """
     room = SIZE / 4 - MARGIN - reach
     wanted = rng.uniform(-WANDER, WANDER) - sum(values) / len(values)
@@ -177,12 +177,12 @@ def _draw_shapes(canvas: ImageDraw.ImageDraw, group: scenes.Group, rgb, centre, 
             for u, v in OUTLINES[group.shape]
         ]
         canvas.polygon(points, fill=rgb)
-        canvas.line([points[-1], points[0]], fill=rgb, width=3)  # the ring's seam, which would show
+        canvas.line([points[-1], points[0]], fill=rgb, width=3)  # hides the ring's seam
 
 
 @cache
 def _word_mask(word: str) -> Image.Image:
-    """(L) The word in bold capitals, cropped to its ink, letters 48 fine pixels high."""
+    """Mask (mode L) of the word in bold capitals, cropped to its ink, letters 48 fine pixels high."""
     font = ImageFont.truetype(FONT_FOLDER / "DejaVuSans-Bold.ttf", 66, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = font.getbbox(word)
     mask = Image.new("L", (right - left, bottom - top))
@@ -191,7 +191,7 @@ def _word_mask(word: str) -> Image.Image:
 
 
 def _draw_sign(picture: Image.Image, group: scenes.Group, rgb, centre, rng: random.Random) -> None:
-    """A board with the word as large as it fits; a long word is condensed rather than made smaller."""
+    """Draw a board with the word as large as fits; a long word is condensed before it is made smaller."""
     width, height = (rng.randint(*sides) for sides in BOARD[group.size])
     x = centre[0] + _shift([0.0], width / 2, rng)
     y = centre[1] + _shift([0.0], height / 2, rng)
@@ -211,7 +211,7 @@ def _draw_sign(picture: Image.Image, group: scenes.Group, rgb, centre, rng: rand
 
 
 def _grain(image: Image.Image, strength: int, rng: random.Random) -> Image.Image:
-    """Noise of up to +-`strength` in squares of 2 x 2 px: like paper, and PNG stores it in half the bytes."""
+    """Add noise of up to +-`strength` in squares of 2 x 2 px: like paper, and half as large in PNG as single pixels."""
     noise = np.frombuffer(rng.randbytes(SIZE // 2 * (SIZE // 2)), np.uint8).astype(np.int16)
     noise = (noise * (2 * strength + 1) // 256 - strength).reshape(SIZE // 2, SIZE // 2)
     noise = noise.repeat(2, axis=0).repeat(2, axis=1)[:, :, None]
@@ -221,8 +221,8 @@ def _grain(image: Image.Image, strength: int, rng: random.Random) -> Image.Image
 def render(scene: scenes.Scene, rng: random.Random) -> Image.Image:
     """Draw a scene: RGB, `SIZE` x `SIZE`.
 
-    A group stands inside its box, half as wide and high as the picture, with the upper left corner at
-    (column / 4, row / 4) of it.
+    A group is inside its box, which is half as wide and high as the picture, with its upper left corner at
+    (column / 4, row / 4) of the picture.
     """
     tint = rng.randint(226, 250)
     background = _vary((tint, tint, tint), 12, rng)
@@ -240,22 +240,22 @@ def render(scene: scenes.Scene, rng: random.Random) -> Image.Image:
 
 
 def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, dict]:
-    """One picture and all that is said about it.
+    """One picture, with its captions, questions and classes.
 
     Args:
         unseen: show a combination that no training picture shows (`holdout.held_out`).
 
     Returns:
-        the image, RGB, 128 x 128, to be saved with `SAVE`;
+        the image, RGB, 128 x 128, saved with `SAVE`;
         {"caption": str, "accepted_answers": [every caption of the scene, ...], "questions": [[question, answer], ...],
         "groups": [{"shape", "colour", "size", "count", "cell" (row, column), "word"}, ...], "colour", "shape", "count":
-        of a picture of one group of shapes, else None}. Every answer follows from the picture.
+        class of a picture of one group of shapes, else None}. Every answer follows from the picture.
     """
     rng = random.Random(f"picture {'held-out' if unseen else 'train'} {seed} {index}")
     scene = holdout.draw(scenes.sample_scene, rng, unseen)
     caption = scenes.caption(scene, rng, in_order=True)
     asked = scenes.questions(scene, rng)
-    rng.shuffle(asked)  # before equal ones are dropped: a question listed twice is likelier to be among the first
+    rng.shuffle(asked)  # before duplicates are dropped: a question listed twice is likelier to be among the first
     questions = [list(pair) for pair in dict.fromkeys(asked)][:QUESTIONS]
     groups = [
         {"shape": g.shape, "colour": g.colour, "size": g.size, "count": g.count, "cell": list(g.cell), "word": g.word}
@@ -263,7 +263,7 @@ def picture(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, d
     ]
     accepted = sorted({scenes.caption(scene, random.Random(i)) for i in range(CAPTIONS_TRIED)} | {caption})
     one = scene.groups[0] if len(scene.groups) == 1 and not scene.groups[0].word else None
-    classes = {name: getattr(one, name, None) for name in ATTRIBUTES}  # of several groups, none
+    classes = {name: getattr(one, name, None) for name in ATTRIBUTES}
     about = {"caption": caption, "accepted_answers": accepted, "questions": questions, "groups": groups}
     return render(scene, rng), about | classes
 

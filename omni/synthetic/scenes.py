@@ -1,4 +1,4 @@
-"""Scenes: what a picture shows, with captions, and questions whose answers follow from it."""
+"""Scenes, the contents of pictures, with captions, and questions whose answers follow from the scene."""
 
 import random
 import re
@@ -26,7 +26,7 @@ class Group:
     """`count` equal shapes drawn close together, or one sign.
 
     `cell` is (row, column), each 0 to 2: the group fills a box of half the picture's width and height whose upper left
-    corner stands at (column / 4, row / 4) of the picture. `sample_scene` uses only cells whose boxes do not overlap.
+    corner is at (column / 4, row / 4) of the picture. `sample_scene` uses only cells whose boxes do not overlap.
     """
 
     shape: str  # one of SHAPES, or "sign"
@@ -34,7 +34,7 @@ class Group:
     size: str
     count: int
     cell: tuple[int, int]
-    word: str = ""  # what a sign shows, in upper case; empty for shapes
+    word: str = ""  # word on a sign, in upper case; empty for shapes
 
     @property
     def noun(self) -> str:
@@ -49,15 +49,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture. Groups stand in reading order, and no two of them share both colour and shape."""
+    """The groups of one picture, in reading order; no two of them share both colour and shape."""
 
     groups: tuple[Group, ...]
 
     @property
     def relations(self) -> list[tuple[Group, str, Group]]:
-        """(group, relation, other) for every two groups in one row or in one column, both ways round.
+        """(group, relation, other) for every two groups in one row or in one column, in both directions.
 
-        Groups on a diagonal have no relation: whether one is "left of" the other would be a matter of taste.
+        Groups on a diagonal have no relation, since "left of" would be ambiguous.
         """
         found = []
         for one in self.groups:
@@ -74,7 +74,7 @@ class Scene:
         return pairs | {relation_key(one.shape, relation, other.shape) for one, relation, other in self.relations}
 
     def name(self, group: Group) -> str:
-        """The shortest name that is unambiguous here: 'the circles', or 'the red circles' beside other circles."""
+        """The group's shortest unambiguous name: 'the circles', or 'the red circles' beside other circles."""
         alone = sum(other.shape == group.shape for other in self.groups) == 1
         return f"the {group.noun}" if alone else f"the {group.colour} {group.noun}"
 
@@ -101,7 +101,7 @@ def sample_scene(rng: random.Random) -> Scene:
     groups, taken = [], set()
     for i, cell in enumerate(cells):
         shape, colour = "sign" if i == sign else rng.choice(SHAPES), rng.choice(COLOURS)
-        while (shape, colour) in taken:  # two groups of red stars would be one group to anybody who looks
+        while (shape, colour) in taken:  # two groups of red stars would look like one
             colour = rng.choice(COLOURS)
         taken.add((shape, colour))
         count = 1 if i == sign else rng.choices(range(1, MAX_COUNT + 1), weights=(4, 3, 2, 1))[0]
@@ -111,9 +111,9 @@ def sample_scene(rng: random.Random) -> Scene:
 
 
 def _statements(scene: Scene, rng: random.Random, name, in_order: bool = False) -> list[str]:
-    """Where everything is, one statement for each two groups; `name` says how a group is called the first time.
+    """The positions of all groups, one statement for each two; `name(group)` is a group's name at first mention.
 
-    Which of two is told to be where the other is not is drawn, or, `in_order`, as one reads: left to right, then down.
+    The subject of a statement is random or, with `in_order`, the first in reading order: left to right, then down.
     """
     if len(scene.groups) == 1:
         group = scene.groups[0]
@@ -143,11 +143,10 @@ def _statements(scene: Scene, rng: random.Random, name, in_order: bool = False) 
 def caption(scene: Scene, rng: random.Random, in_order: bool = False) -> str:
     """The whole scene in one sentence (two when there are four groups).
 
-    Every attribute of every group is told. Where several groups stand is told by their relations, not by their cells.
+    It tells every attribute of every group, and the position of several groups by their relations, not by their cells.
 
     Args:
-        in_order: as one reads, see `_statements`: what somebody would write who looks at the picture. Without it, any
-            of the ways in which it can be told, the same picture in another way the next time.
+        in_order: in reading order, see `_statements`; if False, one of all possible captions at random.
     """
     statements = _statements(scene, rng, lambda group: group.phrase, in_order)
     if len(scene.groups) == 4:
@@ -159,7 +158,7 @@ def caption(scene: Scene, rng: random.Random, in_order: bool = False) -> str:
 
 
 def describe(scene: Scene, rng: random.Random) -> str:
-    """The whole scene in two or three sentences: what there is, then where it is."""
+    """The whole scene in two or three sentences: first its groups, then their positions."""
     opening = rng.choice(("the picture shows", "I see", "here {be}", "there {be}"))
     opening = opening.format(be=_be(scene.groups[0].count))
     parts = [f"{opening} {listing([group.phrase for group in scene.groups])}"]
@@ -170,9 +169,9 @@ def describe(scene: Scene, rng: random.Random) -> str:
 
 
 def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
-    """Questions about a scene with their answers, all true of it, each answered by any full caption of it.
+    """Questions about a scene with their true answers, which follow from any full caption.
 
-    A question may be about something that is not there, but never about a held-out combination that is not there.
+    A question may be about something absent, but not about an absent held-out combination.
     """
     asked = []
     shapes = [group.shape for group in scene.groups]
@@ -199,8 +198,8 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
         neighbours = [(relation, other) for one, relation, other in scene.relations if one is group]
         if len(scene.groups) == 1:
             asked += [(f"where {be} {name}?", f"{it} {be} {PLACE_OF[group.cell]}.")] * 2
-        elif len(neighbours) == 1:  # two true answers would make a wrong question
-            relation, other = neighbours[0]  # listed often, since nothing else asks which of two it is
+        elif len(neighbours) == 1:  # with two true answers, the question has no single one
+            relation, other = neighbours[0]  # four times, since no other question asks for the relation
             asked += [(f"where {be} {name}?", f"{it} {be} {relation} {scene.name(other)}.")] * 4
 
     for one, relation, other in scene.relations:
@@ -224,7 +223,7 @@ def questions(scene: Scene, rng: random.Random) -> list[tuple[str, str]]:
     absent = rng.choice([shape for shape in SHAPES if shape not in shapes])
     asked.append((f"is there {a(absent)}?", "no, there is not."))
     asked.append((f"how many {plural(absent)} are there?", "there are none."))
-    # Right colour, right shape, but not together: this one cannot be answered by spotting words.
+    # right colour, right shape, but not together: single words do not give the answer
     taken = {(group.colour, group.shape) for group in scene.groups}
     swaps = [(group.colour, shape) for group in scene.groups for shape in (*shapes, absent)]
     for colour, shape in [rng.choice(sorted(taken))] + rng.sample(swaps, 1):

@@ -1,8 +1,8 @@
-"""Lines of text as a camera sees them on signs, labels and pages: what the OCR stage reads.
+"""Pictures of lines of text, like photographs of signs, labels and pages, for the OCR stage.
 
 Every function is pure: a sign depends on (seed, index, unseen) only.
 
-The held-out split is by words and by fonts: a token belongs to one of the splits by a hash of its letters and digits
+The held-out split is by words and by fonts: a hash of a token's letters and digits decides the token's split
 (`held_out_word`), and `HELD_OUT_FONTS` are never used in training. A held-out sign has held-out tokens only.
 """
 
@@ -19,13 +19,13 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from omni.synthetic import facts, lexicon
 from omni.synthetic.pictures import FONT_FOLDER
 
-# px is a pixel of the finished image; the text is drawn twice as fine.
+# px is a pixel of the finished image; the text is drawn at twice the resolution.
 HEIGHT = (32, 48)  # px
 MAX_CHARACTERS = 16  # longer lines could not be read at 32 x 160
 SAVE = {"format": "PNG", "compress_level": 2}  # for Image.save: 6 saves a tenth of the bytes for twice the time
 
-# Fonts that come with Matplotlib, and the one built into Pillow. Computer Modern is an old encoding in new clothes:
-# these three faces have the right glyph for every character of `ALPHABET`, its italics and symbols have not.
+# Fonts of Matplotlib, and the one built into Pillow. Computer Modern has an old encoding: these three faces have the
+# right glyph for every character of `ALPHABET`, its italics and symbols do not.
 FONTS = tuple(
     f"{family}{style}.ttf"
     for family, styles in (
@@ -41,7 +41,7 @@ ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .,:;!
 
 # --- words ----------------------------------------------------------------------------------------------------------
 
-# Beside the words of the world: what else stands on signs, labels, doors and packets.
+# Words on signs, labels, doors and packets, beside those of the world's tables.
 _MORE_WORDS = """
     access address adult airport alarm alley alone arrivals avenue award baggage balcony bank bar barber basement
     basket bath battery bay bicycle bill black board boarding boat bottle box break brick broken building bus business
@@ -90,12 +90,12 @@ def _world_words() -> set[str]:
 
 
 def letters_of(token: str) -> str:
-    """What counts of a token: its letters and digits, in lower case. 'OPEN!', 'Open' and '(open)' are one word."""
+    """A token's letters and digits, in lower case: 'OPEN!', 'Open' and '(open)' are one word."""
     return re.sub("[^a-z0-9]", "", token.lower())
 
 
 def held_out_word(token: str) -> bool:
-    """Whether a token belongs to the held-out split: one in eight does, by a hash that no run can change."""
+    """Whether a token belongs to the held-out split: one in eight does, by a fixed hash."""
     return zlib.crc32(letters_of(token).encode()) % 8 == 0
 
 
@@ -104,7 +104,7 @@ _WORDS_OF = {split: tuple(w for w in WORDS if held_out_word(w) == split) for spl
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
-# Syllables and letters that cannot form, or hardly, the words which one would not show to children.
+# Syllables and letters that hardly ever form offensive words.
 _ONSETS, _VOWELS, _CODAS = (
     sounds.split()
     for sounds in (
@@ -113,9 +113,9 @@ _ONSETS, _VOWELS, _CODAS = (
         "b d ft k l ll m n nd ng p r rd rk rn s st t",
     )
 )
-_CLEAR = "BCDFGHJKLMNPQRTVWXYZ"  # capitals and, below, digits that no other character looks like
+_CLEAR = "BCDFGHJKLMNPQRTVWXYZ"  # capitals and, below, digits that look like no other character
 _CLEAR_DIGITS = "23456789"
-# Of these letters alone nobody can tell whether they are capitals: there is no other to compare their height with.
+# A word of these letters alone looks the same in capitals: no other letter gives the height.
 _SAME_IN_CAPITALS = frozenset("cosuvwxz0")
 
 
@@ -129,13 +129,13 @@ def _syllable(rng: random.Random) -> str:
 
 
 def _made_up(rng: random.Random, unseen: bool) -> str:
-    """A word that does not exist but could: it can be read, but not guessed."""
+    """An invented, pronounceable word: it can be read, but not guessed."""
     syllables = [_syllable(rng) for _ in range(rng.randint(2, 3))]
     return "".join(syllables)[:9]
 
 
 def _code(rng: random.Random, unseen: bool) -> str:
-    """'KX47', 'B-209': no letter says which one comes next."""
+    """'KX47', 'B-209': no letter predicts the next one."""
     letters = "".join(rng.choices(_CLEAR, k=rng.randint(1, 4)))
     digits = "".join(rng.choices(_CLEAR_DIGITS, k=rng.randint(1, 4)))
     return rng.choice((letters + digits, f"{letters}-{digits}", digits + letters))
@@ -170,7 +170,7 @@ def _token(rng: random.Random, unseen: bool) -> str:
 
 
 def _write(tokens: list[str], rng: random.Random) -> str:
-    """The tokens as one line: capitals, small letters, or capitals at the beginnings; now and then punctuation."""
+    """The tokens as one line: in capitals, small letters, or with initial capitals; sometimes with punctuation."""
     style = rng.choice(("upper", "upper", "lower", "title", "first"))
     words = []
     for i, token in enumerate(tokens):
@@ -198,13 +198,13 @@ def line(rng: random.Random, unseen: bool) -> str:
 
 # --- drawing --------------------------------------------------------------------------------------------------------
 
-_FONT_PX = 64  # all fonts are drawn at this size; the transform to the image brings the size that is wanted
+_FONT_PX = 64  # all fonts are drawn at this size, which the transform to the image then changes
 _MAX_ASPECT = 5.0  # width / height; wider lines are condensed
 
 
 @dataclass(frozen=True)
 class _Face:
-    """A font at `_FONT_PX`; where its tallest letters begin and its lowest end, px from the top of the line."""
+    """A font at `_FONT_PX`; top of its tallest letters and bottom of its lowest, px from the top of the line."""
 
     font: ImageFont.FreeTypeFont
     top: int
@@ -216,7 +216,7 @@ def _face(name: str) -> _Face:
     if name == "Aileron":
         font = ImageFont.load_default(_FONT_PX)
     else:
-        # the basic layout, because whether Pillow finds another one depends on the machine
+        # the basic layout: other layouts depend on the machine
         font = ImageFont.truetype(FONT_FOLDER / name, _FONT_PX, layout_engine=ImageFont.Layout.BASIC)
     _, top, _, bottom = font.getbbox("Hdg(%/")
     return _Face(font, int(top), int(bottom))
@@ -230,17 +230,17 @@ def _ink(text: str, face: _Face, rng: random.Random) -> np.ndarray:
     flat = Image.new("L", (round(length) + 8, face.bottom + 16))
     ImageDraw.Draw(flat).text((4 - left, 0), text, fill=255, font=face.font)
 
-    steepest = min(4.0, 24 / len(text))  # degrees; a long line that is turned needs much height
+    steepest = min(4.0, 24 / len(text))  # degrees; a rotated long line takes much height
     angle = math.radians(rng.uniform(-steepest, steepest))
     stretch = rng.uniform(0.85, 1.2)
     margin = height * rng.uniform(0.2, 0.5)
-    # the scale at which the turned line fills this share of the height
+    # the scale at which the rotated line fills this share of the height
     scale = height * rng.uniform(0.64, 0.82) / (span + stretch * length * math.sin(abs(angle)))
     stretch = min(stretch, (_MAX_ASPECT * height - 2 * margin) / (length * scale))
     width = 2 * round((stretch * length * scale + 2 * margin) / 2)
 
-    # From a pixel of the image, seen from its centre, back to a pixel of the flat text, seen from the line's centre:
-    # x' = (a x + b y) / (1 + g x + h y), and y' alike.
+    # From a pixel of the image, relative to its centre, to a pixel of the flat text, relative to the line's centre:
+    # x' = (a x + b y) / (1 + g x + h y), and y' likewise.
     cos, sin, slant = math.cos(angle), math.sin(angle), rng.uniform(-0.12, 0.12)
     a, b = (cos - slant * sin) / (scale * stretch), (sin + slant * cos) / (scale * stretch)
     d, e = -sin / scale, cos / scale
@@ -248,7 +248,7 @@ def _ink(text: str, face: _Face, rng: random.Random) -> np.ndarray:
     centre_x, centre_y = 4 + length / 2, (face.top + face.bottom) / 2
     x, y = width / 2, height / 2 + height * rng.uniform(-0.03, 0.03)
     a, b, d, e = a + g * centre_x, b + h * centre_x, d + g * centre_y, e + h * centre_y
-    origin = 1 - g * x - h * y  # the denominator at the image's corner, which Pillow wants to be 1
+    origin = 1 - g * x - h * y  # the denominator at the image's corner, which Pillow requires to be 1
     c, f = centre_x - (a * x + b * y), centre_y - (d * x + e * y)
     coefficients = [value / origin for value in (a, b, c, d, e, f, g, h)]
     ink = flat.transform((width, height), Image.Transform.PERSPECTIVE, coefficients, Image.Resampling.BILINEAR)
@@ -297,8 +297,8 @@ def sign(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, str]
         unseen: held-out words in a held-out font; otherwise neither.
 
     Returns:
-        the image, RGB, 32 to 48 px high and at most `_MAX_ASPECT` times as wide, to be saved with `SAVE`; and the
-        text, 1 to `MAX_CHARACTERS` characters of `ALPHABET`.
+        the image, RGB, 32 to 48 px high and at most `_MAX_ASPECT` times as wide, saved with `SAVE`; and the text, 1 to
+        `MAX_CHARACTERS` characters of `ALPHABET`.
     """
     rng = random.Random(f"sign {'held-out' if unseen else 'train'} {seed} {index}")
     text = line(rng, unseen)

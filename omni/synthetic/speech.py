@@ -1,10 +1,10 @@
 """Speech: sentences of the small world (`omni.synthetic.writing`) and beyond it (`omni.synthetic.open_vocabulary`),
 read aloud by `omni.synthetic.synthesisers`.
 
-Two families remember. espeak-ng's pitch flutter, automatic gain and noise generators go on from one utterance to the
-next, and no call resets them, so that it reads the same text differently each time; so do the noise generators inside
-Piper's network. Clips therefore come in groups of `GROUP`, and a group is read by a process that has not spoken before.
-That makes clip i a function of the seed and i only: `make_clips` says how.
+Two families have state. espeak-ng's pitch flutter, automatic gain and noise generators continue from one utterance to
+the next, and no call resets them, so that it reads the same text differently each time; so do the noise generators
+inside Piper's network. Clips therefore come in groups of `GROUP`, and a new process reads each group. So clip i is a
+function of the seed and i only: see `make_clips`.
 
 The audio is 16 kHz, 16 bit, mono. Equal versions of the synthesisers, onnxruntime, soxr, SciPy and NumPy on the same
 kind of processor give equal bytes.
@@ -52,13 +52,13 @@ UNSEEN_VOICES = ("pico/en-US", "pico/en-GB")
 
 @dataclass(frozen=True)
 class Speaking:
-    """How a sentence is said, where, and how it is recorded."""
+    """The parameters with which a sentence is spoken, and its room and recording."""
 
     voice: str  # family/voice
     delivery: Delivery = Delivery()
     size: float = 1.0  # formants are higher by this factor, as in a smaller throat
     gain_db: float = 0.0  # a clip's peak is PEAK without it
-    lead_s: float = 0.08  # before the first sound, and after the last
+    lead_s: float = 0.08  # silence before the first sound, and after the last
     snr_db: float | None = None  # None: no noise
     noise_smoothing: int = 1  # samples; more is darker noise
     reverberation_s: float | None = None  # until the echo has faded by 60 dB; None: no room
@@ -71,9 +71,9 @@ class Collection:
     """One row of COLLECTIONS: the clips of one manifest, and how they differ."""
 
     unseen: bool  # sentences: held-out combinations, and held-out words in those beyond the small world
-    different: bool  # no sentence twice
+    different: bool  # whether all sentences differ
     voices: tuple[str, ...]
-    varied: bool  # rate, pitch, formants and loudness differ from clip to clip
+    varied: bool  # whether rate, pitch, formants and loudness differ between clips
     # shares of clips:
     open_vocabulary: float = 0.0  # whose sentences are beyond the small world
     noisy: float = 0.0
@@ -98,7 +98,8 @@ COLLECTIONS = {
 
 
 def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list[str]:
-    """The sentences of a collection; fewer of them are the beginning of more. No training sentence has a held-out word.
+    """The sentences of a collection; a smaller `count` gives the first of them. No training sentence has a held-out
+    word.
 
     Args:
         own: sentences of the user's text; each comes once at most, and none in a held-out collection.
@@ -127,7 +128,7 @@ def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list
 
 
 def speaking(name: str, seed: int, index: int) -> Speaking:
-    """How clip `index` of a collection is said."""
+    """The parameters with which clip `index` of a collection is spoken."""
     collection = COLLECTIONS[name]
     rng = random.Random(f"speaking {name} {seed} {index}")
     voice = collection.voices[index * STRIDE % len(collection.voices)]
@@ -214,11 +215,11 @@ def finish(audio: np.ndarray, sample_rate: float, how: Speaking, seed: int) -> n
 
 def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
     """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice", "answer",
-    "question"}): what the text asks is answered by ``answer``, and what it answers is asked by one of ``question``, a
-    JSON list; "" where there is nothing.
+    "question"}): ``answer`` answers the text, and ``question`` is a JSON list of questions that the text answers; each
+    is "" if there is none.
 
-    Must run in a process in which espeak-ng has not been loaded before, from the beginning of a group: `start` is a
-    multiple of GROUP, and `stop` at most one group later.
+    Must run in a process that has not loaded espeak-ng before, from the beginning of a group: `start` is a multiple of
+    GROUP, and `stop` at most one group later.
 
     Args:
         texts: the sentences of the whole collection.

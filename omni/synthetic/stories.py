@@ -1,4 +1,4 @@
-"""Stories: a few sentences about people, places and animals, with questions that they answer."""
+"""Stories: a few sentences about people, places and animals, with questions and answers."""
 
 import random
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from omni.synthetic.lexicon import (
 
 @dataclass(frozen=True)
 class Story:
-    """A few sentences, questions that they answer, and the combinations of `HELD_OUT`'s kinds that they contain."""
+    """A few sentences, (question, answer) pairs about them, and their combinations of the kinds in `HELD_OUT`."""
 
     sentences: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
@@ -103,7 +103,7 @@ def _whereabouts(rng: random.Random) -> Story:
     now = dict(zip(people, places, strict=False))
     asked = [(f"What is {p} doing?", sentence(f"{_pronoun(p)} is {d}")) for p, d in zip(people, doing, strict=False)]
     combinations = set(now.items())
-    if rng.random() < 0.4:  # one of them moves, so the answer is not the first place that stands beside the name
+    if rng.random() < 0.4:  # one of them moves, so the answer is not the first place beside the name
         mover = rng.choice(people)
         told.append(f"Then {mover} goes to the {places[2]}.")
         asked = [(f"Where was {mover} before?", sentence(f"{_pronoun(mover)} was {_where(now[mover])}"))]

@@ -18,12 +18,12 @@ def chat(turns: list[tuple[str, str]], system: str = "") -> str:
 
 
 def _casual(question: str, rng: random.Random) -> str:
-    """As typed in a hurry, or as a speech recogniser writes it: now and then without capitals and final mark."""
+    """The question, sometimes without capitals and final mark, as in haste or from a speech recogniser."""
     return question.rstrip(".?!").lower() if rng.random() < 0.15 else question
 
 
 def _dialogue(context: str, pairs: list[tuple[str, str]], rng: random.Random) -> str:
-    """`context`, then two to eight different questions about it: the answers are all that can be learnt by reading."""
+    """`context`, then two to eight different questions about it, whose answers follow from it."""
     chosen = list(dict.fromkeys(rng.sample(pairs, min(len(pairs), rng.randint(2, 8)))))
     turns = [(_casual(question, rng), answer) for question, answer in chosen]
     turns[0] = (f"{context} {turns[0][0]}", turns[0][1])
@@ -47,7 +47,7 @@ def _everyday(rng: random.Random) -> str:
 def text_line(rng: random.Random, unseen: bool = False) -> str:
     """One line of the text corpus: running text or, three times in four, a dialogue.
 
-    A held-out line (`unseen`) always shows a held-out combination, a training line never does.
+    A held-out line (`unseen`) always contains a held-out combination, a training line never does.
     """
     kinds = ("caption", "describe", "story", "scene chat", "story chat", "facts", "everyday")
     weights = (5, 5, 5, 25, 20, 0 if unseen else 12, 0 if unseen else 28)  # facts have no combinations to hold out
@@ -69,10 +69,10 @@ def spoken(rng: random.Random, unseen: bool = False, min_words: int = 5, max_wor
     """A sentence to be read aloud: only letters, spaces and , . ? !, numbers as words.
 
     Training sentences are captions, first sentences of stories, facts, and questions and answers about all of these.
-    A held-out one (`unseen`) shows a held-out combination, so it is a caption or the first sentence of a story.
+    A held-out one (`unseen`) contains a held-out combination, so it is a caption or the first sentence of a story.
     """
     while True:
-        # most words stand in facts only, so these come oftener
+        # facts are drawn more often, since most words occur only there
         kinds = ("scene", "story") if unseen else ("scene", "story", "ask scene", "ask story", *["fact"] * 3)
         kind = rng.choice(kinds)
         if kind == "fact":

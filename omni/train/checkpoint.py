@@ -28,7 +28,6 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from omni.common.errors import RunError, UserError
 from omni.common.files import file_sha256, replace_file
 from omni.common.media import quoted
-from omni.train.config import with_new_names
 from omni.train.progress import read_validated
 
 FORMAT_VERSION = 2
@@ -40,7 +39,6 @@ _BLOCK_BYTES = 8 << 20
 _MAX_BUFFER_BYTES = 1 << 30  # of a model, beside its weights; positions of a context of a million tokens take half
 
 
-ConfigType = TypeVar("ConfigType", bound=BaseModel)
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 
@@ -132,7 +130,9 @@ def verify(path: Path) -> None:
             remaining -= len(block)
         comment = file.read()
     if comment != _TAG + digest.hexdigest().encode():
-        raise DamagedCheckpoint("the checksum does not match")
+        with open(path, "rb") as file:
+            foreign = file.read(2) not in (b"PK", b"")  # as every zip archive begins
+        raise DamagedCheckpoint("not a checkpoint" if foreign else "the checksum does not match")
 
 
 def stated_digest(path: Path) -> bytes:
@@ -169,7 +169,8 @@ def load(path: Path) -> dict:
         raise DamagedCheckpoint("not a checkpoint of this project")
     if type(payload["format"]) is not int or payload["format"] != FORMAT_VERSION:
         found = quoted(payload["format"])
-        raise UserError(f"{path}: written in format {found}, this version reads format {FORMAT_VERSION}")
+        expected = f"this version reads format {FORMAT_VERSION}"
+        raise UserError(f"{path}: written in format {found}, {expected}. Use the version that wrote it, or train again")
     return payload
 
 
@@ -230,9 +231,11 @@ def load_stage(source: str | Path, stage: str, prefix: str, final: str) -> dict:
     try:
         payload = load(path)
     except DamagedCheckpoint as error:
-        raise UserError(f"{path}: {error}") from error
+        older = [other for _, other in step_files(folder, prefix) if other != path]
+        raise UserError(f"{path}: {error}" + (f". Another is {older[0].name}" if older else "")) from error
     if payload.get("stage") != stage:
-        raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {quoted(payload.get('stage'))}")
+        found = f"{quoted(payload.get('stage'))}{'. Give a folder' if Path(source).is_file() else ''}"
+        raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {found}")
     with understood(path):
         if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
             payload["model"] = list(payload["phases"].values())[-1]["module"]
@@ -335,16 +338,6 @@ def load_weights(module: nn.Module, state_dict: dict, path: Path, assign: bool =
         reasons = [reason for line in str(error).splitlines()[1:] for reason in line.strip().split('", "')]
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         raise UserError(f"{path}: does not fit the model: {reasons[0]}{more}") from error
-
-
-def saved_config(cls: type[ConfigType], saved: dict, **changes) -> ConfigType:
-    """The config in what ``load_stage`` returned, some of its keys changed.
-
-    Raises:
-        UserError: it is of another version; the message names file and key.
-    """
-    with understood(saved["path"]):
-        return cls.model_validate(with_new_names(cls, saved["config"]) | changes)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ that names file, key, expected and found value. Only the config classes contain 
 import difflib
 import json
 import os
+from collections import Counter
 from pathlib import Path
-from typing import ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -126,7 +127,7 @@ def read_keys(path: str) -> dict:
         UserError: it cannot be read, or is no JSON object.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8").lstrip("\ufeff"))
+        raw = json.loads(Path(path).read_text(encoding="utf-8").lstrip("\ufeff"), object_pairs_hook=_once)
     except OSError as error:
         raise UserError(f"{path}: cannot read the config: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -141,6 +142,14 @@ def read_keys(path: str) -> dict:
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object of keys, found {type(raw).__name__}")
     return raw
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    keys = dict(pairs)
+    if len(keys) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f'key "{quoted(twice)}" stands twice')
+    return keys
 
 
 def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> tuple[ConfigType, list[str]]:
@@ -167,7 +176,10 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         except (ValueError, RecursionError):
             raw[key] = value
     notices = [f'{path}: key "{key}" has no effect: {cls.OBSOLETE[key]}' for key in raw if key in cls.OBSOLETE]
-    notices += [f'{path}: key "{key}" is called "{cls.RENAMED[key]}" now' for key in raw if key in cls.RENAMED]
+    for old, new in cls.RENAMED.items():
+        if old in raw:
+            both = f', which stands there too: "{old}" has no effect' if new in raw else ""
+            notices.append(f'{path}: key "{old}" is called "{new}" now{both}')
     raw = with_new_names(cls, raw)
     try:
         config = cls.model_validate({k: v for k, v in raw.items() if k not in cls.OBSOLETE})
@@ -191,7 +203,7 @@ def _describe(cls: type[StageConfig], detail: dict) -> str:
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, [*cls.model_fields, *cls.OBSOLETE], n=1, cutoff=0.5)
-        return f'unknown key "{quoted(key)}".' + (f' Did you mean "{near[0]}"?' if near else "")
+        return f'unknown key "{quoted(key)}". ' + (f'Did you mean "{near[0]}"?' if near else "--help lists all keys")
     if detail["type"] == "missing":
         return f'key "{key}" is missing: {cls.model_fields[key].description or "required"}'
     if detail["type"] == "value_error":  # our own checks: the message is complete

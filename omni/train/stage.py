@@ -13,7 +13,7 @@ from torch import nn
 from omni.data.tokenizer import Tokenizer, check_size
 from omni.models.ctc import CtcTokenizer
 from omni.train import checkpoint
-from omni.train.config import ConfigType, StageConfig
+from omni.train.config import ConfigType, StageConfig, with_new_names
 from omni.train.evaluation import EvalResult
 
 
@@ -60,8 +60,12 @@ class Stage:
         return getattr(import_module(module), function)
 
     def is_in(self, folder: str | Path) -> bool:
-        """Whether ``folder`` has the final file or a step file, damaged or not."""
-        return (Path(folder) / self.final).exists() or bool(checkpoint.step_files(Path(folder), self.prefix))
+        """Whether ``folder`` has the final file or a step file, damaged or not; or is a file, to be opened as such."""
+        return (
+            Path(folder).is_file()
+            or (Path(folder) / self.final).exists()
+            or bool(checkpoint.step_files(Path(folder), self.prefix))
+        )
 
 
 TOKENIZER = "tokenizer.json"
@@ -85,15 +89,25 @@ class Loaded:
         Raises:
             UserError: it is of another version.
         """
-        return checkpoint.saved_config(cls, vars(self), **changes)
+        return saved_config(cls, vars(self), **changes)
+
+
+def saved_config(cls: type[ConfigType], saved: dict, **changes) -> ConfigType:
+    """The config in what ``load_stage`` returned, some of its keys changed.
+
+    Raises:
+        UserError: it is of another version; the message names file and key.
+    """
+    with checkpoint.understood(saved["path"]):
+        return cls.model_validate(with_new_names(cls, saved["config"]) | changes)
 
 
 def load(stage: Stage, source: str | Path, device: torch.device | str = "cpu") -> Loaded:
     """Open the model that ``stage`` has trained.
 
     Args:
-        source: its folder, of which the final file is read or, while it still trains, the newest step file; or one of
-            these files.
+        source: its final file or a step file; or its folder, which stands for the final file or, while the stage still
+            trains, for the newest step file.
 
     Raises:
         UserError: nothing there, damaged, of another stage or of another version.

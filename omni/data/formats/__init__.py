@@ -1,4 +1,4 @@
-"""Formats of files with rows: one class each. A new one is a class in ``FORMATS``, before ``Csv``, which takes all."""
+"""Formats of files with rows, one class each. Add a new one to ``FORMATS`` before ``Csv``, which accepts any file."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""What every format of rows has: how the rows of a file are found, and how one of them is read.
+"""The base class of formats, which find the rows of a file and read one of them.
 
-A new format is a subclass of ``Format`` in the table ``omni.data.formats.FORMATS``. Its fields are what reading a row
-needs beside the row's bytes, such as a header: they are kept in the index, as JSON.
+A new format is a subclass of ``Format`` in the table ``omni.data.formats.FORMATS``. Its fields are the values that
+reading a row needs beside the row's bytes, such as a header; the index stores them as JSON.
 """
 
 import itertools
@@ -24,22 +24,22 @@ _FIRST_ROWS = 100  # one of them must be usable, or the file is refused at once
 
 
 class Rows(NamedTuple):
-    """The rows of a file, N of them."""
+    """The N rows of a file."""
 
     spans: np.ndarray  # (N, 2) uint64, the first byte of each row and the byte after its last
     keys: np.ndarray  # (N,) uint32, CRC-32 of the key column
-    summary: str  # how many, and what is no row, for the log
-    numbers: np.ndarray | None = None  # (N,) what messages call the rows; None: from 1 on
+    summary: str  # number of rows and of other lines, for the log
+    numbers: np.ndarray | None = None  # (N,) the rows' numbers in messages; None: from 1 on
     end: int | None = None  # the byte after the last row, where rows follow each other without a gap
 
 
 @dataclass
 class Format:
     """How the rows of a file are found and read. A subclass defines ``name``, ``recognises``, ``records`` and
-    ``fields``, or in the place of the last two ``index`` and ``read``."""
+    ``fields``, or ``index`` and ``read`` instead of the last two."""
 
     name: ClassVar[str]
-    rows_over_lines: ClassVar[bool] = False  # a row of several lines is odd, and counted in the log
+    rows_over_lines: ClassVar[bool] = False  # whether the log counts rows of several lines
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
@@ -47,7 +47,7 @@ class Format:
         raise NotImplementedError
 
     def remark(self, path: Path) -> str:
-        """A line for the log where the choice of this format may surprise."""
+        """A log line if the choice of this format may surprise, else ""."""
         return ""
 
     @staticmethod
@@ -69,34 +69,34 @@ class Format:
         """One row's text as a dictionary.
 
         Raises:
-            BadRow: it is none.
+            BadRow: the text is not a row.
         """
         raise NotImplementedError
 
     def read_header(self, path: Path, records: Iterator[Record], columns: tuple[str, ...]) -> None:
-        """Take what stands before the rows out of ``records``."""
+        """Take the header, if there is one, out of ``records``."""
 
     def clean(self, row: dict) -> dict:
-        """The fields of a row without what only its writing added."""
+        """The fields of a row without additions of the notation, such as blanks around cells."""
         return row
 
     def unreadable(self, path: Path, record: Record, error: BadRow) -> None:
-        """Called when the index finds a row that cannot be read: an exception refuses the file."""
+        """Called for a row that the index cannot read; an exception refuses the file."""
 
     def check(self, data: bytes, following: Callable[[], Record | None]) -> None:
-        """Whether a row that could be read is one.
+        """Check that a row that could be read is complete.
 
         Args:
-            following: gives the next row, None where none begins at the row's end.
+            following: gives the next row, None if no row begins at the row's end.
 
         Raises:
-            BadRow: it is a piece of one.
+            BadRow: the row is a piece of one.
         """
 
     def read(self, data: bytes | None, columns: list[str] | tuple[str, ...]) -> dict:
         """
         Args:
-            columns: those that must contain text.
+            columns: columns that must contain text.
 
         Raises:
             BadRow: not a row of this format, or one of ``columns`` is absent or empty.
@@ -147,20 +147,20 @@ class Format:
                 value = self.fields(decode(record.data)).get(key)
                 if value:
                     return zlib.crc32(str(value).encode())
-        except BadRow as error:  # whoever reads the row will say why
+        except BadRow as error:  # reading the row will report why
             self.unreadable(path, record, error)
-        return zlib.crc32(record.data or str(record.start).encode())  # a row without a key stands for itself
+        return zlib.crc32(record.data or str(record.start).encode())  # without a key, the content decides
 
 
 class Found:
     """Counts of the records of a file: blank ones, and those of several lines."""
 
     def __init__(self) -> None:
-        self.end: int | None = None  # of the last record
+        self.end: int | None = None  # end of the last record
         self.records = self.blank = self.of_lines = self.longest = self.longest_lines = 0
 
     def all_bytes(self, records: Iterator[Record]) -> Iterator[Record]:
-        """``records``; not a byte of the file may be between two of them."""
+        """``records``, between which there must be no byte of the file."""
         end = None
         for record in records:
             assert record.start == end or end is None and record.start in (0, 3), "bytes between two rows"

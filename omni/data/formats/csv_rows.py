@@ -17,18 +17,18 @@ class Csv(Format):
     rows_over_lines = True
 
     header: list[str] = field(default_factory=list)
-    strip: bool = False  # blanks around cells are not part of them
-    cr_ends: bool = True  # a single CR ends a line
+    strip: bool = False  # whether blanks around cells are removed
+    cr_ends: bool = True  # whether a single CR ends a line
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        return True  # whatever no other format recognises
+        return True  # any file that no other format recognises
 
     def records(self, path: Path, chunks: Iterator[bytes], found: Found) -> Iterator[Record]:
         return found.all_bytes(line_records(path, chunks, quotes=True))
 
     def read_header(self, path: Path, records: Iterator[Record], columns: tuple[str, ...]) -> None:
-        """The names of the columns, and whether blanks stand around them, as in ``wav, text``."""
+        """Read the names of the columns, and whether blanks surround them, as in ``wav, text``."""
         record = next(records, None)
         data = record.data if record else b""
         try:

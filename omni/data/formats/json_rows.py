@@ -14,7 +14,7 @@ from omni.data.records import Record, json_records, line_of, line_records
 
 @dataclass
 class JsonLines(Format):
-    """``.jsonl``; and what is called ``.json`` if an object stands first."""
+    """``.jsonl`` files, and ``.json`` files that begin with an object."""
 
     name = "jsonl"
 
@@ -34,7 +34,7 @@ class JsonLines(Format):
     def fields(self, text: str) -> dict:
         try:
             row = json.loads(text)
-            if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, and no text
+            if "\\ud" in text.lower():  # half of a surrogate pair is valid JSON, but not text
                 json.dumps(row, ensure_ascii=False).encode()
         except RecursionError as error:
             raise BadRow("nested too deeply") from error
@@ -60,6 +60,6 @@ class JsonArray(JsonLines):
         return json_records(path, chunks)
 
     def unreadable(self, path: Path, record: Record, error: BadRow) -> None:
-        if isinstance(error.__cause__, json.JSONDecodeError):  # not a bad row: the file is no array
+        if isinstance(error.__cause__, json.JSONDecodeError):  # the file is no array
             line = line_of(path, record.start)
             raise UserError(f"{path}: the element of the array at line {line}: {error}") from error

@@ -18,7 +18,7 @@ from omni.data.tokenizer import ASSISTANT
 class TextLines(Format):
     name = "text"
 
-    dialogues: bool = False  # the rows are the lines in which an assistant speaks
+    dialogues: bool = False  # whether only lines with an assistant's answer are rows
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:

@@ -11,9 +11,11 @@ from omni.stages.aligner import STAGE as ALIGNER
 from omni.stages.aligner import prepare_speech
 from omni.stages.codec import STAGE as CODEC
 from omni.stages.codec import leave_out_long
+from omni.stages.talker import STAGE as TALKER
 from omni.stages.talker import CodedSpeech
 from omni.stages.tasks.base import SftTask, Side, listed_texts, one_of, sft_task, turn
 from omni.stages.tasks.processor import Encoded, Processor
+from omni.stages.voices import Voices, with_references
 from omni.train.precompute import ManifestWithColumns
 from omni.train.stage import load
 
@@ -21,10 +23,11 @@ from omni.train.stage import load
 @sft_task
 class SpokenAnswers(SftTask):
     """Texts with their recordings: answers to one of the questions in the column ``question``, or to a request for
-    the text itself.
+    the text itself. A talker of several voices speaks each as the speaker in the column ``speaker``.
 
     Args:
-        manifest: with the columns that ``omni.stages.aligner.prepare_speech`` adds.
+        manifest: with the columns that ``omni.stages.aligner.prepare_speech`` and, for several voices,
+            ``omni.stages.voices.with_references`` add.
     """
 
     name, file_key, columns, needs = "spoken_answer", "speech_csv", ("text", "wav"), ("talker_ckpt",)
@@ -45,7 +48,11 @@ class SpokenAnswers(SftTask):
         codec, aligner = (load(stage, side.config.talker_ckpt, run.device).model for stage in (CODEC, ALIGNER))
         name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
         coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name)
-        return coded, leave_out_long(run, manifest, rows, lengths, max_codes), {}
+        rows = leave_out_long(run, manifest, rows, lengths, max_codes)
+        if side.processor.talker.voice_layers:
+            voices = Voices.of(load(TALKER, side.config.talker_ckpt).model)
+            coded, _ = with_references(run, coded, rows, voices)
+        return coded, rows, {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         text = audible(row["text"]).strip()  # as the talker reads it
