@@ -37,7 +37,12 @@ from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
 
-USES = {"train": "to_train_on", "val": "held_out", "unseen_voices": "of_unseen_voices"}
+USES = {
+    "train": "to_train_on",
+    "val": "held_out",
+    "unseen_voices": "of_unseen_voices",
+    "unseen_words": "of_unseen_words",
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
@@ -65,12 +70,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             return ctc_loss(model, batch), {}
 
-        # --- Validation: word error rate, on sentences not trained on, and on voices not trained on ----------------
+        # --- Validation: word error rate, on sentences, voices and words not trained on ----------------
         held_out = {"val": (manifest, val_rows)} if len(val_rows) else {}
-        for name, path in (("val", config.val_csv), ("unseen_voices", config.val_voices_csv)):
-            if path:
-                other = prepare_manifest(run, path, COLUMNS, key="text")
-                held_out[name] = other, np.arange(len(other))
+        for name, path in config.held_out_files.items():
+            other = prepare_manifest(run, path, COLUMNS, key="text")
+            held_out[name] = other, np.arange(len(other))
         used = {"train": (manifest, rows)}
         validation = None
         if "val" in held_out:

@@ -29,6 +29,7 @@ from omni.stages.vocoder import (
     discriminator_loss,
     feature_loss,
     load_codec_of,
+    loss_specs,
     mel_loss,
     read_clip,
     split_column,
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generator.mean.copy_(torch.tensor(statistics["mean"]))
         generator.scale.copy_(torch.tensor(statistics["std"]))
         generator, discriminators = run.prepare(generator), run.prepare(discriminators)
-        spec = mel_spec(config)
+        spec, specs = mel_spec(config), loss_specs(config)
         # under torchrun the wrapped generator must run in its own phase, and several micro-batches would keep
         # several graphs in memory
         generate_once = run.world == 1 and train_set.accumulation == 1
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             real, generated = batch["waveform"], handed_over.pop() if handed_over else model(batch["log_mel"])
-            mel = mel_loss(real, generated, spec)
+            mel = mel_loss(real, generated, specs)
             if batch["step"] < config.adv_start_step:
                 return config.lambda_mel * mel, {"mel": mel}
             with frozen(discriminators):

@@ -55,7 +55,7 @@ HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training l
 HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_open")
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
-    "demo": {"asr": 16_000, "tts": 6_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "demo": {"asr": 16_000, "tts": 9_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
     "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
@@ -131,7 +131,9 @@ def audio_collections(settings: dict) -> list[Collection]:
 
     def collection(name: str, count: int) -> Collection:
         columns = (
-            ("text", "wav", "answer", "question") if name.startswith("tts") else ("wav", "text", "voice", "answer")
+            ("text", "wav", "speaker", "answer", "question")
+            if name.startswith("tts")
+            else ("wav", "text", "voice", "answer")
         )
         texts = speech.sentences(name, settings["seed"], count, own)
         make = partial(speech.make_clips, name, settings["seed"], texts)
@@ -220,7 +222,7 @@ def examples(settings: dict) -> list[Lines]:
 
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
-    "audio": Part(4, "audio/speech.json", audio_settings, audio_collections),
+    "audio": Part(5, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),

@@ -45,6 +45,9 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
     val_voices_csv: str | None = input_file(
         None, hint=ASR_HINT, description="second held-out manifest, with voices that are not in training"
     )
+    val_words_csv: str | None = input_file(
+        None, hint=ASR_HINT, description="another held-out manifest, with words that are not in training"
+    )
     text_language: Language | None = Field(None, description=TEXT_LANGUAGE)
     max_mel_length: int = Field(
         2048,
@@ -62,10 +65,17 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
     def architecture(self) -> AudioEncoderArchitecture:
         return AudioEncoderArchitecture.of(self)
 
+    @property
+    def held_out_files(self) -> dict[str, str]:
+        """Held-out manifests by the name of their rows in the metrics."""
+        files = {"val": self.val_csv, "unseen_voices": self.val_voices_csv, "unseen_words": self.val_words_csv}
+        return {name: path for name, path in files.items() if path}
+
     @model_validator(mode="after")
-    def _voices_need_a_comparison(self) -> Self:
-        if self.val_voices_csv and not self.val_csv and not self.val_split:
-            raise ValueError('key "val_voices_csv": expected val_csv or val_split beside it, found neither')
+    def _others_need_a_comparison(self) -> Self:
+        for key in ("val_voices_csv", "val_words_csv"):
+            if getattr(self, key) and not self.val_csv and not self.val_split:
+                raise ValueError(f'key "{key}": expected val_csv or val_split beside it, found neither')
         return self
 
 
@@ -81,7 +91,7 @@ STAGE = Stage(
             "audio_encoder",
             "encodes recordings",
             "--audio_ckpt or --omni_ckpt",
-            figures=("wer", "wer_unseen_voices", "cer"),
+            figures=("wer", "wer_unseen_voices", "wer_unseen_words", "cer"),
         ),
     ),
     letter="B",
@@ -314,14 +324,15 @@ def error_counts(references: list[str], hypotheses: list[str]) -> tuple[tuple[in
 
 def score_metrics(totals: dict[str, float]) -> dict[str, float]:
     """From the totals of ``score_sums``: loss (nats per token), wer and cer of the first source, ``val``; the second,
-    ``unseen_voices``, adds wer_unseen_voices."""
+    ``unseen_voices`` and ``unseen_words``, add wer_unseen_voices and wer_unseen_words."""
     metrics = {}
     if "val/words" in totals:
         metrics["loss"] = totals["val/nats"] / max(1.0, totals["val/tokens"])
         metrics["wer"] = totals["val/word_errors"] / totals["val/words"]
         metrics["cer"] = totals["val/character_errors"] / totals["val/characters"]
-    if "unseen_voices/words" in totals:
-        metrics["wer_unseen_voices"] = totals["unseen_voices/word_errors"] / totals["unseen_voices/words"]
+    for name in ("unseen_voices", "unseen_words"):
+        if f"{name}/words" in totals:
+            metrics[f"wer_{name}"] = totals[f"{name}/word_errors"] / totals[f"{name}/words"]
     return metrics
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -51,6 +52,10 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
     lr_d: float = resumable(2e-4, gt=0, description="peak learning rate of the discriminators")
     wd: float = resumable(0.01, ge=0, description="weight decay")
     max_grad_norm: float = resumable(1000.0, gt=0)
+    mel_loss_windows: list[int] = resumable(
+        [],
+        description="further window lengths in samples at which the mel loss compares log-mels; short ones show buzz",
+    )
     lambda_mel: float = resumable(45.0, ge=0, description="weight of the mel loss, the mean difference of the log-mels")
     lambda_fm: float = resumable(
         2.0, ge=0, description="weight of the feature loss, the difference in the discriminators' layers"
@@ -240,11 +245,27 @@ def feature_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Ten
     )
 
 
-def mel_loss(real: Tensor, generated: Tensor, spec: MelSpec) -> Tensor:
-    """Mean difference of the log-mels of two batches of waveforms (B, S)."""
-    with torch.no_grad():
-        target = log_mel(real, spec)
-    return (log_mel(generated, spec) - target).abs().mean()
+def loss_specs(config: VocoderConfig) -> list[MelSpec]:
+    """The log-mels that the mel loss compares: the vocoder's own, and one for each of ``mel_loss_windows``."""
+    own = mel_spec(config)
+    return [own] + [
+        replace(own, n_fft=window, win_length=window, hop_length=window // 4, n_mels=window // 8)
+        for window in config.mel_loss_windows
+    ]
+
+
+def mel_loss(real: Tensor, generated: Tensor, specs: Sequence[MelSpec]) -> Tensor:
+    """Mean difference of the log-mels of two batches of waveforms (B, S), averaged over ``specs``.
+
+    One window length, as in HiFi-GAN, tells nothing of how sound changes within it. Several as in Kumar et al. 2023,
+    "High-Fidelity Audio Compression with Improved RVQGAN".
+    """
+    differences = []
+    for spec in specs:
+        with torch.no_grad():
+            target = log_mel(real, spec)
+        differences.append((log_mel(generated, spec) - target).abs().mean())
+    return torch.stack(differences).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ PEAK = 0.9  # of a clip before its gain
 
 # --- who speaks ------------------------------------------------------------------------------------------------------
 
-READER = "hibari/heart"  # of tts.csv
+HEART = "hibari/heart"
 # espeak-ng's names: accent, then variant. Chosen by an independent recogniser, PocketSphinx with a bigram model of the
 # world's sentences, which knows American English only: its word error rate is below 20 % on each of them (160 words a
 # minute). Many others reach 100 %.
@@ -44,10 +44,11 @@ ESPEAK_VOICES = tuple(
 )  # fmt: skip
 # What the clips of a collection are read by, again and again. Piper, which takes eight times as long as Hibari, reads
 # one clip in forty.
-VOICES = ("piper/joe",) + 23 * (READER,) + ESPEAK_VOICES
+VOICES = ("piper/joe",) + 23 * (HEART,) + ESPEAK_VOICES
 STRIDE = 7  # has no factor in common with the number of voices, so that all of them come, families mixed
 # never trained on: another family
 UNSEEN_VOICES = ("pico/en-US", "pico/en-GB")
+N_OTHERS = 24  # speakers of tts.csv beside those with a name
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,34 @@ class Speaking:
     band: tuple[int, int] | None = None  # Hz, lowest and highest, as a telephone has; None: all
 
 
+# The speakers of tts*.csv by name. One synthesiser is two of them: at other pitch and formants it is another person.
+READERS = {
+    "heart": Speaking(HEART),
+    "joe": Speaking("piper/joe"),
+    "low": Speaking(HEART, Delivery(pitch=0.6), size=0.88),
+    "pico": Speaking("pico/en-GB"),
+}
+
+
+def other_reader(number: int) -> Speaking:
+    """Speaker "other-NUMBER" of tts.csv, so that a talker sees more than a few voices: Hibari's heart, at a pitch and
+    size of its own."""
+    rng = random.Random(f"reader {number}")
+    return Speaking(
+        HEART, Delivery(pitch=math.exp(rng.uniform(math.log(0.55), math.log(1.35)))), rng.uniform(0.84, 1.18)
+    )
+
+
+READERS |= {f"other-{number:02d}": other_reader(number) for number in range(1, N_OTHERS + 1)}
+
+
 @dataclass(frozen=True)
 class Collection:
     """One row of COLLECTIONS: the clips of one manifest, and how they differ."""
 
     unseen: bool  # sentences: held-out combinations, and held-out words in those beyond the small world
     different: bool  # whether all sentences differ
-    voices: tuple[str, ...]
+    voices: tuple[str, ...]  # or names of READERS
     varied: bool  # whether rate, pitch, formants and loudness differ between clips
     # shares of clips:
     open_vocabulary: float = 0.0  # whose sentences are beyond the small world
@@ -81,6 +103,9 @@ class Collection:
     narrow: float = 0.0  # with a limited band
 
 
+NAMED = ("heart", "joe", "low", "pico")  # readers of whom a talker is expected to have the voice
+# Who reads tts.csv: "other" is each of the others in turn. Piper takes eight times as long as Hibari.
+READING = ("heart", "low", "pico", "other", "heart", "joe", "other", "heart", "low", "pico", "other", "heart")
 OPEN = 0.5  # of what is trained on
 OWN = 0.5  # of these, where the user gives a text
 COLLECTIONS = {
@@ -91,9 +116,9 @@ COLLECTIONS = {
     "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True),
     "asr.val_voices": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True),
     "asr.val_open": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True, open_vocabulary=1.0),
-    "tts": Collection(unseen=False, different=True, voices=(READER,), varied=False, open_vocabulary=OPEN),
-    "tts.val": Collection(unseen=True, different=True, voices=(READER,), varied=False),
-    "tts.val_open": Collection(unseen=True, different=True, voices=(READER,), varied=False, open_vocabulary=1.0),
+    "tts": Collection(unseen=False, different=True, voices=READING, varied=False, open_vocabulary=OPEN),
+    "tts.val": Collection(unseen=True, different=True, voices=NAMED, varied=False),
+    "tts.val_open": Collection(unseen=True, different=True, voices=NAMED, varied=False, open_vocabulary=1.0),
 }  # fmt: skip
 
 
@@ -127,13 +152,23 @@ def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list
     return chosen
 
 
+def speaker(name: str, index: int) -> str:
+    """Who reads clip `index` of a collection: a name of READERS, or the voice where clips are varied."""
+    voices = COLLECTIONS[name].voices
+    voice, turn = voices[index * STRIDE % len(voices)], index // len(voices) * voices.count("other")
+    if voice != "other":
+        return voice
+    turn += sum(voices[earlier * STRIDE % len(voices)] == "other" for earlier in range(index % len(voices)))
+    return f"other-{turn % N_OTHERS + 1:02d}"
+
+
 def speaking(name: str, seed: int, index: int) -> Speaking:
     """The parameters with which clip `index` of a collection is spoken."""
     collection = COLLECTIONS[name]
     rng = random.Random(f"speaking {name} {seed} {index}")
-    voice = collection.voices[index * STRIDE % len(collection.voices)]
+    voice = speaker(name, index)
     if not collection.varied:
-        return Speaking(voice)
+        return READERS[speaker(name, index)]
     lowest, highest = FAMILIES[voice.partition("/")[0]].pitches
     return Speaking(
         voice,
@@ -214,9 +249,11 @@ def finish(audio: np.ndarray, sample_rate: float, how: Speaking, seed: int) -> n
 
 
 def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) -> Iterator[tuple[bytes, dict]]:
-    """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice", "answer",
-    "question"}): ``answer`` answers the text, and ``question`` is a JSON list of questions that the text answers; each
-    is "" if there is none.
+    """Clips `start` to `stop` - 1 of a collection, each as (contents of a wav file, {"text", "voice", "speaker",
+    "answer", "question"}).
+
+    ``answer`` answers the text, and ``question`` is a JSON list of questions that the text answers; each is "" if there
+    is none.
 
     Must run in a process that has not loaded espeak-ng before, from the beginning of a group: `start` is a multiple of
     GROUP, and `stop` at most one group later.
@@ -235,5 +272,10 @@ def make_clips(name: str, seed: int, texts: list[str], start: int, stop: int) ->
         file = io.BytesIO()
         soundfile.write(file, clip, SAMPLE_RATE, subtype="PCM_16", format="WAV")
         questions = facts.QUESTIONS.get(texts[index])
-        row = {"text": texts[index], "voice": how.voice, "answer": facts.ANSWERS.get(texts[index], "")}
+        row = {
+            "text": texts[index],
+            "voice": how.voice,
+            "speaker": speaker(name, index),
+            "answer": facts.ANSWERS.get(texts[index], ""),
+        }
         yield file.getvalue(), row | {"question": json.dumps(questions) if questions else ""}
