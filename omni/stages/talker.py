@@ -24,7 +24,7 @@ from omni.train.config import ConfigType, StageConfig, resumable
 from omni.train.precompute import ManifestWithColumns
 from omni.train.stage import ExportedPart, Stage
 
-NAMED_SPEAKERS = 16  # most speakers that have metrics of their own
+NAMED_SPEAKERS = 64  # most speakers that have metrics of their own
 
 
 class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, SpeechConfig):
