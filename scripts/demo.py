@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from omni.common.files import write_json
 from omni.stages import STAGES as TABLE
 from omni.train.checkpoint import load
 from omni.train.stage import Stage
+from scripts.judges import JUDGES, installed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"
@@ -71,15 +73,19 @@ TASKS = (  # of stage E
     "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
 )  # fmt: skip
 
+VOICES = ("heart", "joe", "low", "pico")  # of the talker
+NEW_VOICES = ("new-espeak", "new-high", "new-middle")  # that the talker speaks in after hearing a recording
+
 STAGES = [  # by priority: first the stages that others need, then the longest
     DemoStage(
         name="audio_enc",
         stage=TABLE["audio_enc"],
-        metrics={"wer": "< 0.2", "wer_unseen_voices": "< 0.2", "cer": None},
+        metrics={"wer": "< 0.2", "wer_unseen_voices": "< 0.2", "wer_unseen_words": "< 0.3", "cer": None},
         data={
             "train_csv": "audio/asr.csv",
             "val_csv": "audio/asr.val.csv",
             "val_voices_csv": "audio/asr.val_voices.csv",
+            "val_words_csv": "audio/asr.val_open.csv",
         },
         smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=4"),
         held_out="audio/asr.val_voices.csv",
@@ -164,6 +170,25 @@ STAGES = [  # by priority: first the stages that others need, then the longest
     ),
 ]
 
+# What judges that were trained elsewhere say about the speech, where they are installed (make judges)
+JUDGED: dict[str, str | None] = {
+    "wer_recordings": "< 0.09",
+    "wer_griffin_lim": None,
+    "wer_vocoded": "< wer_recordings + 0.02",
+    "wer_codec": "< wer_recordings + 0.04",
+    "wer_talker": "< wer_recordings + 0.06",
+    **{f"wer_talker_{voice}": f"< wer_recordings_{voice} + 0.08" for voice in VOICES},
+    "wer_unseen_words_recordings": None,
+    "wer_unseen_words_talker": "< 0.2",
+    "dnsmos_recordings": None,
+    "dnsmos_griffin_lim": None,
+    "dnsmos_vocoded": None,
+    "dnsmos_codec": None,
+    "dnsmos_talker": "> dnsmos_recordings + -0.3",
+    "own_voice_talker": "> 0.95",
+    **{f"own_voice_talker_{voice}": None for voice in NEW_VOICES},
+}
+
 SPOKEN = "Anna is reading at the market."
 ABOUT_PICTURE = "What does the picture show?"
 ABOUT_RECORDING = "What does the recording say?"
@@ -215,6 +240,10 @@ def demo() -> int:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
     export(folders, ROOT / "merged_model")
     ask_exported(ROOT / "merged_model", ROOT / "data", ROOT / "checkpoints")
+    if all(map(installed, JUDGES.values())):
+        results["judged"] = judge(folders, ROOT / "data" / "audio", ROOT / "checkpoints" / "speech_demo")
+    else:
+        print("\nNo judges of speech are installed. To have them: make judges, then the same command again")
     minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
     write_json(RESULTS, results, indent=2)
     print_table(results)
@@ -382,6 +411,57 @@ def show(stage: DemoStage, folders: dict[str, Path], data: Path, items: int) -> 
     run(*evaluate, "--limit", "64", "--show", str(items))
 
 
+def judge(folders: dict[str, Path], data: Path, output: Path) -> dict[str, float]:
+    """Held-out sentences in several versions, as judges that were trained elsewhere hear them: see ``JUDGED``."""
+    print("\n=== Judges trained elsewhere, on the speech of the models", flush=True)
+    figures = {}
+    for name, judges, versions in (
+        ("val", ("whisper-base", "dnsmos", "resemblyzer"), ("griffin_lim", "vocoded", "codec", "talker")),
+        ("val_open", ("whisper-base",), ("talker",)),
+        ("val_voices", ("resemblyzer",), ("talker",)),
+    ):
+        folder = output / name
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ["--ckpt_dir", str(folders["talker"]), "--vocoder_ckpt", str(folders["vocoder"])]
+        options += ["--data", str(data / f"tts.{name}.csv"), "--limit", "100", "--save_speech", str(folder)]
+        run("scripts/evaluate.py", "talker", *options)
+        options = [f"{version}={folder / version}" for version in ("recordings", *versions)]
+        options += [word for one in judges for word in ("--judge", one)]
+        options += ["--json", str(folder / "judges.json"), "--page", str(folder / "speech.html")]
+        run("scripts/second_opinion.py", *options)
+        said = json.loads((folder / "judges.json").read_text())["judges"]
+        figures[name] = {
+            (judge, version, key): value
+            for judge, versions in said.items()
+            for version, verdict in versions.items()
+            for key, value in verdict["figures"].items()
+        }
+    return judged(figures)
+
+
+def judged(figures: dict[str, dict[tuple[str, str, str], float | None]]) -> dict[str, float]:
+    """The figures under the names of ``JUDGED``, shares in place of percent.
+
+    Args:
+        figures: file -> (judge, version, figure) -> value, as second_opinion.py writes them.
+    """
+    known, unseen_words, new = (figures[name] for name in ("val", "val_open", "val_voices"))
+    found = {}
+    for (judge, version, key), value in known.items():
+        label = version.replace(", ", "_")
+        if key == "WER %":
+            found[f"wer_{label}"] = value / 100
+        elif judge == "dnsmos" and key == "OVRL" and label == version:
+            found[f"dnsmos_{label}"] = value
+        elif key == "own voice %" and version == "talker":
+            found["own_voice_talker"] = value / 100
+    for version in ("recordings", "talker"):
+        found[f"wer_unseen_words_{version}"] = unseen_words["whisper-base", version, "WER %"] / 100
+    for voice in NEW_VOICES:
+        found[f"own_voice_talker_{voice}"] = new["resemblyzer", f"talker, {voice}", "own voice %"] / 100
+    return {name: round(value, 4) for name, value in found.items()}
+
+
 def export(folders: dict[str, Path], output: Path) -> None:
     """Export all stages into one folder."""
     print(f"\n=== Export to {output}", flush=True)
@@ -417,13 +497,14 @@ def first_row(path: Path) -> dict:
 
 def print_table(results: dict) -> None:
     print(f"\n{'stage':<12}{'held-out figure':<32}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
-    for stage in STAGES:
-        figures = {f"accuracy_{task}": value for task, value in results[stage.name].get("by_task", {}).items()}
-        figures |= results[stage.name]
-        for row, (name, target) in enumerate(stage.metrics.items()):
+    tables = {stage.name: stage.metrics for stage in STAGES} | ({"judged": JUDGED} if "judged" in results else {})
+    for part, metrics in tables.items():
+        figures = {f"accuracy_{task}": value for task, value in results[part].get("by_task", {}).items()}
+        figures |= results[part]
+        for row, (name, target) in enumerate(metrics.items()):
             value = figures[name]
-            minutes = f"{results['minutes'].get(stage.name, 0.0):.1f}" if row == 0 else ""
-            label = stage.name if row == 0 else ""
+            minutes = f"{results['minutes'].get(part, 0.0):.1f}" if row == 0 else ""
+            label = part if row == 0 else ""
             cells = f"{label:<12}{name:<32}{value:>10.3f}  {target or '':<24}"
             print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")
     print(f"in all {results['minutes']['all']:.0f} minutes; written to {RESULTS.relative_to(ROOT)}")

@@ -52,7 +52,7 @@ from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writ
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
-HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_open")
+HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_voices", "tts.val_open")
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
     "demo": {"asr": 16_000, "tts": 9_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),

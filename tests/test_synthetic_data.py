@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ def made(tmp_path_factory) -> Path:
 
 def test_no_held_out_sentence_is_ever_trained_on():
     trained = {text for name in ("asr", "tts") for text in speech.sentences(name, 0, 3_000)}
-    for name in ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_open"):
+    for name in speech.COLLECTIONS.keys() - {"asr", "tts"}:
         texts = speech.sentences(name, 0, 300)
         assert len(set(texts)) == 300
         assert not trained & set(texts)
@@ -81,14 +82,27 @@ def test_no_family_of_the_held_out_voices_is_ever_trained_on():
     def families(voices):
         return {voice.partition("/")[0] for voice in voices}
 
-    of_unseen = {"asr.val_voices", "asr.val_open"}
-    trained = speech.COLLECTIONS.keys() - of_unseen
-    spoken = {speech.speaking(name, 0, index).voice for name in trained for index in range(1_000)}
-    assert families(spoken) == {"espeak", "hibari", "piper"}
-    assert spoken == set(speech.VOICES) and speech.READER in spoken
-    unseen = {speech.speaking(name, 0, index).voice for name in of_unseen for index in range(1_000)}
-    assert unseen == set(speech.UNSEEN_VOICES)
-    assert not families(unseen) & families(spoken)
+    spoken = {name: {speech.speaking(name, 0, index).voice for index in range(1_000)} for name in speech.COLLECTIONS}
+    assert spoken["asr"] == spoken["asr.val"] == set(speech.VOICES)
+    assert families(spoken["asr"]) == {"espeak", "hibari", "piper"}
+    for name in ("asr.val_voices", "asr.val_open"):
+        assert spoken[name] == set(speech.UNSEEN_VOICES)
+        assert not families(spoken[name]) & families(spoken["asr"])
+
+
+def test_readers_are_named_and_new_ones_are_never_trained_on():
+    def readers(name):
+        return Counter(speech.speaker(name, index) for index in range(1_200))
+
+    trained, held_out = readers("tts"), readers("tts.val_voices")
+    assert trained.keys() == speech.READERS.keys() - speech.NEW.keys()
+    assert set(speech.NAMED) < trained.keys() and min(trained.values()) > 10
+    others = [trained[name] for name in trained.keys() - set(speech.NAMED)]
+    assert len(others) == speech.N_OTHERS and max(others) - min(others) <= 1
+    assert held_out.keys() == {*speech.NAMED, *speech.NEW}
+    for name in ("tts.val", "tts.val_open"):
+        assert readers(name).keys() == set(speech.NAMED)
+    assert len(set(speech.READERS.values())) == len(speech.READERS)
 
 
 # --- clips ----------------------------------------------------------------------------------------------------------
@@ -101,7 +115,7 @@ def test_a_clip_depends_on_its_seed_and_index_only(name):
     alone = in_new_process(clips, name, 3, start + 5, start, start + 5)  # fewer are wanted, nothing was said before
     assert alone == whole[:5]
     families = {row["voice"].partition("/")[0] for _, row in alone}
-    assert families == ({"espeak", "hibari", "piper"} if name == "asr" else {"hibari"})
+    assert families == ({"espeak", "hibari", "piper"} if name == "asr" else {"hibari", "pico"})
     assert in_new_process(clips, name, 4, start + 5, start, start + 5) != alone
 
 
@@ -116,7 +130,7 @@ def test_clips_are_trimmed_speech_in_the_format_that_is_promised(made):
             assert np.mean(np.abs(audio) > 0.999) < 1e-3, "clipped"
             assert 0.035 < info.duration / len(row["text"]) < 0.13 and info.duration < 8, row
             how = speech.speaking(name, 0, index)
-            assert row.get("voice", speech.READER) == how.voice
+            assert row["voice" if name.startswith("asr") else "speaker"] == speech.speaker(name, index)
             if how.snr_db is None and how.reverberation_s is None and how.band is None:
                 lead, tail = silence_s(audio, 0.008)  # a little more sensitive than what trims
                 assert lead < 0.11 and tail < 0.11, row
@@ -180,7 +194,7 @@ def test_recognition_hears_variety_and_disturbances_only_in_training_and_the_rea
             measured = np.mean([getattr(how, disturbance) is not None for how in ways])
             assert measured == pytest.approx(share, abs=0.05) if name == "asr" else measured == 0
         if name.startswith("tts"):
-            assert len(set(ways)) == 1
+            assert set(ways) <= set(speech.READERS.values())
         else:
             assert len({(how.delivery, how.size) for how in ways}) > 500
             assert min(sum(how.voice == voice for how in ways) for voice in {how.voice for how in ways}) >= 25

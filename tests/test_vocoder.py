@@ -34,6 +34,7 @@ from omni.stages.vocoder import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
+    loss_specs,
     mel_loss,
     segment_log_mel,
     split_column,
@@ -134,9 +135,18 @@ def test_losses_by_hand():
     assert discriminator_loss(real, generated).item() == pytest.approx((0.25 + 1) + (0.5 + 4.5))
     assert adversarial_loss(generated).item() == pytest.approx(4 + (1 + 4) / 2)
     assert feature_loss(real, generated).item() == pytest.approx(1.5 + 0.5)
-    spec, waveforms = mel_spec(config()), 0.1 * torch.randn(2, 1600)
-    assert mel_loss(waveforms, waveforms, spec) == 0
-    assert mel_loss(waveforms, 2 * waveforms, spec).item() == pytest.approx(np.log(2), rel=1e-4)
+    specs, waveforms = loss_specs(config(mel_loss_windows=[512, 128])), 0.1 * torch.randn(2, 1600)
+    assert [spec.win_length for spec in specs] == [mel_spec(config()).win_length, 512, 128]
+    assert mel_loss(waveforms, waveforms, specs) == 0
+    assert mel_loss(waveforms, 2 * waveforms, specs).item() == pytest.approx(np.log(2), rel=1e-4)
+
+
+def test_short_windows_tell_a_buzz_from_noise():
+    """Pulses in the rhythm of the frames: what a vocoder makes of noise if the loss has long windows only."""
+    noise, pulses = torch.randn(1, 16_000), torch.zeros(1, 16_000)
+    pulses[:, :: mel_spec(config()).hop_length] = noise.std() * mel_spec(config()).hop_length ** 0.5
+    own, short = loss_specs(config(mel_loss_windows=[64]))
+    assert mel_loss(noise, pulses, [short]) > 2 * mel_loss(noise, pulses, [own])
 
 
 def test_every_discriminator_hears_every_sample():
@@ -161,15 +171,15 @@ def test_frozen_weights_get_no_gradient_but_their_input_does():
 
 def test_it_overfits_one_batch():
     torch.manual_seed(0)
-    model, spec, waveforms = Generator(config().architecture), mel_spec(config()), tones(2, 3200)
-    mels = log_mel(waveforms, spec)
+    model, specs, waveforms = Generator(config().architecture), loss_specs(config()), tones(2, 3200)
+    mels = log_mel(waveforms, specs[0])
     model.mean.copy_(mels.mean(dim=(0, 1)))
     model.scale.copy_(mels.std(dim=(0, 1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(150):
         optimizer.zero_grad()
-        loss = mel_loss(waveforms, model(mels), spec)
+        loss = mel_loss(waveforms, model(mels), specs)
         losses.append(loss.item())
         loss.backward()
         optimizer.step()

@@ -45,7 +45,7 @@ ESPEAK_VOICES = tuple(
 # What the clips of a collection are read by, again and again. Piper, which takes eight times as long as Hibari, reads
 # one clip in forty.
 VOICES = ("piper/joe",) + 23 * (HEART,) + ESPEAK_VOICES
-STRIDE = 7  # has no factor in common with the number of voices, so that all of them come, families mixed
+STRIDE = 11  # has no factor in common with any number of voices, so that all of them come, families mixed
 # never trained on: another family
 UNSEEN_VOICES = ("pico/en-US", "pico/en-GB")
 N_OTHERS = 24  # speakers of tts.csv beside those with a name
@@ -85,7 +85,12 @@ def other_reader(number: int) -> Speaking:
     )
 
 
-READERS |= {f"other-{number:02d}": other_reader(number) for number in range(1, N_OTHERS + 1)}
+NEW = {  # never trained on: for `--voice_from`
+    "new-high": Speaking(HEART, Delivery(pitch=1.25), size=1.12),
+    "new-middle": Speaking(HEART, Delivery(pitch=0.75), size=1.05),
+    "new-espeak": Speaking("espeak/en-us+m3"),
+}
+READERS |= NEW | {f"other-{number:02d}": other_reader(number) for number in range(1, N_OTHERS + 1)}
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ COLLECTIONS = {
     "asr.val_open": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True, open_vocabulary=1.0),
     "tts": Collection(unseen=False, different=True, voices=READING, varied=False, open_vocabulary=OPEN),
     "tts.val": Collection(unseen=True, different=True, voices=NAMED, varied=False),
+    "tts.val_voices": Collection(unseen=True, different=True, voices=(*NAMED, *NEW), varied=False),
     "tts.val_open": Collection(unseen=True, different=True, voices=NAMED, varied=False, open_vocabulary=1.0),
 }  # fmt: skip
 
