@@ -5,8 +5,9 @@
     python scripts/make_synthetic_datasets.py --only audio     # one part
 
 text:   data/text/tiny_corpus.txt, one sample a line; dialogues carry the chat tokens literally
-audio:  data/audio/asr.csv (wav,text,voice,answer), many voices, some noise; tts.csv (text,wav,answer,question), one
-        voice; answer: to what the recording asks, question: what the recording answers, a JSON list; "" for none
+audio:  data/audio/asr.csv (wav,text,voice,answer), many voices, some noise; tts.csv (text,wav,speaker,answer,
+        question), four voices with a name and 24 others; answer: to what the recording asks, question: what the
+        recording answers, a JSON list; "" for none
 images: data/images/annotations.json ([{"image", "caption", "accepted_answers", "questions", "groups", "colour",
         "shape", "count"}, ...]), accepted_answers: every caption that is right; annotations.val.classes.json, captions
         with their classes, for zero-shot classification
@@ -14,9 +15,9 @@ ocr:    data/ocr/ocr.csv (image,text)
 
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
 combination that training never shows (omni/synthetic/holdout.py lists them). asr.val_voices.csv has voices that asr.csv
-has not, ocr.val.csv words and fonts that ocr.csv has not. Half of the sentences of asr.csv and tts.csv are beyond the
-small world; asr.val_open.csv (the voices of asr.val_voices.csv) and tts.val_open.csv have sentences with words that
-neither has. File names in them are relative to the folder they stand in.
+has not, tts.val_voices.csv some that tts.csv has not, ocr.val.csv words and fonts that ocr.csv has not. Some of the
+sentences of asr.csv and tts.csv are beyond the small world; asr.val_open.csv (the voices of asr.val_voices.csv) and
+tts.val_open.csv have sentences with words that neither has. File names in them are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
 """

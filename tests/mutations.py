@@ -1054,7 +1054,7 @@ MUTATIONS = [
     ),
     Mutation(
         "independent judges", "a voice is compared with its own recording", "scripts/judges.py",
-        "if text != clip.text]", "]", "tests/test_second_opinion.py -k other_texts",
+        " and clip.text != text]", "]", "tests/test_second_opinion.py -k other_texts",
     ),
     Mutation(
         "independent judges", "a clip without a text is passed over", "scripts/second_opinion.py",
