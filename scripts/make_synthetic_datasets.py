@@ -17,7 +17,7 @@ Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose
 combination that training never shows (omni/synthetic/holdout.py lists them). asr.val_voices.csv has voices that asr.csv
 has not, tts.val_voices.csv some that tts.csv has not, ocr.val.csv words and fonts that ocr.csv has not. Some of the
 sentences of asr.csv and tts.csv are beyond the small world; asr.val_open.csv (the voices of asr.val_voices.csv) and
-tts.val_open.csv have sentences with words that neither has. File names in them are relative to the folder they stand in.
+tts.val_open.csv have sentences with words that neither has. File names are relative to the folder they stand in.
 
 Interrupt it when you like: the same line goes on where it was.
 """
