@@ -1057,6 +1057,11 @@ MUTATIONS = [
         " and clip.text != text]", "]", "tests/test_second_opinion.py -k other_texts",
     ),
     Mutation(
+        "independent judges", "a speaker's figures are those of all", "scripts/second_opinion.py",
+        "chosen = [marks[row] for row in rows]", "chosen = marks",
+        "tests/test_second_opinion.py -k speakers_have_rows",
+    ),
+    Mutation(
         "independent judges", "a clip without a text is passed over", "scripts/second_opinion.py",
         "    if found:\n", "    if False:\n", "tests/test_second_opinion.py -k text_that_is_missing",
     ),
@@ -1101,6 +1106,14 @@ MUTATIONS = [
         "spoken forms", "a run goes on with words of another version", "train_audio_enc.py",
         "                **spoken_version(config.text_language),\n", "",
         "tests/test_spoken.py -k another_version",
+    ),
+    Mutation(
+        "built-in data", "a new reader reads training sentences", "omni/synthetic/speech.py",
+        'READING = ("heart",', 'READING = ("new-high",', "tests/test_synthetic_data.py -k readers_are_named",
+    ),
+    Mutation(
+        "vocoder", "the mel loss has one window", "omni/stages/vocoder.py",
+        "for window in config.mel_loss_windows", "for window in ()", "tests/test_vocoder.py -k by_hand",
     ),
     Mutation(
         "held-out words", "training says them", "omni/synthetic/speech.py",
