@@ -73,8 +73,8 @@ TASKS = (  # of stage E
     "text", "image_question", "caption", "transcription", "spoken_question", "spoken_image_question", "spoken_answer",
 )  # fmt: skip
 
-VOICES = ("heart", "joe", "low", "pico")  # of the talker
-NEW_VOICES = ("new-espeak", "new-high", "new-middle")  # that the talker speaks in after hearing a recording
+VOICES = ("heart", "high", "joe", "low")  # of the talker
+NEW_VOICES = ("new-espeak", "new-hibari", "new-pico")  # that the talker speaks in after hearing a recording
 
 STAGES = [  # by priority: first the stages that others need, then the longest
     DemoStage(

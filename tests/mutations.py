@@ -1109,7 +1109,7 @@ MUTATIONS = [
     ),
     Mutation(
         "built-in data", "a new reader reads training sentences", "omni/synthetic/speech.py",
-        'READING = ("heart",', 'READING = ("new-high",', "tests/test_synthetic_data.py -k readers_are_named",
+        'READING = ("heart",', 'READING = ("new-pico",', "tests/test_synthetic_data.py -k readers_are_named",
     ),
     Mutation(
         "vocoder", "the mel loss has one window", "omni/stages/vocoder.py",
