@@ -428,6 +428,7 @@ def judge(folders: dict[str, Path], data: Path, output: Path) -> dict[str, float
         options = [f"{version}={folder / version}" for version in ("recordings", *versions)]
         options += [word for one in judges for word in ("--judge", one)]
         options += ["--json", str(folder / "judges.json"), "--page", str(folder / "speech.html")]
+        options += ["--picture", str(folder / "speech.png")]
         run("scripts/second_opinion.py", *options)
         said = json.loads((folder / "judges.json").read_text())["judges"]
         figures[name] = {

@@ -1,8 +1,11 @@
-"""A page to listen to versions of the same sentences side by side: what scripts/second_opinion.py --page writes."""
+"""Versions of the same sentences side by side, as a page to listen to and as a picture: what scripts/second_opinion.py
+writes with --page and --picture."""
 
 import base64
 import html
 import io
+import itertools
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from PIL import Image
 from omni.common.files import replace_file
 from omni.data.audio import MelSpec, load_audio, log_mel
 
-MOST_SENTENCES = 10
+MOST_SENTENCES = 10  # on the page
+MOST_DRAWN = 3  # in the picture
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Second opinion</title>
 <meta http-equiv="Content-Security-Policy"
@@ -67,6 +71,33 @@ def figure(version: Version) -> str:
 
 def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
+
+
+def write_picture(path: Path, sentences: dict[str, list[Version]]) -> None:
+    """A PNG with the spectrograms of the first MOST_DRAWN sentences: a row a sentence, a column a source.
+
+    Args:
+        sentences: text -> its versions.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window, and nothing that is left open
+
+    shown = list(sentences.items())[:MOST_DRAWN]
+    columns = max(len(versions) for _, versions in shown)
+    drawing = Figure(figsize=(3 * columns, 1.9 * len(shown)), layout="constrained", dpi=80)
+    for axes, (text, versions) in zip(drawing.subplots(len(shown), columns, squeeze=False), shown, strict=True):
+        for axis, version in itertools.zip_longest(axes, versions):
+            if version is None:
+                axis.axis("off")
+                continue
+            mel = log_mel(torch.from_numpy(load_audio(version.path, MelSpec.sample_rate)), MelSpec()).numpy()
+            seconds = len(mel) * MelSpec.hop_length / MelSpec.sample_rate
+            axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[1]))
+            axis.set_title(version.source, fontsize=8)
+            axis.set_yticks([])
+            axis.tick_params(labelsize=6)
+        axes[0].set_ylabel("\n".join(textwrap.wrap(text, 24)), fontsize=7)
+    drawing.supxlabel("seconds; 80 mel channels, louder is brighter", fontsize=7)
+    replace_file(path, lambda file: drawing.savefig(file, format="png"))
 
 
 def draw_log_mel(waveform: np.ndarray) -> bytes:

@@ -31,7 +31,7 @@ from omni.stages.audio_encoder import COLUMNS
 from omni.stages.voices import speaker_of
 from omni.train.cli import OneLineErrors, launch
 from scripts.judges import JUDGES, Clip, Judge, References, VoiceJudge, installed
-from scripts.listening_page import Version, write_page
+from scripts.listening_page import Version, write_page, write_picture
 
 RECORDINGS = "recordings"  # the source that the others are compared with
 
@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="judge the first N clips of each folder only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and transcripts")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page to listen to the sources")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw spectrograms of three sentences, a PNG")
     args = parser.parse_args(argv)
     names = args.judge or [name for name in JUDGES if installed(JUDGES[name])]
     if not names:
@@ -171,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--voice: has no effect without a judge of voices, such as resemblyzer")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit: expected at least 1, found {args.limit}")
-    for path in filter(None, (args.json, args.page)):
+    for path in filter(None, (args.json, args.page, args.picture)):
         if not path.parent.is_dir() or path.is_dir():
             raise UserError(f"{path}: expected the name of a file in a folder that is there")
     sources = {name: read_source(folder, args.limit) for name, folder in args.sources}
@@ -187,6 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.json, {"texts": texts, "judges": said}, indent=2)
     if args.page:
         write_page(args.page, page_rows(sources, verdicts), table)
+    if args.picture:
+        write_picture(args.picture, page_rows(sources, verdicts))
 
 
 if __name__ == "__main__":

@@ -253,6 +253,16 @@ def test_the_page_is_self_contained(speech, tmp_path):
     assert Image.open(io.BytesIO(pictures[4])).size == (30, 80)  # frames of 10 ms, mel channels
 
 
+def test_the_picture_has_a_row_a_sentence_and_a_column_a_source(speech, tmp_path):
+    sizes = []
+    for limit in ("1", "3"):
+        second_opinion.main([*both(speech), "--limit", limit, "--picture", str(tmp_path / "picture.png")])
+        picture = Image.open(tmp_path / "picture.png")
+        sizes.append(picture.size)
+        assert np.asarray(picture.convert("L")).std() > 20, "it is empty"
+    assert sizes[0][0] == sizes[1][0] and 2 < sizes[1][1] / sizes[0][1] < 4
+
+
 def test_a_tone_is_drawn_at_its_height():
     from scripts.listening_page import draw_log_mel
 
