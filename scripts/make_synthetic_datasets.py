@@ -56,7 +56,7 @@ HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training l
 HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_voices", "tts.val_open")
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
-    "demo": {"asr": 16_000, "tts": 9_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "demo": {"asr": 16_000, "tts": 8_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
     "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
