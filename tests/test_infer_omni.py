@@ -351,6 +351,7 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
 
 def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):
     assert sentences(" One. Two?  Three 1.5 four!\nfive ") == ["One.", "Two?", "Three 1.5 four!", "five"]
+    assert sentences("Mr. Low saw Dr. Jay. He left.") == ["Mr. Low saw Dr. Jay.", "He left."]
     asked = []
 
     def stream(self, text, **sampling):

@@ -26,7 +26,9 @@ from omni.models.vocoder import refuse_other_mels
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
 UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
 PAUSE_S = 0.2  # between utterances
-_ENDS = re.compile(r"(?<=[.!?…])\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
+_TITLES = ("Mr", "Mrs", "Ms", "Dr", "Prof", "Capt", "Gen", "Gov", "Lt", "Sgt", "Rev", "St")  # whose stop ends nothing
+_NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in _TITLES)
+_ENDS = re.compile(rf"(?<=[.!?…]){_NO_TITLE}\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
 
 
 def load_speaker(
