@@ -43,7 +43,7 @@ from omni.stages.codec import (
 from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references, sample_writer
 from omni.stages.talker import STAGE, CodedSpeech, TalkerConfig
 from omni.stages.vocoder import load_vocoder_for
-from omni.stages.voices import Voices, require_speakers, with_references
+from omni.stages.voices import Voices, hint_at_speakers, require_speakers, with_references
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         lengths = count_codes(run, manifest, config)
         if config.voice_layers:
             require_speakers(run, manifest)
+        else:
+            hint_at_speakers(run, manifest)
         if config.val_csv:
             val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key="text")
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))

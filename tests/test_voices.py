@@ -289,6 +289,8 @@ def test_without_voice_layers_the_column_changes_nothing(tmp_path):
         training.finish()
     assert not differences(plain.final_file()["model"], named.final_file()["model"])
     assert plain.metrics() == named.metrics() and plain.final_file()["metrics"] == named.final_file()["metrics"]
+    hints = ['column "speaker" has no effect' in (one.save_dir / "training.log").read_text() for one in (plain, named)]
+    assert hints == [False, True]
 
 
 def test_voices_without_speakers_are_refused_before_anything_is_trained(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni.common.errors import BadRow, UserError
+from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.host import Host
 from omni.data.manifest import Manifest
 from omni.data.measure import measure_rows
@@ -56,6 +56,17 @@ def require_speakers(run: Host, manifest: Manifest) -> None:
     """
     if np.isin(speaker_keys(run, manifest), (0, speaker_key(""))).all():
         raise UserError(f'{manifest.path}: expected names in a column "speaker", for key "voice_layers"; found none')
+
+
+def hint_at_speakers(run: Host, manifest: Manifest) -> None:
+    """Log that a column ``speaker`` has no effect on a talker of one voice."""
+    try:
+        with reading_row():
+            named = bool(speaker_of(manifest[0]))
+    except BadRow:
+        named = False
+    if named:
+        run.log(f'{manifest.path}: its column "speaker" has no effect, as voice_layers is 0: all rows train one voice')
 
 
 def in_turns(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
