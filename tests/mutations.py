@@ -978,6 +978,11 @@ MUTATIONS = [
         "tests/test_prepare_data.py::test_texts_that_are_not_as_published",
     ),
     Mutation(
+        "downloads", "a member of a package has any size", "omni/data/archives.py",
+        "if int(fields[2]) > size - file.tell():", "if False:",
+        "tests/test_prepare_data.py::test_a_package_that_cannot_be_read",
+    ),
+    Mutation(
         "downloads", "any record is believed", "omni/data/download.py",
         "        if not _is_record(made):\n", "        if made is None:\n",
         "tests/test_prepare_data.py::test_damaged_records_are_no_tracebacks",

@@ -55,6 +55,16 @@ def zip_bytes(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def deb_bytes(files: dict[str, bytes], *, data: bytes | None = None) -> bytes:
+    """A Debian package: an ar archive whose last member is a tar; ``data`` stands in the place of the tar."""
+    data = tar_bytes({f"./{name}": content for name, content in files.items()}, "w:xz") if data is None else data
+    package = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data)):
+        package += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        package += b"\n" * (len(content) % 2)
+    return package
+
+
 def audio_bytes(seed: int, sample_rate: int, kind: str) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.random.default_rng(seed).normal(0, 0.1, sample_rate // 20), sample_rate, format=kind)
@@ -635,6 +645,22 @@ def test_a_zip_that_cannot_be_read(tmp_path, change):
     assert "damaged, or not the file" in unpacked_or_refused(PICTURES, zip_with(change), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"!<arch>", b"<html>!", "expected a Debian package"),
+        (b"data.tar", b"more.tar", "expected data.tar"),
+        (b"4         `", b"-60       `", "expected the header"),
+        (b"4         `", b"9999999999`", "truncated"),
+    ],
+    ids=["no package", "no data", "a size below zero", "a size beyond the file"],
+)
+def test_a_package_that_cannot_be_read(tmp_path, old, new, words):
+    archive, good = dataclasses.replace(TALKS, name="dev.deb"), deb_bytes(SPEECH)
+    assert unpacked_or_refused(archive, good, tmp_path) is None
+    assert words in unpacked_or_refused(archive, good.replace(old, new), tmp_path)
+
+
 def test_a_bomb_is_stopped(tmp_path):
     """However it is packed, in one member or in many, wanted or not: nothing grows beyond what the catalogue says."""
     zeros = bytes(60 << 20)
@@ -659,15 +685,15 @@ def test_a_bomb_is_stopped(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["zip", "deflated zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("kind", ["zip", "deflated zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "deb"])
 def test_damaged_archives_are_refused_in_one_line(tmp_path, kind):
     rng = random.Random(kind)
     if "zip" in kind:
         archive, good = PICTURES, zip_with(lambda *_: None) if kind != "zip" else zip_bytes(IMAGES)
     else:
-        mode = f"w:{kind.partition('.')[2]}"
         small = {name: content[:700] for name, content in SPEECH.items()}
-        archive, good = dataclasses.replace(TALKS, name=f"dev.{kind}"), tar_bytes(small, mode)
+        good = deb_bytes(small) if kind == "deb" else tar_bytes(small, f"w:{kind.partition('.')[2]}")
+        archive = dataclasses.replace(TALKS, name=f"dev.{kind}")
     assert unpacked_or_refused(archive, good, tmp_path) is None
     refused = 0
     for _ in range(80):
