@@ -2,6 +2,7 @@
 
     python scripts/prepare_data.py tinystories librispeech ljspeech coco mjsynth   # all stages: a download of 42 GB
     python scripts/prepare_data.py librispeech --subset dev-clean --limit 500      # a small try
+    python scripts/prepare_data.py asterisk                                        # recordings to evaluate stage B on
 
 After an interruption the same command continues. Archives go to <out>/downloads, are compared with their published
 checksums, unpacked, and deleted.
@@ -10,12 +11,16 @@ checksums, unpacked, and deleted.
 import argparse
 import contextlib
 import csv
+import gzip
 import io
 import itertools
 import json
+import re
 import signal
 import sys
 import textwrap
+import wave
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +39,12 @@ TableRows = Iterable[dict[str, str]]
 
 # --- what is written: rows from the files as they are published -------------------------------------------------------
 
+# raised by the readers of text, CSV, JSON and gzip for damaged bytes
+DAMAGES = (
+    ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error,
+    gzip.BadGzipFile, zlib.error, EOFError,
+)  # fmt: skip
+
 
 @contextlib.contextmanager
 def as_published(path: Path) -> Iterator[Path]:
@@ -43,7 +54,7 @@ def as_published(path: Path) -> Iterator[Path]:
     """
     try:
         yield path
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except DAMAGES as error:
         reason = quoted(f"{type(error).__name__}: {error}")
         raise RunError(f"{path}: damaged, or not as it is published: {reason}. Delete it to get it again") from error
 
@@ -58,16 +69,17 @@ def librispeech_rows(folder: Path, items: Items) -> dict[str, TableRows]:
             with as_published(folder / transcript) as path:
                 lines = path.read_text(encoding="utf-8").splitlines()
                 texts.update(line.split(" ", 1) for line in lines)
-        rows.setdefault(output, []).extend({"wav": name, "text": text_of(name, texts)} for name in names)
+        of_archive = ({"wav": name, "text": text_of(name, Path(name).stem, texts)} for name in names)
+        rows.setdefault(output, []).extend(of_archive)
     return {output: sorted(of_output, key=lambda row: row["wav"]) for output, of_output in rows.items()}
 
 
-def text_of(name: str, texts: dict[str, str]) -> str:
+def text_of(name: str, utterance: str, texts: dict[str, str]) -> str:
     """
     Raises:
         RunError: a recording without a transcript.
     """
-    if (utterance := Path(name).stem) not in texts:
+    if utterance not in texts:
         raise RunError(f"{name}: expected its transcript in the archive, found none")
     return texts[utterance]
 
@@ -84,7 +96,58 @@ def ljspeech_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     with as_published(metadata), open(metadata, newline="", encoding="utf-8") as file:
         texts = {line[0]: line[2] for line in csv.reader(file, delimiter="|", quoting=csv.QUOTE_NONE)}
     (names,) = items.values()
-    return {"production_tts.csv": ({"text": text_of(name, texts), "wav": name} for name in sorted(names))}
+    rows = ({"text": text_of(name, Path(name).stem, texts), "wav": name} for name in sorted(names))
+    return {"production_tts.csv": rows}
+
+
+def asterisk_rows(folder: Path, items: Items) -> dict[str, TableRows]:
+    """The published texts as ``pronounced``, of recordings with words: tones, noises and silence are left out.
+
+    Raises:
+        RunError: the texts are damaged, or a recording has none.
+    """
+    with as_published(folder / ALLISON_TEXTS) as path, gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = [line.split(":", 1) for line in file if line.strip() and not line.startswith(";")]
+        texts = {f"{ALLISON}/{name}.wav": pronounced(text) for name, text in lines}
+    names = sorted(name for name in itertools.chain(*items.values()) if name != ALLISON_TEXTS)
+    rows = [{"wav": name, "text": text} for name in names if (text := text_of(name, name, texts))]
+    if not rows:
+        raise RunError(f"{path}: expected words for some of {len(names):,} recordings, found none")
+    log(
+        f"{path}: {len(texts):,} texts = {len(rows):,} rows + {len(names) - len(rows):,} left out (no words) "
+        f"+ {len(texts) - len(names):,} left out (recording not unpacked)"
+    )
+    return {"asterisk.csv": rows}
+
+
+def pronounced(text: str) -> str:
+    """What is spoken of a text of Asterisk's; "" if it has no words.
+
+    Remarks in brackets go ("at [@]", "IAX (note: does not say "2")", "<beep ascending>"), and so do ellipses, where a
+    program puts in another recording ("... extension ..."). ``*`` and ``#`` are read as star and pound, as the keys
+    are in the other texts. Digits stay, and so do the texts' misspellings.
+    """
+    text = re.sub(r"\[.*?\]|\(.*?\)|<.*?>|\.{3}", " ", text).replace("*", "star").replace("#", "pound")
+    return in_words(text)
+
+
+def g722_to_wav(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
+    """16 kHz, 16 bit, mono. G.722 has neither header nor checksum: each byte is two samples.
+
+    Raises:
+        EOFError: the file is empty.
+    """
+    import av  # here: only this dataset needs it
+
+    with av.open(io.BytesIO(file.read()), format="g722") as container:
+        samples = [frame.to_ndarray().tobytes() for frame in container.decode(audio=0)]
+    if not samples:
+        raise EOFError("a recording is empty")
+    wav = io.BytesIO()
+    with wave.open(wav, "wb") as recording:
+        recording.setparams((1, 2, 16_000, 0, "NONE", ""))
+        recording.writeframes(b"".join(samples))
+    yield wav.getvalue()
 
 
 def coco_rows(folder: Path, items: Items) -> dict[str, TableRows]:
@@ -161,7 +224,11 @@ def tinystories_lines(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
 
 # --- what there is ----------------------------------------------------------------------------------------------------
 # Sources of sizes and checksums: tensorflow-datasets (LibriSpeech, LJSpeech, COCO), torchaudio (LibriSpeech, LJSpeech),
-# its pages at Hugging Face (TinyStories), several loaders that agree (WikiText), mmocr (MJSynth).
+# its pages at Hugging Face (TinyStories), several loaders that agree (WikiText), mmocr (MJSynth), Debian's index of
+# packages (Asterisk).
+
+ALLISON = "en_US_f_Allison"  # the published folder, named after the speaker, Allison Smith
+ALLISON_TEXTS = f"{ALLISON}/core-sounds-en.txt.gz"
 
 
 @dataclass(frozen=True)
@@ -186,6 +253,12 @@ def _librispeech(subset: str, size: int, count: int, checksum: str) -> Archive:
         items=rf"({speech}\.flac)", extras=rf"({speech}\.trans\.txt)", extra_of=librispeech_transcript,
         outputs=("production_asr.csv" if subset.startswith("train") else "production_asr.val.csv",),
     )  # fmt: skip
+
+
+def _asterisk(package: str, size: int, checksum: str, **fields) -> Archive:
+    name = f"{package}_1.6.1-1_all.deb"
+    url = f"https://deb.debian.org/debian/pool/main/a/asterisk-core-sounds/{name}"
+    return Archive(name=name, url=url, size=size, checksum=checksum, **fields)
 
 
 def _coco(split: str, size: int, count: int, output: str, checksum: str) -> Archive:
@@ -263,6 +336,23 @@ DATASETS = {
             ),
         ),
         ljspeech_rows,
+    ),
+    "asterisk": Dataset(
+        "audio", "24 minutes of telephone prompts in English by Allison Smith, 16 kHz; to evaluate, not to train on",
+        "CC BY-SA 3.0",
+        (
+            _asterisk("asterisk-core-sounds-en", 22_844,
+                      "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+                      root="usr/share/doc/asterisk-core-sounds-en",
+                      items=r"usr/share/doc/asterisk-core-sounds-en/(core-sounds-en\.txt\.gz)",
+                      rename={"core-sounds-en.txt.gz": ALLISON_TEXTS}),
+            _asterisk("asterisk-core-sounds-en-g722", 10_565_860,
+                      "38c5261820b406dcb0ecb37675720da2b0864850690690352ca52707eb623806", count=568, growth=4.7,
+                      root=f"usr/share/asterisk/sounds/{ALLISON}",
+                      items=rf"usr/share/asterisk/sounds/({ALLISON}/(?:\w+/)?[\w-]+)\.g722",
+                      convert=g722_to_wav, suffix=".wav", outputs=("asterisk.csv",)),
+        ),
+        asterisk_rows,
     ),
     "coco": Dataset(
         "images", "COCO 2017, 123 thousand photos with five captions each",

@@ -973,9 +973,28 @@ MUTATIONS = [
     ),
     Mutation(
         "downloads", "any text is taken for what is published", "scripts/prepare_data.py",
-        "except (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error) as error:",
-        "except csv.Error as error:",
+        "except DAMAGES as error:", "except csv.Error as error:",
         "tests/test_prepare_data.py::test_texts_that_are_not_as_published",
+    ),
+    Mutation(
+        "downloads", "a member of a package has any size", "omni/data/archives.py",
+        "if int(fields[2]) > size - file.tell():", "if False:",
+        "tests/test_prepare_data.py::test_a_package_that_cannot_be_read",
+    ),
+    Mutation(
+        "downloads", "an empty recording is converted", "scripts/prepare_data.py",
+        "    if not samples:\n", "    if False:\n",
+        "tests/test_prepare_data.py::test_hostile_and_broken_archives -k 'empty'",
+    ),
+    Mutation(
+        "downloads", "fewer converted files are downloaded again", "omni/data/download.py",
+        "if archive.convert and not archive.count:", "if archive.convert:",
+        "tests/test_prepare_data.py::test_asterisk",
+    ),
+    Mutation(
+        "downloads", "remarks in brackets stay in transcripts", "scripts/prepare_data.py",
+        r're.sub(r"\[.*?\]|\(.*?\)|<.*?>|\.{3}", " ", text)', "text",
+        "tests/test_prepare_data.py::test_asterisk",
     ),
     Mutation(
         "downloads", "any record is believed", "omni/data/download.py",

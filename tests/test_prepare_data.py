@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import gzip
 import hashlib
 import http.server
 import importlib.util
@@ -19,6 +20,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -55,6 +57,26 @@ def zip_bytes(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def deb_bytes(files: dict[str, bytes], *, data: bytes | None = None) -> bytes:
+    """A Debian package: an ar archive whose last member is a tar; ``data`` stands in the place of the tar."""
+    data = tar_bytes({f"./{name}": content for name, content in files.items()}, "w:xz") if data is None else data
+    package = b"!<arch>\n"
+    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data)):
+        package += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode() + content
+        package += b"\n" * (len(content) % 2)
+    return package
+
+
+def g722_bytes(frequency_hz: float, seconds: float) -> bytes:
+    """A tone of amplitude 0.5, at 64 kbit/s."""
+    tone = np.sin(2 * np.pi * frequency_hz * np.arange(int(16_000 * seconds)) / 16_000)
+    frame = av.AudioFrame.from_ndarray((16_384 * tone).astype(np.int16)[None], format="s16", layout="mono")
+    frame.sample_rate = 16_000
+    encoder = av.CodecContext.create("g722", "w")
+    encoder.sample_rate, encoder.layout, encoder.format = 16_000, "mono", "s16"
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
 def audio_bytes(seed: int, sample_rate: int, kind: str) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, np.random.default_rng(seed).normal(0, 0.1, sample_rate // 20), sample_rate, format=kind)
@@ -84,6 +106,26 @@ def captions_json(images: list[int]) -> bytes:
     ).encode()
 
 
+ALLISON = "usr/share/asterisk/sounds/en_US_f_Allison"
+PROMPTS = b"""; Core Asterisk Sounds in English
+
+vm-intro: Leave your message  after the tone. (simple tone sound plays)
+digits/1: one
+letters/at: at [@]
+beep: [this is a simple beep tone]
+confbridge-join: <beep ascending>
+silence/1: (1 second of silence)
+spy-iax2: IAX (note: does not say "2")
+dir-multi3: ... extension ...
+priv-callpending: who introduces themselves as:
+dictate/filename: followed by # or just # to exit, or *
+gone: No recording.
+"""
+RECORDED = [
+    "vm-intro", "digits/1", "letters/at", "beep", "confbridge-join", "silence/1", "spy-iax2", "dir-multi3",
+    "priv-callpending", "dictate/filename",
+]  # fmt: skip
+TEXTS_DEB, SOUNDS_DEB = "asterisk-core-sounds-en_1.6.1-1_all.deb", "asterisk-core-sounds-en-g722_1.6.1-1_all.deb"
 CONTENT = {
     "train-clean-100.tar.gz": librispeech("train-clean-100", ["26-495", "19-198", "19-227"], 3),
     "dev-clean.tar.gz": librispeech("dev-clean", ["84-121"], 2),
@@ -94,6 +136,12 @@ CONTENT = {
             f'LJ00{i}-0001|In 14{i}, "he" said|In fourteen {i}, "he" said\n' for i in (1, 2, 3)
         ).encode()
     },
+    TEXTS_DEB: {
+        "usr/share/doc/asterisk-core-sounds-en/changelog.gz": b"not wanted",
+        "usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz": gzip.compress(PROMPTS, mtime=0),
+    },
+    SOUNDS_DEB: {f"{ALLISON}/{name}.g722": g722_bytes(400 + 200 * i, 0.25) for i, name in enumerate(RECORDED)}
+    | {"usr/share/doc/asterisk-core-sounds-en-g722/copyright": b"not wanted"},
     "annotations_trainval2017.zip": {
         "annotations/instances_train2017.json": b"not wanted",
         "annotations/captions_train2017.json": captions_json([9, 25, 30]),
@@ -127,6 +175,8 @@ CONTENT = {
 def pack(name: str, files: bytes | dict[str, bytes]) -> bytes:
     if isinstance(files, bytes):
         return files
+    if name.endswith(".deb"):
+        return deb_bytes(files)
     return zip_bytes(files) if name.endswith(".zip") else tar_bytes(files, f"w:{name.rpartition('.')[2]}")
 
 
@@ -297,6 +347,19 @@ def expected_librispeech() -> dict[str, bytes]:
     return files
 
 
+def expected_asterisk() -> list[dict[str, str]]:
+    texts = {
+        "dictate/filename": "followed by pound or just pound to exit, or star",
+        "digits/1": "one",
+        "dir-multi3": "extension",
+        "letters/at": "at",
+        "priv-callpending": "who introduces themselves as:",
+        "spy-iax2": "IAX",
+        "vm-intro": "Leave your message after the tone.",
+    }
+    return [{"wav": f"en_US_f_Allison/{name}.wav", "text": text} for name, text in texts.items()]
+
+
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +441,28 @@ def test_small_datasets(preparation):
     assert preparation.rows("images/production_annotations.val.json") == [
         {"image": "Flicker8k_Dataset/2_b.jpg", "caption": "A cat ."}
     ]
+
+
+def test_asterisk(preparation):
+    """Texts without what is not spoken, recordings of 16 kHz; what is left out is counted."""
+    printed = preparation.finish("asterisk").stdout
+    assert "11 texts = 7 rows + 3 left out (no words) + 1 left out (recording not unpacked)" in printed
+    assert preparation.rows("audio/asterisk.csv") == expected_asterisk()
+    files = preparation.files()
+    assert not [name for name in files if b"not wanted" in files[name] or name.startswith("downloads/")]
+    for i, name in enumerate(RECORDED):
+        samples, rate = soundfile.read(io.BytesIO(files[f"audio/en_US_f_Allison/{name}.wav"]))
+        spectrum = np.abs(np.fft.rfft(samples))
+        assert rate == 16_000 and samples.shape == (4_000,)
+        assert np.argmax(spectrum) * rate / 4_000 == 400 + 200 * i
+        assert 0.34 < np.std(samples[400:]) < 0.36  # that of a sine with amplitude 0.5
+
+    requests = len(preparation.server.requests)
+    preparation.finish("asterisk")
+    assert len(preparation.server.requests) == requests and preparation.files() == files
+    printed = preparation.finish("asterisk", "--limit", "4").stdout
+    assert "11 texts = 3 rows + 1 left out (no words) + 7 left out (recording not unpacked)" in printed
+    assert len(preparation.server.requests) == requests, "fewer recordings than are there were downloaded again"
 
 
 def test_limit(preparation):
@@ -532,6 +617,20 @@ def test_killed_at_every_renaming(preparation):
     assert preparation.server.sent == len(ARCHIVES["dev-clean.tar.gz"])
 
 
+def test_killed_at_every_renaming_of_converted_files(preparation):
+    """What is made of a file of an archive is as complete under its final name as what is copied."""
+    for count in itertools.count(1):
+        result = preparation.run("asterisk", prelude=kill_at("os:replace", 2))
+        if result.returncode == 0:
+            break
+        assert result.returncode == -9, result.stderr
+        assert count < 40
+    assert count > 5
+    assert preparation.rows("audio/asterisk.csv") == expected_asterisk()
+    assert not list(preparation.out.rglob(".*.tmp"))
+    assert preparation.server.sent == len(ARCHIVES[TEXTS_DEB]) + len(ARCHIVES[SOUNDS_DEB])
+
+
 def test_killed_before_the_archive_is_deleted(preparation):
     kill = kill_at("pathlib:Path.unlink", 1)
     preparation.finish("ljspeech", "--keep_archives")
@@ -560,7 +659,7 @@ def test_one_process_at_a_time(preparation):
 
 # --- archives that cannot be trusted, disks that are too small --------------------------------------------------------
 
-SPEECH, IMAGES = CONTENT["dev-clean.tar.gz"], CONTENT["val2017.zip"]
+SPEECH, IMAGES, RECORDINGS = CONTENT["dev-clean.tar.gz"], CONTENT["val2017.zip"], CONTENT[SOUNDS_DEB]
 HOSTILE = {  # the first five hold all that is wanted, too
     "tar that leaves the folder": ("dev-clean.tar.gz", tar_bytes({"../../evil": b"x"} | SPEECH)),
     "tar with a link": ("dev-clean.tar.gz", tar_bytes(SPEECH, links={"LibriSpeech/tmp": "/tmp"})),
@@ -570,6 +669,12 @@ HOSTILE = {  # the first five hold all that is wanted, too
     "truncated tar": ("dev-clean.tar.gz", ARCHIVES["dev-clean.tar.gz"][:-200]),
     "no zip at all": ("val2017.zip", b"<html>login</html>"),
     "nothing wanted in it": ("val2017.zip", zip_bytes({"readme": b"x"})),
+    "deb with a link": (SOUNDS_DEB, deb_bytes({}, data=tar_bytes(CONTENT[SOUNDS_DEB], "w:xz", {f"{ALLISON}/a": "b"}))),
+    "deb that leaves the folder": (SOUNDS_DEB, deb_bytes({f"{ALLISON}/../../../../../../evil": b"x"} | RECORDINGS)),
+    "deb without recordings": (SOUNDS_DEB, deb_bytes({f"{ALLISON}/readme": b"x"})),
+    "deb with an empty recording": (SOUNDS_DEB, deb_bytes(RECORDINGS | {f"{ALLISON}/beep.g722": b""})),
+    "truncated deb": (SOUNDS_DEB, ARCHIVES[SOUNDS_DEB][:-200]),
+    "recording without its text": (SOUNDS_DEB, deb_bytes(RECORDINGS | {f"{ALLISON}/new.g722": b"x"})),
     "transcript missing": ("dev-clean.tar.gz", tar_bytes({"LibriSpeech/dev-clean/1/2/1-2-0000.flac": b"x"})),
 }
 
@@ -581,11 +686,11 @@ def test_hostile_and_broken_archives(preparation, case):
     preparation.checksums.write_text(
         preparation.checksums.read_text() + f"{hashlib.sha256(content).hexdigest()}  {name}\n"
     )
-    dataset = "librispeech" if "dev" in name else "coco"
-    line = preparation.fail(1, dataset, "--subset", name.partition(".")[0])
-    assert name in line
+    dataset = "asterisk" if name == SOUNDS_DEB else "librispeech" if "dev" in name else "coco"
+    line = preparation.fail(1, dataset, *(() if dataset == "asterisk" else ("--subset", name.partition(".")[0])))
+    assert (name if case != "recording without its text" else "en_US_f_Allison/new.wav: expected") in line
     assert not list(preparation.folder.rglob("evil")) and not list(preparation.folder.parent.glob("evil"))
-    assert not list(preparation.out.rglob("production_*"))
+    assert not list(preparation.out.rglob("production_*")) and not list(preparation.out.rglob("asterisk.csv"))
 
 
 def zip_with(change) -> bytes:
@@ -635,6 +740,22 @@ def test_a_zip_that_cannot_be_read(tmp_path, change):
     assert "damaged, or not the file" in unpacked_or_refused(PICTURES, zip_with(change), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (b"!<arch>", b"<html>!", "expected a Debian package"),
+        (b"data.tar", b"more.tar", "expected data.tar"),
+        (b"4         `", b"-60       `", "expected the header"),
+        (b"4         `", b"9999999999`", "truncated"),
+    ],
+    ids=["no package", "no data", "a size below zero", "a size beyond the file"],
+)
+def test_a_package_that_cannot_be_read(tmp_path, old, new, words):
+    archive, good = dataclasses.replace(TALKS, name="dev.deb"), deb_bytes(SPEECH)
+    assert unpacked_or_refused(archive, good, tmp_path) is None
+    assert words in unpacked_or_refused(archive, good.replace(old, new), tmp_path)
+
+
 def test_a_bomb_is_stopped(tmp_path):
     """However it is packed, in one member or in many, wanted or not: nothing grows beyond what the catalogue says."""
     zeros = bytes(60 << 20)
@@ -659,15 +780,15 @@ def test_a_bomb_is_stopped(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["zip", "deflated zip", "tar", "tar.gz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("kind", ["zip", "deflated zip", "tar", "tar.gz", "tar.bz2", "tar.xz", "deb"])
 def test_damaged_archives_are_refused_in_one_line(tmp_path, kind):
     rng = random.Random(kind)
     if "zip" in kind:
         archive, good = PICTURES, zip_with(lambda *_: None) if kind != "zip" else zip_bytes(IMAGES)
     else:
-        mode = f"w:{kind.partition('.')[2]}"
         small = {name: content[:700] for name, content in SPEECH.items()}
-        archive, good = dataclasses.replace(TALKS, name=f"dev.{kind}"), tar_bytes(small, mode)
+        good = deb_bytes(small) if kind == "deb" else tar_bytes(small, f"w:{kind.partition('.')[2]}")
+        archive = dataclasses.replace(TALKS, name=f"dev.{kind}")
     assert unpacked_or_refused(archive, good, tmp_path) is None
     refused = 0
     for _ in range(80):
@@ -691,6 +812,7 @@ def load_script():
 TEXTS = {
     "librispeech": ("dev-clean.tar.gz", "LibriSpeech/dev-clean/84/121/84-121.trans.txt"),
     "ljspeech": ("LJSpeech-1.1.tar.bz2", "LJSpeech-1.1/metadata.csv"),
+    "asterisk": (SOUNDS_DEB, "en_US_f_Allison/core-sounds-en.txt.gz"),
     "coco": ("val2017.zip", "annotations/captions_val2017.json"),
     "flickr8k": ("Flickr8k_Dataset.zip", "Flickr8k_text/Flickr8k.token.txt"),
 }
@@ -703,9 +825,11 @@ def test_texts_that_are_not_as_published(tmp_path, dataset):
     archive, text = TEXTS[dataset]
     contents = CONTENT[archive] | CONTENT["annotations_trainval2017.zip"]
     contents |= {f"Flickr8k_text/{name}": content for name, content in CONTENT["Flickr8k_text.zip"].items()}
+    contents |= {f"en_US_f_Allison/{Path(name).name}": content for name, content in CONTENT[TEXTS_DEB].items()}
     names = [name for name in CONTENT[archive] if Path(name).suffix in (".flac", ".wav", ".jpg")]
+    names += [f"en_US_f_Allison/{name}.wav" for name in RECORDED if archive == SOUNDS_DEB]
     for name, content in contents.items():
-        if Path(name).suffix in (".txt", ".csv", ".json"):
+        if Path(name).suffix in (".txt", ".csv", ".json", ".gz"):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(content)
 
@@ -865,6 +989,13 @@ def test_from_unpacked_folders(preparation, tmp_path):
     assert preparation.files() == expected_librispeech() and not preparation.server.requests
     name = "LibriSpeech/dev-clean/84/121/84-121-0000.flac"
     assert (place / name).samefile(preparation.out / "audio" / name), "copied, though one disk holds both"
+
+
+def test_from_unpacked_packages(preparation, tmp_path):
+    """As ``dpkg-deb -x`` and an installation place their files."""
+    place = unpacked(tmp_path / "mine", TEXTS_DEB, SOUNDS_DEB)
+    preparation.finish("asterisk", "--from", str(place))
+    assert preparation.rows("audio/asterisk.csv") == expected_asterisk() and not preparation.server.requests
 
 
 def test_from_the_very_folder_it_writes_to(preparation):

@@ -54,6 +54,7 @@ class Archive:
     rename: Mapping[str, str] = field(default_factory=dict)
     # binary file, limit -> what to write in its place
     convert: Callable[[BinaryIO, int | None], Iterator[bytes]] | None = None
+    suffix: str = ""  # added to the names of the items, for what ``convert`` writes
     subset: str = ""  # "": always needed
     outputs: tuple[str, ...] = ()  # training files made from this archive
 
@@ -129,14 +130,14 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
     try:
         with contextlib.closing(_members(source, archive.root)) as members, progress(total, "file", source.name) as bar:
             for member in members:
-                if ".tar" in source.suffixes:  # unwanted files are decompressed, too
+                if _is_tar(source):  # unwanted files are decompressed, too
                     left.take(member.size)
                 item, extra = re.fullmatch(archive.items, member.name), re.fullmatch(archive.extras, member.name)
                 if extra:
                     _write(archive, member, folder / extra[1], None, left)
                     extras.add(extra[1])
                 elif item and (stop_at is None or len(items) < stop_at):
-                    name = archive.rename.get(item[1], item[1])
+                    name = archive.rename.get(item[1], item[1]) + archive.suffix
                     _write(archive, member, folder / name, limit, left)
                     items.append(name)
                     if is_packed and len(items) > most_items:
@@ -234,8 +235,12 @@ def _members(source: Path, root: str) -> Iterator[Member]:
                 yield Member(
                     path.relative_to(source).as_posix(), path.stat().st_size, lambda path=path: open(path, "rb"), path
                 )
-    elif ".tar" in source.suffixes:
-        with tarfile.open(source, "r|*") as tar:  # a stream: never seeks back, so stopping early saves the rest
+    elif _is_tar(source):
+        with (
+            open(source, "rb") as file,
+            # a stream: never seeks back, so stopping early saves the rest
+            tarfile.open(fileobj=_deb_content(file) if source.suffix == ".deb" else file, mode="r|*") as tar,
+        ):
             while (member := tar.next()) is not None:
                 tar.members.clear()  # they would fill the memory: nine million in MJSynth
                 member = tarfile.data_filter(member, str(source))
@@ -254,3 +259,28 @@ def _members(source: Path, root: str) -> Iterator[Member]:
                     yield Member(path.as_posix(), info.file_size, lambda info=info: archive.open(info))
     else:
         yield Member(source.name, source.stat().st_size, lambda: open(source, "rb"))
+
+
+def _is_tar(source: Path) -> bool:
+    return ".tar" in source.suffixes or source.suffix == ".deb"
+
+
+def _deb_content(file: BinaryIO) -> BinaryIO:
+    """The compressed tar with the files of a Debian package, which is an ar archive of three members (deb(5)).
+
+    Raises:
+        _Damaged: no ar archive, a member that is longer than the file, or none with the files.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if file.read(8) != b"!<arch>\n":
+        raise _Damaged("expected a Debian package, found none")
+    while header := file.read(60):  # name, time, owner, group, mode, size, end
+        fields = re.fullmatch(rb"(.{16}).{32}(\d{1,10}) *`\n", header, re.DOTALL)
+        if not fields:
+            raise _Damaged("expected the header of a member of the package, found none")
+        if int(fields[2]) > size - file.tell():
+            raise _Damaged("a member of the package is truncated")
+        if fields[1].startswith(b"data.tar"):
+            return io.BytesIO(file.read(int(fields[2])))
+        file.seek(int(fields[2]) + int(fields[2]) % 2, os.SEEK_CUR)  # members begin at even bytes
+    raise _Damaged("expected data.tar in the package, found none")

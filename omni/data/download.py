@@ -285,7 +285,7 @@ class Store:
         made = read_record(record)
         if not _is_record(made):
             return None
-        if archive.convert:
+        if archive.convert and not archive.count:  # the limit is one of lines
             enough = made["limit"] == limit
         else:
             enough = made["limit"] is None or (limit is not None and limit <= made["limit"])
