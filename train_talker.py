@@ -4,8 +4,8 @@
 
 The data are CSV rows of a text and its recording, of one voice or, with voice_layers, of the voices in the column
 speaker. First the codec learns to encode log-mels as codes and to decode them (rvq_codec.pt), then the aligner learns
-when each byte of a text is spoken (aligner.pt). Both are frozen, all recordings are coded and aligned once, and the
-talker learns to predict durations and codes (talker.pt). A recogniser of stage B adds word error rates of its speech.
+when each byte of a text is spoken (aligner.pt). All recordings are coded and aligned once, and the talker learns to
+predict durations and codes (talker.pt). A recogniser of stage B adds word error rates.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ from omni.stages.codec import (
 from omni.stages.recognizer import Recognizer, TalkerScore, prepare_references, sample_writer
 from omni.stages.talker import STAGE, CodedSpeech, TalkerConfig
 from omni.stages.vocoder import load_vocoder_for
-from omni.stages.voices import Voices, hint_at_speakers, require_speakers, with_references
+from omni.stages.voices import Voices, check_speakers, with_references
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -64,10 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Data: recordings of no more than max_codes codes ------------------------------------------------------
         manifest = val_manifest = prepare_manifest(run, config.tts_csv, COLUMNS, key="text")
         lengths = count_codes(run, manifest, config)
-        if config.voice_layers:
-            require_speakers(run, manifest)
-        else:
-            hint_at_speakers(run, manifest)
+        check_speakers(run, manifest, config.voice_layers)
         if config.val_csv:
             val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key="text")
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
@@ -143,13 +140,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------
-        computed = {"codec": weights_sha256(codec), "aligner": weights_sha256(aligner)}
-        computed |= {"codes": coded.sha256, "validation codes": val_coded.sha256}
+        models = {"codec": weights_sha256(codec), "aligner": weights_sha256(aligner)}
         return train(
             run,
             [Phase("talker", talker, build_optimizer(talker, config), loss, peak_lr=config.lr)],
             training_set(run, recordings),
-            fingerprint=text_data | computed,
+            fingerprint=text_data | models | {"codes": coded.sha256, "validation codes": val_coded.sha256},
             validation=validation,
             summary=figures | references,
         )

@@ -13,7 +13,6 @@ import csv
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -170,7 +169,12 @@ STAGES = [  # by priority: first the stages that others need, then the longest
     ),
 ]
 
-# What judges that were trained elsewhere say about the speech, where they are installed (make judges)
+# Held-out file of stage D (tts.NAME.csv) -> its judges, which were trained elsewhere, if they are installed
+JUDGES_OF = {
+    "val": ("whisper-base", "dnsmos", "resemblyzer"),
+    "val_open": ("whisper-base",),
+    "val_voices": ("resemblyzer",),
+}
 JUDGED: dict[str, str | None] = {
     "wer_recordings": "< 0.09",
     "wer_griffin_lim": None,
@@ -240,12 +244,17 @@ def demo() -> int:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
     export(folders, ROOT / "merged_model")
     ask_exported(ROOT / "merged_model", ROOT / "data", ROOT / "checkpoints")
-    if all(map(installed, JUDGES.values())):
-        results["judged"] = judge(folders, ROOT / "data" / "audio", ROOT / "checkpoints" / "speech_demo")
-    else:
-        print("\nNo judges of speech are installed. To have them: make judges, then the same command again")
+    results.pop("judged", None)  # of other models
     minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
     write_json(RESULTS, results, indent=2)
+    missing = sorted({name for names in JUDGES_OF.values() for name in names if not installed(JUDGES[name])})
+    if missing:
+        print(f"\nJudges of speech that are not installed: {', '.join(missing)}. To have them: make judges")
+    else:
+        started = time.monotonic()
+        results["judged"] = judge(folders, ROOT / "data" / "audio", ROOT / "checkpoints" / "speech_demo")
+        minutes["judged"] = round((time.monotonic() - started) / 60, 2)
+        write_json(RESULTS, results, indent=2)
     print_table(results)
     print(
         "\nTalk to it:\n  .venv/bin/python infer_chat.py --ckpt_dir merged_model\n"
@@ -412,16 +421,12 @@ def show(stage: DemoStage, folders: dict[str, Path], data: Path, items: int) -> 
 
 
 def judge(folders: dict[str, Path], data: Path, output: Path) -> dict[str, float]:
-    """Held-out sentences in several versions, as judges that were trained elsewhere hear them: see ``JUDGED``."""
+    """The figures of ``JUDGED``, of 100 sentences from each of the held-out files of stage D."""
     print("\n=== Judges trained elsewhere, on the speech of the models", flush=True)
     figures = {}
-    for name, judges, versions in (
-        ("val", ("whisper-base", "dnsmos", "resemblyzer"), ("griffin_lim", "vocoded", "codec", "talker")),
-        ("val_open", ("whisper-base",), ("talker",)),
-        ("val_voices", ("resemblyzer",), ("talker",)),
-    ):
+    for name, judges in JUDGES_OF.items():
+        versions = ("griffin_lim", "vocoded", "codec", "talker") if name == "val" else ("talker",)
         folder = output / name
-        shutil.rmtree(folder, ignore_errors=True)
         options = ["--ckpt_dir", str(folders["talker"]), "--vocoder_ckpt", str(folders["vocoder"])]
         options += ["--data", str(data / f"tts.{name}.csv"), "--limit", "100", "--save_speech", str(folder)]
         run("scripts/evaluate.py", "talker", *options)

@@ -4,7 +4,6 @@ writes with --page and --picture."""
 import base64
 import html
 import io
-import itertools
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,7 @@ def data_uri(content: bytes, media_type: str) -> str:
 
 
 def write_picture(path: Path, sentences: dict[str, list[Version]]) -> None:
-    """A PNG with the spectrograms of the first MOST_DRAWN sentences: a row a sentence, a column a source.
+    """A PNG with the spectrograms of the first MOST_DRAWN sentences: a row for each sentence, a column for each source.
 
     Args:
         sentences: text -> its versions.
@@ -82,20 +81,22 @@ def write_picture(path: Path, sentences: dict[str, list[Version]]) -> None:
     from matplotlib.figure import Figure  # not pyplot: no window, and nothing that is left open
 
     shown = list(sentences.items())[:MOST_DRAWN]
-    columns = max(len(versions) for _, versions in shown)
-    drawing = Figure(figsize=(3 * columns, 1.9 * len(shown)), layout="constrained", dpi=80)
-    for axes, (text, versions) in zip(drawing.subplots(len(shown), columns, squeeze=False), shown, strict=True):
-        for axis, version in itertools.zip_longest(axes, versions):
-            if version is None:
-                axis.axis("off")
-                continue
+    sources = list(dict.fromkeys(version.source for _, versions in shown for version in versions))
+    drawing = Figure(figsize=(3 * len(sources), 1.9 * len(shown)), layout="constrained", dpi=80)
+    for axes, (text, versions) in zip(drawing.subplots(len(shown), len(sources), squeeze=False), shown, strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        for version in versions:
+            axis = axes[sources.index(version.source)]
+            axis.set_axis_on()
             mel = log_mel(torch.from_numpy(load_audio(version.path, MelSpec.sample_rate)), MelSpec()).numpy()
             seconds = len(mel) * MelSpec.hop_length / MelSpec.sample_rate
             axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[1]))
-            axis.set_title(version.source, fontsize=8)
+            axis.set_title(version.source, fontsize=8, parse_math=False)
             axis.set_yticks([])
             axis.tick_params(labelsize=6)
-        axes[0].set_ylabel("\n".join(textwrap.wrap(text, 24)), fontsize=7)
+        first = axes[sources.index(versions[0].source)]
+        first.set_ylabel("\n".join(textwrap.wrap(text, 24)), fontsize=7, parse_math=False)
     drawing.supxlabel("seconds; 80 mel channels, louder is brighter", fontsize=7)
     replace_file(path, lambda file: drawing.savefig(file, format="png"))
 

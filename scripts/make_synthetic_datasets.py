@@ -123,12 +123,18 @@ def audio_settings(args: argparse.Namespace) -> dict:
     settings = {"seed": args.seed, "clips": CLIPS[args.size]}
     if args.speech_text:
         digest = hashlib.sha256(read_text(args.speech_text, "text").encode()).hexdigest()
-        settings["speech_text"] = {"file": args.speech_text, "sha256": digest}
+        settings["speech_text"] = {"file": str(Path(args.speech_text).resolve()), "sha256": digest}
     return settings
 
 
 def audio_collections(settings: dict) -> list[Collection]:
-    own = own_sentences(settings["speech_text"]["file"]) if "speech_text" in settings else []
+    own = []
+    if "speech_text" in settings:
+        unseen = [name for name, one in speech.COLLECTIONS.items() if one.unseen]
+        held_out = {
+            text for name in unseen for text in speech.sentences(name, settings["seed"], settings["clips"][name])
+        }
+        own = own_sentences(settings["speech_text"]["file"], held_out)
 
     def collection(name: str, count: int) -> Collection:
         columns = (
@@ -143,18 +149,20 @@ def audio_collections(settings: dict) -> list[Collection]:
     return [collection(name, count) for name, count in settings["clips"].items()]
 
 
-def own_sentences(path: str) -> list[str]:
-    """The sentences of the user's text that can be read aloud.
+def own_sentences(path: str, held_out: set[str]) -> list[str]:
+    """The sentences of the user's text that can be read aloud, without those that are ``held_out``.
 
     Raises:
         UserError: there are none.
     """
     usable, total = open_vocabulary.sentences_of(read_text(path, "text"))
     words = f"{open_vocabulary.WORDS[0]} to {open_vocabulary.WORDS[-1]} words"
-    expected = f"English sentences of {words} and up to {open_vocabulary.MAX_CHARACTERS} characters"
+    most = open_vocabulary.MAX_CHARACTERS
+    expected = f"English sentences of {words} and up to {most} characters, of letters a to z and , . ? ! ' - only"
+    usable = [text for text in usable if text not in held_out]
     if not usable:
         raise UserError(f"{path}: expected {expected}, found none among its {total:,} sentences")
-    print(f"{path}: {len(usable):,} of {total:,} sentences can be used ({expected}, without held-out words)")
+    print(f"{path}: {len(usable):,} of {total:,} sentences can be used ({expected}, not held out)")
     return usable
 
 
@@ -513,7 +521,7 @@ def in_processes(function: Callable, tasks: list[tuple], n_processes: int) -> It
     Closing the generator kills the processes.
 
     Raises:
-        OSError: a task's.
+        OSError, UserError: a task's.
         RunError: a process ended without a result.
     """
     context = multiprocessing.get_context("fork")
@@ -541,7 +549,7 @@ def in_processes(function: Callable, tasks: list[tuple], n_processes: int) -> It
                     receiver.close()
                     process.close()
                     del running[receiver]
-                if isinstance(result, OSError):
+                if isinstance(result, (OSError, UserError)):
                     raise result
                 yield task, result
     finally:
@@ -555,7 +563,7 @@ def _task_process(function: Callable, task: tuple, sender: connection.Connection
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         result = function(*task)
-    except OSError as error:
+    except (OSError, UserError) as error:
         result = error
     with contextlib.suppress(BrokenPipeError):  # the main process was killed
         sender.send(result)
@@ -595,6 +603,10 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.speech_text == "":
+        raise UserError("--speech_text: expected the name of a file, found none")
+    if args.speech_text and args.only not in (None, "audio"):
+        raise UserError(f"--speech_text: has no effect with --only {args.only}")
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
     for name, part in PARTS.items():

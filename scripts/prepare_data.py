@@ -121,7 +121,7 @@ def asterisk_rows(folder: Path, items: Items) -> dict[str, TableRows]:
 
 
 def pronounced(text: str) -> str:
-    """What is spoken of a text of Asterisk's; "" if it has no words.
+    """The spoken part of a text of Asterisk's; "" if it has no words.
 
     Remarks in brackets go ("at [@]", "IAX (note: does not say "2")", "<beep ascending>"), and so do ellipses, where a
     program puts in another recording ("... extension ..."). ``*`` and ``#`` are read as star and pound, as the keys

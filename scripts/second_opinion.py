@@ -77,7 +77,7 @@ def read_source(folder: Path, limit: int | None) -> list[Clip]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one judge says about one source, or about one speaker's clips of it."""
+    """What one judge says about one source; or about one speaker's clips of it, then without transcripts."""
 
     figures: dict[str, float | None]
     transcripts: list[str]
@@ -90,7 +90,7 @@ def judge_sources(judge: Judge, name: str, sources: dict[str, list[Clip]]) -> di
         marks = [judge.mark(clip) for clip in tqdm(clips, f"{name}, {source}", disable=None, leave=False)]
         for label, rows in parts(source, clips).items():
             chosen = [marks[row] for row in rows]
-            transcripts = [mark.transcript for mark in chosen if mark.transcript is not None]
+            transcripts = [mark.transcript for mark in chosen if mark.transcript is not None and label == source]
             verdicts[label] = Verdict(judge.figures(chosen), transcripts)
     return verdicts
 
@@ -99,7 +99,7 @@ def parts(source: str, clips: list[Clip]) -> dict[str, list[int]]:
     """The clips of a source; and of each of its speakers, if there are several."""
     speakers = sorted({clip.speaker for clip in clips})
     own = {name: [row for row, clip in enumerate(clips) if clip.speaker == name] for name in speakers}
-    by_speaker = {f"{source}, {name or 'no name'}": rows for name, rows in own.items()} if len(own) > 1 else {}
+    by_speaker = {f"{source}, {name or '(no name)'}": rows for name, rows in own.items()} if len(own) > 1 else {}
     return {source: list(range(len(clips)))} | by_speaker
 
 

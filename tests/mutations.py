@@ -1200,7 +1200,7 @@ MUTATIONS = [
     ),
     Mutation(
         "several voices", "data without speakers are refused late", "train_talker.py",
-        "            require_speakers(run, manifest)", "            pass",
+        "        check_speakers(run, manifest, config.voice_layers)\n", "",
         f"{VOICES}::test_voices_without_speakers_are_refused_before_anything_is_trained",
     ),
     Mutation(

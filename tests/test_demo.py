@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import demo
 
 from omni.common.errors import EXIT_INTERRUPTED
+from omni.synthetic import speech
 
 # notes in a file when it begins and ends; a SIGTERM ends it as it ends a stage: it saves, and a second one stops that
 TRAINING = """
@@ -163,3 +164,27 @@ def test_stages_of_the_demo_wait_for_what_their_configs_name():
     assert not any(waits[name] for name in ("thinker", "audio_enc", "vision", "vocoder", "ocr"))
     names = [stage.name for stage in demo.STAGES]
     assert sorted(waits) == sorted(names) and all(wait <= set(names) for wait in waits.values())
+
+
+def test_the_judges_figures_have_the_names_of_the_table():
+    assert set(demo.VOICES) == set(speech.NAMED) and set(demo.NEW_VOICES) == set(speech.NEW)
+    speakers = {"val": demo.VOICES, "val_open": demo.VOICES, "val_voices": (*demo.VOICES, *demo.NEW_VOICES)}
+    figures = {
+        name: {
+            (judge, label, key): 50.0
+            for judge, keys in (
+                ("whisper-base", ["WER %"]),
+                ("dnsmos", ["OVRL", "SIG", "BAK"]),
+                ("resemblyzer", ["similarity", "own voice %"]),
+            )
+            if judge in judges
+            for version in ("recordings", "griffin_lim", "vocoded", "codec", "talker")
+            for label in (version, *(f"{version}, {speaker}" for speaker in speakers[name]))
+            for key in keys
+        }
+        for name, judges in demo.JUDGES_OF.items()
+    }
+    found = demo.judged(figures)
+    assert found.keys() >= demo.JUDGED.keys()
+    for name, target in demo.JUDGED.items():
+        demo.verdict(found[name], target, found)  # each target names figures that there are

@@ -100,6 +100,18 @@ def test_own_sentences_are_spoken_forms_that_fit_and_have_no_held_out_word():
     assert usable == ["It cost three dollars.", "He's here, she said."] and total == 6
 
 
+def test_few_own_sentences_leave_the_place_to_the_open_vocabulary():
+    for name in TRAINED:
+        own = [f"The cat sleeps {word}." for word in ("here", "there", "now", "then")]
+        shares = [np.mean([is_open(text) for text in speech.sentences(name, 0, 400, given)]) for given in ([], own)]
+        assert abs(shares[0] - shares[1]) < 0.05
+
+
+def test_own_text_is_not_cut_after_titles():
+    found, total = sentences_of("He met Mr. Paul at the market. The cat sleeps in the barn.")
+    assert total == 2 and found[0] == "He met Mister Paul at the market."
+
+
 def test_own_sentences_come_once_each_and_only_in_training():
     for name in speech.COLLECTIONS:
         texts = speech.sentences(name, 0, 400, OWN)

@@ -314,7 +314,11 @@ def normal(name: str) -> str:
 
 def pins(file: str) -> dict[str, str]:
     lines = (ROOT / file).read_text().splitlines()
-    found = (line.removesuffix("\\").split("==") for line in lines if "==" in line and not line.startswith("#"))
+    found = (
+        line.partition(";")[0].removesuffix("\\").split("==")
+        for line in lines
+        if "==" in line and not line.startswith("#")
+    )
     return {normal(name): version.strip() for name, version in found}
 
 

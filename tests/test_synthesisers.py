@@ -1,4 +1,4 @@
-"""Those who read the built-in sentences aloud: every family speaks as asked, and no sound of a word is dropped."""
+"""The synthesisers of the built-in speech: every family speaks as asked, and no sound of a word is dropped."""
 
 import functools
 import multiprocessing

@@ -92,7 +92,7 @@ def test_no_family_of_the_held_out_voices_is_ever_trained_on():
 
 def test_readers_are_named_and_new_ones_are_never_trained_on():
     def readers(name):
-        return Counter(speech.speaker(name, index) for index in range(1_200))
+        return Counter(speech.speaker(name, index) for index in range(3_600))
 
     trained, held_out = readers("tts"), readers("tts.val_voices")
     assert trained.keys() == speech.READERS.keys() - speech.NEW.keys()

@@ -141,6 +141,12 @@ def test_losses_by_hand():
     assert mel_loss(waveforms, 2 * waveforms, specs).item() == pytest.approx(np.log(2), rel=1e-4)
 
 
+@pytest.mark.parametrize("window", [0, -8, 4, 20, 2**40])
+def test_a_window_that_cannot_be_is_refused_by_the_config(window):
+    with pytest.raises(ValueError, match="mel_loss_windows"):
+        config(mel_loss_windows=[256, window])
+
+
 def test_short_windows_tell_a_buzz_from_noise():
     """Pulses in the rhythm of the frames: what a vocoder makes of noise if the loss has long windows only."""
     noise, pulses = torch.randn(1, 16_000), torch.zeros(1, 16_000)

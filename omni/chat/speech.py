@@ -18,6 +18,7 @@ from omni.common.errors import UserError
 from omni.common.files import replace_file
 from omni.common.media import quoted
 from omni.common.numerics import weights_sha256
+from omni.common.spoken import NO_TITLE
 from omni.export.bundle import Export, open_model, source_of
 from omni.export.folder import is_export
 from omni.models.speaker import MAX_SECONDS, Speaker
@@ -26,9 +27,7 @@ from omni.models.vocoder import refuse_other_mels
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
 UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
 PAUSE_S = 0.2  # between utterances
-_TITLES = ("Mr", "Mrs", "Ms", "Dr", "Prof", "Capt", "Gen", "Gov", "Lt", "Sgt", "Rev", "St")  # whose stop ends nothing
-_NO_TITLE = "".join(rf"(?<!\b{title}\.)" for title in _TITLES)
-_ENDS = re.compile(rf"(?<=[.!?…]){_NO_TITLE}\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
+_ENDS = re.compile(rf"(?<=[.!?…]){NO_TITLE}\s+|(?<=[.!?…][\"'”’)])\s+|(?<=[。！？])|\n+")
 
 
 def load_speaker(

@@ -15,7 +15,7 @@ from num2words import num2words
 Language = Literal["en"]
 # the description of the config key by which a stage chooses
 TEXT_LANGUAGE = "language in which numbers and abbreviations are read as words; default: texts stay as they are"
-_VERSION = 1  # raise it with every change of what is written
+_VERSION = 2  # raise it with every change of what is written
 _LONGEST = 15  # digits of a number that is read as one; longer ones are read digit by digit
 _OTHER_SCRIPT = re.compile("[\u0370-\u1dff\u2c00-\ua71f\ua800-\uab2f\uab70-\ufaff\ufb07-\uffff\U00010000-\U0010ffff]")
 
@@ -31,8 +31,8 @@ def spoken_form(text: str, language: Language | None = "en") -> str:
 
 
 def spoken_pieces(text: str, language: Language | None) -> list[tuple[str, int, int]]:
-    """The spoken form in pieces, each with the start and the end of the characters that it is spoken for. A piece that
-    has not their length is other words."""
+    """The spoken form in pieces, each with the start and the end of the characters that it stands for. A piece of
+    another length is other words."""
     if language is None or not _MAY_CHANGE.search(text):
         return [(text, 0, len(text))] if text else []
     pieces, done = [], 0
@@ -194,6 +194,8 @@ def _money(match: re.Match) -> str:
     large, small = _MONEY[match["currency"] or match["currency_after"]]
     amount, many = match["amount"] or match["amount_before"], match["many"]
     whole, _, part = amount.partition(".")
+    if match["amount_from"]:
+        return f"{_cardinal(match['amount_from'])} to " + _units(_number(amount.replace(",", "")), large)
     if many or "." in part or (part and (len(part) != 2 or not small)):
         words = _number(amount.replace(",", "")) + (f" {many}" if many else "")
         return _units(words, large)
@@ -212,6 +214,7 @@ _AFTER_MEASURE = {"mph": " per hour", "km/h": " per hour", "°C": " Celsius", "�
 
 def _measure(match: re.Match) -> str:
     words, unit = _number(match["measured"].replace(",", "")), match["unit"]
+    words = f"{_cardinal(match['measured_from'])} to {words}" if match["measured_from"] else words
     words = ("minus " if match["below_zero"] else "") + words
     return (f"{words} percent" if unit == "%" else _units(words, _MEASURES[unit])) + _AFTER_MEASURE.get(unit, "")
 
@@ -219,6 +222,10 @@ def _measure(match: re.Match) -> str:
 # --- abbreviations and signs -----------------------------------------------------------------------------------------
 
 _TITLES = {"Mr": "Mister", "Mrs": "Missus", "Dr": "Doctor"}  # with a full stop or without
+# names whose full stop ends no sentence: what a regular expression has before the blank after a sentence
+NO_TITLE = "".join(
+    rf"(?<!\b{title}\.)" for title in ("Mr", "Mrs", "Ms", "Dr", "Prof", "Capt", "Gen", "Gov", "Lt", "Sgt", "Rev", "St")
+)
 _DOTTED = {
     "Prof": "Professor", "Capt": "Captain", "Gen": "General", "Gov": "Governor", "Lt": "Lieutenant", "Sgt": "Sergeant",
     "Rev": "Reverend", "Jr": "Junior", "Sr": "Senior", "vs": "versus", "etc": "et cetera", "approx": "approximately",
@@ -230,15 +237,21 @@ _SIGNS = {"+": "plus", "=": "equals", "×": "times"}
 
 def _abbreviation(match: re.Match) -> str:
     name = match["abbreviation"]
-    if name == "St":
-        return "Saint" if _NAME_FOLLOWS.match(match.string, match.end()) else "Street"
+    if name == "St" and _NAME_FOLLOWS.match(match.string, match.end()):
+        return "Saint"
     goes_on = _WORD_FOLLOWS.match(match.string, match.end())
-    return _DOTTED[name] + ("" if goes_on else ".")  # else the full stop ends the sentence too
+    return _DOTTED.get(name, "Street") + ("" if goes_on else ".")  # else the full stop ends the sentence too
+
+
+def _title(match: re.Match) -> str:
+    goes_on = match[0][-1] != "." or _WORD_FOLLOWS.match(match.string, match.end())
+    return _TITLES[match[0].rstrip(".")] + ("" if goes_on else ".")
 
 
 # Numbers with and without separators. The digits are those of ASCII: [0-9], never \d.
 _WHOLE = "[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+"
 _ANY = rf"(?:(?:{_WHOLE})(?:\.[0-9]+)*)"
+_FROM = "(?P<{}>[0-9]{{1,15}})[-–]"  # the first number of a range
 _DAY = "(?:3[01]|[12][0-9]|0?[1-9])"
 _NO_MORE = r"(?![0-9]|[.,:/-][0-9])"  # the number ends here
 _ALONE = r"(?<![0-9])(?<![0-9][.,:/-])"  # the number begins here
@@ -267,7 +280,8 @@ _TABLE: dict[str, tuple[str, Callable[[re.Match], str]]] = {
     ),
     "hour_of_day": (rf"{_ALONE}(?P<hours>1[0-2]|0?[1-9]) ?{_HALF_DAY.format('half_day')}", _hour),
     "money": (
-        rf"(?:(?P<currency>[$£€¥]) ?(?P<amount>{_ANY})|(?P<amount_before>{_ANY}) ?(?P<currency_after>[$£€¥])(?![0-9]))"
+        rf"(?:(?P<currency>[$£€¥]) ?(?:{_FROM.format('amount_from')})?(?P<amount>{_ANY})|"
+        rf"(?P<amount_before>{_ANY}) ?(?P<currency_after>[$£€¥])(?![0-9]))"
         r"(?: (?P<many>thousand|million|billion|trillion)(?![^\W\d_½⅓⅔¼¾]))?",
         _money,
     ),
@@ -277,7 +291,7 @@ _TABLE: dict[str, tuple[str, Callable[[re.Match], str]]] = {
         _fraction,
     ),
     "measure": (
-        rf"(?P<below_zero>(?<![\w)\].])[-−])?(?P<measured>{_ANY}) ?"
+        rf"(?P<below_zero>(?<![\w)\].])[-−])?(?:{_FROM.format('measured_from')})?(?P<measured>{_ANY}) ?"
         r"(?P<unit>(?:km/h|km|kg|cm|mm|mph|ft|°C|°F)(?![^\W\d_½⅓⅔¼¾])|[%°])",
         _measure,
     ),
@@ -296,7 +310,7 @@ _TABLE: dict[str, tuple[str, Callable[[re.Match], str]]] = {
     "sign_between": (r"(?<=[0-9]) ?(?P<sign_of_sum>[+=×]) ?(?=[0-9])", lambda m: f" {_SIGNS[m['sign_of_sum']]} "),
     "plain": (rf"(?P<minus>(?<![\w)\].])[-−])?(?P<number>{_ANY})", _plain),
     "and_sign": (" ?& ?", lambda m: " and "),
-    "title": (rf"{_NO_LETTER}(?:Mrs?|Dr)(?![^\W\d_½⅓⅔¼¾])\.?", lambda m: _TITLES[m[0].rstrip(".")]),
+    "title": (rf"{_NO_LETTER}(?:Mrs?|Dr)(?![^\W\d_½⅓⅔¼¾])\.?", _title),
     "dotted": (rf"{_NO_LETTER}(?P<abbreviation>{'|'.join([*_DOTTED, 'St'])})\.", _abbreviation),
 }  # fmt: skip
 _HANDLERS = {name: handler for name, (_, handler) in _TABLE.items()}

@@ -323,8 +323,8 @@ def error_counts(references: list[str], hypotheses: list[str]) -> tuple[tuple[in
 
 
 def score_metrics(totals: dict[str, float]) -> dict[str, float]:
-    """From the totals of ``score_sums``: loss (nats per token), wer and cer of the first source, ``val``; the second,
-    ``unseen_voices`` and ``unseen_words``, add wer_unseen_voices and wer_unseen_words."""
+    """From the totals of ``score_sums``: loss (nats per token), wer and cer of the first source, ``val``; and, if
+    they are there, wer_unseen_voices and wer_unseen_words of the sources of these names."""
     metrics = {}
     if "val/words" in totals:
         metrics["loss"] = totals["val/nats"] / max(1.0, totals["val/tokens"])

@@ -210,7 +210,7 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
     rows = first_rows(len(manifest), args)
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], result.left_out)
-        utterances, recordings = [], []
+        utterances, recordings, spoken_rows = [], [], []
         for row, text, recording in read:
             try:
                 with reading_row():
@@ -224,6 +224,7 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             reference = voice_of(speaker.talker, name, codes) if voice is None else voice
             utterances.append(Utterance(text, symbols, codes, durations, reference=reference, speaker=name))
             recordings.append(recording)
+            spoken_rows.append(row)
         if not utterances:
             continue
         texts, references = zip(*((utterance.text, utterance.reference) for utterance in utterances), strict=True)
@@ -239,13 +240,14 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
-        if args.save_speech and vocoder is not None:  # what the vocoder is compared with
-            sounds["griffin_lim"] = [griffin_lim(log_mel(one, speaker.spec), speaker.spec) for one in recordings]
         sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts, references)]
         if args.save_speech:
-            names = [utterance.speaker for utterance in utterances]
+            saved = dict(sounds)
+            if vocoder is not None:  # what it is compared with
+                saved["griffin_lim"] = [griffin_lim(log_mel(one, speaker.spec), speaker.spec) for one in recordings]
+            names = [speaker_of(manifest[row]) for row in spoken_rows]
             first = result.rows - len(texts)
-            save_speech(args.save_speech, sounds, texts, first, speaker.spec.sample_rate, speakers=names)
+            save_speech(args.save_speech, saved, texts, first, speaker.spec.sample_rate, speakers=names)
         if recognizer is None:
             continue
         for kind, waveforms in sounds.items():

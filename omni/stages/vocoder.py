@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import numpy as np
 import torch
@@ -52,9 +52,10 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
     lr_d: float = resumable(2e-4, gt=0, description="peak learning rate of the discriminators")
     wd: float = resumable(0.01, ge=0, description="weight decay")
     max_grad_norm: float = resumable(1000.0, gt=0)
-    mel_loss_windows: list[int] = resumable(
+    mel_loss_windows: list[Annotated[int, Field(ge=16, multiple_of=8)]] = resumable(
         [],
-        description="further window lengths in samples at which the mel loss compares log-mels; short ones show buzz",
+        max_length=16,
+        description="further window lengths of the mel loss in samples; short ones make a buzz costly",
     )
     lambda_mel: float = resumable(45.0, ge=0, description="weight of the mel loss, the mean difference of the log-mels")
     lambda_fm: float = resumable(
@@ -68,6 +69,11 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
     @model_validator(mode="after")
     def _segments_fit(self) -> Self:
         hop = self.hop_length
+        if self.mel_loss_windows and max(self.mel_loss_windows) > self.segment_samples:
+            raise ValueError(
+                f'key "mel_loss_windows": expected at most segment_samples {self.segment_samples}, '
+                f"found {max(self.mel_loss_windows)}"
+            )
         if self.segment_samples % hop or self.segment_samples < self.win_length:
             raise ValueError(
                 f'key "segment_samples": expected a multiple of hop_length {hop}, at least win_length '

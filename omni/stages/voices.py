@@ -11,7 +11,7 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.host import Host
-from omni.data.manifest import Manifest
+from omni.data.manifest import Manifest, spread
 from omni.data.measure import measure_rows
 from omni.models.talker import Talker
 from omni.models.voices import VOICE_CODES
@@ -19,6 +19,7 @@ from omni.train.precompute import ManifestWithColumns
 
 REFERENCE_CODES = 50  # length of the longest reference in training: 4 s, if a code lasts 80 ms
 MAX_NAME = 64  # characters of a speaker's name
+_LOOKED_AT = 100  # rows, for a hint
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -49,24 +50,28 @@ def speaker_keys(run: Host, manifest: Manifest) -> np.ndarray:
     )
 
 
-def require_speakers(run: Host, manifest: Manifest) -> None:
-    """
+def check_speakers(run: Host, manifest: Manifest, voice_layers: int) -> None:
+    """Log that a column ``speaker`` has no effect on a talker of one voice.
+
     Raises:
-        UserError: no row names a speaker.
+        UserError: the talker has several voices, and no row names a speaker.
     """
-    if np.isin(speaker_keys(run, manifest), (0, speaker_key(""))).all():
-        raise UserError(f'{manifest.path}: expected names in a column "speaker", for key "voice_layers"; found none')
+    if voice_layers:
+        if np.isin(speaker_keys(run, manifest), (0, speaker_key(""))).all():
+            raise UserError(
+                f'{manifest.path}: expected names in a column "speaker", for key "voice_layers"; found none'
+            )
+    elif any(named(manifest, int(row)) for row in spread(np.arange(len(manifest)), _LOOKED_AT)):
+        run.log(f'{manifest.path}: its column "speaker" has no effect, as voice_layers is 0: all rows train one voice')
 
 
-def hint_at_speakers(run: Host, manifest: Manifest) -> None:
-    """Log that a column ``speaker`` has no effect on a talker of one voice."""
+def named(manifest: Manifest, row: int) -> bool:
+    """Whether a row can be read and names a speaker."""
     try:
         with reading_row():
-            named = bool(speaker_of(manifest[0]))
+            return bool(speaker_of(manifest[row]))
     except BadRow:
-        named = False
-    if named:
-        run.log(f'{manifest.path}: its column "speaker" has no effect, as voice_layers is 0: all rows train one voice')
+        return False
 
 
 def in_turns(rows: np.ndarray, keys: np.ndarray) -> np.ndarray:

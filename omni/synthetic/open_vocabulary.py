@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 
-from omni.common.spoken import spoken_form
+from omni.common.spoken import NO_TITLE, spoken_form
 from omni.synthetic import facts, lexicon, scenes, stories
 from omni.synthetic.lexicon import sentence
 from omni.synthetic.vocabulary import Vocabulary, lemmas, vocabulary, words_of
@@ -170,13 +170,16 @@ def open_sentence(rng: random.Random, unseen: bool = False) -> str:
             return text
 
 
-_SENTENCE_ENDS = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|[\r\n]+")
+_SENTENCE_ENDS = re.compile(rf"(?<=[.!?]){NO_TITLE}[\"'”’)]*\s+|[\r\n]+")
 _TYPOGRAPHY = str.maketrans({"’": "'", "‘": "'", "“": "", "”": "", '"': "", "–": ",", "—": ","})
 
 
 def sentences_of(text: str) -> tuple[list[str], int]:
     """The sentences of the user's text that training can read aloud, each once; how many different ones it has."""
-    texts = (" ".join(spoken_form(part.translate(_TYPOGRAPHY)).split()) for part in _SENTENCE_ENDS.split(text))
+    texts = (
+        " ".join(spoken_form(part.translate(_TYPOGRAPHY)).split())
+        for part in _SENTENCE_ENDS.split(text.lstrip("\ufeff"))
+    )
     found = list(dict.fromkeys(filter(None, texts)))
     return [one for one in found if is_readable(one) and not held_out_words(one)], len(found)
 
@@ -186,8 +189,8 @@ def sentences_of(text: str) -> tuple[list[str], int]:
 
 @functools.cache
 def kept_words() -> frozenset[str]:
-    """Words that cannot be held out: those of frames, numbers and names of days, and of the small world, of which
-    enough is drawn to meet each of its words."""
+    """Words that cannot be held out: those of frames, numbers and names of days, and of the small world, drawn
+    often enough to meet each of its words."""
     rng = random.Random(0)
     texts = [_NUMBER_WORDS, *(re.sub(r"\{\w+\}", " ", text) for phrases in PHRASES.values() for text in phrases)]
     texts += [text for pair in facts.ANSWERS.items() for text in pair]

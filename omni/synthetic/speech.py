@@ -108,7 +108,7 @@ class Collection:
     narrow: float = 0.0  # with a limited band
 
 
-NAMED = ("heart", "high", "joe", "low")  # readers of whom a talker is expected to have the voice
+NAMED = ("heart", "high", "joe", "low")  # readers whose voices the talker has to have
 # Who reads tts.csv: "other" is each of the others in turn. Piper takes eight times as long as Hibari.
 READING = ("heart", "low", "high", "other", "heart", "joe", "heart", "high", "low", "heart", "other", "heart")
 OWN = 0.5  # of these, where the user gives a text
@@ -138,14 +138,17 @@ def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list
     chosen: list[str] = []
     known: set[str] = set()
     draw = 0
+    unused = [] if collection.unseen else list(own)
     while len(chosen) < count:
         rng = random.Random(f"speech {name} {seed} {draw}")
         draw += 1
         in_world = not collection.open_vocabulary or rng.random() >= collection.open_vocabulary
         if in_world:
             text = writing.spoken(rng, collection.unseen)
-        elif own and not collection.unseen and rng.random() < OWN:
-            text = rng.choice(own)
+        elif unused and rng.random() < OWN:
+            place = rng.randrange(len(unused))
+            unused[place], unused[-1] = unused[-1], unused[place]
+            text = unused.pop()
         else:
             text = open_vocabulary.open_sentence(rng, collection.unseen)
         if text in known and (collection.different or not in_world):
@@ -173,7 +176,7 @@ def speaking(name: str, seed: int, index: int) -> Speaking:
     rng = random.Random(f"speaking {name} {seed} {index}")
     voice = speaker(name, index)
     if not collection.varied:
-        return READERS[speaker(name, index)]
+        return READERS[voice]
     lowest, highest = FAMILIES[voice.partition("/")[0]].pitches
     return Speaking(
         voice,

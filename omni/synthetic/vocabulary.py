@@ -32,7 +32,7 @@ INTRANSITIVE = frozenset(
         "wrestle wriggle yawn yell zoom"
     )
 )
-# Verbs that fit no frame, and those that one does not want to read about people.
+# Verbs that fit no frame, and unpleasant ones to read about people.
 UNUSED = frozenset(
     words_of(
         "abide agree alight arise arrange ascertain back be bear become beget begin behold belong bend beset bet "
