@@ -281,7 +281,7 @@ def vocoder_pair(configs: Path) -> Pair:
     waveform = 0.1 * torch.randn(config.batch_size, config.segment_samples)
 
     def loss(model: nn.Module) -> Tensor:
-        return mel_loss(waveform, model(log_mel).float(), spec)
+        return mel_loss(waveform, model(log_mel).float(), [spec])
 
     return Pair("F", "generator", config, ours, loss, {"": theirs.train()}, loss, equal=True)
 

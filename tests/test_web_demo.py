@@ -678,7 +678,10 @@ def test_requirements_web_is_all_that_gradio_needs_and_changes_no_pin():
 
     def pins(file: str) -> dict[str, str]:
         lines = (ROOT / file).read_text().splitlines()
-        return {normal(name): version for name, version in (line.split("==") for line in lines if "==" in line)}
+        return {
+            normal(name): version
+            for name, version in (line.partition(";")[0].split("==") for line in lines if "==" in line)
+        }
 
     def needs(package: str) -> list[Requirement]:
         needed = map(Requirement, metadata.requires(package) or [])
