@@ -225,10 +225,10 @@ class VoiceJudge:
     def mark(self, clip: Clip) -> Mark:
         voice, numbers = self.embed(clip.waveform()), {}
         similarities = self._similarities(voice, clip.text)
-        # without a name on one side, there is one voice to compare with
-        own = clip.speaker if clip.speaker in self.speakers or not similarities else next(iter(similarities))
-        if own in similarities and (own == clip.speaker or len(similarities) == 1):
-            numbers["similarity"] = similarities[own]
+        if clip.speaker in similarities:
+            numbers["similarity"] = similarities[clip.speaker]
+        elif similarities and len(self.speakers) == 1:  # names on one side only: there is one voice to compare with
+            numbers["similarity"] = next(iter(similarities.values()))
         if clip.speaker in similarities and len(similarities) > 1:
             numbers["own"] = 100.0 * (max(similarities, key=similarities.get) == clip.speaker)
         if len(self.voices) > 1:

@@ -123,9 +123,9 @@ def asterisk_rows(folder: Path, items: Items) -> dict[str, TableRows]:
 def pronounced(text: str) -> str:
     """The spoken part of a text of Asterisk's; "" if it has no words.
 
-    Remarks in brackets go ("at [@]", "IAX (note: does not say "2")", "<beep ascending>"), and so do ellipses, where a
-    program puts in another recording ("... extension ..."). ``*`` and ``#`` are read as star and pound, as the keys
-    are in the other texts. Digits stay, and so do the texts' misspellings.
+    Remarks in brackets ("at [@]", "IAX (note: does not say "2")", "<beep ascending>") and ellipses, where a program
+    inserts another recording ("... extension ..."), are removed. ``*`` and ``#`` become star and pound, the names that
+    the other texts give to these keys. Digits and misspellings are kept.
     """
     text = re.sub(r"\[.*?\]|\(.*?\)|<.*?>|\.{3}", " ", text).replace("*", "star").replace("#", "pound")
     return in_words(text)

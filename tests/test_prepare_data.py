@@ -444,7 +444,7 @@ def test_small_datasets(preparation):
 
 
 def test_asterisk(preparation):
-    """Texts without what is not spoken, recordings of 16 kHz; what is left out is counted."""
+    """Texts have no remarks, recordings have 16 kHz, and rows that are left out are counted."""
     printed = preparation.finish("asterisk").stdout
     assert "11 texts = 7 rows + 3 left out (no words) + 1 left out (recording not unpacked)" in printed
     assert preparation.rows("audio/asterisk.csv") == expected_asterisk()

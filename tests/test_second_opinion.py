@@ -138,6 +138,16 @@ def test_speakers_have_rows_of_their_own_and_are_told_apart(tmp_path, monkeypatc
     assert found["similarity"] == pytest.approx((near + far) / 2)
 
 
+def test_one_voice_is_compared_also_if_only_one_side_has_names(speech, tmp_path):
+    figures = []
+    for speakers in (None, ["heart"] * 3):
+        save_speech(speech, {"talker": [clip(length) for length in (4, 5, 3)]}, TEXTS, 0, SAMPLE_RATE, speakers)
+        second_opinion.main([*both(speech), "--judge", "expert", "--json", str(tmp_path / "figures.json")])
+        found = json.loads((tmp_path / "figures.json").read_text())["judges"]["expert"]["talker"]
+        figures.append(found["figures"]["similarity"])
+    assert figures[0] == figures[1] is not None
+
+
 def test_the_first_clips_alone(speech, capsys):
     second_opinion.main([*both(speech), "--judge", "listener", "--limit", "1"])
     assert re.search(r"talker +1 +40\.0 \(\+40\.0\)$", capsys.readouterr().out)

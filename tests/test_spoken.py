@@ -31,6 +31,7 @@ SPOKEN = {
     "$3.5 million": "three point five million dollars",
     "20%, 5 kg and -3°C": "twenty percent, five kilograms and minus three degrees Celsius",
     "5-10%, 3–4 kg and $5-10": "five to ten percent, three to four kilograms and five to ten dollars",
+    "$5-10 million": "five to ten million dollars",
     "She saw the Dr. of Main St.": "She saw the Doctor of Main Street.",
     "at 60 mph": "at sixty miles per hour",
     "2½ cups, 3/4 and 22/7": "two and one half cups, three quarters and twenty-two over seven",

@@ -195,7 +195,8 @@ def _money(match: re.Match) -> str:
     amount, many = match["amount"] or match["amount_before"], match["many"]
     whole, _, part = amount.partition(".")
     if match["amount_from"]:
-        return f"{_cardinal(match['amount_from'])} to " + _units(_number(amount.replace(",", "")), large)
+        words = _number(amount.replace(",", "")) + (f" {many}" if many else "")
+        return f"{_cardinal(match['amount_from'])} to {_units(words, large)}"
     if many or "." in part or (part and (len(part) != 2 or not small)):
         words = _number(amount.replace(",", "")) + (f" {many}" if many else "")
         return _units(words, large)
