@@ -1127,6 +1127,17 @@ MUTATIONS = [
         "tests/test_spoken.py -k another_version",
     ),
     Mutation(
+        "built-in data", "held-out sentences in a text of the user are trained on",
+        "scripts/make_synthetic_datasets.py",
+        "[text for text in usable if text not in held_out]", "usable",
+        "tests/test_open_vocabulary.py -k never_trained_on",
+    ),
+    Mutation(
+        "built-in data", "an unusable voice is a traceback", "scripts/make_synthetic_datasets.py",
+        "    except (OSError, UserError) as error:\n        result", "    except OSError as error:\n        result",
+        "tests/test_open_vocabulary.py -k error_in_a_group",
+    ),
+    Mutation(
         "built-in data", "a new reader reads training sentences", "omni/synthetic/speech.py",
         'READING = ("heart",', 'READING = ("new-pico",', "tests/test_synthetic_data.py -k readers_are_named",
     ),

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from lemminflect import getAllLemmas
 
+from omni.common.errors import UserError
 from omni.common.spoken import spoken_form
 from omni.synthetic import open_vocabulary, speech
 from omni.synthetic.open_vocabulary import held_out_lemmas, held_out_words, sentences_of
 from omni.synthetic.vocabulary import vocabulary
+from scripts import make_synthetic_datasets
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
 TRAINED, OPEN = ("asr", "tts"), ("asr.val_open", "tts.val_open")
@@ -140,6 +142,28 @@ def test_a_text_of_the_user_is_read_aloud_and_made_again_when_it_has_changed(tmp
         own.write_text(content) if content else own.unlink()
         refused = run_script(tmp_path / "out", "--speech_text", own)
         assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_held_out_sentences_in_the_users_text_are_never_trained_on(tmp_path):
+    clips = dict.fromkeys(speech.COLLECTIONS, 200)
+    held_out = [text for name in ("asr.val", "tts.val") for text in speech.sentences(name, 0, 200)]
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join([*OWN, *held_out]))
+    settings = {"seed": 0, "clips": clips, "speech_text": {"file": str(own), "sha256": "-"}}
+    for made in make_synthetic_datasets.audio_collections(settings):
+        texts = made.make.args[2]
+        assert len(texts) == 200
+        if made.manifest in ("asr.csv", "tts.csv"):
+            assert not set(texts) & set(held_out) and set(texts) & set(OWN)
+
+
+@pytest.mark.parametrize("error", [UserError("a voice file is damaged"), OSError(28, "No space left on device")])
+def test_an_error_in_a_group_reaches_the_main_process(error):
+    def fail():
+        raise error
+
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        list(make_synthetic_datasets.in_processes(fail, [()], 1))
 
 
 def test_the_word_lists_are_of_the_versions_that_are_pinned():
