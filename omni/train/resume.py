@@ -77,6 +77,10 @@ class Checkpoints:
         training.scaler.load_state_dict(payload["scaler"])
         for name in vars(progress):
             setattr(progress, name, payload[name])
+        if added := sorted(training.fingerprint.keys() - payload["data"].keys()):
+            # such as a codec, whose log-mels the vocoder now hears: figures of before measured something else
+            progress.best_step, progress.best_metrics = None, {}
+            run.log(f"data added since the checkpoint: {', '.join(added)}: the best step is chosen anew")
         self.saved_step = progress.step
         if run.world == payload["world"]:
             set_rng_state(payload["rng"][run.rank], run.device)
