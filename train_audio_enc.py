@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.common.spoken import spoken_version
-from omni.data.manifest import account_for_rows, prepare_manifest, split_rows
+from omni.data.manifest import account_for_rows, split_rows
+from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.data.recordings import static_lengths
 from omni.models.audio_encoder import AudioEncoder

@@ -9,7 +9,8 @@ every run after that starts at once.
 import numpy as np
 from torch import Tensor, nn
 
-from omni.data.manifest import account_for_split, prepare_manifest, split_rows
+from omni.data.manifest import account_for_split, split_rows
+from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.models.ocr import OcrModel
 from omni.stages.ocr import (

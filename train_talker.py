@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from omni.common.errors import UserError
 from omni.common.numerics import weights_sha256
 from omni.common.spoken import spoken_version
-from omni.data.manifest import account_for_split, prepare_manifest, split_rows
+from omni.data.manifest import account_for_split, split_rows
+from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.data.recordings import static_lengths
 from omni.models.aligner import Aligner

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.data.images import normalise
-from omni.data.manifest import account_for_split, prepare_manifest, split_rows
+from omni.data.manifest import account_for_split, split_rows
+from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.models.picture_text import PictureTextModel
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups, report_cut_captions

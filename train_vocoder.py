@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from omni.common.numerics import weights_sha256
 from omni.data.audio import log_mel
-from omni.data.manifest import Manifest, account_for_split, prepare_manifest, split_rows
+from omni.data.manifest import Manifest, account_for_split, split_rows
+from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.models.vocoder import Discriminators, Generator, frozen, mel_spec
 from omni.stages.codec import mel_statistics_of
@@ -32,7 +33,6 @@ from omni.stages.vocoder import (
     loss_specs,
     mel_loss,
     read_clip,
-    split_column,
 )
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
@@ -43,15 +43,16 @@ from omni.train.samples import save_samples
 BETAS = (0.8, 0.99)  # of HiFi-GAN: a short memory, as each network trains against the other
 STATISTICS_CLIPS = 64
 COLUMNS = ("wav",)
+KEY = "text"  # equal texts are on one side of the split; a row without a text is split by its content
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(VocoderConfig, __doc__, argv)
     with Run(config, STAGE, notices, device) as run:
         # --- Data: random segments of recordings, and their log-mels ---------------------------------------------
-        manifest = val_manifest = prepare_manifest(run, config.train_csv, COLUMNS, key=split_column(config.train_csv))
+        manifest = val_manifest = prepare_manifest(run, config.train_csv, COLUMNS, key=KEY)
         if config.val_csv:
-            val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key=split_column(config.val_csv))
+            val_manifest = prepare_manifest(run, config.val_csv, COLUMNS, key=KEY)
             train_rows, val_rows = np.arange(len(manifest)), np.arange(len(val_manifest))
         else:
             train_rows, val_rows = split_rows(manifest, config.val_split)

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.spoken import Language
-from omni.data.manifest import Manifest, load_manifest
+from omni.data.manifest import Manifest
 from omni.data.measure import measure
+from omni.data.open_manifest import load_manifest
 from omni.data.recordings import LENGTH, row_length, samples_at
 from omni.models.audio_encoder import output_frames
 from omni.models.ctc import CtcTokenizer, frames_needed

@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=EVALUATED)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
-    parser.add_argument("--data", required=True, type=Path, help="text lines, CSV, JSON or JSONL, as in training")
+    parser.add_argument("--data", required=True, type=Path, help="a file or the folder of a data set, as in training")
     parser.add_argument("--task", choices=OMNI_TASKS, help="omni: task of the rows of --data")
     parser.add_argument("--image_root", help="folder of the pictures (default: that of --data)")
     parser.add_argument("--thinker_ckpt", help="vision: folder of the Thinker that encodes captions, if moved")
@@ -68,8 +68,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if args.num_workers:
         raise_open_file_limit()
-    if not args.data.is_file():
-        raise UserError(f"--data {args.data}: expected a file, found none")
+    if not args.data.exists():
+        raise UserError(f"--data {args.data}: expected a file or the folder of a data set, found none")
     for name in ("save_speech", "voice", "voice_from"):
         if getattr(args, name) is not None and args.stage != "talker":
             raise UserError(f"--{name}: has no effect on {args.stage}")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.files import write_json
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.audio_encoder import COLUMNS
 from omni.stages.voices import speaker_of
@@ -61,7 +61,7 @@ def read_source(folder: Path, limit: int | None) -> list[Clip]:
                     if not normalise_text(fields["text"]):
                         raise BadRow("expected a text with words")
                     speaker = speaker_of(fields)
-                    wav = manifest.file(fields["wav"]).resolve()
+                    wav = manifest.file(fields, "wav").resolve()
             except BadRow as error:
                 raise UserError(f"{manifest.where(row)}: {error}") from error
             if wav not in found:

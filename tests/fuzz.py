@@ -51,7 +51,7 @@ from omni.data.archives import Archive, unpack
 from omni.data.audio import audio_length, load_audio
 from omni.data.images import load_image
 from omni.data.lines import read_chunks, split_samples
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.data.tokenizer import Tokenizer
 from omni.data.video import load_frames
 from omni.export.bundle import Export

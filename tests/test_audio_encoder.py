@@ -17,7 +17,7 @@ from test_config import only_error
 from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.data.recordings import static_lengths
 from omni.models import audio_encoder, ctc
 from omni.models.architectures import AudioEncoderArchitecture

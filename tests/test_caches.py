@@ -17,8 +17,9 @@ from stages import AUDIO_ENC, OCR, OMNI, TALKER, VOCODER, StageCase
 
 from omni.common.errors import BadRow, UserError
 from omni.data.audio import MelSpec
-from omni.data.manifest import ManifestDataset, load_manifest
+from omni.data.manifest import ManifestDataset
 from omni.data.measure import measure_rows
+from omni.data.open_manifest import load_manifest
 from omni.stages.codec import mel_statistics_of
 from omni.stages.text import TextConfig
 from omni.train.precompute import precompute
@@ -87,7 +88,7 @@ class Bytes(ManifestDataset):
     """The bytes of files. A file of no byte is a bad row."""
 
     def read(self, row: dict, rng: None) -> torch.Tensor:
-        data = self.manifest.file(row["wav"]).read_bytes()
+        data = self.manifest.file(row, "wav").read_bytes()
         if not data:
             raise BadRow("empty")
         return torch.tensor(list(data))
@@ -277,7 +278,7 @@ class Measured:
 
             def size(manifest, row: int) -> int:
                 self.rows.append(row)
-                return manifest.file(manifest[row]["wav"]).stat().st_size
+                return manifest.file(manifest[row], "wav").stat().st_size
 
             return measure_rows(run, manifest, "size", size, np.int64, column="wav").tolist()
 

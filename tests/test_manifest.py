@@ -15,8 +15,9 @@ import pytest
 from harness import ROOT
 
 from omni.common.errors import BadRow, UserError
-from omni.data.manifest import Manifest, ManifestDataset, load_manifest, read_some, split_rows
+from omni.data.manifest import Manifest, ManifestDataset, read_some, split_rows
 from omni.data.measure import measure
+from omni.data.open_manifest import load_manifest
 
 COLUMNS = ("wav", "text")
 
@@ -98,7 +99,7 @@ def test_a_manifest_travels_to_another_process(tmp_path):
 
 BAD_FILES = {
     "no such file": (None, "expected a file, found none"),
-    "missing column": (b"wav,sentence\n1.wav,x\n", "text is missing"),
+    "missing column": (b"wav,remark\n1.wav,x\n", "text is missing"),
     "no header": (b"1.wav,hello\n", 'found "1.wav,hello"'),
     "empty": (b"", "wav is missing"),
     "no rows": (b"wav,text\n", "expected rows"),
@@ -128,7 +129,7 @@ def test_a_bad_json_is_refused_in_one_line(tmp_path, content):
 
 def test_rows_that_all_lack_a_column_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"path": "1.wav", "text": "one"}\n' * 3)
+    path.write_text('{"sound of": "1.wav", "text": "one"}\n' * 3)
     with pytest.raises(UserError, match=r'a.jsonl: row 1: expected text in "wav", found null. Nor .* first 3 rows'):
         load(path)
 
@@ -146,7 +147,7 @@ def test_a_line_of_100_mb_is_refused_in_bounded_memory(tmp_path, name):
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 from omni.common.errors import UserError
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     load_manifest({str(path)!r}, ("wav", "text"), "text")
@@ -194,15 +195,15 @@ def test_files_inside_and_outside_of_the_root(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("wav,text\nx,y\n")
     manifest = load(path)
-    assert manifest.file("in.png", str(root)) == root / "in.png"
+    assert manifest.file({"wav": "in.png"}, "wav", str(root)) == root / "in.png"
     for outside in ("../out.png", str(tmp_path / "out.png"), "link.png", "in.png/../../out.png"):
         with pytest.raises(BadRow, match="leaves the folder"):
-            manifest.file(outside, str(root))
+            manifest.file({"wav": outside}, "wav", str(root))
     with pytest.raises(BadRow, match="found none at"):
-        manifest.file("absent.png", str(root))
+        manifest.file({"wav": "absent.png"}, "wav", str(root))
     for odd in ("a\0b", 7, None):
         with pytest.raises(BadRow, match="expected a file name"):
-            manifest.file(odd)
+            manifest.file({"wav": odd}, "wav")
 
 
 def test_without_a_root_files_are_beside_the_manifest_or_in_the_working_directory(tmp_path, monkeypatch):
@@ -212,9 +213,9 @@ def test_without_a_root_files_are_beside_the_manifest_or_in_the_working_director
     manifest = load(path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.wav").touch()
-    assert manifest.file("here.wav") == Path("here.wav")
+    assert manifest.file({"wav": "here.wav"}, "wav") == Path("here.wav")
     (tmp_path / "data" / "here.wav").touch()
-    assert manifest.file("here.wav") == tmp_path / "data" / "here.wav"
+    assert manifest.file({"wav": "here.wav"}, "wav") == tmp_path / "data" / "here.wav"
 
 
 def test_equal_keys_are_on_one_side_of_the_split(tmp_path):
@@ -333,4 +334,4 @@ def test_a_folder_in_the_place_of_a_file_is_told_as_one(tmp_path):
     (tmp_path / "rows.csv").write_text("wav,text\na.wav,red\n")
     manifest = load_manifest(tmp_path / "rows.csv", ("wav", "text"), "text", log=lambda line: None)
     with pytest.raises(BadRow, match="found a folder"):
-        manifest.file(manifest[0]["wav"])
+        manifest.file(manifest[0], "wav")

@@ -13,7 +13,7 @@ from test_config import only_error
 
 from omni.common.text import clean_text
 from omni.data.images import load_image, normalise
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.layers import KVCache

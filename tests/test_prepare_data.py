@@ -405,7 +405,7 @@ def test_manifests_and_layouts_are_what_others_read(preparation):
     """omni.data.manifest opens the manifests, soundfile the recordings; torchaudio's readers find the same rows."""
     from torchaudio.datasets import LIBRISPEECH, LJSPEECH
 
-    from omni.data.manifest import load_manifest
+    from omni.data.open_manifest import load_manifest
 
     preparation.finish("librispeech", "ljspeech", "coco")
     audio = preparation.out / "audio"
@@ -417,7 +417,7 @@ def test_manifests_and_layouts_are_what_others_read(preparation):
         manifest = load_manifest(path, columns, columns[-1], log=lambda line: None)
         assert [manifest[i] for i in range(len(manifest))] == preparation.rows(str(path.relative_to(preparation.out)))
         for i in range(len(manifest)):
-            file = manifest.file(manifest[i][next(c for c in columns if c in ("wav", "image"))], str(path.parent))
+            file = manifest.file(manifest[i], next(c for c in columns if c in ("wav", "image")), str(path.parent))
             assert path.suffix == ".json" or soundfile.info(file).frames > 0
     theirs = LIBRISPEECH(audio, "train-clean-100")
     metadata = [theirs.get_metadata(i) for i in range(len(theirs))]

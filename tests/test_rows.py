@@ -19,8 +19,9 @@ from omni.common.errors import BadRow, GivenUp, Interrupted, UserError, reading_
 from omni.common.media import Inline
 from omni.data.formats import Csv
 from omni.data.index import open_array, save_array
-from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, load_manifest, read_some
+from omni.data.manifest import Manifest, ManifestDataset, account_for_rows, read_some
 from omni.data.measure import measure, measure_rows
+from omni.data.open_manifest import load_manifest
 from omni.data.records import MAX_ROW_BYTES, json_records, line_of, line_records
 
 COLUMNS = ("wav", "text")
@@ -45,7 +46,7 @@ def plain_rows(text: str) -> list[list[str]]:
 
 def our_rows(path: Path, content: bytes, chunk_bytes: int) -> list[list[str]]:
     chunks = (content[i : i + chunk_bytes] for i in range(0, len(content), chunk_bytes))
-    records = list(line_records(path, chunks, quotes=True))
+    records = list(line_records(path, chunks, quotes=","))
     bom = b"\xef\xbb\xbf" if content.startswith(b"\xef\xbb\xbf") else b""
     assert bom + b"".join(record.data for record in records) == content, "every byte is in one record"
     return [next(csv.reader([record.data.decode()]), []) for record in records]
@@ -296,7 +297,7 @@ def test_names_are_found_as_other_systems_write_them(tmp_path):
     for name in ("café NFC.wav", "café NFD.wav"):
         for form in ("NFC", "NFD"):
             for pattern in ("clips/{}", "clips\\{}", " clips/{} ", ".\\clips\\{}\t"):
-                assert manifest.file(unicodedata.normalize(form, pattern.format(name))).is_file()
+                assert manifest.file({"wav": unicodedata.normalize(form, pattern.format(name))}, "wav").is_file()
 
 
 def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
@@ -315,10 +316,10 @@ def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
         "data:,": "",
     }.items():
         if name == "data:,":
-            assert manifest.file("data:audio/wav;base64,AAEC") == Inline(b"\0\1\2", "audio/wav")
+            assert manifest.file({"wav": "data:audio/wav;base64,AAEC"}, "wav") == Inline(b"\0\1\2", "audio/wav")
             continue
         with pytest.raises(BadRow) as error:
-            manifest.file(name)
+            manifest.file({"wav": name}, "wav")
         assert message in str(error.value) and "\x1b" not in str(error.value) and len(str(error.value)) < 400
 
 
@@ -328,7 +329,7 @@ def test_no_spelling_of_a_name_leaves_the_root(tmp_path):
     manifest = load(write(tmp_path, "wav,text\nx,y\n"))
     for name in ("../out.png", "..\\out.png", " ../out.png ", "a\\..\\..\\out.png"):
         with pytest.raises(BadRow, match="leaves the folder"):
-            manifest.file(name, str(tmp_path / "images"))
+            manifest.file({"wav": name}, "wav", str(tmp_path / "images"))
 
 
 # The index ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.synthetic import facts, speech
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
@@ -215,7 +215,7 @@ def test_manifests_open_as_the_stages_open_them(made, tmp_path):
         names = [manifest[row][columns[0]] for row in range(len(manifest))]
         assert len(set(names)) == len(names) > 10
         for name in names:
-            assert manifest.file(name, root=str(path.parent)).is_file()
+            assert manifest.file({"wav": name}, "wav", root=str(path.parent)).is_file()
 
 
 def test_images_carry_their_questions(made):

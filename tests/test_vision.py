@@ -16,7 +16,7 @@ from stages import TEXT, VISION, make_images
 from test_config import only_error
 
 from omni.common.errors import UserError
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.data.order import ResumableDataset
 from omni.data.tokenizer import Tokenizer
 from omni.models import picture_text

@@ -15,7 +15,8 @@ from torch import nn
 import train_vocoder
 from omni.common.errors import UserError
 from omni.data.audio import griffin_lim, log_mel, mel_statistics
-from omni.data.manifest import load_manifest, split_rows
+from omni.data.manifest import split_rows
+from omni.data.open_manifest import load_manifest
 from omni.models.speech_architectures import DiscriminatorArchitecture
 from omni.models.vocoder import (
     Discriminators,
@@ -37,7 +38,6 @@ from omni.stages.vocoder import (
     loss_specs,
     mel_loss,
     segment_log_mel,
-    split_column,
 )
 from omni.train.config import load_config
 from omni.train.stage import load
@@ -263,21 +263,11 @@ def test_clips_without_a_text_are_used_and_split_like_others(tmp_path):
     path = make_clips(tmp_path)["train_csv"]
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([["wav", "text"], *([f"clip{number}.wav", ""] for number in range(24))])
-    manifest = load_manifest(path, ("wav",), split_column(path))
+    manifest = load_manifest(path, ("wav",), "text")
     train_rows, val_rows = split_rows(manifest, 0.3)
     assert len(train_rows) > 10 and len(val_rows) > 2
     stdout = VOCODER.training(tmp_path, max_steps=2, max_epochs=None).finish().stdout
     assert "Not used" not in stdout and "24 samples" not in stdout
-
-
-def test_the_column_that_splits(tmp_path):
-    for name, content, column in (
-        ("a.csv", "wav,speaker\na.wav,text\n", "wav"),
-        ("b.csv", '"text",wav\n', "text"),
-        ("c.jsonl", '{"wav": "a.wav", "text": "a"}\n', "text"),
-    ):
-        (tmp_path / name).write_text(content)
-        assert split_column(tmp_path / name) == column
 
 
 # --- Judging ---------------------------------------------------------------------------------------------------------

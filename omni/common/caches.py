@@ -8,6 +8,7 @@ A cache stores a hash of size, mtime and ctime of each recording or picture that
 mtime is set back. An expensive cache compares changed files by content, so that a copied folder is only read again.
 """
 
+import functools
 import hashlib
 import os
 import struct
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
 from omni.common.files import file_sha256, json_sha256, read_sealed_json, replace_file, write_sealed_json
-from omni.common.media import Inline, open_media, quoted
+from omni.common.media import Clip, Inline, Media, Section, open_media, quoted
 
 ABSENT = "absent"
 _BLOCK_BYTES = 1 << 20
@@ -33,10 +34,17 @@ _IN_MANIFEST = 1  # the facts of a data URI, which only changes with its manifes
 def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
     """64-bit hash of size and times of a row's file; 0 if there is no file."""
     try:
-        file = manifest.file(manifest[row][column], root)
+        file = _on_disk(manifest.file(manifest[row], column, root))
         return _IN_MANIFEST if isinstance(file, Inline) else _facts(os.stat(file))
     except (BadRow, OSError):
         return 0
+
+
+def _on_disk(source: Media) -> Path | Inline:
+    """The file of which a row names a part, or the file itself."""
+    while isinstance(source, (Clip, Section)):
+        source = source.source if isinstance(source, Clip) else source.path
+    return source
 
 
 def _facts(stat: os.stat_result) -> int:
@@ -46,14 +54,28 @@ def _facts(stat: os.stat_result) -> int:
 def content_of_row(manifest, row: int, column: str, root: str | None, facts: int) -> int:
     """64-bit hash of the content of a row's file; 0 if its ``facts`` have changed or it is unreadable."""
     try:
-        with open_media(manifest.file(manifest[row][column], root)) as file:
-            found = _facts(os.fstat(file.fileno())) if facts != _IN_MANIFEST else facts
-            digest = hashlib.blake2b(digest_size=8)
-            while block := file.read(_BLOCK_BYTES):
-                digest.update(block)
+        source = manifest.file(manifest[row], column, root)
+        if isinstance(source, Clip):  # the whole recording, which many rows may share
+            return _content_of_file(source.source, facts) if isinstance(source.source, Path) else 0
+        return _content(source, facts)
     except (BadRow, OSError):
         return 0
-    return int.from_bytes(digest.digest(), "little") if found == facts else 0
+
+
+def _content(source: Media, facts: int) -> int:
+    with open_media(source) as file:
+        on_disk = _on_disk(source)
+        stat = (
+            None if isinstance(on_disk, Inline) else os.fstat(file.fileno()) if on_disk is source else os.stat(on_disk)
+        )
+        digest = hashlib.blake2b(digest_size=8)
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    same = facts == (_IN_MANIFEST if stat is None else _facts(stat))
+    return int.from_bytes(digest.digest(), "little") if same else 0
+
+
+_content_of_file = functools.lru_cache(maxsize=256)(_content)
 
 
 def _hash64(data: bytes) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,6 +73,12 @@ def file_stat(path: Path) -> dict:
     """Size and mtime: a file with the same values counts as unchanged."""
     facts = path.stat()
     return {"size": facts.st_size, "mtime_ns": facts.st_mtime_ns}
+
+
+def files_stat(paths: Iterable[Path]) -> dict:
+    """One digest of names, sizes and times: files with the same values count as unchanged."""
+    facts = [(str(path), *file_stat(path).values()) for path in paths]
+    return {"files": len(facts), "sha256": json_sha256(facts)}
 
 
 def file_sha256(path: Path) -> str:

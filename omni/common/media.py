@@ -1,11 +1,18 @@
-"""The pictures and recordings that rows name: a file, or a data URI that contains the bytes."""
+"""The pictures and recordings that rows name: a file, a part of one, or a data URI that contains the bytes.
+
+A part of a file has its place after the name. ``interview.wav#t=12.5,17`` are 4.5 seconds of a recording, as in W3C's
+"Media Fragments URI 1.0"; without the second number, the part lasts to the end. ``shard.tar#bytes=1536,4096`` is a file
+inside another: its first byte there, and the byte after its last.
+"""
 
 import base64
 import binascii
 import io
 import os
+import re
 import stat
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -26,7 +33,64 @@ class Inline:
         return f"data:{quoted(self.media_type)} ({len(self.data):,} bytes)"
 
 
-Media = str | Path | Inline
+@dataclass(frozen=True)
+class Section:
+    """A file inside another: ``size`` bytes from byte ``start`` on."""
+
+    path: Path
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.path}#bytes={self.start},{self.start + self.size}"
+
+    def read(self) -> Inline:
+        """
+        Raises:
+            BadRow: the outer file cannot be read, or ends earlier.
+        """
+        with open_media(self.path) as file:
+            data = os.pread(file.fileno(), self.size, self.start)
+        if len(data) < self.size:
+            raise BadRow(f"{quoted(self)}: the file ends before")
+        return Inline(data, "")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A part of a recording."""
+
+    source: "str | Path | Inline | Section"
+    start_s: float
+    end_s: float | None  # None: to the end
+
+    def __str__(self) -> str:
+        return f"{self.source}#t={self.start_s:g}," + ("" if self.end_s is None else f"{self.end_s:g}")
+
+
+Media = str | Path | Inline | Section | Clip
+_NUMBER = r"(\d+(?:\.\d*)?)"
+_TIME = re.compile(rf"(.+)#t={_NUMBER}(?:,{_NUMBER}?)?")
+_BYTES = re.compile(r"(.+)#bytes=(\d+),(\d+)")
+
+
+def split_fragment(name: str) -> tuple[str, Callable[[Path], Section | Clip]] | None:
+    """The name of the outer file, and what makes a part of it; None if ``name`` has no part after it.
+
+    Raises:
+        BadRow: the part ends before it begins.
+    """
+    if found := _TIME.fullmatch(name):
+        start, end = float(found[2]), float(found[3]) if found[3] else None
+        part, ends_before = (lambda path: Clip(path, start, end)), end is not None and end <= start
+    elif found := _BYTES.fullmatch(name):
+        first, stop = int(found[2]), int(found[3])
+        part, ends_before = (lambda path: Section(path, first, stop - first)), stop < first
+    else:
+        return None
+    if ends_before:
+        raise BadRow(f"{quoted(name)}: expected an end after the start")
+    return found[1], part
 
 
 def is_data_uri(name: str) -> bool:
@@ -54,11 +118,15 @@ def parse_data_uri(uri: str) -> Inline:
 
 
 def open_media(source: Media) -> BinaryIO:
-    """Open a regular file, or the bytes of a data URI, for reading, without blocking.
+    """Open a regular file, a file inside another, or the bytes of a data URI, for reading, without blocking.
 
     Raises:
         BadRow: the file is missing, unreadable, or not regular: a folder, a pipe, a device.
     """
+    if isinstance(source, Clip):
+        return open_media(source.source)
+    if isinstance(source, Section):
+        source = source.read()
     if isinstance(source, Inline):
         return io.BytesIO(source.data)
     try:

@@ -16,6 +16,7 @@ from omni.common.files import file_sha256, file_stat, open_sealed_json, replace_
 from omni.common.lock import FolderLock
 
 _DIGEST_BYTES = 32
+ROWS = "rows.jsonl"  # in the index of a folder or an archive: its rows
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -89,8 +90,14 @@ def prepare_index(
     make: Callable[[], None],
     log: Callable[[str], None],
     check_stop: Callable[[], None],
+    stat: Callable[[Path], dict] = file_stat,
+    sha256: Callable[[Path], str] | None = file_sha256,
 ) -> None:
     """Call ``make()``, which fills ``folder`` and writes ``meta.json`` last, unless the index of ``path`` is valid.
+
+    Args:
+        stat: facts of the file, or the files, by which a change is noticed.
+        sha256: digest of the content, compared where the facts but not the size differ; None: it counts as changed.
 
     Raises:
         UserError: the file cannot be read, or the folder cannot be written.
@@ -98,37 +105,45 @@ def prepare_index(
 
     def problem() -> str | None:
         try:
-            stale = why_stale(path, folder)
+            stale = why_stale(path, folder, stat, sha256)
         except OSError as error:
             raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
         return f"{folder}: {stale}; making the index again" if stale else stale
 
     if make_once(folder, problem, make, log, check_stop):
         return
-    if open_sealed_json(folder / "meta.json")["stat"] != file_stat(path):
+    if sha256 is not None and open_sealed_json(folder / "meta.json")["stat"] != stat(path):
         # the same bytes with another mtime; if that cannot be written, every run hashes them
         with contextlib.suppress(UserError), hold_cache(folder, log, check_stop):
             meta = open_sealed_json(folder / "meta.json")
-            if why_stale(path, folder) is None and meta["stat"] != file_stat(path):
-                write_sealed_json(folder / "meta.json", meta | {"stat": file_stat(path)})
+            if why_stale(path, folder, stat, sha256) is None and meta["stat"] != stat(path):
+                write_sealed_json(folder / "meta.json", meta | {"stat": stat(path)})
 
 
-def why_stale(path: Path, folder: Path) -> str | None:
+def why_stale(
+    path: Path,
+    folder: Path,
+    stat: Callable[[Path], dict] = file_stat,
+    sha256: Callable[[Path], str] | None = file_sha256,
+) -> str | None:
     """Why an index must be made ("" if the log need not say it), or None if it is whole and of the present file.
 
     Raises:
         OSError: the file cannot be read.
     """
-    stat = file_stat(path)
+    facts = stat(path)
     try:
         meta = open_sealed_json(folder / "meta.json")
-        saved, sha256 = meta["stat"], meta["sha256"]
+        saved, digest = meta["stat"], meta["sha256"]
         for name in meta["arrays"]:
             open_array(folder / f"{name}.npy")
+        for name, expected in meta["copies"].items():
+            if name == ROWS and file_sha256(folder / name) != digest or file_stat(folder / name)["size"] != expected:
+                raise ValueError(f"{name} is not what was written")
     except FileNotFoundError as error:
         return "" if Path(error.filename).name == "meta.json" else f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"damaged ({error})"
-    if saved != stat and (saved["size"] != stat["size"] or sha256 != file_sha256(path)):
+    if saved != facts and (sha256 is None or saved["size"] != facts["size"] or digest != sha256(path)):
         return ""
     return None

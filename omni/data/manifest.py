@@ -1,35 +1,33 @@
-"""Rows of a file of any size, read in any order; bad rows are counted, named, and replaced or left out.
+"""Rows of files of any size, read in any order; bad rows are counted, named, and replaced or left out.
 
-One pass over the file writes the first and last byte of each row to an index beside it, 20 bytes a row, which later
-runs map into memory. Row ``i`` is then one short read, so a resumed run reads no row that it skips. The formats
-(``omni.data.formats``) define the rows.
+One pass over a file writes the first and last byte of each row to an index beside it, 20 bytes a row, which later runs
+map into memory. Row ``i`` is then one short read, so a resumed run reads no row that it skips. The formats
+(``omni.data.formats``) define the rows; those of folders and archives are gathered in the index first.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from omni.common.errors import BadRow, UserError, reading_row
-from omni.common.files import file_stat, write_sealed_json
 from omni.common.host import Host
-from omni.common.media import Inline
-from omni.data.formats import FORMATS, Format, format_of
-from omni.data.index import prepare_index, save_array
+from omni.common.media import Media, quoted
+from omni.data.formats import FORMATS
+from omni.data.formats.gathered import FOLDER, KEY, Gathered
+from omni.data.index import ROWS
 from omni.data.named_files import find_file
-from omni.data.records import MAX_ROW_BYTES, Record, other_encoding
+from omni.data.records import MAX_ROW_BYTES, Record
 
 T = TypeVar("T")
-_VERSION = 3
 _SUBSTITUTES_TRIED = 100
 _NAMED = 5  # rows that the log names for each reason; all are counted
+PART = "_part"  # column: the part of a joined manifest that a row is from
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -40,7 +38,7 @@ class Manifest:
     """Rows of a file through an index of byte spans.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a data set.
         folder: its index, made by ``load_manifest``.
     """
 
@@ -51,6 +49,8 @@ class Manifest:
         self.columns: list[str] = meta["columns"]  # columns that every row must fill
         self.format = FORMATS[meta["format"]](**meta["reading"])
         self.arrays: list[str] = meta["arrays"]
+        self.base = path if path.is_dir() else path.parent  # folder of the files that rows name
+        self.gathered = isinstance(self.format, Gathered)
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
         self.left_out: dict[str, np.ndarray] = {}  # reason -> rows, see ``leave_out``
         self._open()
@@ -60,7 +60,7 @@ class Manifest:
         self.spans = arrays["spans"]  # (rows, 2) first byte, byte after the last
         self.keys = arrays["keys"]  # (rows,) CRC-32 of the key column
         self._numbers = arrays.get("numbers")  # (rows,) the row's number in messages, if not its position
-        self._file = os.open(self.path, os.O_RDONLY)
+        self._file = os.open(self.folder / ROWS if self.gathered else self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict:
         opened = ("spans", "keys", "_numbers", "_file", "facts")
@@ -99,105 +99,78 @@ class Manifest:
         return self._record(row + 1)
 
     def where(self, row: int) -> str:
-        """``data/audio/asr.csv: row 17``; row 1 is the first one after the header."""
-        return f"{self.path}: row {row + 1 if self._numbers is None else self._numbers[row]}"
+        """``data/audio/asr.csv: row 17``; row 1 is the first one after the header. A row that has been gathered has a
+        name, too."""
+        number = row + 1 if self._numbers is None else self._numbers[row]
+        name = json.loads(self._record(row).data or b"{}").get(KEY) if self.gathered else None
+        return f"{self.path}: row {number}" + (f" ({quoted(name)})" if name else "")
 
-    def file(self, name: str, root: str | None = None) -> Path | Inline:
-        """The file that a row names, see ``find_file``: inside ``root``; without one, beside the manifest or in the
-        working directory. Or the bytes of a data URI."""
-        return find_file(name, [self.path.parent, Path()] if root is None else [Path(root)], root)
+    def file(self, row: dict, column: str, root: str | None = None) -> Media:
+        """The file that a row names in a column, see ``find_file``: inside ``root``; without one, beside the manifest
+        or in the working directory. Or the bytes of a data URI."""
+        if root is not None:
+            return find_file(row[column], [Path(root)], root)
+        own = [self.base / row[FOLDER]] if row.get(FOLDER) else []
+        return find_file(row[column], [*own, self.base, Path()] + [self.folder] * self.gathered)
 
     def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
         """``rows`` without those where the mask ``unusable`` is true; logs their number and the first of them."""
         out = rows[unusable]
         if len(out):
             self.left_out[reason] = np.union1d(self.left_out.get(reason, out[:0]), out)
-            first = ", ".join(self.where(int(row)).rpartition(" ")[2] for row in out[:_NAMED]) + ", ..." * (
+            first = ", ".join(self.where(int(row)).rpartition(": row ")[2] for row in out[:_NAMED]) + ", ..." * (
                 len(out) > _NAMED
             )
             log(f"{self.path}: {len(out)} of {len(rows)} rows left out, {reason}: rows {first}")
         return rows[~unusable]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The index
+def place_of(row: dict) -> dict:
+    """The columns of a row without which the files that it names are not found."""
+    return {name: row[name] for name in (PART, FOLDER) if name in row}
 
 
-def prepare_manifest(
-    run: Host, path: str, columns: tuple[str, ...], key: str, *, kind: type[Format] | None = None
-) -> Manifest:
-    """``load_manifest`` inside a run: rank 0 makes the index while the others wait."""
-    where = {"cache_dir": run.config.cache_dir, "log": run.log, "check_stop": run.check_stop}
-    with run.main_process_first():
-        return load_manifest(path, columns, key, kind=kind, **where)
-
-
-def load_manifest(
-    path: str | Path,
-    columns: tuple[str, ...],
-    key: str,
-    *,
-    kind: type[Format] | None = None,
-    cache_dir: str | None = None,
-    log: Callable[[str], None] = print,
-    check_stop: Callable[[], None] = lambda: None,
-) -> Manifest:
-    """Open a manifest; its index is made once, and again when the file changes.
+class JoinedManifest(Manifest):
+    """The rows of several manifests, one after the other.
 
     Args:
-        columns: columns that every row must fill.
-        key: column by which rows are split: equal values are in one split.
-        kind: the format; default: the one that recognises the file.
-        cache_dir: folder for the index; default: the manifest's own.
-
-    Raises:
-        UserError: the file is missing, is not of its format, or has no row that can be used.
+        parts: at least two.
+        folder: for what is measured of the rows.
     """
-    path = Path(path)
-    facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-    folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
-    if not path.is_file():
-        raise UserError(f"{path}: expected a file, found none")
-    make = functools.partial(_make_index, path, folder, columns, key, kind, log, check_stop)
-    prepare_index(path, folder, make, log, check_stop)
-    return Manifest(path, folder)
 
+    def __init__(self, parts: list[Manifest], folder: Path) -> None:
+        first = parts[0]
+        self.parts, self.folder, self.format, self.columns = parts, folder, first.format, first.columns
+        self.path = first.path.with_name(f"{first.path.name} and {len(parts) - 1} more")
+        self.sha256 = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
+        self.keys = np.concatenate([part.keys for part in parts])
+        self.facts, self.left_out = {}, {}
+        self._ends = np.cumsum([len(part) for part in parts])
 
-def _make_index(
-    path: Path, folder: Path, columns: tuple[str, ...], key: str, kind: type[Format] | None, log, check_stop
-) -> None:
-    for old in folder.glob("*.np[yz]"):  # measurements of the earlier content
-        old.unlink()
-    (folder / "meta.json").unlink(missing_ok=True)
-    before, digest = file_stat(path), hashlib.sha256()
-    with open(path, "rb") as file:
-        head = file.read(1 << 16)
-    if encoding := other_encoding(head):
-        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
-    form = (kind or format_of(path, head))()
-    if remark := form.remark(path):
-        log(remark)
-    bar = tqdm(total=before["size"], unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"facts": {}}
 
-    def chunks() -> Iterator[bytes]:
-        for chunk in form.chunks(path):
-            check_stop()
-            digest.update(chunk)
-            bar.update(len(chunk))
-            yield chunk
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
 
-    with bar:
-        rows = form.index(path, chunks(), columns, key)
-    if file_stat(path) != before:
-        raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
-    assert rows.end in (before["size"], None), "bytes after the last row"
-    arrays = {"spans": rows.spans, "keys": rows.keys} | ({} if rows.numbers is None else {"numbers": rows.numbers})
-    for name, values in arrays.items():
-        save_array(folder / f"{name}.npy", values)
-    meta = {"stat": before, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns}
-    write_sealed_json(folder / "meta.json", meta | {"format": form.name, "reading": dataclasses.asdict(form)})
-    log(f"indexed {path}: {rows.summary}")
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def _place(self, row: int) -> tuple[int, int]:
+        """The part of a row, and its number there."""
+        part = int(np.searchsorted(self._ends, row, side="right"))
+        return part, int(row) - int(self._ends[part]) + len(self.parts[part])
+
+    def __getitem__(self, row: int) -> dict:
+        part, number = self._place(row)
+        return self.parts[part][number] | {PART: part}
+
+    def where(self, row: int) -> str:
+        part, number = self._place(row)
+        return self.parts[part].where(number)
+
+    def file(self, row: dict, column: str, root: str | None = None) -> Media:
+        return self.parts[row[PART]].file(row, column, root)
 
 
 # ---------------------------------------------------------------------------------------------------------------

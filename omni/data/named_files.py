@@ -8,16 +8,20 @@ import unicodedata
 from pathlib import Path, PureWindowsPath
 
 from omni.common.errors import BadRow, reading_row
-from omni.common.media import Inline, is_data_uri, parse_data_uri, quoted
+from omni.common.media import Media, is_data_uri, parse_data_uri, quoted, split_fragment
 
+# folders beside a data set's table, and endings that its rows may leave away
+_FOLDERS = ("wavs", "clips", "images", "audio", "data", "wav", "")
+_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".jpg", ".jpeg", ".png")
 _LISTED = 50_000  # names of a folder that are compared with a missing file's name
 
 
-def find_file(name: str, folders: list[Path], root: str | None = None) -> Path | Inline:
-    """The file ``name`` in the first of the ``folders`` that has one; or the bytes of a data URI.
+def find_file(name: str, folders: list[Path], root: str | None = None) -> Media:
+    """The file ``name`` in the first of the ``folders`` that has one, or a part of it, see ``omni.common.media``; or
+    the bytes of a data URI.
 
     If ``name`` is not found as written, it is tried without blanks around it, with ``/`` for ``\\``, and in the other
-    Unicode forms.
+    Unicode forms. Without a root, data sets' own folders beside their table come last, see ``_FOLDERS``.
 
     Args:
         root: the only folder, which no name may leave; None: names may lead anywhere.
@@ -45,14 +49,32 @@ def find_file(name: str, folders: list[Path], root: str | None = None) -> Path |
                 return path
         if root is not None and not (folders[0] / name).resolve().is_relative_to(folders[0].resolve()):
             raise BadRow(f"{quoted(name)} leaves the folder {root}")
+        if fragment := split_fragment(name):
+            outer, part = fragment
+            return part(find_file(outer, folders, root))
+        if root is None and not problem and (path := _where_data_sets_have_it(folders[0], _plain(name))):
+            return path
         raise BadRow(problem or _none_found(folders[0], name))
+
+
+def _where_data_sets_have_it(folder: Path, name: str) -> Path | None:
+    """LJSpeech's ``LJ001-0001`` is ``wavs/LJ001-0001.wav``, Common Voice's ``common_voice_en_1.mp3`` in ``clips``."""
+    if Path(name).is_absolute():
+        return None
+    endings = ("",) if Path(name).suffix.lower() in _ENDINGS else _ENDINGS
+    paths = (folder / inner / (name + ending) for inner, ending in itertools.product(_FOLDERS, endings))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _spellings(name: str) -> list[str]:
     """A name as it is written, and as other systems write it."""
-    plain = name.strip().replace("\\", "/")
+    plain = _plain(name)
     forms = (unicodedata.normalize(form, plain) for form in ("NFC", "NFD"))
     return list(dict.fromkeys([name, plain, *forms]))
+
+
+def _plain(name: str) -> str:
+    return name.strip().replace("\\", "/")
 
 
 def _none_found(folder: Path, name: str) -> str:

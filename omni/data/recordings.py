@@ -18,7 +18,7 @@ def measure_samples(run: Host, manifest: Manifest, sample_rate: int) -> np.ndarr
 
 
 def row_length(manifest: Manifest, row: int) -> tuple[int, int]:
-    return audio_length(manifest.file(manifest[row]["wav"]))
+    return audio_length(manifest.file(manifest[row], "wav"))
 
 
 def samples_at(lengths: np.ndarray, sample_rate: int) -> np.ndarray:

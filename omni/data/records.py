@@ -21,7 +21,8 @@ from omni.common.errors import BadRow, UserError
 from omni.common.media import quoted
 
 MAX_ROW_BYTES = 1 << 20
-_OPENING = re.compile(rb'(?<![^,\r\n])"')  # a quotation mark at the beginning of a field
+# a quotation mark at the beginning of a field, by delimiter
+_OPENING = {mark: re.compile(rb'(?<![^%s\r\n])"' % mark.encode()) for mark in ",;"}
 # the next bracket, brace or quotation mark, past strings without escapes; between elements also a comma
 _JSON_TOKEN = re.compile(rb'(?:[^"\[\]{}]++|"[^"\\]*+")*+(["\[\]{}])')
 _JSON_TOKEN_OUTSIDE = re.compile(rb'[^"\[\]{},]*+(["\[\]{},])')
@@ -111,9 +112,12 @@ def _refuse_nul(path: Path, chunk: bytes, first: int) -> None:
         raise UserError(f"{path}: line {line_of(path, first + nul)}: found a NUL byte, expected UTF-8 text")
 
 
-def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterator[Record]:
-    """The rows of a CSV (``quotes``) or the lines of a JSONL, blank ones and the line ends included: every byte of the
-    file but its byte-order mark is in one record.
+def line_records(path: Path, chunks: Iterator[bytes], *, quotes: str | None) -> Iterator[Record]:
+    """The rows of a CSV or the lines of a JSONL, blank ones and the line ends included: every byte of the file but its
+    byte-order mark is in one record.
+
+    Args:
+        quotes: the delimiter after which a quotation mark opens a field; None: no field is quoted.
 
     Raises:
         UserError: a NUL byte, or a quotation mark that is never closed.
@@ -131,7 +135,7 @@ def line_records(path: Path, chunks: Iterator[bytes], *, quotes: bool) -> Iterat
             at, begin = 1, 1
             while True:
                 if not in_quotes:
-                    if (opening := _OPENING.search(text, at)) is None:
+                    if (opening := _OPENING[quotes].search(text, at)) is None:
                         break
                     begin, at, in_quotes, quote_seen = opening.start(), opening.end(), True, False
                     opened = first + begin - 1

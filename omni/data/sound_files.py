@@ -18,7 +18,7 @@ import numpy as np
 import soundfile
 
 from omni.common.errors import BadRow
-from omni.common.media import Inline, Media, open_media, quoted
+from omni.common.media import Clip, Inline, Media, Section, open_media, quoted
 
 _BLOCK_VALUES = 1 << 18  # samples x channels read at a time: a thousand channels need no more memory than one
 _RATES_HZ = range(1_000, 768_001)  # others mean a damaged header, and resampling could take any amount of memory
@@ -43,6 +43,7 @@ _HEADERLESS = {
 _WITHOUT_CONTAINER = ("mp3", "aac")  # tags of any kind may stand before and after the frames
 _LIBSNDFILE = ("wav", "flac", "ogg", "aiff", "caf", None)  # None: formats that only libsndfile knows
 _TAGS_BYTES = 1 << 24  # ID3v2 tags contain pictures; sound after larger tags is not found
+_CLIP_ERROR_S = 0.1
 _DURATION_ERROR_S = 1.0  # a Matroska file's duration is that of its longest track, in milliseconds
 
 
@@ -57,6 +58,7 @@ class Sound:
     rate: int
     frames: int | None
     blocks: Iterator[np.ndarray]
+    seek: Callable[[int], None] | None = None  # begin ``blocks`` at another frame; None: they begin at the first
 
 
 @contextmanager
@@ -69,7 +71,13 @@ def open_sound(source: Media) -> Iterator[Sound]:
     Raises:
         BadRow: not audio, empty, of an impossible rate, or a truncated WAV.
     """
+    if isinstance(source, Clip):
+        with open_sound(source.source) as sound:
+            yield _clip(sound, source)
+        return
     name = quoted(source)
+    if isinstance(source, Section):
+        source = source.read()
     with ExitStack() as stack:
         file = stack.enter_context(open_media(source))
         ending, handle, size = "", file, len(source.data) if isinstance(source, Inline) else 0
@@ -97,6 +105,38 @@ def open_sound(source: Media) -> Iterator[Sound]:
             file.seek(0) if handle is file else os.lseek(handle, 0, os.SEEK_SET)
         declared = _declared_frames(peek(begins, 256)) if demuxer == "mp3" else 0
         yield stack.enter_context(_by_ffmpeg(file, name, demuxer, options, declared))
+
+
+def _clip(sound: Sound, clip: Clip) -> Sound:
+    """A part of an open recording.
+
+    Raises:
+        BadRow: the recording ends before the part does. Up to ``_CLIP_ERROR_S`` may be missing, as rounded times ask.
+    """
+    first = round(clip.start_s * sound.rate)
+    stop = sound.frames if clip.end_s is None else round(clip.end_s * sound.rate)
+    allowed = round(_CLIP_ERROR_S * sound.rate)
+    problem = f"{quoted(clip)}: expected a part of the recording, which lasts {{:.2f}} s"
+    if sound.frames is not None:
+        if first >= sound.frames or stop > sound.frames + allowed:
+            raise BadRow(problem.format(sound.frames / sound.rate))
+        stop = min(stop, sound.frames)
+    if sound.seek is not None:
+        sound.seek(first)
+
+    def blocks() -> Iterator[np.ndarray]:
+        at = 0 if sound.seek is None else first
+        for block in sound.blocks:
+            begin, end = at, at + len(block)
+            at = end
+            if end > first and len(part := block[max(0, first - begin) : None if stop is None else stop - begin]):
+                yield part
+            if stop is not None and end >= stop:
+                return
+        if at <= first or stop is not None and at < stop - allowed:
+            raise BadRow(problem.format(at / sound.rate))
+
+    return Sound(sound.rate, None if sound.frames is None else stop - first, blocks())
 
 
 def _content(peek: Callable[[int, int], bytes]) -> int:
@@ -153,11 +193,11 @@ def _by_libsndfile(file: soundfile.SoundFile, name: str) -> Sound:
     _check_rate(name, file.samplerate)
     if file.frames == 0:
         raise BadRow(f"{name}: empty, or truncated before its first sample")
-    return Sound(file.samplerate, file.frames, _blocks(file, name))
+    return Sound(file.samplerate, file.frames, _blocks(file, name), file.seek)
 
 
 def _blocks(file: soundfile.SoundFile, name: str) -> Iterator[np.ndarray]:
-    rate, frames, read = file.samplerate, file.frames, 0
+    rate, frames, read = file.samplerate, file.frames, file.tell()
     block = max(1, _BLOCK_VALUES // file.channels)
     try:
         while len(part := file.read(min(block, frames - read), dtype="float32", always_2d=True)):

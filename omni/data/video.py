@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from omni.common.errors import BadRow
-from omni.common.media import Inline, Media, open_media, quoted
+from omni.common.media import Clip, Inline, Media, Section, open_media, quoted
 from omni.data.images import check_size, decoding, load_image, squash, to_rgb
 from omni.data.metadata import without_metadata
 
@@ -52,7 +52,8 @@ def load_frames(source: Media, count: int, height: int, width: int) -> tuple[Ten
             ``MAX_FILM_PIXELS`` or ``MAX_ANIMATION_PIXELS`` would have to be decoded.
     """
     with decoding(source, "video"):
-        if not isinstance(source, Inline) and os.path.isdir(source):  # unlike Path.is_dir, whatever the name
+        is_name = not isinstance(source, (Inline, Section, Clip))
+        if is_name and os.path.isdir(source):  # unlike Path.is_dir, whatever the name
             files = _frame_files(Path(source))
             return torch.stack([load_image(files[i], height, width) for i in evenly(len(files), count)]), len(files)
         with open_media(source) as file:

@@ -23,7 +23,7 @@ from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, mel_spec, output_frames
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
 from omni.models.ops import round_up
-from omni.train.config import ASR_HINT, StageConfig, input_file
+from omni.train.config import ASR_HINT, Files, StageConfig, input_files
 from omni.train.run import Run
 from omni.train.stage import ExportedPart, Stage
 
@@ -38,14 +38,14 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         "max_text_len": "a text is as long as its recording allows",
     }
 
-    train_csv: str = input_file(hint=ASR_HINT, description="manifest with the columns wav and text")
-    val_csv: str | None = input_file(
+    train_csv: Files = input_files(hint=ASR_HINT, description="manifest with the columns wav and text")
+    val_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="held-out manifest; default: val_split of train_csv's texts"
     )
-    val_voices_csv: str | None = input_file(
+    val_voices_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="second held-out manifest, with voices that are not in training"
     )
-    val_words_csv: str | None = input_file(
+    val_words_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="another held-out manifest, with words that are not in training"
     )
     text_language: Language | None = Field(None, description=TEXT_LANGUAGE)
@@ -184,7 +184,7 @@ class Utterances(ManifestDataset):
         config = self.config
         text = read_text(row, config.text_language)
         tokens = self.tokenizer.encode(text)
-        waveform = load_speech(self.manifest.file(row["wav"]), self.mel, config.max_mel_length)
+        waveform = load_speech(self.manifest.file(row, "wav"), self.mel, config.max_mel_length)
         if rng is None:
             return Utterance(self._features(waveform), tokens, text)
         if unknown := self.tokenizer.unknown(text):

@@ -115,7 +115,7 @@ class CaptionRows(ManifestDataset):
 
     def read(self, row: dict, rng: np.random.Generator | None) -> dict:
         size = self.config.img_size
-        image = load_image(self.manifest.file(row["image"], self.config.image_root), size, size)
+        image = load_image(self.manifest.file(row, "image", self.config.image_root), size, size)
         if rng is not None and self.config.augment:
             image = augment(image, rng)
         return {

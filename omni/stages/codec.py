@@ -19,7 +19,7 @@ from omni.data.recordings import measure_samples, static_lengths
 from omni.models.codec import Codec, mel_spec
 from omni.models.quantizer import masked_mean
 from omni.models.speech_architectures import CodecArchitecture, SpeechFrames
-from omni.train.config import TTS_HINT, StageConfig, input_file
+from omni.train.config import TTS_HINT, Files, StageConfig, input_files
 from omni.train.precompute import RaggedArray, precompute
 from omni.train.stage import ExportedPart, Stage
 
@@ -29,8 +29,10 @@ STATISTICS_CLIPS = 256
 class SpeechConfig(StageConfig):
     """The keys that all parts of stage D have."""
 
-    tts_csv: str = input_file(hint=TTS_HINT, description="manifest with the columns text and wav, optionally speaker")
-    val_csv: str | None = input_file(
+    tts_csv: Files = input_files(
+        hint=TTS_HINT, description="manifest with the columns text and wav, optionally speaker"
+    )
+    val_csv: Files | None = input_files(
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"
     )
     max_mel_length: int = Field(
@@ -128,7 +130,7 @@ def read_log_mels(manifest: Manifest, row: dict, architecture: SpeechFrames, max
         BadRow: see ``load_speech``.
     """
     spec = mel_spec(architecture)
-    waveform = load_speech(manifest.file(row["wav"]), spec, max_codes * architecture.frames_per_code)
+    waveform = load_speech(manifest.file(row, "wav"), spec, max_codes * architecture.frames_per_code)
     return log_mel(torch.from_numpy(waveform), spec)
 
 
@@ -156,7 +158,7 @@ def refuse_unreadable(run: Host, manifest: Manifest, rows: np.ndarray, sample_ra
         UserError: none of the ``rows`` can be read, with the reason of the last one.
     """
     read_some(
-        manifest, rows[-100:], 100, lambda row: load_audio(manifest.file(row["wav"]), sample_rate), run.check_stop
+        manifest, rows[-100:], 100, lambda row: load_audio(manifest.file(row, "wav"), sample_rate), run.check_stop
     )
 
 

@@ -21,7 +21,7 @@ from omni.common.files import replace_file
 from omni.data.audio import griffin_lim, log_mel
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
-from omni.data.manifest import load_manifest
+from omni.data.open_manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.codec import mel_spec
@@ -41,7 +41,7 @@ from omni.stages.tasks import TASKS
 from omni.stages.tasks.mixture import AnswerScore, EvalItems
 from omni.stages.text import text_metrics, text_sums
 from omni.stages.vision import VisionConfig, attach_thinker
-from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for, split_column
+from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for
 from omni.stages.voices import speaker_of, voice_of
 from omni.train.device import to_device
 from omni.train.evaluation import EvalResult, add, evaluate_rows, first_rows, to_stderr
@@ -160,7 +160,7 @@ def evaluate_ocr(args: argparse.Namespace, opened: Loaded, device: torch.device)
 
 def evaluate_vocoder(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
     model, config = opened.model, opened.config_as(VocoderConfig)
-    manifest = load_manifest(args.data, ("wav",), split_column(args.data), cache_dir=args.cache_dir, log=to_stderr)
+    manifest = load_manifest(args.data, ("wav",), "text", cache_dir=args.cache_dir, log=to_stderr)
     codec = load_codec_of(config)
     rows = Clips(manifest, first_rows(len(manifest), args), config, training=False, codec=codec)
     score = VocoderScore(model.architecture)

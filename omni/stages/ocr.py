@@ -26,7 +26,7 @@ from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.ctc import ctc_nll
 from omni.models.ocr import END, OcrModel, read_text, start_symbol
-from omni.train.config import OCR_HINT, StageConfig, input_file, resumable
+from omni.train.config import OCR_HINT, Files, StageConfig, input_files, resumable
 from omni.train.run import Run
 from omni.train.stage import ExportedPart, Stage
 
@@ -34,8 +34,8 @@ from omni.train.stage import ExportedPart, Stage
 class OcrConfig(OcrArchitecture, StageConfig):
     """Stage G, ``train_ocr.py``."""
 
-    train_csv: str = input_file(hint=OCR_HINT, description="CSV with the columns image and text")
-    val_csv: str | None = input_file(
+    train_csv: Files = input_files(hint=OCR_HINT, description="CSV with the columns image and text")
+    val_csv: Files | None = input_files(
         None, hint=OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
     )
     image_root: str | None = resumable(None, description="folder of the images; default: that of the CSV")
@@ -120,7 +120,7 @@ class OcrRows(ManifestDataset):
         text, config = clean_text(row["text"]), self.config
         if len(text) > config.max_text_length:
             raise BadRow(f"expected a text of at most {config.max_text_length} characters, found {len(text)}")
-        path = self.manifest.file(row["image"], config.image_root)
+        path = self.manifest.file(row, "image", config.image_root)
         return load_image(path, config.height, config.width, fit="pad"), text
 
     def collate(self, samples: list[tuple[Tensor, str]]) -> dict:

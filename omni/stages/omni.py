@@ -10,7 +10,17 @@ from omni.common.errors import UserError
 from omni.data.tokenizer import Tokenizer
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.omni_model import OmniModel
-from omni.train.config import ASR_HINT, OCR_HINT, PICTURES_HINT, TEXT_HINT, TTS_HINT, StageConfig, input_file, resumable
+from omni.train.config import (
+    ASR_HINT,
+    OCR_HINT,
+    PICTURES_HINT,
+    TEXT_HINT,
+    TTS_HINT,
+    Files,
+    StageConfig,
+    input_files,
+    resumable,
+)
 from omni.train.stage import ExportedPart, Stage
 
 BASE_STAGES = {  # config key -> letter, script and files of a stage
@@ -37,41 +47,41 @@ class SftConfig(StageConfig):
     )
 
     # Files of the mixture; held-out files have the same keys with val_, default: val_split of the rows
-    text_path: str | None = input_file(
+    text_path: Files | None = input_files(
         None, hint=TEXT_HINT, description="text file of the task text: its dialogues, or all lines if it has none"
     )
-    val_text_path: str | None = input_file(None, hint=TEXT_HINT)
-    image_manifest: str | None = input_file(
+    val_text_path: Files | None = input_files(None, hint=TEXT_HINT)
+    image_manifest: Files | None = input_files(
         None,
         hint=PICTURES_HINT,
         description="manifest of caption and image_question: image, caption, optionally questions and accepted_answers",
     )
-    val_image_manifest: str | None = input_file(None, hint=PICTURES_HINT)
+    val_image_manifest: Files | None = input_files(None, hint=PICTURES_HINT)
     image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")
-    asr_csv: str | None = input_file(None, hint=ASR_HINT, description="CSV of the task transcription: wav and text")
-    val_asr_csv: str | None = input_file(None, hint=ASR_HINT)
-    question_csv: str | None = input_file(
+    asr_csv: Files | None = input_files(None, hint=ASR_HINT, description="CSV of the task transcription: wav and text")
+    val_asr_csv: Files | None = input_files(None, hint=ASR_HINT)
+    question_csv: Files | None = input_files(
         None,
         hint=ASR_HINT,
         description="CSV of spoken_question: wav, text and answer; rows with a blank answer are left out. With "
         "image_manifest also of spoken_image_question: recordings of the questions in that manifest",
     )
-    val_question_csv: str | None = input_file(
+    val_question_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="CSV of other recordings for validation; val_split still holds out texts"
     )
-    ocr_csv: str | None = input_file(None, hint=OCR_HINT, description="CSV of the task sign: image and text")
-    val_ocr_csv: str | None = input_file(None, hint=OCR_HINT)
-    speech_csv: str | None = input_file(
+    ocr_csv: Files | None = input_files(None, hint=OCR_HINT, description="CSV of the task sign: image and text")
+    val_ocr_csv: Files | None = input_files(None, hint=OCR_HINT)
+    speech_csv: Files | None = input_files(
         None,
         hint=TTS_HINT,
         description="CSV of the task spoken_answer: text, wav in the talker's voice, optionally question and speaker",
     )
-    val_speech_csv: str | None = input_file(None, hint=TTS_HINT)
-    jsonl_path: str | None = input_file(
+    val_speech_csv: Files | None = input_files(None, hint=TTS_HINT)
+    jsonl_path: Files | None = input_files(
         None,
         description="JSON or JSONL file of the task conversation, see docs/data.md",
     )
-    val_jsonl_path: str | None = input_file(None)
+    val_jsonl_path: Files | None = input_files(None)
     task_files: dict[str, str] = resumable(
         {}, description="files of tasks without a key of their own; held-out files: the same names with val_"
     )
@@ -153,8 +163,7 @@ class SftConfig(StageConfig):
     def check_files(self) -> None:
         super().check_files()
         for key, path in self.task_files.items():
-            if not os.path.isfile(path):
-                raise UserError(f'key "task_files": expected a file for {key}, found none at {path}')
+            check_given(f"task_files: {key}", path)
         if self.image_root is not None and not os.path.isdir(self.image_root):
             raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
         for key, (stage, script, *files) in BASE_STAGES.items():

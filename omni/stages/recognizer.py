@@ -88,7 +88,7 @@ def read_recordings(
         try:
             with reading_row():
                 fields, spec = manifest[row], speaker.spec
-                waveform = load_audio(manifest.file(fields["wav"]), spec.sample_rate, MAX_SECONDS, spec.win_length)
+                waveform = load_audio(manifest.file(fields, "wav"), spec.sample_rate, MAX_SECONDS, spec.win_length)
                 read.append((row, fields["text"], torch.from_numpy(waveform)))
         except BadRow as error:
             left_out[manifest.where(row)] = str(error)
@@ -118,12 +118,12 @@ def prepare_references(
     return run.cached_json("references.json", belongs_to, make)
 
 
-def sample_writer(run: Run, speaker: Speaker, manifest: Manifest) -> Callable[[int, int, str, Tensor], None]:
+def sample_writer(run: Run, speaker: Speaker, manifest: Manifest) -> Callable[[int, int, dict, Tensor], None]:
     """The function ``show`` of a ``TalkerScore``: writes a recording, its resynthesis and the talker's speech."""
 
-    def show(step: int, number: int, wav: str, speech: Tensor) -> None:
-        recording = load_audio(manifest.file(wav), speaker.spec.sample_rate)
-        versions = speaker.versions(torch.from_numpy(recording))
+    def show(step: int, number: int, recording: dict, speech: Tensor) -> None:
+        waveform = load_audio(manifest.file(recording, "wav"), speaker.spec.sample_rate)
+        versions = speaker.versions(torch.from_numpy(waveform))
         clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": speech}
         save_samples(run, step, number, clips, speaker.spec)
 
@@ -137,7 +137,8 @@ class TalkerScore:
     Args:
         recognizer: None: no word error rate.
         sentences: number of sentences to speak in each process.
-        show: called with the step, the number of the sentence, its recording's name, and the waveform of its speech.
+        show: called with the step, the number of the sentence, the columns that name its recording, and the waveform
+            of its speech.
         shown: number of sentences that ``show`` gets.
     """
 
@@ -146,7 +147,7 @@ class TalkerScore:
         speaker: Speaker,
         recognizer: Recognizer | None,
         sentences: int,
-        show: Callable[[int, int, str, Tensor], None] | None = None,
+        show: Callable[[int, int, dict, Tensor], None] | None = None,
         shown: int = 2,
     ) -> None:
         self.speaker, self.recognizer, self.sentences = speaker, recognizer, sentences
@@ -159,9 +160,11 @@ class TalkerScore:
         if texts:
             spoken = self.speaker.codes(texts, references_of(batch, len(texts)))
             waveforms = [self.speaker.waveform(codes) for codes in spoken]
-            for number, (wav, waveform) in enumerate(zip(batch["wavs"], waveforms, strict=False), start=self.spoken):
+            for number, (recording, waveform) in enumerate(
+                zip(batch["recordings"], waveforms, strict=False), start=self.spoken
+            ):
                 if self.show is not None and number < self.shown:
-                    self.show(batch["step"], number, wav, waveform)
+                    self.show(batch["step"], number, recording, waveform)
             if self.recognizer is not None:
                 transcripts = self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate)
                 groups = {"": range(len(texts))}

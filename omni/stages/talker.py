@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
-from omni.data.manifest import ManifestDataset
+from omni.data.manifest import ManifestDataset, place_of
 from omni.models.ops import round_up
 from omni.models.speech_architectures import AlignerArchitecture, CodecArchitecture, TalkerArchitecture
 from omni.models.talker import Talker, code_nats, duration_nats, frame_targets, pad_references, references_in
@@ -127,7 +127,7 @@ class Utterance:
     symbols: list[int]
     codes: Tensor
     durations: Tensor
-    wav: str = ""  # the recording's name in the manifest
+    recording: dict = field(default_factory=dict)  # the columns of its row that name the recording
     reference: Tensor | None = None  # codes (N, Q) of a recording in the same voice, for a talker of several voices
     speaker: str = ""
 
@@ -164,10 +164,11 @@ class CodedSpeech(ManifestDataset):
         if not len(row["durations"]):
             raise BadRow(f"expected a text of fewer bytes for its {len(row['codes'])} codes, found {len(symbols) - 1}")
         codes, durations = (torch.from_numpy(row[name].astype(np.int64)) for name in ("codes", "durations"))
+        recording = {"wav": row["wav"]} | place_of(row)
         if not self.architecture.voice_layers:
-            return Utterance(row["text"], symbols, codes, durations, row["wav"])
+            return Utterance(row["text"], symbols, codes, durations, recording)
         speaker, reference = speaker_of(row), torch.from_numpy(row["reference"](rng).astype(np.int64))
-        return Utterance(row["text"], symbols, codes, durations, row["wav"], reference, speaker)
+        return Utterance(row["text"], symbols, codes, durations, recording, reference, speaker)
 
     def collate(self, samples: list[Utterance]) -> dict:
         return collate_utterances(samples, self.architecture, static_up_to=self.static_up_to)
@@ -195,7 +196,7 @@ def collate_utterances(
         "codes": torch.stack([F.pad(sample.codes, (0, 0, 0, n_codes - len(sample.codes))) for sample in samples]),
         "lengths": torch.tensor(lengths),
         "texts": [sample.text for sample in samples],
-        "wavs": [sample.wav for sample in samples],
+        "recordings": [sample.recording for sample in samples],
         "n_targets": sum(sample.codes.numel() + 1 for sample in samples),
     }
 

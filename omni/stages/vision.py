@@ -17,7 +17,7 @@ from omni.models.architectures import PictureTextArchitecture, ThinkerArchitectu
 from omni.models.picture_text import PictureTextModel
 from omni.models.vision_encoder import ViT
 from omni.stages.text import STAGE as THINKER
-from omni.train.config import PICTURES_HINT, StageConfig, input_file, resumable
+from omni.train.config import PICTURES_HINT, Files, StageConfig, input_files, resumable
 from omni.train.run import Run
 from omni.train.stage import ExportedPart, Loaded, Stage, load
 
@@ -27,10 +27,10 @@ TOKENIZER_CAPTIONS = 500_000  # at most, evenly spread: more would change no mer
 class VisionConfig(VisionArchitecture, StageConfig):
     """Stage C, ``train_vision.py``: a ViT and its text tower."""
 
-    train_manifest: str = input_file(
+    train_manifest: Files = input_files(
         hint=PICTURES_HINT, description="JSON, JSONL or CSV with image and caption; several rows may share an image"
     )
-    val_manifest: str | None = input_file(
+    val_manifest: Files | None = input_files(
         None, hint=PICTURES_HINT, description="held-out manifest; default: val_split of train_manifest's images"
     )
     image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")

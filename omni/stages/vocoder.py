@@ -1,7 +1,6 @@
 """Stage F, the vocoder: config, recordings, losses and metrics."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
 from omni.models.vocoder import Generator, fold_weight_norm, mel_spec, refuse_other_mels
 from omni.stages.codec import STAGE as CODEC
-from omni.train.config import TTS_HINT, StageConfig, input_file, resumable
+from omni.train.config import TTS_HINT, Files, StageConfig, input_files, resumable
 from omni.train.stage import ExportedPart, Stage, load
 
 
@@ -32,8 +31,8 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
         "lr": "lr_g and lr_d are the peak learning rates",
     }
 
-    train_csv: str = input_file("data/audio/tts.csv", hint=TTS_HINT, description="manifest with the column wav")
-    val_csv: str | None = input_file(
+    train_csv: Files = input_files("data/audio/tts.csv", hint=TTS_HINT, description="manifest with the column wav")
+    val_csv: Files | None = input_files(
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of train_csv's rows"
     )
     val_samples: int = resumable(2, ge=0, description="held-out clips written to save_dir/samples, sound and picture")
@@ -152,22 +151,13 @@ def load_codec_of(config: VocoderConfig) -> Codec | None:
 # Recordings
 
 
-def split_column(path: str) -> str:
-    """The column that splits a manifest of clips: the text if there is one, so that no sentence is on both sides."""
-    with open(path, encoding="utf-8", errors="replace") as file:  # lines may end with LF, CRLF or CR
-        head = file.read(1 << 16)
-    if Path(path).suffix not in (".json", ".jsonl"):
-        head = head.lstrip().partition("\n")[0]
-    return "text" if re.search(r"\btext\b", head) else "wav"
-
-
 def read_clip(manifest: Manifest, row: dict, config: VocoderConfig) -> Tensor:
     """A row's recording (S,), cut to whole hops, at least one.
 
     Raises:
         BadRow: it cannot be used.
     """
-    path = manifest.file(row["wav"])
+    path = manifest.file(row, "wav")
     waveform = torch.from_numpy(load_audio(path, config.sample_rate, config.max_clip_s, mel_spec(config).win_length))
     hop = config.hop_length
     samples = max(hop, len(waveform) // hop * hop)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from omni.common.errors import UserError
 from omni.common.media import quoted
+from omni.data.open_manifest import expand
 from omni.data.records import other_encoding
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
@@ -34,6 +35,15 @@ def resumable(default=..., **constraints):
 def input_file(default=..., *, hint: str = "", **constraints):
     """A path that must exist when the config is loaded. A resumed run may change it: the data's digest is compared."""
     return Field(default, json_schema_extra={"resumable": True, "file": True, "hint": hint}, **constraints)
+
+
+def input_files(default=..., *, hint: str = "", **constraints):
+    """As ``input_file``: what ``omni.data.open_manifest.expand`` finds, and at least one file."""
+    extra = {"resumable": True, "files": True, "hint": hint}
+    return Field(default, json_schema_extra=extra, **constraints)
+
+
+Files = str | list[str]  # a file, the folder of a data set, a pattern such as "shards/*.tar", or a list of these
 
 
 class StageConfig(BaseModel):
@@ -114,10 +124,30 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
+            hint = f" ({extra['hint']})" if extra.get("hint") else ""
+            if extra.get("files") and path is not None:
+                check_given(name, path, hint)
             if extra.get("file") and path is not None and not os.path.isfile(path):
-                hint = f" ({extra['hint']})" if extra["hint"] else ""
                 found = f"none at {path}" if path else "an empty name; null is for no file"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
+
+
+def check_given(name: str, files: Files, hint: str = "") -> None:
+    """
+    Raises:
+        UserError: a file, folder or pattern of the key ``name`` does not exist.
+    """
+    for given in files if isinstance(files, list) else [files]:
+        try:
+            if given:
+                expand(given)
+                continue
+            found = "an empty name; null is for no file"
+        except UserError:
+            found = f"none at {given}"
+        raise UserError(f'key "{name}": expected a file, found {found}{hint}')
+    if not files:
+        raise UserError(f'key "{name}": expected a file, found an empty list; null is for no file{hint}')
 
 
 def read_keys(path: str) -> dict:

@@ -27,7 +27,7 @@ from omni.common.caches import (
 )
 from omni.common.errors import RunError
 from omni.common.files import json_sha256, remove_temporary
-from omni.common.media import Inline
+from omni.common.media import Media
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import file_facts
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader
@@ -310,8 +310,8 @@ class ManifestWithColumns:
     def where(self, row: int) -> str:
         return self.manifest.where(row)
 
-    def file(self, name: str, root: str | None = None) -> Path | Inline:
-        return self.manifest.file(name, root)
+    def file(self, row: dict, column: str, root: str | None = None) -> Media:
+        return self.manifest.file(row, column, root)
 
     def __getitem__(self, row: int) -> dict:
         return self.manifest[row] | {name: values[row] for name, values in self.computed.items()}

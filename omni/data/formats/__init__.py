@@ -3,13 +3,17 @@
 from pathlib import Path
 
 from omni.data.formats.base import Format
-from omni.data.formats.csv_rows import Csv
+from omni.data.formats.csv_rows import Csv, Lists
+from omni.data.formats.gathered import FilesBesideTexts, JsonObject, Kaldi, Parquet, TarShard
 from omni.data.formats.json_rows import JsonArray, JsonLines
 from omni.data.formats.text_lines import TextLines
 
-FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (TextLines, JsonLines, JsonArray, Csv)}
+OF_FILES = (TextLines, Parquet, TarShard, JsonObject, JsonLines, JsonArray, Lists, Csv)
+OF_FOLDERS = (Kaldi, FilesBesideTexts)
+FORMATS: dict[str, type[Format]] = {kind.name: kind for kind in (*OF_FILES, *OF_FOLDERS)}
 
 
-def format_of(path: Path, head: bytes) -> type[Format]:
-    """The first format that recognises a file by its name and its first bytes."""
-    return next(kind for kind in FORMATS.values() if kind.recognises(path, head))
+def format_of(path: Path, head: bytes) -> Format | None:
+    """The first format that recognises a file or a folder, by its name and its first bytes."""
+    kinds = OF_FOLDERS if path.is_dir() else OF_FILES
+    return next((kind.of(path, head) for kind in kinds if kind.recognises(path, head)), None)

@@ -10,12 +10,13 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import numpy as np
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.media import quoted
+from omni.data.formats.columns import with_our_names
 from omni.data.records import Record, decode
 
 _CHUNK_BYTES = 4 << 20
@@ -43,8 +44,13 @@ class Format:
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        """Whether a file of this name, which begins with ``head``, has this format."""
+        """Whether a file of this name, which begins with ``head``, has this format; ``head`` is empty for a folder."""
         raise NotImplementedError
+
+    @classmethod
+    def of(cls, path: Path, head: bytes) -> Self:
+        """The format with what the beginning of a file tells about its notation."""
+        return cls()
 
     def remark(self, path: Path) -> str:
         """A log line if the choice of this format may surprise, else ""."""
@@ -101,7 +107,7 @@ class Format:
         Raises:
             BadRow: not a row of this format, or one of ``columns`` is absent or empty.
         """
-        row = self.clean(self.fields(decode(data)))
+        row = with_our_names(self.clean(self.fields(decode(data))), columns)
         for column in columns:
             value = row.get(column)
             if not isinstance(value, str):
@@ -144,7 +150,7 @@ class Format:
     def _key(self, path: Path, record: Record, key: str) -> int:
         try:
             with reading_row():
-                value = self.fields(decode(record.data)).get(key)
+                value = with_our_names(self.fields(decode(record.data)), (key,)).get(key)
                 if value:
                     return zlib.crc32(str(value).encode())
         except BadRow as error:  # reading the row will report why

@@ -29,7 +29,7 @@ class JsonLines(Format):
         return f"{path}: begins with an object, not with an array of them: read as JSONL, an object a line"
 
     def records(self, path: Path, chunks: Iterator[bytes], found: Found) -> Iterator[Record]:
-        return found.all_bytes(line_records(path, chunks, quotes=False))
+        return found.all_bytes(line_records(path, chunks, quotes=None))
 
     def fields(self, text: str) -> dict:
         try:

@@ -11,7 +11,8 @@ import numpy as np
 from omni.common.errors import BadRow, TooLong
 from omni.common.text import visible
 from omni.data.audio import audio_length, resampled_length
-from omni.data.manifest import Manifest, ManifestDataset, load_manifest
+from omni.data.manifest import Manifest, ManifestDataset
+from omni.data.open_manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
@@ -171,12 +172,12 @@ class SftTask(ManifestDataset):
 
     def _open_image(self, part: dict) -> dict:
         row = part["row"]
-        path = self.manifest.file(row["image"], self.image_root)
+        path = self.manifest.file(row, "image", self.image_root)
         return self.processor.image(path, row.get("patches"))
 
     def _open_recording(self, part: dict) -> dict:
         row = part["row"]
-        path, text = part["manifest"].file(row["wav"]), visible(row.get("text", "")).strip()
+        path, text = part["manifest"].file(row, "wav"), visible(row.get("text", "")).strip()
         return self.processor.recording(path, text, row.get("frames"))
 
     def _mel_frames(self, part: dict) -> int:
@@ -184,7 +185,7 @@ class SftTask(ManifestDataset):
         most, mel = self.processor.max_mel_length, self.processor.mel
         if part["row"] is None:
             return most
-        length = audio_length(part["manifest"].file(part["row"]["wav"]))
+        length = audio_length(part["manifest"].file(part["row"], "wav"))
         return min(most, int(mel.frames(resampled_length(*length, mel.sample_rate))))
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from omni.data.conversations import read_conversation
+from omni.data.manifest import place_of
 from omni.stages.tasks.base import SftTask, sft_task
 
 
@@ -14,14 +15,15 @@ class Conversations(SftTask):
     reads, cacheable = ("image", "audio"), False
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        return [message | {"content": self._parts(message["content"])} for message in read_conversation(row)]
+        place = place_of(row)
+        return [message | {"content": self._parts(message["content"], place)} for message in read_conversation(row)]
 
-    def _parts(self, content: str | list[dict]) -> str | list[dict]:
+    def _parts(self, content: str | list[dict], place: dict) -> str | list[dict]:
         if isinstance(content, str):
             return content
         parts = {
             "text": lambda part: part,
-            "image": self.image,
-            "audio": lambda part: self.recording({"wav": part["audio"], "text": part["text"]}),
+            "image": lambda part: self.image(part | place),
+            "audio": lambda part: self.recording({"wav": part["audio"], "text": part["text"]} | place),
         }
         return [parts[part["type"]](part) for part in content]

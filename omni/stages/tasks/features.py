@@ -25,7 +25,7 @@ class ImageFiles(ManifestDataset):
         self.processor, self.root = processor, root
 
     def read(self, row: dict, rng: None) -> Tensor:
-        return self.processor.pixels(self.manifest.file(row["image"], self.root))
+        return self.processor.pixels(self.manifest.file(row, "image", self.root))
 
     def collate(self, samples: list[Tensor]) -> dict:
         return {"images": torch.stack(samples), "n_targets": len(samples)}
@@ -39,7 +39,7 @@ class RecordingFiles(ManifestDataset):
         self.processor = processor
 
     def read(self, row: dict, rng: None) -> Tensor:
-        return self.processor.log_mels(self.manifest.file(row["wav"]))
+        return self.processor.log_mels(self.manifest.file(row, "wav"))
 
     def collate(self, samples: list[Tensor]) -> dict:
         return self.processor.collate.features(samples) | {"n_targets": len(samples)}

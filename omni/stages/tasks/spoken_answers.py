@@ -1,6 +1,5 @@
 """Spoken answers: the talker learns to use the Thinker's states."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ class SpokenAnswers(SftTask):
         recordings that are too long."""
         run, max_codes = side.run, side.processor.architecture.max_codes
         codec, aligner = (load(stage, side.config.talker_ckpt, run.device).model for stage in (CODEC, ALIGNER))
-        name = "train" if manifest.path == Path(side.config.speech_csv) else "validation"
+        name = "train" if side.training or not side.config.val_speech_csv else "validation"
         coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name)
         rows = leave_out_long(run, manifest, rows, lengths, max_codes)
         if side.processor.talker.voice_layers:

@@ -1,0 +1,298 @@
+"""Formats whose rows lie in several files, or in a file that cannot be read by lines.
+
+Their rows are gathered once, as JSON lines in the index. Sound and pictures stay where they are, unless they are
+compressed there, as in Parquet: then the index has a copy.
+"""
+
+import json
+import math
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from omni.common.errors import UserError
+from omni.common.media import quoted
+from omni.data.formats.json_rows import JsonLines
+from omni.data.records import MAX_ROW_BYTES
+
+FOLDER = "_folder"  # column: folder of a row's files, if that is not the folder of the table
+KEY = "key"  # column: what the data set calls a row
+MEDIA = "media.bin"  # file in the index with copies of sounds and pictures
+SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
+_TEXTS = (".txt", ".lab", ".caption")
+
+
+@dataclass
+class Gathered(JsonLines):
+    """A subclass defines ``name``, ``recognises`` and ``rows``, and ``files`` if there are several."""
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        return False
+
+    def files(self, path: Path) -> list[Path]:
+        """The files that rows are gathered from: when one changes, they are gathered again."""
+        return [path]
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        """The rows; the bytes of sounds and pictures may be written to ``media``.
+
+        Raises:
+            UserError: the files are not of this format.
+        """
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@dataclass
+class Kaldi(Gathered):
+    """A data directory of Kaldi, ESPnet or WeNet: ``wav.scp`` and ``text``, perhaps ``segments`` and ``utt2spk``."""
+
+    name = "kaldi"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        return (path / "wav.scp").is_file()
+
+    def files(self, path: Path) -> list[Path]:
+        return [path / name for name in ("wav.scp", "text", "segments", "utt2spk") if (path / name).is_file()]
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        recordings, texts = _pairs(path / "wav.scp"), _pairs(path / "text")
+        for name, file in recordings.items():
+            if file.endswith("|"):
+                raise UserError(
+                    f"{path / 'wav.scp'}: {quoted(name)} is a command, which is not run: {quoted(file)}. "
+                    "Write its sound to a file first (Kaldi: wav-copy)"
+                )
+        speakers = _pairs(path / "utt2spk") if (path / "utt2spk").is_file() else {}
+        clips = {name: file for name, file in recordings.items()}
+        if (segments := path / "segments").is_file():
+            clips = {}
+            for name, place in _pairs(segments).items():
+                try:
+                    recording, start, end = place.split()
+                    float(start), float(end)
+                except ValueError:
+                    raise UserError(
+                        f"{segments}: {quoted(name)}: expected a recording and two times, found {quoted(place)}"
+                    ) from None
+                until = "" if float(end) < 0 else f"{float(end):g}"  # -1: to the end
+                clips[name] = f"{recordings.get(recording, recording)}#t={float(start):g},{until}"
+        for name, clip in clips.items():
+            speaker = {"speaker": speakers[name]} if name in speakers else {}
+            yield {KEY: name, "wav": clip, "text": texts.get(name, "")} | speaker
+
+
+def _pairs(path: Path) -> dict[str, str]:
+    """Kaldi's tables: a key and, after a blank, its value on each line."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
+        raise UserError(f"{path}: {why}") from error
+    pairs = (line.strip().partition(" ") for line in (line.replace("\t", " ") for line in lines) if line.strip())
+    return {key: value.strip() for key, _, value in pairs}
+
+
+@dataclass
+class FilesBesideTexts(Gathered):
+    """A folder, with its subfolders, of sounds or pictures that each have a text of the same name beside them."""
+
+    name = "files"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        return path.is_dir() and any(True for _ in _media_files(path))
+
+    def files(self, path: Path) -> list[Path]:
+        media = list(_media_files(path))
+        return media + [text for file in media if (text := _text_of(file))]
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        found = list(_media_files(path))
+        if not any(map(_text_of, found)):
+            raise UserError(
+                f"{path}: {len(found):,} sounds and pictures, but not one text beside them: expected "
+                f"{found[0].with_suffix('.txt').name} for {found[0].name}, or a table (wav.scp, metadata.csv)"
+            )
+        for file in found:
+            name, text = str(file.relative_to(path)), _text_of(file)
+            column = "wav" if file.suffix.lower() in SOUNDS else "image"
+            yield {KEY: name, column: name, "text": text.read_text("utf-8-sig", "replace").strip() if text else ""}
+
+
+def _media_files(path: Path) -> Iterator[Path]:
+    return (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SOUNDS + PICTURES and file.is_file())
+
+
+def _text_of(file: Path) -> Path | None:
+    return next((text for ending in _TEXTS if (text := file.with_suffix(ending)).is_file()), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Archives
+
+
+@dataclass
+class TarShard(Gathered):
+    """A tar archive of WebDataset: the files of a row have the same name up to the first dot, and follow each other."""
+
+    name = "tar"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        return head[257:262] == b"ustar" or path.suffix.lower() == ".tar"
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        row: dict = {}
+        try:
+            with tarfile.open(path, "r:") as archive:
+                for member in archive:
+                    if not member.isfile():
+                        continue
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, ending = name.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    if row and row[KEY] != key:
+                        yield row
+                        row = {}
+                    self._add(row.setdefault(KEY, key) and row, path, archive, member, f".{ending.lower()}")
+        except tarfile.TarError as error:
+            raise UserError(
+                f"{path}: not a tar archive that can be read: {error}. A compressed one has to be unpacked first "
+                "(gunzip): its files cannot be read one by one"
+            ) from error
+        if row:
+            yield row
+
+    @staticmethod
+    def _add(row: dict, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
+        column = "wav" if ending in SOUNDS else "image" if ending in PICTURES else None
+        if column in row:
+            raise UserError(f"{path}: {quoted(row[KEY])} has two files for {column}, expected one")
+        if column:
+            first = member.offset_data
+            row[column] = f"{path.name}#bytes={first},{first + member.size}"
+        elif member.size <= MAX_ROW_BYTES and ending in (*_TEXTS, ".json", ".cls"):
+            try:
+                text = archive.extractfile(member).read().decode("utf-8-sig")
+                fields = json.loads(text) if ending == ".json" else {"class" if ending == ".cls" else "text": text}
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise UserError(f"{path}: {quoted(member.name)}: {error}") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{path}: {quoted(member.name)}: expected a JSON object, found {quoted(text)}")
+            row.update({name: value for name, value in fields.items() if name not in row})
+
+
+@dataclass
+class Parquet(Gathered):
+    """A Parquet file, such as those of the Hugging Face hub, with the bytes of sounds and pictures in its columns."""
+
+    name = "parquet"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        return head.startswith(b"PAR1")
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        import pyarrow  # here: it loads slowly, and other formats do not need it
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=64):
+                    for row in batch.to_pylist():
+                        yield _plain(row, media)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
+
+
+def _plain(value, media: BinaryIO):
+    """A value as JSON can write it: bytes, and structures of bytes with a path, become names of places in ``media``."""
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        value = value["bytes"]
+    elif isinstance(value, dict) and "bytes" in value and isinstance(value.get("path"), str):
+        return value["path"]
+    if isinstance(value, bytes):
+        first = media.tell()
+        media.write(value)
+        return f"{MEDIA}#bytes={first},{first + len(value)}"
+    if isinstance(value, dict):
+        return {str(name): _plain(one, media) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one, media) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One JSON object
+
+
+@dataclass
+class JsonObject(Gathered):
+    """A JSON file with one object: COCO's captions. Others are refused, with what to do."""
+
+    name = "object"
+
+    @classmethod
+    def recognises(cls, path: Path, head: bytes) -> bool:
+        text = head.decode("utf-8-sig", "replace").lstrip()
+        if path.suffix != ".json" or not text.startswith("{"):
+            return False
+        line = text.splitlines()[0]
+        try:
+            return _is_coco(json.loads(line))  # a first line that is an object: JSON lines
+        except ValueError:
+            return "\n" in text or len(head) > MAX_ROW_BYTES >> 5
+
+    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8-sig"))
+        except ValueError as error:
+            raise UserError(f"{path}: expected JSON, an array of objects or an object a line: {error}") from error
+        if not _is_coco(found):
+            lists = [key for key, value in found.items() if isinstance(value, list)] or ["KEY"]
+            raise UserError(
+                f"{path}: one JSON object with the keys {quoted(', '.join(found))}, expected an array of objects or an "
+                f"object a line. If its rows are below {lists[0]}: jq -c '.{lists[0]}[]' {path.name} > rows.jsonl"
+            )
+        yield from _coco_rows(path, found)
+
+
+def _is_coco(found) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), list) for key in ("images", "annotations"))
+
+
+def _coco_rows(path: Path, found: dict) -> Iterator[dict]:
+    """COCO's captions, a row each: ``images`` have an id and a ``file_name``, ``annotations`` an image's id and a text.
+    The pictures of ``annotations/captions_train2017.json`` lie in the folder ``train2017`` beside ``annotations``."""
+    try:
+        names = {image["id"]: image["file_name"] for image in found["images"]}
+        pairs = [(names[one["image_id"]], one["caption"]) for one in found["annotations"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: images and annotations, as COCO has them, but {error} is missing; expected captions, as in "
+            "captions_train2017.json"
+        ) from error
+    inner = path.stem.rpartition("_")[2]
+    folders = (
+        ".",
+        "images",
+        f"../{inner}",
+        f"../images/{inner}",
+        f"../images/{inner.removesuffix('.json')}",
+        "../images",
+    )
+    first = next(iter(names.values()), "")
+    folder = next((folder for folder in folders if (path.parent / folder / first).is_file()), None)
+    for name, caption in pairs:
+        yield {KEY: name, "image": name, "caption": caption} | ({} if folder in (None, ".") else {FOLDER: folder})

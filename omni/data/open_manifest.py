@@ -1,0 +1,172 @@
+"""Opens the files that a config names as manifests, and makes their indexes."""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from omni.common.errors import UserError
+from omni.common.files import file_stat, files_stat, replace_file, write_sealed_json
+from omni.common.host import Host
+from omni.data.formats import Format, Parquet, TarShard, format_of
+from omni.data.formats.gathered import MEDIA, Gathered
+from omni.data.index import ROWS, prepare_index, save_array
+from omni.data.manifest import JoinedManifest, Manifest
+from omni.data.records import other_encoding
+
+_VERSION = 4
+
+
+def prepare_manifest(
+    run: Host, files: str | list[str], columns: tuple[str, ...], key: str, *, kind: type[Format] | None = None
+) -> Manifest:
+    """``load_manifest`` inside a run: rank 0 makes the index while the others wait."""
+    where = {"cache_dir": run.config.cache_dir, "log": run.log, "check_stop": run.check_stop}
+    with run.main_process_first():
+        return load_manifest(files, columns, key, kind=kind, **where)
+
+
+def load_manifest(
+    files: str | Path | list[str],
+    columns: tuple[str, ...],
+    key: str,
+    *,
+    kind: type[Format] | None = None,
+    cache_dir: str | None = None,
+    log: Callable[[str], None] = print,
+    check_stop: Callable[[], None] = lambda: None,
+) -> Manifest:
+    """Open a manifest; its index is made once, and again when a file changes.
+
+    Args:
+        files: a file, the folder of a data set, a pattern such as ``shards/*.tar``, or a list of these.
+        columns: columns that every row must fill.
+        key: column by which rows are split: equal values are in one split.
+        kind: the format; default: the one that recognises the file.
+        cache_dir: folder for the index; default: the manifest's own.
+
+    Raises:
+        UserError: a file is missing, is not of its format, or has no row that can be used.
+    """
+    parts = []
+    for path in expand(files):
+        facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+        folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
+        form = kind() if kind else _format_of(path)
+        make = functools.partial(_make_index, path, folder, form, columns, key, log, check_stop)
+        how = {"stat": lambda _, form=form: files_stat(form.files(_)), "sha256": None}
+        prepare_index(path, folder, make, log, check_stop, **(how if isinstance(form, Gathered) else {}))
+        parts.append(Manifest(path, folder))
+    return _joined(parts, cache_dir)
+
+
+def _joined(parts: list[Manifest], cache_dir: str | None) -> Manifest:
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0].path
+    digest = hashlib.sha256(" ".join(str(part.folder.resolve()) for part in parts).encode()).hexdigest()[:12]
+    return JoinedManifest(parts, Path(cache_dir or first.parent) / f"{first.name}.index-{digest}")
+
+
+def expand(files: str | Path | list[str]) -> list[Path]:
+    """The files and folders that a config key or an argument names.
+
+    Raises:
+        UserError: there is none for one of the names.
+    """
+    found: list[Path] = []
+    for name in files if isinstance(files, list) else [files]:
+        path = Path(name)
+        matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(name), recursive=True)))
+        matching = [match for match in matching if ".index-" not in match.name]
+        if not matching:
+            kind = "files like it" if glob.has_magic(str(name)) else "a file"
+            raise UserError(f"{name}: expected {kind}, found none")
+        found += (table for match in matching for table in _tables_of(match))
+    return list(dict.fromkeys(found))
+
+
+def _tables_of(path: Path) -> list[Path]:
+    """A file as it is; for the folder of a data set, the files with its rows: its table, or its shards."""
+    if not path.is_dir() or (path / "wav.scp").is_file():
+        return [path]
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):  # Hugging Face, LJSpeech
+        if (path / name).is_file():
+            return [path / name]
+    return sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or [path]
+
+
+def _format_of(path: Path) -> Format:
+    """
+    Raises:
+        UserError: the file is not UTF-8, or the folder is not that of a data set.
+    """
+    if path.is_dir():
+        if (form := format_of(path, b"")) is None:
+            raise UserError(
+                f"{path}: expected a file, or a folder with wav.scp, metadata.csv, metadata.jsonl, *.tar or *.parquet, "
+                "or with sounds or pictures that have texts of the same names beside them"
+            )
+        return form
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 16)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    form = format_of(path, head)
+    if not isinstance(form, (TarShard, Parquet)) and (encoding := other_encoding(head)):
+        raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
+    return form
+
+
+def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...], key: str, log, check_stop) -> None:
+    for old in folder.glob("*.np[yz]"):  # measurements of the earlier content
+        old.unlink()
+    (folder / "meta.json").unlink(missing_ok=True)
+    stat = files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)
+    if remark := form.remark(path):
+        log(remark)
+    source, copies = _gather(path, folder, form, check_stop) if isinstance(form, Gathered) else (path, {})
+    digest, size = hashlib.sha256(), source.stat().st_size
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
+
+    def chunks() -> Iterator[bytes]:
+        for chunk in form.chunks(source):
+            check_stop()
+            digest.update(chunk)
+            bar.update(len(chunk))
+            yield chunk
+
+    with bar:
+        rows = form.index(path, chunks(), columns, key)
+    if (files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)) != stat:
+        raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
+    assert rows.end in (size, None), "bytes after the last row"
+    arrays = {"spans": rows.spans, "keys": rows.keys} | ({} if rows.numbers is None else {"numbers": rows.numbers})
+    for name, values in arrays.items():
+        save_array(folder / f"{name}.npy", values)
+    meta = {"stat": stat, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns, "copies": copies}
+    write_sealed_json(folder / "meta.json", meta | {"format": form.name, "reading": dataclasses.asdict(form)})
+    log(f"indexed {path}: {rows.summary}")
+
+
+def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path, dict[str, int]]:
+    """Write the rows of several files as JSON lines into the index. Returns their file, and the sizes of what was
+    written."""
+    with open(folder / MEDIA, "wb") as media:  # without a meta.json that gives its size, nobody reads it
+
+        def write(file) -> None:
+            for row in tqdm(form.rows(path, media), unit="row", desc=f"gather {path.name}", disable=None):
+                check_stop()
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+
+        replace_file(folder / ROWS, write)
+    if not (folder / MEDIA).stat().st_size:
+        (folder / MEDIA).unlink()
+    return folder / ROWS, {file.name: file.stat().st_size for file in (folder / ROWS, folder / MEDIA) if file.exists()}
