@@ -18,6 +18,7 @@ from omni.train.config import (
     TTS_HINT,
     Files,
     StageConfig,
+    check_given,
     input_files,
     resumable,
 )
