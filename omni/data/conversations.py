@@ -9,6 +9,7 @@
 - ShareGPT (FastChat): ``conversations: [{"from": "human", "value": TEXT}, {"from": "gpt", ...}]``, perhaps ``system``
 - LLaVA (docs/Finetune_Custom_Data.md): as ShareGPT, with ``<image>`` in a text and ``image: NAME`` beside
 - LlamaFactory (data/README.md): either key, with ``<image>`` and ``<audio>`` in texts, ``images`` and ``audios`` beside
+- Alpaca: ``instruction``, ``input`` (may be empty) and ``output``; LlamaFactory adds ``history: [[TEXT, TEXT], ...]``
 - Qwen-VL, Qwen-Audio: ``conversations``, with ``<img>NAME</img>`` and ``<audio>NAME</audio>`` in texts
 
 NAME is a file or a data URI. A tag is the place of its picture or recording; one line break on either side of a tag
@@ -28,6 +29,7 @@ ROLES = {
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
 }  # fmt: skip
+_PAIR = ("user", "assistant")
 # a part's type -> its kind; a kind -> the keys that may name its file
 _KINDS = {
     "text": "text", "input_text": "text", "output_text": "text",
@@ -51,7 +53,7 @@ def read_conversation(row: dict) -> list[dict]:
         BadRow: the row has no conversation, tags and files do not match, or a part is no text, picture or recording.
     """
     name = next((name for name in ("messages", "conversations") if name in row), "messages")
-    turns = row.get(name)
+    turns = _alpaca(row) if name not in row and "instruction" in row and "output" in row else row.get(name)
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow(f'expected a list of objects in "messages" or "conversations", found {_shown(turns)}')
     beside = _Beside(row)
@@ -62,6 +64,18 @@ def read_conversation(row: dict) -> list[dict]:
         raise BadRow("expected an assistant's answer as the last message")
     beside.give_out_what_is_left(messages)
     return messages
+
+
+def _alpaca(row: dict) -> list[dict]:
+    """Stanford Alpaca's columns as turns; the history of a row comes first."""
+    history = row.get("history") or []
+    good = isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)
+    parts = [row["instruction"], row.get("input") or ""]
+    if not good or not all(isinstance(part, str) for part in parts):
+        raise BadRow(f'expected texts in "instruction" and "input", pairs in "history", found {_shown(row)}')
+    asked = "\n".join(part for part in parts if part.strip())
+    pairs = [*history, [asked, row["output"]]]
+    return [{"role": role, "content": text} for pair in pairs for role, text in zip(_PAIR, pair, strict=True)]
 
 
 class _Beside:

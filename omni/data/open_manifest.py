@@ -14,7 +14,7 @@ from omni.common.errors import UserError
 from omni.common.files import file_stat, files_stat, replace_file, write_sealed_json
 from omni.common.host import Host
 from omni.data.formats import Format, Parquet, TarShard, format_of
-from omni.data.formats.gathered import MEDIA, Gathered
+from omni.data.formats.gathered import MEDIA, Gathered, MediaCopies
 from omni.data.index import ROWS, prepare_index, save_array
 from omni.data.manifest import JoinedManifest, Manifest
 from omni.data.records import other_encoding
@@ -159,7 +159,8 @@ def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...]
 def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path, dict[str, int]]:
     """Write the rows of several files as JSON lines into the index. Returns their file, and the sizes of what was
     written."""
-    with open(folder / MEDIA, "wb") as media:  # without a meta.json that gives its size, nobody reads it
+    with open(folder / MEDIA, "wb") as file_of_copies:  # without a meta.json that gives its size, nobody reads it
+        media = MediaCopies(file_of_copies)
 
         def write(file) -> None:
             for row in tqdm(form.rows(path, media), unit="row", desc=f"gather {path.name}", disable=None):

@@ -34,11 +34,20 @@ def sources(found: Iterable[str], wanted: Sequence[str]) -> dict[str, str]:
 
 
 def with_our_names(row: dict, wanted: Sequence[str]) -> dict:
-    """A row with its columns also under the names of ``wanted``; the value of HF's ``{"path": NAME}`` is the name."""
+    """A row with its columns also under the names of ``wanted``. The value of Hugging Face's ``{"path": NAME}`` is the
+    name; NeMo's ``offset`` and ``duration``, in seconds, make it a part of the recording."""
     renamed = sources(row, wanted)
     for name, other in renamed.items():
         value = row[other]
         if isinstance(value, dict) and isinstance(value.get("path"), str):
             value = value["path"]
         row = row | {name: value}
+    offset, duration = row.get("offset"), row.get("duration")
+    if "audio_filepath" in row and isinstance(row.get("wav"), str) and _is_time(offset):
+        end = f"{offset + duration:.6f}" if _is_time(duration) else ""
+        row = row | {"wav": f"{row['wav']}#t={offset:.6f},{end}"}
     return row
+
+
+def _is_time(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0

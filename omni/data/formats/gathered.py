@@ -4,6 +4,7 @@ Their rows are gathered once, as JSON lines in the index. Sound and pictures sta
 compressed there, as in Parquet: then the index has a copy.
 """
 
+import hashlib
 import json
 import math
 import tarfile
@@ -37,13 +38,29 @@ class Gathered(JsonLines):
         """The files that rows are gathered from: when one changes, they are gathered again."""
         return [path]
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
-        """The rows; the bytes of sounds and pictures may be written to ``media``.
+    def rows(self, path: Path, media: "MediaCopies") -> Iterator[dict]:
+        """The rows; ``media`` takes the bytes of sounds and pictures that cannot be read where they are.
 
         Raises:
             UserError: the files are not of this format.
         """
         raise NotImplementedError
+
+
+class MediaCopies:
+    """A file with copies of sounds and pictures; equal ones are written once, so that they have one name."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.names = file, {}
+
+    def add(self, data: bytes) -> str:
+        """The name of the place where ``data`` are."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self.names:
+            first = self.file.tell()
+            self.file.write(data)
+            self.names[digest] = f"{MEDIA}#bytes={first},{first + len(data)}"
+        return self.names[digest]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,7 +80,7 @@ class Kaldi(Gathered):
     def files(self, path: Path) -> list[Path]:
         return [path / name for name in ("wav.scp", "text", "segments", "utt2spk") if (path / name).is_file()]
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         recordings, texts = _pairs(path / "wav.scp"), _pairs(path / "text")
         for name, file in recordings.items():
             if file.endswith("|"):
@@ -83,8 +100,8 @@ class Kaldi(Gathered):
                     raise UserError(
                         f"{segments}: {quoted(name)}: expected a recording and two times, found {quoted(place)}"
                     ) from None
-                until = "" if float(end) < 0 else f"{float(end):g}"  # -1: to the end
-                clips[name] = f"{recordings.get(recording, recording)}#t={float(start):g},{until}"
+                until = "" if float(end) < 0 else f"{float(end):.6f}"  # -1: to the end
+                clips[name] = f"{recordings.get(recording, recording)}#t={float(start):.6f},{until}"
         for name, clip in clips.items():
             speaker = {"speaker": speakers[name]} if name in speakers else {}
             yield {KEY: name, "wav": clip, "text": texts.get(name, "")} | speaker
@@ -115,7 +132,7 @@ class FilesBesideTexts(Gathered):
         media = list(_media_files(path))
         return media + [text for file in media if (text := _text_of(file))]
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         found = list(_media_files(path))
         if not any(map(_text_of, found)):
             raise UserError(
@@ -150,7 +167,7 @@ class TarShard(Gathered):
     def recognises(cls, path: Path, head: bytes) -> bool:
         return head[257:262] == b"ustar" or path.suffix.lower() == ".tar"
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         row: dict = {}
         try:
             with tarfile.open(path, "r:") as archive:
@@ -201,7 +218,7 @@ class Parquet(Gathered):
     def recognises(cls, path: Path, head: bytes) -> bool:
         return head.startswith(b"PAR1")
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         import pyarrow  # here: it loads slowly, and other formats do not need it
         import pyarrow.parquet
 
@@ -214,16 +231,14 @@ class Parquet(Gathered):
             raise UserError(f"{path}: not a Parquet file that can be read: {str(error).splitlines()[0]}") from error
 
 
-def _plain(value, media: BinaryIO):
+def _plain(value, media: MediaCopies):
     """A value as JSON can write it: bytes, and structures of bytes with a path, become names of places in ``media``."""
     if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
         value = value["bytes"]
     elif isinstance(value, dict) and "bytes" in value and isinstance(value.get("path"), str):
         return value["path"]
     if isinstance(value, bytes):
-        first = media.tell()
-        media.write(value)
-        return f"{MEDIA}#bytes={first},{first + len(value)}"
+        return media.add(value)
     if isinstance(value, dict):
         return {str(name): _plain(one, media) for name, one in value.items()}
     if isinstance(value, list):
@@ -254,7 +269,7 @@ class JsonObject(Gathered):
         except ValueError:
             return "\n" in text or len(head) > MAX_ROW_BYTES >> 5
 
-    def rows(self, path: Path, media: BinaryIO) -> Iterator[dict]:
+    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:

@@ -1,0 +1,392 @@
+"""Files as other programs write them: each trains its stage to the same bits as this project's own CSV or JSON, also
+when it is killed."""
+
+import csv
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import soundfile
+from harness import differences, kill_at_step, trained_weights
+from stages import AUDIO_ENC, OMNI, VISION, Training, make_images, make_mix, make_speech, write_csv
+from test_config import only_error
+
+from omni.common.errors import BadRow, UserError
+from omni.data.audio import audio_length, load_audio
+from omni.data.conversations import read_conversation
+from omni.data.open_manifest import load_manifest
+from omni.data.records import MAX_ROW_BYTES
+
+Rows = list[dict]  # "file", a path, and "text"
+SOUND = ("wav", "text")
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory) -> tuple[Path, Rows]:
+    """Recordings whose names are in the order of their rows, and the rows."""
+    folder = tmp_path_factory.mktemp("speech")
+    with open(make_speech(folder)["train_csv"], newline="") as file:
+        found = list(csv.DictReader(file))
+    for number, row in enumerate(found):
+        (folder / row["wav"]).rename(folder / f"clip{number:02}.wav")
+    rows = [{"file": folder / f"clip{i:02}.wav", "text": row["text"]} for i, row in enumerate(found)]
+    write_csv(folder / "asr.csv", [{"wav": row["file"].name, "text": row["text"]} for row in rows])
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> tuple[Path, Rows]:
+    folder = tmp_path_factory.mktemp("pictures")
+    found = json.loads(Path(make_images(folder)["train_manifest"]).read_text())
+    for number, row in enumerate(found):
+        (folder / row["image"]).rename(folder / f"{number:02}.png")
+    rows = [{"file": folder / f"{i:02}.png", "text": row["caption"]} for i, row in enumerate(found)]
+    own = [{"image": row["file"].name, "caption": row["text"]} for row in rows]
+    (folder / "annotations.json").write_text(json.dumps(own))
+    return folder, rows
+
+
+# Writers: each makes a data set of the rows in an empty folder and returns what a config says of it -------------------
+
+
+def lines(path: Path, rows) -> str:
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def copied(rows: Rows, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for row in rows:
+        shutil.copy(row["file"], folder)
+
+
+def nemo(folder: Path, rows: Rows) -> str:
+    return lines(
+        folder / "manifest.json",
+        (json.dumps({"audio_filepath": str(row["file"]), "text": row["text"], "duration": 0.7}) for row in rows),
+    )
+
+
+def common_voice(folder: Path, rows: Rows) -> str:
+    copied(rows, folder / "clips")
+    table = (f"c0ffee\t{row['file'].name}\t{row['text']}\t2\t0\t\t" for row in rows)
+    return lines(folder / "validated.tsv", ["client_id\tpath\tsentence\tup_votes\tdown_votes\tage\tgender", *table])
+
+
+def ljspeech(folder: Path, rows: Rows) -> str:
+    copied(rows, folder / "wavs")
+    lines(folder / "metadata.csv", (f"{row['file'].stem}|{row['text'].upper()}|{row['text']}" for row in rows))
+    return str(folder)
+
+
+def vits(folder: Path, rows: Rows) -> str:
+    return lines(folder / "train.txt", (f"{row['file']}|3|{row['text']}" for row in rows))
+
+
+def kaldi(folder: Path, rows: Rows) -> str:
+    lines(folder / "wav.scp", (f"utt{i:02} {row['file']}" for i, row in enumerate(rows)))
+    lines(folder / "text", (f"utt{i:02} {row['text']}" for i, row in enumerate(rows)))
+    return str(folder)
+
+
+def kaldi_segments(folder: Path, rows: Rows) -> str:
+    """All recordings in one file, a segment each."""
+    waveforms = [load_audio(row["file"], 16_000) for row in rows]
+    soundfile.write(folder / "all.wav", np.concatenate(waveforms), 16_000, subtype="FLOAT")
+    ends = np.cumsum([len(waveform) for waveform in waveforms]) / 16_000
+    lines(folder / "wav.scp", [f"all {folder / 'all.wav'}"])
+    lines(folder / "text", (f"utt{i:02} {row['text']}" for i, row in enumerate(rows)))
+    times = zip([0.0, *ends[:-1]], ends, strict=True)
+    lines(folder / "segments", (f"utt{i:02} all {start:.7f} {end:.7f}" for i, (start, end) in enumerate(times)))
+    return str(folder)
+
+
+def texts_beside(folder: Path, rows: Rows) -> str:
+    copied(rows, folder)
+    for row in rows:
+        lines(folder / f"{row['file'].stem}.txt", [row["text"]])
+    return str(folder)
+
+
+def hf_folder(folder: Path, rows: Rows) -> str:
+    copied(rows, folder)
+    lines(folder / "metadata.jsonl", (json.dumps({"file_name": row["file"].name, "text": row["text"]}) for row in rows))
+    return str(folder)
+
+
+def webdataset(folder: Path, rows: Rows) -> str:
+    for shard in range(3):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as archive:
+            for row in rows[shard * 8 : shard * 8 + 8]:
+                archive.add(row["file"], f"train/{row['file'].name}")
+                text = tarfile.TarInfo(f"train/{row['file'].stem}.txt")
+                text.size = len(row["text"])
+                archive.addfile(text, io.BytesIO(row["text"].encode()))
+    return str(folder / "shard-*.tar")
+
+
+def parquet(column: str) -> Callable[[Path, Rows], list[str]]:
+    def write(folder: Path, rows: Rows) -> list[str]:
+        paths = [folder / f"train-0000{part}-of-00002.parquet" for part in range(2)]
+        for path, some in zip(paths, (rows[:10], rows[10:]), strict=True):
+            media = [{"bytes": row["file"].read_bytes(), "path": row["file"].name} for row in some]
+            table = {column: media, "text": [row["text"] for row in some], "id": [b"\xff"] * len(some)}
+            pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=4)
+        return list(map(str, paths))
+
+    return write
+
+
+def semicolons(folder: Path, rows: Rows) -> str:
+    return lines(folder / "a.csv", ["file;transcript", *(f'{row["file"]};"{row["text"]}"' for row in rows)])
+
+
+def coco(folder: Path, rows: Rows) -> str:
+    (folder / "annotations").mkdir()
+    copied(rows, folder / "train2017")
+    found = {
+        "info": {"year": 2017},
+        "images": [{"id": 7 * i, "file_name": row["file"].name, "height": 16} for i, row in enumerate(rows)],
+        "annotations": [{"id": i, "image_id": 7 * i, "caption": row["text"]} for i, row in enumerate(rows)],
+    }
+    (folder / "annotations/captions_train2017.json").write_text(json.dumps(found))
+    return str(folder / "annotations/captions_train2017.json")
+
+
+SPEECH = {
+    "NeMo": nemo, "Common Voice": common_voice, "LJSpeech": ljspeech, "VITS": vits, "Kaldi": kaldi,
+    "Kaldi segments": kaldi_segments, "wav beside txt": texts_beside, "audiofolder": hf_folder,
+    "WebDataset": webdataset, "Parquet": parquet("audio"), "semicolons": semicolons,
+}  # fmt: skip
+PICTURES = {
+    "COCO": coco, "png beside txt": texts_beside, "imagefolder": hf_folder, "WebDataset": webdataset,
+    "Parquet": parquet("image"),
+}  # fmt: skip
+
+
+def check_same_bits(reference: Training, folder: Path, files) -> None:
+    key = "train_csv" if "train_csv" in reference.config else "train_manifest"
+    keys = {key: files} | ({"image_root": None} if "image_root" in reference.config else {})
+    trained = reference.changed(save_dir=str(folder / "run"), **keys)
+    for step in (3, 4):  # after the third step, and four steps later
+        assert trained.run(prelude=kill_at_step(step)).returncode == -9
+    trained.finish()
+    assert differences(trained_weights(trained), trained_weights(reference)) == []
+
+
+@pytest.fixture(scope="module")
+def speech_reference(speech, tmp_path_factory) -> Training:
+    folder, _ = speech
+    training = AUDIO_ENC.training(tmp_path_factory.mktemp("reference"), train_csv=str(folder / "asr.csv"))
+    training.finish()
+    return training
+
+
+@pytest.mark.parametrize("write", SPEECH.values(), ids=SPEECH)
+def test_a_foreign_format_of_speech_trains_to_the_same_bits(speech, speech_reference, tmp_path, write):
+    check_same_bits(speech_reference, tmp_path, write(tmp_path, speech[1]))
+
+
+@pytest.fixture(scope="module")
+def picture_reference(pictures, tmp_path_factory) -> Training:
+    folder, _ = pictures
+    keys = {"train_manifest": str(folder / "annotations.json"), "image_root": str(folder)}
+    # pictures are split by their names, which an archive changes
+    training = VISION.training(tmp_path_factory.mktemp("reference"), val_split=0.0, **keys)
+    training.finish()
+    return training
+
+
+@pytest.mark.parametrize("write", PICTURES.values(), ids=PICTURES)
+def test_a_foreign_format_of_pictures_trains_to_the_same_bits(pictures, picture_reference, tmp_path, write):
+    check_same_bits(picture_reference, tmp_path, write(tmp_path, pictures[1]))
+
+
+def test_files_of_several_formats_are_one_data_set(speech, tmp_path):
+    folder, rows = speech
+    parts = [nemo(tmp_path, rows[:5]), str(folder / "asr.csv"), webdataset(tmp_path, rows)]
+    manifest = load_manifest(parts, SOUND, "text", cache_dir=str(tmp_path))
+    expected = rows[:5] + rows + rows
+    assert [manifest[i]["text"] for i in range(len(manifest))] == [row["text"] for row in expected]
+    for number, row in enumerate(expected):
+        found = load_audio(manifest.file(manifest[number], "wav"), 16_000)
+        assert np.array_equal(found, load_audio(row["file"], 16_000)), manifest.where(number)
+    assert manifest.where(5).endswith("asr.csv: row 1")
+
+
+# Parts of recordings --------------------------------------------------------------------------------------------------
+
+
+def test_nemo_offsets_and_media_fragments_are_parts_of_a_recording(tmp_path):
+    rng = np.random.default_rng(5)
+    waveform = (rng.standard_normal(48_000) / 8).astype(np.float32)
+    soundfile.write(tmp_path / "long.wav", waveform, 16_000, subtype="FLOAT")
+    soundfile.write(tmp_path / "odd#t=1.wav", waveform[:500], 16_000, subtype="FLOAT")
+    rows = [
+        {"audio_filepath": "long.wav", "offset": 0.5, "duration": 1.25, "text": "a"},
+        {"audio_filepath": "long.wav#t=2", "text": "b"},
+        {"audio_filepath": "long.wav", "offset": 0, "duration": 0.25, "text": "c"},
+        {"audio_filepath": "odd#t=1.wav", "text": "d"},
+        {"audio_filepath": "long.wav", "offset": 2.5, "duration": 1.0, "text": "past the end"},
+        {"audio_filepath": "long.wav#t=2,1", "text": "backwards"},
+    ]
+    manifest = load_manifest(lines(tmp_path / "m.jsonl", map(json.dumps, rows)), SOUND, "text")
+    for row, expected in enumerate((waveform[8_000:28_000], waveform[32_000:], waveform[:4_000], waveform[:500])):
+        file = manifest.file(manifest[row], "wav")
+        assert np.array_equal(load_audio(file, 16_000), expected) and audio_length(file) == (len(expected), 16_000)
+    for row, message in ((4, "lasts 3.00 s"), (5, "an end after the start")):
+        with pytest.raises(BadRow, match=message):
+            load_audio(manifest.file(manifest[row], "wav"), 16_000)
+
+
+def test_a_part_of_a_compressed_recording(tmp_path):
+    """MP3 has no length in its header, and cannot be entered anywhere."""
+    waveform = 0.3 * np.sin(np.arange(48_000) * 0.05)
+    soundfile.write(tmp_path / "a.mp3", waveform, 16_000)
+    whole = load_audio(tmp_path / "a.mp3", 16_000)
+    path = lines(tmp_path / "a.csv", ["wav,text", '"a.mp3#t=1,2.5",a', '"a.mp3#t=9,10",b'])
+    manifest = load_manifest(path, SOUND, "text")
+    assert np.array_equal(load_audio(manifest.file(manifest[0], "wav"), 16_000), whole[16_000:40_000])
+    with pytest.raises(BadRow, match="lasts 3"):
+        load_audio(manifest.file(manifest[1], "wav"), 16_000)
+
+
+# Conversations --------------------------------------------------------------------------------------------------------
+
+
+def test_alpaca_is_a_conversation():
+    found = read_conversation(
+        {"instruction": "Add.", "input": "1 and 2", "output": "3", "history": [["Hi", "Hello"]], "system": "Be brief."}
+    )
+    assert [(message["role"], message["content"]) for message in found] == [
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Add.\n1 and 2"), ("assistant", "3"),
+    ]  # fmt: skip
+    with pytest.raises(BadRow, match="an answer"):
+        read_conversation({"instruction": "Add.", "output": ""})
+
+
+def test_conversations_with_pictures_in_parquet_and_several_files_train(tmp_path):
+    keys = make_mix(tmp_path)
+    pictures = json.loads(Path(keys["image_manifest"]).read_text())
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "one round cat"}]
+    media = [{"bytes": (tmp_path / row["image"]).read_bytes(), "path": None} for row in pictures[:6]]
+    table = {"images": [[one] for one in media], "conversations": [turns] * 6}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "chat.parquet")
+    llava = [{"image": row["image"], "conversations": turns} for row in pictures[6:12]]
+    (tmp_path / "llava.json").write_text(json.dumps(llava))
+    files = [str(tmp_path / "chat.parquet"), str(tmp_path / "llava.json")]
+    training = OMNI.training(tmp_path, jsonl_path=files, image_root=None, max_steps=3, max_epochs=None)
+    stdout = training.finish().stdout
+    assert "chat.parquet and 1 more: 12 rows" in stdout and "0 left out" in stdout
+
+
+# What is refused, and how ---------------------------------------------------------------------------------------------
+
+
+def empty_folder(folder: Path) -> Path:
+    return folder
+
+
+def texts_missing(folder: Path) -> Path:
+    (folder / "a.wav").write_bytes(b"")
+    return folder
+
+
+def compressed_tar(folder: Path) -> Path:
+    with tarfile.open(folder / "a.tar", "w:gz"):
+        pass
+    return folder / "a.tar"
+
+
+def truncated_tar(folder: Path) -> Path:
+    (folder / "big.txt").write_bytes(bytes(50_000))
+    with tarfile.open(folder / "whole.tar", "w") as archive:
+        archive.add(folder / "big.txt", "a.wav")
+        archive.add(folder / "big.txt", "b.wav")
+    (folder / "a.tar").write_bytes((folder / "whole.tar").read_bytes()[:60_000])
+    return folder / "a.tar"
+
+
+def damaged_parquet(folder: Path) -> Path:
+    (folder / "a.parquet").write_bytes(b"PAR1" + bytes(100))
+    return folder / "a.parquet"
+
+
+def command(folder: Path) -> Path:
+    lines(folder / "wav.scp", ["utt1 sph2pipe -f wav a.sph |"])
+    lines(folder / "text", ["utt1 one"])
+    return folder
+
+
+def vqa_questions(folder: Path) -> Path:
+    (folder / "q.json").write_text(json.dumps({"info": {}, "questions": [{"question_id": 1}]}, indent=1))
+    return folder / "q.json"
+
+
+def instances(folder: Path) -> Path:
+    found = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "bbox": []}]}
+    (folder / "instances_val.json").write_text(json.dumps(found))
+    return folder / "instances_val.json"
+
+
+def one_cell(folder: Path) -> Path:
+    return Path(lines(folder / "a.txt", ["a.wav|one two"]))
+
+
+REFUSED = {
+    empty_folder: "a folder with wav.scp",
+    texts_missing: "expected a.txt for a.wav",
+    compressed_tar: "unpacked first",
+    truncated_tar: "not a tar archive that can be read",
+    damaged_parquet: "not a Parquet file",
+    command: "a command, which is not run",
+    vqa_questions: "jq -c '.questions[]' q.json > rows.jsonl",
+    instances: "expected captions",
+    one_cell: "read as wav|text, which lacks image",
+}
+
+
+@pytest.mark.parametrize("make, message", REFUSED.items(), ids=[make.__name__ for make in REFUSED])
+def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path, make, message):
+    columns = ("image", "text") if make is one_cell else SOUND
+    with pytest.raises(UserError) as error:
+        load_manifest(make(tmp_path), columns, "text", log=lambda line: None)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pattern_without_files_and_an_empty_list_are_refused(tmp_path):
+    for files, message in ((str(tmp_path / "*.tar"), "none at"), ([], "an empty list")):
+        only_error(AUDIO_ENC.training(tmp_path, train_csv=files).run(), 'key "train_csv"', message)
+
+
+def test_rows_that_are_gathered_anew_when_a_file_changes(speech, tmp_path):
+    path = kaldi(tmp_path, speech[1])
+    before = load_manifest(path, SOUND, "text", log=lambda line: None)
+    log = []
+    assert load_manifest(path, SOUND, "text", log=log.append).sha256 == before.sha256 and not log
+    lines(tmp_path / "text", (f"utt{i:02} changed" for i in range(24)))
+    after = load_manifest(path, SOUND, "text", log=log.append)
+    assert after[0]["text"] == "changed" and after.sha256 != before.sha256 and any("indexed" in line for line in log)
+    (after.folder / "rows.jsonl").write_bytes(b"{}\n" * 24)
+    log.clear()
+    assert load_manifest(path, SOUND, "text", log=log.append)[0]["text"] == "changed"
+    assert any("not what was written" in line for line in log)
+
+
+def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):
+    folder = Path(texts_beside(tmp_path, speech[1]))
+    (folder / "clip03.txt").unlink()
+    lines(folder / "clip04.txt", ["x" * (MAX_ROW_BYTES + 1)])
+    manifest = load_manifest(folder, SOUND, "text", log=lambda line: None)
+    assert len(manifest) == 24
+    for row, message in ((3, '"text" is empty'), (4, "longer than 1 MiB")):
+        with pytest.raises(BadRow, match=message):
+            manifest[row]
+    assert manifest.where(3).endswith("row 4 (clip03.wav)")
