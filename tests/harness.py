@@ -189,7 +189,7 @@ class Training:
         prelude = self.prelude if prelude is None else prelude
         return Training(self.script, self.prefix, self.final, self.folder, config, prelude, self._count + 100)
 
-    def start(self, prelude: str = "", env: dict | None = None) -> Process:
+    def start(self, prelude: str = "", env: dict | None = None, arguments: tuple[str, ...] = ()) -> Process:
         self._count += 1
         stem = f"{self.save_dir.name}_{self._count}"
         config_path = self.folder / f"{stem}.json"
@@ -198,7 +198,7 @@ class Training:
         for suffix in (".out", ".err"):  # a kill may come before the child has opened them
             output.with_suffix(suffix).write_text("")
         request = {
-            "argv": [str(ROOT / self.script), "--config", str(config_path), "--device", "cpu"],
+            "argv": [str(ROOT / self.script), "--config", str(config_path), "--device", "cpu", *arguments],
             "cwd": str(self.folder),
             "env": {"TRACE": str(self.trace_path)} | (env or {}),
             "prelude": self.prelude + prelude,
@@ -207,8 +207,8 @@ class Training:
         }
         return Process(ForkServer.get().ask(request), output)
 
-    def run(self, prelude: str = "", env: dict | None = None) -> Process:
-        return self.start(prelude, env).wait()
+    def run(self, prelude: str = "", env: dict | None = None, arguments: tuple[str, ...] = ()) -> Process:
+        return self.start(prelude, env, arguments).wait()
 
     def finish(self, **kwargs) -> Process:
         """Run to the end, which must succeed."""

@@ -26,6 +26,8 @@ from omni.train.stage import Stage
 from omni.train.training import Phase, Training, Validation
 from omni.train.validation import validate
 
+# Called with a training before its first step, when its data and models are there: for scripts/check_data.py.
+START_HOOKS: list[Callable[[Training], None]] = []
 # Called before each step with (run, number of the step, rows of each micro-batch): for tests and for monitoring.
 STEP_HOOKS: list[Callable[[Run, int, list[list[int]]], None]] = []
 
@@ -83,6 +85,8 @@ class Loop:
         self.checkpoints.refuse_to_extend()
         run.open_logs(progress.step, validated=progress.validated_step == progress.step)
         self.report.announce(harmless)
+        for hook in START_HOOKS:
+            hook(training)
         run.logs.start_bar(training.total_steps, progress.step)
         self.report.restart_clock()
         self.save_and_validate()  # repeats a validation that was interrupted
