@@ -171,19 +171,16 @@ def test_a_new_data_format(tree):
     example = read_page()["A new data format"]
     tree.add(example)
     lengths, train = example.commands
-    wavs = tree.folder / "my_voice" / "wavs"
-    wavs.mkdir()
-    for number, name in enumerate(("first", "second", "third")):
-        soundfile.write(wavs / f"{name}.wav", np.sin(np.arange(16_000 * (number + 1)) * 0.1), 16_000)
+    soundfile.write(tree.folder / "my_voice" / "talk.wav", np.sin(np.arange(16_000 * 5) * 0.1), 16_000)
     told = tree.run(lengths)
     assert "4 rows, 0.00 h of audio" in told and "(0.00 %)" in told, told
-    assert "my_voice/metadata.csv: row 4: expected name|text|text in words, found 2 parts" in told
+    assert "my_voice/talk.srt: row 4 (4): " in told and "which lasts 5.00 s" in told
     vocoder = {
         "val_csv": "null", "val_split": 0, "max_steps": 2, "warmup_steps": 1, "upsample_initial_channel": 16,
         "batch_size": 4, "num_workers": 0, "adv_start_step": 1, "drop_last": "false",
     }  # fmt: skip
     log = tree.run(train, *[word for key, value in vocoder.items() for word in ("--set", f"{key}={value}")])
-    assert "finished" in log and "metadata.csv: row 4" in log, log
+    assert "finished" in log and "talk.srt: row 4" in log, log
 
 
 def test_every_block_of_the_page_is_used():
