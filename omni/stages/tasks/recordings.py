@@ -22,7 +22,7 @@ class _Recordings(SftTask):
 class Transcripts(_Recordings):
     """Recordings to transcribe."""
 
-    name, file_key = "transcription", "asr_csv"
+    name, file_key, measure = "transcription", "asr_csv", "one_minus_wer"
     wordings = ("Write down what is said.", "What does the recording say?", "What do you hear?")
 
     @classmethod
