@@ -1,7 +1,8 @@
 """The accuracy of VQA: short answers to questions about pictures, compared with those of ten people.
 
 Antol et al. 2015, "VQA: Visual Question Answering"; https://visualqa.org/evaluation.html describes how answers are
-normalised before they are compared.
+normalised before they are compared. Departures from its published code, which differs from that description: both sides
+are normalised alike, and hyphens and all other punctuation are blanks.
 """
 
 import re
@@ -15,12 +16,13 @@ _DIGITS = {word: str(number) for number, word in enumerate(
 )} | {"none": "0"}  # fmt: skip
 _NEGATED = "ai are ca could did does do had has have is might must need sha should was were wo would"  # before n't
 _SHORTENED = {  # not those that are words without an apostrophe: "well", "were", "its"
-    "m": "i", "s": "he she that there what where who let how", "d": "he they you who how where",
-    "ll": "they you who it what", "ve": "i you we they could should would might must", "re": "they you what",
+    "m": "i", "s": "he she that there what where when who how why", "d": "he it they there you who how where",
+    "ll": "they you who what how why it", "ve": "i you we they who what where could should would might must",
+    "re": "they there you what why",
 }  # fmt: skip
-_CONTRACTIONS = {
-    stem + ending: f"{stem}'{ending}" for ending, stems in _SHORTENED.items() for stem in stems.split()
-} | {f"{stem}nt": f"{stem}n't" for stem in _NEGATED.split()}
+_CONTRACTIONS = {stem + ending: f"{stem}'{ending}" for ending, stems in _SHORTENED.items() for stem in stems.split()}
+_CONTRACTIONS |= {f"{stem}nt": f"{stem}n't" for stem in _NEGATED.split()}
+_CONTRACTIONS |= {"oclock": "o'clock", "maam": "ma'am", "yall": "y'all"}
 
 
 def normalise(answer: str) -> str:
