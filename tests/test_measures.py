@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from stages import OMNI, WORDS, write_csv
 from test_sft import prepared, small_config, small_model
 
+from omni.common.errors import UserError
 from omni.data.order import ResumableDataset
 from omni.models.answering import answer_nats
 from omni.stages.tasks import TASKS
@@ -160,11 +161,14 @@ def totals_of(*items: tuple[str, str, Points]) -> dict[str, float]:
 
 
 def test_each_task_counts_once_and_words_count_alike():
-    score = AnswerScore(None, 4, {})
-    long, short = Points(18, 20), Points(-1, 1)  # 2 errors in 20 words, 2 in one
+    score, wer = AnswerScore(None, 4, {}), MEASURES["one_minus_wer"].points
+    twenty = " ".join(map(str, range(20)))
+    long, short = wer("a b " + twenty[4:], [twenty]), wer("five cats", ["a"])
+    assert (long, short) == (Points(18, 20), Points(-1, 1)), "2 errors in 20 words, 2 in one"
+    assert MEASURES["one_minus_cer"].points("sleep", ["slip"]) == Points(2, 4)
     exact = [("text", "exact", Points(value)) for value in (1, 0, 0, 0, 0, 0)]
-    wer = [("transcription", "one_minus_wer", points) for points in (long, short)]
-    metrics = score.metrics(totals_of(*exact, *wer))
+    transcripts = [("transcription", "one_minus_wer", points) for points in (long, short)]
+    metrics = score.metrics(totals_of(*exact, *transcripts))
     assert metrics["accuracy_text"] == pytest.approx(1 / 6)
     assert metrics["accuracy_transcription"] == pytest.approx(1 - 4 / 21), "all errors by all words"
     assert metrics["accuracy"] == pytest.approx((1 / 6 + 17 / 21) / 2)
@@ -349,7 +353,12 @@ def test_pictures_need_a_caption_only_to_be_described(tmp_path, capsys):
     bad: dict[str, str] = {}
     val_tasks["caption"].sample(3, 0, bad)
     assert 'expected a text in "caption", found 5' in bad[f"{path}: row 6"]
-    with pytest.raises(Exception, match="the mix has no row to train on"):
+    write_pictures(tmp_path, [{"image": "0.png"}])
+    prepared(small_config(tmp_path, **keys))
+    assert (
+        f"{path}: 1 rows = 0 to train on + 0 held out + 1 left out (1 of no use to a task)" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="the mix has no row to train on"):
         write_pictures(tmp_path, [{"image": "0.png", "captoin": "a cat"}])
         weights = dict.fromkeys(TASKS, 0.0) | {"caption": 1.0}
         prepared(small_config(tmp_path, **keys, task_weights=weights))
@@ -362,8 +371,12 @@ def test_right_answers_in_the_data_are_judged_exactly(tmp_path):
     (tmp_path / "talk.jsonl").write_text("\n".join(map(json.dumps, rows)))
     write_csv(tmp_path / "asked.csv", [{"wav": "0.wav", "text": "who", "answer": "me", "accepted_answers": '["I"]'}])
     files = {"jsonl_path": str(tmp_path / "talk.jsonl"), "question_csv": str(tmp_path / "asked.csv")}
+    said = [{"wav": "said/0.wav", "text": "red cat", "question": ""}]
+    write_csv(tmp_path / "said.csv", said)
+    files["speech_csv"] = str(tmp_path / "said.csv")
     tasks, *_ = prepared(small_config(tmp_path, **files, val_split=0.0))
     free, listed = (tasks["conversation"].sample(row, 0, {})[1] for row in (0, 1))
     assert free == References(("me",), ("rank_among_64",))
     assert listed == References(("me", "I", "it is me"), ("exact",))
     assert tasks["spoken_question"].sample(0, 0, {})[1] == References(("me", "I"), ("exact",))
+    assert tasks["spoken_answer"].sample(0, 0, {})[1] == References(("red cat",), ("exact",))

@@ -967,6 +967,19 @@ def test_recordings_longer_than_the_encoder_knows_are_left_out(tmp_path, capsys)
     assert "asr.csv: 1 of 4 rows left out, longer than 2048 mel frames" in capsys.readouterr().out
 
 
+def test_texts_too_long_for_the_alignment_loss_are_learnt_without_it_and_counted(tmp_path, capsys):
+    OMNI.make_data(tmp_path)
+    soundfile.write(tmp_path / "0.wav", np.zeros(8000), 16_000)  # half a second
+    rows = [{"wav": "0.wav", "text": "HE IS IN THE RED HOUSE"}, {"wav": "0.wav", "text": "cat"}]
+    write_csv(tmp_path / "loud.csv", rows)
+    keys = {"val_split": 0.0, "ctx_len": 128, "speech_csv": None}
+    tasks, _, _, processor = prepared(small_config(tmp_path, asr_csv=str(tmp_path / "loud.csv"), **keys))
+    (long, _), (short, _) = (tasks["transcription"].sample(row, 0, {}) for row in (0, 1))
+    assert long.transcript_ids == [[]] and short.transcript_ids == [processor.tokenizer.encode("cat")]
+    found = capsys.readouterr().out
+    assert "loud.csv: 1 of 2 texts have more tokens than their recording has positions" in found
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The script
 

@@ -136,18 +136,16 @@ class SftTask(ManifestDataset):
     def candidates(self, row: int, references: References) -> tuple[str, ...]:
         """The true answer of the row at an index, and up to 63 answers of other rows, for ``rank_among_64``.
 
-        The others are drawn by a hash of the row's number, so they are the same in each run. Rows with the same value
-        of ``split_by``, such as those of the same picture, give none, nor is one of them an accepted answer.
+        The others are drawn by a hash of the row's number, so they are the same in each run. They differ from each
+        other and from all accepted answers.
         """
-        keys, own = np.asarray(self.manifest.keys), int(self.row_numbers[row])
-        found, known = [references.accepted[0]], {normalise_answer(text) for text in references.accepted}
+        own, found = int(self.row_numbers[row]), [references.accepted[0]]
+        known = {normalise_answer(text) for text in references.accepted}
         for start in range(0, len(self), CANDIDATES):
             positions = np.arange(start, min(start + CANDIDATES, len(self)))
             for number in self.row_numbers[permute(positions, len(self), own)]:
                 if len(found) == CANDIDATES:
                     return tuple(found)
-                if keys[number] == keys[own]:
-                    continue
                 try:
                     with reading_row():
                         answer = self.messages(self.manifest[int(number)], None)[-1]["content"]
