@@ -465,7 +465,7 @@ MUTATIONS = [
     Mutation(
         "fair scores", "all items have the same wrong answers", "omni/stages/tasks/base.py",
         "permute(positions, len(self), own)", "permute(positions, len(self), 0)",
-        "tests/test_measures.py -k other_captions",
+        "tests/test_measures.py -k at_most_64",
     ),
     Mutation(
         "fair scores", "padding counts as likely tokens", "omni/models/answering.py",

@@ -239,7 +239,6 @@ def test_other_captions_are_of_other_pictures_and_always_the_same(tmp_path):
         assert len(set(others)) == len(others) > 3 and set(others).isdisjoint(own)
         assert set(others) == {row["caption"] for row in rows} - set(own), "each once, up to 63"
         sets.append(tuple(others))
-    assert len(set(sets)) > 10, "in another order for each row"
     _, (_, again, _, _) = captioned(tmp_path)
     assert [again["caption"].candidates(row, again["caption"].sample(row, 0, {})[1])[1:] for row in range(5)] == [
         *sets[:5]
@@ -257,6 +256,8 @@ def test_there_are_at_most_64_candidates(tmp_path):
     _, references = task.sample(7, 0, {})
     candidates = task.candidates(7, references)
     assert len(candidates) == len(set(candidates)) == 64 and len(references.accepted) >= 11
+    others = task.candidates(8, task.sample(8, 0, {})[1])
+    assert len({*candidates[1:]} & {*others[1:]}) < 40, "of 63, drawn anew for each row"
 
 
 def scores_of(model, tasks, processor, batch_size: int, rank: int = 0, world: int = 1) -> dict[str, float]:
