@@ -63,11 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")
         train_set = training_set(run, mix)
 
-        # --- Validation: which held-out questions are answered in exactly the right words? --------------------------
+        # --- Validation: the score of each task by its measure, and their mean ---------------------------------------
         validation = None
         if val_tasks:
             items = EvalItems(val_tasks, processor, config.val_items)
-            score = AnswerScore(processor, config.max_answer_tokens)
+            score = AnswerScore(processor, config.max_answer_tokens, val_tasks)
             validation = Validation(held_out_set(run, items), score.sums, score.metrics)
         else:
             run.log("no held-out rows (val_split is 0, or there are very few): nothing will be validated")

@@ -12,7 +12,7 @@
         --data data/images/annotations.val.json
 
 The metrics are those of the validation in training. Unusable rows are left out, counted, and named on stderr. --show
-prints some items beside the model's output.
+prints some items beside the model's output. Each task of omni has a measure, which is printed beside its accuracy:
 """
 
 import argparse
@@ -32,6 +32,7 @@ from omni.common.media import visible
 from omni.export.folder import refuse_export
 from omni.stages import STAGES
 from omni.stages.evaluation import OMNI_TASKS
+from omni.stages.tasks.measures import MEASURES
 from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
 from omni.train.device import pick_device
 from omni.train.evaluation import to_stderr
@@ -44,7 +45,8 @@ EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measures = "\n".join(f"    {measure.name:<15} {measure.about}" for measure in MEASURES.values())
+    parser = OneLineErrors(description=f"{__doc__}\n{measures}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=EVALUATED)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
     parser.add_argument("--data", required=True, type=Path, help="a file or the folder of a data set, as in training")
@@ -100,14 +102,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": opened.step, "data": str(args.data)}
         counts = {"rows": result.rows, "rows_left_out": len(result.left_out)}
-        print(json.dumps(facts | counts | result.metrics))
+        measures = {"measures": result.measures} if result.measures else {}
+        print(json.dumps(facts | counts | result.metrics | measures))
         return
-    for truth, said in result.shown:
-        print(f"true   {without_controls(truth)}\nmodel  {without_controls(said)}\n")
+    for truth, said, *score in result.shown:
+        print(f"true   {without_controls(truth)}\nmodel  {without_controls(said)}")
+        print("".join(f"score  {text}\n" for text in score))
     left_out = f", {len(result.left_out)} left out" if result.left_out else ""
     print(f"{args.ckpt_dir} (step {opened.step}) on {args.data}: {result.rows} rows{left_out}")
     for name, value in result.metrics.items():
-        print(f"  {name:<23} {value:.4f}")
+        print(f"  {name:<23} {value:.4f}  {result.measures.get(name, '')}".rstrip())
 
 
 if __name__ == "__main__":

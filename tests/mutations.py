@@ -413,6 +413,71 @@ MUTATIONS = [
         "tests/test_sft.py::test_a_wording_that_does_not_fit_gives_way_to_the_first",
     ),
     Mutation(
+        "rows never vanish", "a file that no task uses is not accounted for", "omni/stages/tasks/prepare.py",
+        "account_for_tasks(run, opened, tasks)", "account_for_tasks(run, [], tasks)",
+        "tests/test_measures.py -k pictures_need_a_caption",
+    ),
+    Mutation(
+        "rows never vanish", "pictures without a caption are to be described", "omni/stages/tasks/pictures.py",
+        "return bool(captions_of(manifest[row]))", "return True", "tests/test_measures.py -k pictures_need_a_caption",
+    ),
+    Mutation(
+        "rows never vanish", "texts without an alignment loss are not counted", "omni/stages/tasks/recordings.py",
+        "count_unaligned(side, manifest, rows)\n        return", "pass\n        return",
+        "tests/test_sft.py -k too_long_for_the_alignment_loss",
+    ),
+    # measures of stage E
+    Mutation(
+        "fair scores", "each item counts in the accuracy, not each task", "omni/stages/tasks/mixture.py",
+        'metrics["accuracy"] = sum(scores.values()) / len(scores)',
+        'metrics["accuracy"] = sum(v for k, v in totals.items() if k.endswith("earned")) '
+        '/ sum(v for k, v in totals.items() if k.endswith("possible"))',
+        "tests/test_measures.py -k each_task_counts_once",
+    ),
+    Mutation(
+        "fair scores", "each recording counts in the word error rate, not each word", "omni/stages/tasks/measures.py",
+        "return Points(length - missed - found.insertions, length)",
+        "return Points((length - missed - found.insertions) / length)",
+        "tests/test_measures.py -k each_task_counts_once",
+    ),
+    Mutation(
+        "fair scores", "a score may be less than 0", "omni/stages/tasks/measures.py",
+        "return min(1.0, max(0.0, self.earned / self.possible))", "return min(1.0, self.earned / self.possible)",
+        "tests/test_measures.py",
+    ),
+    Mutation(
+        "fair scores", "no person is left out in the VQA accuracy", "omni/stages/tasks/vqa.py",
+        "(matches - own) / enough", "matches / enough", "tests/test_measures.py -k 'by_hand or agreement'",
+    ),
+    Mutation(
+        "fair scores", "a word that is repeated earns CIDEr again", "omni/stages/tasks/cider.py",
+        "min(weight, true.get(gram, 0.0)) * true", "weight * true", "tests/test_measures.py -k cider",
+    ),
+    Mutation(
+        "fair scores", "a model without an opinion ranks the true answer first", "omni/stages/tasks/measures.py",
+        "all(nats[0] < other", "all(nats[0] <= other", "tests/test_measures.py -k likelier_than_all_others",
+    ),
+    Mutation(
+        "fair scores", "an accepted answer is among the wrong ones", "omni/stages/tasks/base.py",
+        "if normalise_answer(answer) not in known:", "if answer != references.accepted[0]:",
+        "tests/test_measures.py -k 'other_captions or at_most_64'",
+    ),
+    Mutation(
+        "fair scores", "all items have the same wrong answers", "omni/stages/tasks/base.py",
+        "permute(positions, len(self), own)", "permute(positions, len(self), 0)",
+        "tests/test_measures.py -k at_most_64",
+    ),
+    Mutation(
+        "fair scores", "padding counts as likely tokens", "omni/models/answering.py",
+        "nats.view(N, L).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1)", "nats.view(N, L).mean(dim=1)",
+        "tests/test_measures.py -k likelihood_of_each_answer",
+    ),
+    Mutation(
+        "fair scores", "right answers in the data are not used", "omni/stages/tasks/base.py",
+        'return [messages[-1]["content"], *listed_texts(row, "accepted_answers")]', 'return [messages[-1]["content"]]',
+        "tests/test_measures.py -k right_answers_in_the_data",
+    ),
+    Mutation(
         "labels", "invisible characters stay", "omni/common/text.py",
         "None if control or hidden or character in _FILLERS else code", "code",
         "tests/test_labels.py::test_every_invisible_character_leaves_no_trace",

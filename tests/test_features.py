@@ -95,7 +95,7 @@ def test_a_broken_file_is_named_and_replaced(mix, tmp_path):
     _, right = tasks["caption"].sample(1, 0, bad := {})
     (where,) = bad
     assert name in bad[where] and "not a picture" in bad[where] and where.endswith("row 2")
-    assert right == set(), "a caption that is no scene's"
+    assert right.accepted == (), "a caption that is no scene's"
     Image.new("RGB", (8, 8)).save(tmp_path / name)
     with pytest.raises(BadRow, match="now it can"):
         tasks["caption"]._open_image(tasks["caption"].image(tasks["caption"].manifest[1]))

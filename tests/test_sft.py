@@ -36,6 +36,7 @@ from omni.stages.talker import Utterance
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.base import SftTask
 from omni.stages.tasks.dialogue import parse_dialogue
+from omni.stages.tasks.measures import MEASURES, References, normalise_answer
 from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture
 from omni.stages.tasks.pictures import Captions
 from omni.stages.tasks.prepare import prepare_tasks
@@ -77,6 +78,10 @@ def generate(model: OmniModel, processor: Processor, messages: list[dict], **sam
     stop_ids = (processor.tokenizer.end_id, processor.tokenizer.eos_id)
     embeds = model.embed_prompt(processor.collate([processor.encode(messages)]))
     return model.thinker.generate(inputs_embeds=embeds, stop_ids=stop_ids, **sampling)
+
+
+def right_answers(references: References) -> set[str]:
+    return {normalise_answer(answer) for answer in references.accepted}
 
 
 def text(words: str) -> dict:
@@ -451,7 +456,7 @@ def test_a_sequence_longer_than_the_context_is_refused_or_loses_its_last_turns(f
             return turns
 
     encoded, right = Talk(None, np.arange(1), processor, config, training=True).read({}, None)
-    assert 40 < len(encoded.ids) <= 64 and right == {"dog"}
+    assert 40 < len(encoded.ids) <= 64 and right.accepted == ("dog",)
     learnt = processor.tokenizer.decode([target for target in encoded.targets if target != IGNORE_INDEX])
     assert learnt.replace("dog<|end|>", "") == ""
 
@@ -492,12 +497,14 @@ def test_overfits_one_batch_and_then_answers_exactly(folder):
         optimizer.step()
     assert loss < 0.05
     model.eval()
-    score = AnswerScore(processor, max_answer_tokens=12)
-    judged = batch | {"task": ("text", "sign", "sign"), "accepted": ({"big"}, {"small dog"}, {"one two four"})}
+    score = AnswerScore(processor, max_answer_tokens=12, tasks={})
+    accepted = [("big",), ("small dog",), ("one two four",)]
+    judged = batch | {"task": ("text", "sign", "sign"), "references": [References(texts) for texts in accepted]}
+    judged["candidates"] = [()] * 3
     with torch.no_grad():
         metrics = score.metrics({name: value.item() for name, value in score.sums(model, judged).items()})
     assert (metrics["accuracy_text"], metrics["accuracy_sign"]) == (1, 0.5)
-    assert metrics["accuracy"] == pytest.approx(2 / 3)
+    assert metrics["accuracy"] == pytest.approx(3 / 4), "the mean of the tasks, not of the items"
     assert metrics["loss"] == pytest.approx(loss.item(), rel=0.5)
     # which picture is seen, and what is heard, decides
     other = [talks[1][0] | {"content": [processor.image(folder / "5.png"), text("what")]}]
@@ -521,7 +528,7 @@ class FakeTask:
 
     def sample(self, row, epoch, bad):
         self.read.append(row)
-        return Encoded([row], [row]), set()
+        return Encoded([row], [row]), References()
 
 
 class FakeInputs:
@@ -604,7 +611,7 @@ def test_the_tasks_and_what_is_held_out_of_them(tmp_path):
         assert held_out.isdisjoint(own) if side is tasks else heard.isdisjoint(own)
         for name, task in side.items():
             encoded, right = task.sample(0, 0, bad := {})
-            assert bad == {} and bool(right) == (name != "caption" or side is val_tasks), name
+            assert bad == {} and bool(right.accepted) == (name != "caption" or side is val_tasks), name
             words = processor.tokenizer.decode(encoded.ids)
             seen, is_heard = "image" in name or name == "caption", "spoken_" in name or name == "transcription"
             is_heard = is_heard and name != "spoken_answer"
@@ -622,7 +629,7 @@ def test_the_tasks_and_what_is_held_out_of_them(tmp_path):
     draws = [tasks["image_question"].sample(0, epoch, {})[0].ids for epoch in (0, 0, 1, 2)]
     assert draws[0] == draws[1] and len({tuple(ids) for ids in draws}) > 1
     task = val_tasks["caption"]
-    _, right = task.sample(0, 0, {})
+    right = right_answers(task.sample(0, 0, {})[1])
     caption = task.manifest[int(task.row_numbers[0])]["caption"]
     assert right == {caption, f"a {caption}"}
     # held-out rows: all of them up to the limit, evenly spread beyond it
@@ -630,7 +637,7 @@ def test_the_tasks_and_what_is_held_out_of_them(tmp_path):
     assert len(items) == sum(min(2, len(task)) for task in val_tasks.values())
     assert len(EvalItems(val_tasks, processor, 10**6)) == sum(map(len, val_tasks.values()))
     batch = items.batch(np.arange(len(items)), 0)
-    assert len(batch["accepted"]) == len(batch["task"]) == len(batch["tokens"])
+    assert len(batch["references"]) == len(batch["task"]) == len(batch["tokens"])
 
 
 def test_a_question_without_an_answer_is_left_out_and_counted(tmp_path, capsys):
@@ -642,7 +649,7 @@ def test_a_question_without_an_answer_is_left_out_and_counted(tmp_path, capsys):
     assert "text" not in tasks and val_tasks == {} and data["text_path"]
     bad: dict[str, str] = {}
     assert tasks["spoken_question"].row_numbers.tolist() == [0]
-    assert tasks["spoken_question"].sample(0, 0, bad)[1] == {"nobody"} and bad == {}
+    assert right_answers(tasks["spoken_question"].sample(0, 0, bad)[1]) == {"nobody"} and bad == {}
     assert "asked.csv: 1 of 2 rows have no answer: not asked by themselves" in capsys.readouterr().out
 
 
@@ -696,7 +703,7 @@ def test_the_same_rows_are_the_same_samples_in_every_format(tmp_path):
         tasks, _, _, _ = prepared(config)
         found[ending] = {name: [task.sample(i, 0, {}) for i in range(len(task))] for name, task in tasks.items()}
     assert [len(found["csv"][name]) for name in ("spoken_question", "transcription", "caption", "sign")] == [4] * 4
-    assert [right for _, right in found["csv"]["spoken_question"]] == [{f"it is {i}"} for i in range(4)]
+    assert [right_answers(right) for _, right in found["csv"]["spoken_question"]] == [{f"it is {i}"} for i in range(4)]
     for ending in ("json", "jsonl"):
         assert found[ending].keys() == found["csv"].keys()
         for name, samples in found["csv"].items():
@@ -718,7 +725,7 @@ def test_an_answer_belongs_to_its_row_whatever_other_rows_have(tmp_path, ending,
     config = small_config(tmp_path, question_csv=str(path), val_split=0.0)
     task = prepared(config)[0]["spoken_question"]
     bad: dict[str, str] = {}
-    right = [task.sample(i, 0, bad)[1] for i in range(3)]
+    right = [right_answers(task.sample(i, 0, bad)[1]) for i in range(3)]
     assert right == [{"a cat"}, {"so"}, {"my own"}] and bad == {}
     assert (
         task.row_numbers.tolist() == [1, 2, 3, 4] and f"{path}: 1 of 5 rows have no answer" in capsys.readouterr().out
@@ -813,9 +820,9 @@ def test_a_picture_is_asked_the_questions_that_fit(tmp_path):
         ("spoken_image_question", {"cat 1", "cat 2"}),
     ):
         bad: dict[str, str] = {}
-        found = [tasks[name].sample(row, epoch, bad)[1] for row in range(4) for epoch in range(6)]
-        assert set.union(*found) == fitting and bad == {}
-        assert tasks[name].read(tasks[name].manifest[0], None)[1] <= fitting
+        samples = [tasks[name].sample(row, epoch, bad) for row in range(4) for epoch in range(6)]
+        assert set.union(*(right_answers(right) for _, right in samples)) == fitting and bad == {}
+        assert right_answers(tasks[name].read(tasks[name].manifest[0], None)[1]) <= fitting
 
 
 def test_a_wording_that_does_not_fit_gives_way_to_the_first(tmp_path, monkeypatch):
@@ -835,20 +842,21 @@ def test_a_wording_that_does_not_fit_gives_way_to_the_first(tmp_path, monkeypatc
 
 NEW_TASK = '''
 from omni.stages.tasks.base import SftTask, one_of, sft_task, turn
+from omni.stages.tasks.measures import Points, answer_measure
+
+@answer_measure("always a quarter")
+def quarter(answer, accepted):
+    return Points(0.25)
 
 @sft_task
 class Translations(SftTask):
     """Sentences to translate."""
 
     name, file_key, columns, split_by = "translation", "translation_csv", ("english", "german"), "english"
-    wordings = ("Translate: {}", "In German: {}")
+    wordings, measure = ("Translate: {}", "In German: {}"), "quarter"
 
     def messages(self, row, rng):
         return turn(row["german"], one_of(self.wordings, rng).format(row["english"]))
-
-    @staticmethod
-    def score(answer, accepted):
-        return 0.25
 '''
 
 
@@ -868,11 +876,12 @@ def test_a_new_task_is_one_new_file(tmp_path, monkeypatch):
         tasks, val_tasks, _, processor = prepared(small_config(tmp_path, **keys, val_split=0.3))
         assert list(tasks)[-1] == "translation" and len(tasks["translation"]) + len(val_tasks["translation"]) == 40
         encoded, right = val_tasks["translation"].sample(0, 0, {})
-        assert "Translate: cat" in processor.tokenizer.decode(encoded.ids) and right.pop().startswith("katze")
-        assert TASKS["translation"].score("x", {"x"}) == 0.25 and data
+        assert "Translate: cat" in processor.tokenizer.decode(encoded.ids) and right.accepted[0].startswith("Katze")
+        assert right.measures == ("quarter",) and MEASURES["quarter"].points("x", ["y"]).score == 0.25 and data
     finally:
         TASKS.clear()
         TASKS.update(before)
+        MEASURES.pop("quarter", None)
 
 
 def test_the_model_is_built_from_its_architecture_alone(folder):
@@ -905,9 +914,9 @@ def test_signs_and_conversations(tmp_path):
     files = {"ocr_csv": str(tmp_path / "ocr.csv"), "jsonl_path": str(tmp_path / "talk.jsonl")}
     tasks, _, _, processor = prepared(small_config(tmp_path, val_split=0.0, **files))
     encoded, right = tasks["sign"].sample(0, 0, {})
-    assert right == {"stop here"} and len(encoded.images) == 1
+    assert right_answers(right) == {"stop here"} and len(encoded.images) == 1
     encoded, right = tasks["conversation"].sample(0, 0, {})
-    assert right == {"yes"} and encoded.recordings[0][0] < encoded.images[0][0]
+    assert right_answers(right) == {"yes"} and encoded.recordings[0][0] < encoded.images[0][0]
     for row, (_, why) in enumerate(bad, start=1):
         with pytest.raises(BadRow, match=why):
             tasks["conversation"].read(tasks["conversation"].manifest[row], None)
@@ -936,14 +945,14 @@ def test_dialogues_and_plain_lines_of_a_text_file(tmp_path):
     config = small_config(tmp_path, text_path=str(path), val_split=0.0, cache_dir=str(tmp_path / "cache"))
     tasks, _, digests, processor = prepared(config)
     assert len(tasks["text"]) == 2
-    found = [tasks["text"].sample(i, 0, bad := {})[1] for i in range(2)]
+    found = [right_answers(tasks["text"].sample(i, 0, bad := {})[1]) for i in range(2)]
     assert found == [{"dog"}] * 2 and list(bad) == [f"{path}: row 4"]
     assert pickle.loads(pickle.dumps(tasks["text"].manifest))[0] == {"text": lines[2]}
     # a file without dialogues is learnt as text, and not judged
     path.write_text("plain text\nmore\n")
     tasks, _, changed, processor = prepared(config)
     encoded, right = tasks["text"].sample(1, 0, {})
-    assert right == set() and changed["train"] != digests["train"]
+    assert right == References() and changed["train"] != digests["train"]
     assert processor.tokenizer.decode(encoded.targets) == "more<|endoftext|>"
     path.write_text("\n")
     with pytest.raises(UserError, match="mine.txt: expected lines of text"):
@@ -956,6 +965,19 @@ def test_recordings_longer_than_the_encoder_knows_are_left_out(tmp_path, capsys)
     tasks, _, _, _ = prepared(small_config(tmp_path, val_split=0.0))
     assert len(tasks["transcription"]) == 3
     assert "asr.csv: 1 of 4 rows left out, longer than 2048 mel frames" in capsys.readouterr().out
+
+
+def test_texts_too_long_for_the_alignment_loss_are_learnt_without_it_and_counted(tmp_path, capsys):
+    OMNI.make_data(tmp_path)
+    soundfile.write(tmp_path / "0.wav", np.zeros(8000), 16_000)  # half a second
+    rows = [{"wav": "0.wav", "text": "HE IS IN THE RED HOUSE"}, {"wav": "0.wav", "text": "cat"}]
+    write_csv(tmp_path / "loud.csv", rows)
+    keys = {"val_split": 0.0, "ctx_len": 128, "speech_csv": None}
+    tasks, _, _, processor = prepared(small_config(tmp_path, asr_csv=str(tmp_path / "loud.csv"), **keys))
+    (long, _), (short, _) = (tasks["transcription"].sample(row, 0, {}) for row in (0, 1))
+    assert long.transcript_ids == [[]] and short.transcript_ids == [processor.tokenizer.encode("cat")]
+    found = capsys.readouterr().out
+    assert "loud.csv: 1 of 2 texts have more tokens than their recording has positions" in found
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1008,7 +1030,7 @@ def test_the_final_file_needs_no_other_folder(trained, tmp_path):
 def test_accuracy_is_reported_for_each_task(trained):
     metrics = trained.final_file()["metrics"]
     tasks = {name.removeprefix("accuracy_") for name in metrics if name.startswith("accuracy_")}
-    assert tasks == {"text", "transcription", "spoken_answer"}, "these pictures do not say what they show"
+    assert tasks == {"text", "caption", "transcription", "spoken_answer"}
     assert 0 <= metrics["accuracy"] <= 1 and metrics["loss"] > 0
     assert metrics["code_perplexity"] > 1 and metrics["code_perplexity_of_text"] > 1
     assert "task caption: " in (trained.save_dir / "training.log").read_text()

@@ -1,14 +1,20 @@
-"""Greedy answers to several prompts at once."""
+"""Greedy answers to several prompts at once, and the likelihood of several answers to one prompt."""
 
-# B prompts, T positions, D the Thinker's width
+# B prompts, T positions, D the Thinker's width; N answers, L tokens of one
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.decoding import decode_step
 from omni.models.layers import KVCache
-from omni.models.thinker import Thinker
+from omni.models.thinker import LOSS_CHUNK, Thinker
+
+ANSWERS_TOGETHER = 16  # whose likelihoods are computed at once
 
 
 @torch.no_grad()
@@ -63,3 +69,35 @@ def _answers(thinker: Thinker, embeds: Tensor, prompts: Tensor, limit: int, stop
         hidden = read(ids, there)
     rows = torch.stack(written, dim=1).tolist() if written else [[]] * B
     return [row[: next((i for i, token in enumerate(row) if token in stop_ids), len(row))] for row in rows]
+
+
+@torch.no_grad()
+def answer_nats(thinker: Thinker, prompt: Tensor, answers: Sequence[Sequence[int]]) -> list[float]:
+    """Nats per token of each answer to one prompt. Tokens beyond ``ctx_len`` do not count.
+
+    Args:
+        prompt: (T, D) embeddings, at least one; read once for all answers.
+        answers: N lists of ids, at least one id each, with their stop ids.
+    """
+    device, T, arch = prompt.device, len(prompt), thinker.architecture
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else prompt.dtype
+    read = KVCache(arch, 1, T, device, dtype)
+    last = thinker.hidden_states(inputs_embeds=prompt[None], cache=read)[:, -1:]  # (1, 1, D)
+    found: list[float] = []
+    for start in range(0, len(answers), ANSWERS_TOGETHER):
+        some = [torch.tensor(ids[: arch.ctx_len - T + 1]) for ids in answers[start : start + ANSWERS_TOGETHER]]
+        targets = pad_sequence(some, batch_first=True, padding_value=IGNORE_INDEX).to(device)  # (N, L)
+        N, L = targets.shape
+        hidden = last.expand(N, -1, -1)
+        if L > 1:  # the state before each token; those after padding have no target
+            inputs = targets[:, :-1].clamp(min=0)
+            later = thinker.hidden_states(inputs, cache=read.repeated(arch, N, T + L - 1))
+            hidden = torch.cat([hidden.to(later.dtype), later], dim=1)
+        parts = zip(hidden.flatten(0, 1).split(LOSS_CHUNK), targets.flatten().split(LOSS_CHUNK), strict=True)
+        nats = torch.cat([
+            F.cross_entropy(thinker.head(states).float(), ids, ignore_index=IGNORE_INDEX, reduction="none")
+            for states, ids in parts
+        ])  # fmt: skip
+        found += (nats.view(N, L).sum(dim=1) / (targets != IGNORE_INDEX).sum(dim=1)).tolist()
+    return found

@@ -71,6 +71,14 @@ class KVCache:
     def advance(self, n_tokens: int) -> None:
         self.position += n_tokens
 
+    def repeated(self, arch: ThinkerArchitecture, batch: int, max_len: int) -> "KVCache":
+        """A cache of ``batch`` sequences that all begin with the tokens of this one."""
+        cache = KVCache(arch, batch, max_len, self.keys.device, self.keys.dtype)
+        for own, new in ((self.keys, cache.keys), (self.values, cache.values)):
+            new[:, :, :, : self.position] = own[:, :, :, : self.position]
+        cache.position = self.position
+        return cache
+
 
 class Attention(nn.Module):
     """Causal self-attention, (B, T, D) -> (B, T, D).

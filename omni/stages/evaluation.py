@@ -26,6 +26,7 @@ from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.codec import mel_spec
 from omni.models.ocr import read_text
+from omni.models.omni_model import OmniModel
 from omni.models.speaker import Speaker
 from omni.models.thinker import Thinker
 from omni.stages import STAGES
@@ -38,7 +39,7 @@ from omni.stages.omni_parts import processor_of
 from omni.stages.recognizer import Recognizer, read_recordings, word_error_rates, word_errors
 from omni.stages.talker import Utterance, collate_utterances, speakers_in, talker_metrics, talker_sums
 from omni.stages.tasks import TASKS
-from omni.stages.tasks.mixture import AnswerScore, EvalItems
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, measures_by_task
 from omni.stages.text import text_metrics, text_sums
 from omni.stages.vision import VisionConfig, attach_thinker
 from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for
@@ -50,6 +51,7 @@ from omni.train.stage import Loaded, load
 
 # tasks that need neither a second file nor the folder of another stage
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
+SHOWN_CHARACTERS = 300  # of the accepted answers of an item
 
 
 def evaluate_text(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
@@ -183,17 +185,28 @@ def evaluate_omni(args: argparse.Namespace, opened: Loaded, device: torch.device
     model, task = opened.model, TASKS[args.task]
     processor = processor_of(opened.tokenizer, model.architecture, config)
     manifest = task.open(args.data, cache_dir=args.cache_dir, log=to_stderr)
-    rows = task(manifest, first_rows(len(manifest), args), processor, config, seed=0, training=False)
-    items, score = EvalItems({args.task: rows}, processor, len(rows)), AnswerScore(processor, config.max_answer_tokens)
+    tasks = {args.task: task(manifest, np.arange(len(manifest)), processor, config, seed=0, training=False)}
+    items = EvalItems(tasks, processor, args.limit or len(manifest), first=True)
+    score = AnswerScore(processor, config.max_answer_tokens, tasks)
     result, totals = evaluate_rows(items, args, device, partial(score.sums, model), args.batch_size)
     result.metrics = score.metrics(totals)
-    for row in range(min(args.show, len(rows))):
+    result.measures = {f"accuracy_{name}": " or ".join(found) for name, found in measures_by_task(totals).items()}
+    for row in range(min(args.show, len(items))):
         batch = to_device(items.batch(np.array([row]), epoch=0), device)
         if batch["n_targets"]:
-            embeds, _, dropped, *_ = model.embed(batch)
-            (said,) = score.answers(model, embeds, batch["prompts"] - dropped)
-            result.shown.append((" | ".join(sorted(batch["accepted"][0])[:3]) or "(not scored)", said))
+            result.shown.append(scored_item(score, model, batch))
     return result
+
+
+def scored_item(score: AnswerScore, model: OmniModel, batch: dict) -> tuple[str, ...]:
+    """Of a batch of one item: its accepted answers, the model's answer, and the scores, as texts."""
+    for answer in score.scored(model, batch):
+        accepted = " | ".join(dict.fromkeys(batch["references"][0].accepted))
+        scores = ", ".join(f"{points.score:.2f} {name}" for name, points in answer.points.items())
+        return accepted[:SHOWN_CHARACTERS], answer.text, scores
+    embeds, _, dropped, *_ = model.embed(batch)
+    (text,) = score.answers(model, embeds, batch["prompts"] - dropped)
+    return "(not scored)", text
 
 
 def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:

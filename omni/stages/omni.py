@@ -55,7 +55,8 @@ class SftConfig(StageConfig):
     image_manifest: Files | None = input_files(
         None,
         hint=PICTURES_HINT,
-        description="manifest of caption and image_question: image, caption, optionally questions and accepted_answers",
+        description="manifest of caption and image_question: image, and caption or captions, questions, or both; "
+        "optionally accepted_answers",
     )
     val_image_manifest: Files | None = input_files(None, hint=PICTURES_HINT)
     image_root: str | None = resumable(None, description="folder of the images; default: that of the manifest")

@@ -26,7 +26,8 @@ class EvalResult:
     metrics: dict[str, float] = field(default_factory=dict)
     rows: int = 0  # evaluated
     left_out: dict[str, str] = field(default_factory=dict)  # where -> why
-    shown: list[tuple[str, str]] = field(default_factory=list)  # target, output of the model
+    shown: list[tuple[str, ...]] = field(default_factory=list)  # target, output of the model, perhaps its score
+    measures: dict[str, str] = field(default_factory=dict)  # metric -> what it measures, where that depends on the rows
 
     def check_rows(self, args: argparse.Namespace) -> None:
         """

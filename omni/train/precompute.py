@@ -307,6 +307,10 @@ class ManifestWithColumns:
         digests = [manifest.sha256, *(computed[name].sha256 for name in sorted(computed))]
         self.sha256 = hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
+    @property
+    def keys(self) -> np.ndarray:
+        return self.manifest.keys
+
     def where(self, row: int) -> str:
         return self.manifest.where(row)
 

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from omni.common.errors import BadRow, TooLong
+from omni.common.errors import BadRow, TooLong, reading_row
 from omni.common.text import visible
 from omni.data.audio import audio_length, resampled_length
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.open_manifest import load_manifest
-from omni.models.ctc import normalise_text
+from omni.data.order import permute
+from omni.stages.tasks.measures import CANDIDATES, References, normalise_answer
 from omni.stages.tasks.processor import Encoded, Processor
 from omni.train.precompute import ManifestWithColumns
 from omni.train.run import Run
@@ -41,7 +42,7 @@ class Side:
 
 
 class SftTask(ManifestDataset):
-    """Rows of one task. A sample is (sequence, accepted answers); the answers are normalised, none if not scored.
+    """Rows of one task. A sample is (sequence, references of its answer).
 
     A new task is a subclass with ``@sft_task`` in a new file of this folder; it sets these class variables.
 
@@ -59,6 +60,7 @@ class SftTask(ManifestDataset):
     reads: ClassVar[tuple[str, ...]] = ()  # "image", "audio": files that encoders read
     needs: ClassVar[tuple[str, ...]] = ()  # config keys of the stages that it requires
     wordings: ClassVar[tuple[str, ...]] = ()  # of questions; validation uses the first
+    measure: ClassVar[str] = "exact"  # of its answers, in ``omni.stages.tasks.measures``
     length_column: ClassVar[str | None] = None  # files whose lengths decide how many positions a row takes
     cacheable: ClassVar[bool] = True  # whether its images and recordings may be read as cached features
     standalone: ClassVar[bool] = True  # needs one file only, so that scripts/evaluate.py can score it
@@ -78,14 +80,15 @@ class SftTask(ManifestDataset):
         """
         raise NotImplementedError
 
-    def accepted_answers(self, row: dict, messages: list[dict]) -> set[str]:
-        """All right texts of the last answer; empty: the row is not scored."""
-        return {messages[-1]["content"]}
+    def accepted_answers(self, row: dict, messages: list[dict]) -> list[str]:
+        """What is accepted as the last answer, first the true one; by default also the texts in the column
+        ``accepted_answers``. Empty: the row is not scored."""
+        return [messages[-1]["content"], *listed_texts(row, "accepted_answers")]
 
-    @staticmethod
-    def score(answer: str, accepted: set[str]) -> float:
-        """The metric, from 0 to 1; by default 1 if ``answer`` has exactly the words of an accepted answer."""
-        return float(normalise_answer(answer) in accepted)
+    def measures_of(self, row: dict) -> tuple[str, ...]:
+        """Names of the row's measures. The first gives its score, which by default is ``measure``; others are only
+        reported."""
+        return (self.measure,)
 
     @classmethod
     def open(cls, path: str | Path, **how) -> Manifest:
@@ -108,7 +111,7 @@ class SftTask(ManifestDataset):
 
     # Shared by all tasks --------------------------------------------------------------------------------------------
 
-    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, References]:
         try:
             return self._read(row, self.messages(row, rng))
         except TooLong:
@@ -116,17 +119,43 @@ class SftTask(ManifestDataset):
                 raise
             return self._read(row, self.messages(row, None))  # one that fits, if the row was measured
 
-    def _read(self, row: dict, messages: list[dict]) -> tuple[Encoded, set[str]]:
+    def _read(self, row: dict, messages: list[dict]) -> tuple[Encoded, References]:
         messages = [message | {"content": self._opened(message["content"])} for message in messages]
         while True:
             try:
-                encoded = self.encode(row, messages)
-                return encoded, {normalise_answer(answer) for answer in self.accepted_answers(row, messages)}
+                return self.encode(row, messages), self._references(row, messages)
             except TooLong:
                 ends = answer_ends(messages)
                 if len(ends) < 2:
                     raise
                 messages = messages[: ends[-2]]  # without the last question and its answer
+
+    def _references(self, row: dict, messages: list[dict]) -> References:
+        accepted = (text for text in self.accepted_answers(row, messages) if visible(text).strip())
+        return References(tuple(accepted), self.measures_of(row))
+
+    def candidates(self, row: int, references: References) -> tuple[str, ...]:
+        """The true answer of the row at an index, and up to 63 answers of other rows, for ``rank_among_64``.
+
+        The others are drawn by a hash of the row's number, so they are the same in each run. They differ from each
+        other and from all accepted answers.
+        """
+        own, found = int(self.row_numbers[row]), [references.accepted[0]]
+        known = {normalise_answer(text) for text in references.accepted}
+        for start in range(0, len(self), CANDIDATES):
+            positions = np.arange(start, min(start + CANDIDATES, len(self)))
+            for number in self.row_numbers[permute(positions, len(self), own)]:
+                if len(found) == CANDIDATES:
+                    return tuple(found)
+                try:
+                    with reading_row():
+                        answer = self.messages(self.manifest[int(number)], None)[-1]["content"]
+                except BadRow:  # reported where it is an item
+                    continue
+                if normalise_answer(answer) not in known:
+                    found.append(answer)
+                    known.add(normalise_answer(answer))
+        return tuple(found)
 
     def room(self, row: dict) -> int:
         """How much of a row fits into ``ctx_len``: ``ALL``, ``FIRST_TURNS`` or ``NOTHING``.
@@ -146,10 +175,10 @@ class SftTask(ManifestDataset):
     def encode(self, row: dict, messages: list[dict]) -> Encoded:
         return self.processor.encode(messages)
 
-    def collate(self, samples: list[tuple[Encoded, set[str]]]) -> dict:
+    def collate(self, samples: list[tuple[Encoded, References]]) -> dict:
         return self.processor.collate([encoded for encoded, _ in samples])
 
-    def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, set[str]] | None:
+    def sample(self, row: int, epoch: int, bad: dict[str, str]) -> tuple[Encoded, References] | None:
         """The sample of ``row``; in training, of the next good row if it is bad. Adds errors by row to ``bad``."""
         return self._sample(row, epoch, bad)
 
@@ -187,11 +216,6 @@ class SftTask(ManifestDataset):
             return most
         length = audio_length(part["manifest"].file(part["row"], "wav"))
         return min(most, int(mel.frames(resampled_length(*length, mel.sample_rate))))
-
-
-def normalise_answer(text: str) -> str:
-    """The words of an answer, for comparison; an answer without words as it is."""
-    return normalise_text(text) or visible(text).strip()
 
 
 def answer_ends(messages: list[dict]) -> list[int]:

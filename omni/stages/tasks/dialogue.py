@@ -10,6 +10,7 @@ from omni.data.manifest import Manifest
 from omni.data.text_rows import load_text
 from omni.data.tokenizer import END
 from omni.stages.tasks.base import ALL, NOTHING, SftTask, sft_task
+from omni.stages.tasks.measures import References
 from omni.stages.tasks.processor import Encoded
 
 
@@ -23,10 +24,10 @@ class Dialogues(SftTask):
     def open(cls, path: str | Path, **how) -> Manifest:
         return load_text(path, **how)
 
-    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, set[str]]:
+    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Encoded, References]:
         if self.manifest.format.dialogues:
             return super().read(row, rng)
-        return self.processor.encode_text(row["text"]), set()
+        return self.processor.encode_text(row["text"]), References()
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         return parse_dialogue(row["text"])

@@ -3,6 +3,8 @@
 # B samples, T positions
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,10 +12,12 @@ from torch import Tensor
 
 from omni.data.order import permute
 from omni.data.tokenizer import IGNORE_INDEX
-from omni.models.answering import greedy_answers
+from omni.models.answering import answer_nats, greedy_answers
 from omni.models.omni_model import OmniModel
 from omni.stages.talker import talker_metrics, talker_sums
-from omni.stages.tasks.base import TASKS, SftTask
+from omni.stages.tasks.base import SftTask
+from omni.stages.tasks.cider import DocumentFrequencies
+from omni.stages.tasks.measures import MEASURES, Points
 from omni.stages.tasks.processor import Processor
 
 
@@ -65,41 +69,68 @@ class TaskMixture:
 
 
 class EvalItems:
-    """Up to ``limit`` rows of each task, evenly spread, one task after the other: a ``BatchSource`` for validation."""
+    """Some rows of each task, one task after the other: a ``BatchSource`` for validation.
 
-    def __init__(self, tasks: dict[str, SftTask], processor: Processor, limit: int) -> None:
+    Args:
+        limit: number of rows of each task, if there are as many.
+        first: take the first rows; else rows that are evenly spread.
+    """
+
+    def __init__(self, tasks: dict[str, SftTask], processor: Processor, limit: int, *, first: bool = False) -> None:
         self.tasks, self.processor = tasks, processor
-        self.items = [
-            (name, int(row))
-            for name, task in tasks.items()
-            for row in np.unique(np.linspace(0, len(task) - 1, min(limit, len(task))).astype(int))
-        ]
+        self.items = []
+        for name, task in tasks.items():
+            count = min(limit, len(task))
+            rows = np.arange(count) if first else np.unique(np.linspace(0, len(task) - 1, count).astype(int))
+            self.items += [(name, int(row)) for row in rows]
 
     def __len__(self) -> int:
         return len(self.items)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """A batch of ``Collator``, with ``task`` and ``accepted``: each sample's task and accepted answers."""
+        """A batch of ``Collator``, with each sample's ``task`` and ``references``, and ``candidates``: answers of which
+        the first is true, for samples whose measure needs them, else ()."""
         bad: dict[str, str] = {}
-        found = [(name, self.tasks[name].sample(row, 0, bad)) for name, row in (self.items[int(i)] for i in rows)]
-        found = [(name, *sample) for name, sample in found if sample is not None]
+        found = []
+        for name, row in (self.items[int(i)] for i in rows):
+            task = self.tasks[name]
+            sample = task.sample(row, 0, bad)
+            if sample is not None:
+                encoded, references = sample
+                ranked = references.accepted and MEASURES[references.measures[0]].needs == "candidates"
+                found.append((name, encoded, references, task.candidates(row, references) if ranked else ()))
         if not found:
             return {"n_targets": 0, "bad_rows": bad}
-        names, encoded, accepted = zip(*found, strict=True)
-        return self.processor.collate(list(encoded)) | {"task": names, "accepted": accepted, "bad_rows": bad}
+        names, encoded, references, candidates = zip(*found, strict=True)
+        scored = {"task": names, "references": references, "candidates": candidates}
+        return self.processor.collate(list(encoded)) | scored | {"bad_rows": bad}
+
+
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """The model's greedy answer to an item, and its points by measure; the first measure gives the score."""
+
+    sample: int  # in the batch
+    text: str
+    points: dict[str, Points]
 
 
 class AnswerScore:
     """Scores of answers to held-out questions: the ``sums`` and ``metrics`` of a ``Validation``.
 
-    ``loss``: nats per token of the true answers. ``accuracy_<task>``: mean score of the greedy answers by the metric of
-    the task (``SftTask.score``); in a conversation, of the last answer, given the true ones before it.
-    ``accuracy``: the same over the items of all tasks. ``code_perplexity``: of the talker on spoken answers, with the
-    Thinker's states; ``code_perplexity_of_text``: with the text alone.
+    ``loss``: nats per token of the true answers. ``accuracy_<task>``: the task's score from 0 to 1, by its measure in
+    ``omni.stages.tasks.measures``; in a conversation, of the last answer, given the true ones before it. ``accuracy``:
+    the mean of the tasks' scores, so each task counts the same. ``<measure>_<task>``: measures that are only reported.
+    ``code_perplexity``: of the talker on spoken answers, with the Thinker's states; ``code_perplexity_of_text``: with
+    the text alone.
+
+    Args:
+        tasks: those of the items, for what their measures need to know of all held-out rows.
     """
 
-    def __init__(self, processor: Processor, max_answer_tokens: int) -> None:
-        self.processor, self.max_answer_tokens = processor, max_answer_tokens
+    def __init__(self, processor: Processor, max_answer_tokens: int, tasks: dict[str, SftTask]) -> None:
+        self.processor, self.max_answer_tokens, self.tasks = processor, max_answer_tokens, tasks
+        self.frequencies: dict[str, DocumentFrequencies] = {}  # by task, once they are needed
 
     def sums(self, model: OmniModel, batch: dict) -> dict[str, Tensor]:
         embeds, targets, dropped, *_ = model.embed(batch)
@@ -109,17 +140,44 @@ class AnswerScore:
             speech = model.speech(batch, embeds)
             for name, given in (("states", speech), ("text", speech | {"thinker_states": None})):
                 totals |= {f"{name}/{key}": value for key, value in talker_sums(model.talker, given).items()}
-        scored = [index for index, accepted in enumerate(batch["accepted"]) if accepted]
-        if scored:
-            texts = self.answers(model, embeds[scored], (batch["prompts"] - dropped)[scored])
-            for index, text in zip(scored, texts, strict=True):
-                task = batch["task"][index]
-                for name, value in (
-                    (f"score/{task}", TASKS[task].score(text, batch["accepted"][index])),
-                    (f"items/{task}", 1),
-                ):
-                    totals[name] = totals.get(name, 0) + torch.tensor(value)
+        for answer in self._scored(model, batch, embeds, dropped):
+            for index, (measure, points) in enumerate(answer.points.items()):
+                kind = "reported" if index else "score"
+                for name, value in (("earned", points.earned), ("possible", points.possible), ("items", 1)):
+                    key = f"{kind}/{batch['task'][answer.sample]}/{measure}/{name}"
+                    totals[key] = totals.get(key, 0) + torch.tensor(float(value), dtype=torch.float64)
         return totals
+
+    def scored(self, model: OmniModel, batch: dict) -> list[ScoredAnswer]:
+        """The answers to those samples of a batch that have a score."""
+        embeds, _, dropped, *_ = model.embed(batch)
+        return self._scored(model, batch, embeds, dropped)
+
+    def _scored(self, model: OmniModel, batch: dict, embeds: Tensor, dropped: Tensor) -> list[ScoredAnswer]:
+        prompts = batch["prompts"] - dropped
+        rows = [row for row, references in enumerate(batch["references"]) if references.accepted]
+        texts = self.answers(model, embeds[rows], prompts[rows]) if rows else []
+        found = []
+        for row, text in zip(rows, texts, strict=True):
+            references, points = batch["references"][row], {}
+            for measure in (MEASURES[name] for name in references.measures):
+                if measure.needs == "candidates":
+                    if len(batch["candidates"][row]) > 1:  # else there is nothing to compare with
+                        prompt = embeds[row, : int(prompts[row])]
+                        points[measure.name] = measure.points(self.nats(model, prompt, batch["candidates"][row]))
+                elif measure.needs == "frequencies":
+                    frequencies = self._frequencies(batch["task"][row])
+                    points[measure.name] = measure.points(text, references.accepted, frequencies)
+                else:
+                    points[measure.name] = measure.points(text, references.accepted)
+            if references.measures[0] in points:
+                found.append(ScoredAnswer(row, text, points))
+        return found
+
+    def _frequencies(self, task: str) -> DocumentFrequencies:
+        if task not in self.frequencies:
+            self.frequencies[task] = self.tasks[task].document_frequencies()
+        return self.frequencies[task]
 
     def answers(self, model: OmniModel, embeds: Tensor, prompts: Tensor) -> list[str]:
         """The greedy answer to each prompt, see ``omni.models.answering.greedy_answers``."""
@@ -127,15 +185,46 @@ class AnswerScore:
         found = greedy_answers(model.thinker, embeds, prompts, limit, (tokenizer.end_id, tokenizer.eos_id))
         return [tokenizer.decode(ids, skip_special=True) for ids in found]
 
+    def nats(self, model: OmniModel, prompt: Tensor, answers: Sequence[str]) -> list[float]:
+        """Nats per token of each of several answers to a prompt (T, D)."""
+        tokenizer = self.processor.tokenizer
+        ids = [[*tokenizer.encode(answer, allow_special=False), tokenizer.end_id] for answer in answers]
+        return answer_nats(model.thinker, prompt, ids)
+
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
         metrics = {"loss": totals["nats"] / totals["targets"]}
-        counts = {name.removeprefix("items/"): count for name, count in totals.items() if name.startswith("items/")}
-        if counts:
-            scores = {task: totals[f"score/{task}"] for task in counts}
-            metrics["accuracy"] = sum(scores.values()) / sum(counts.values())
-            metrics |= {f"accuracy_{task}": scores[task] / counts[task] for task in counts}
+        scores = {task: _mean_of_measures(totals, task, names) for task, names in measures_by_task(totals).items()}
+        if scores:
+            metrics["accuracy"] = sum(scores.values()) / len(scores)
+            metrics |= {f"accuracy_{task}": score for task, score in scores.items()}
+        for key in totals:
+            kind, _, rest = key.partition("/")
+            if kind == "reported" and rest.endswith("/items"):
+                task, measure, _ = rest.split("/")
+                metrics[f"{measure}_{task}"] = _points(totals, f"reported/{task}/{measure}").score
         for name, ending in (("states/", ""), ("text/", "_of_text")):
             sums = {key.removeprefix(name): value for key, value in totals.items() if key.startswith(name)}
             if sums:
                 metrics[f"code_perplexity{ending}"] = talker_metrics(sums)["code_perplexity"]
         return metrics
+
+
+def measures_by_task(totals: dict[str, float]) -> dict[str, list[str]]:
+    """The names of the measures that score the items of each task; usually one."""
+    found: dict[str, list[str]] = {}
+    for key in totals:
+        if key.startswith("score/") and key.endswith("/items"):
+            _, task, measure, _ = key.split("/")
+            found.setdefault(task, []).append(measure)
+    return found
+
+
+def _mean_of_measures(totals: dict[str, float], task: str, measures: list[str]) -> float:
+    """The score of a task; if its rows have several measures, the mean of these scores by their numbers of items."""
+    items = [totals[f"score/{task}/{name}/items"] for name in measures]
+    scores = [_points(totals, f"score/{task}/{name}").score for name in measures]
+    return sum(count * score for count, score in zip(items, scores, strict=True)) / sum(items)
+
+
+def _points(totals: dict[str, float], key: str) -> Points:
+    return Points(totals[f"{key}/earned"], totals[f"{key}/possible"])

@@ -60,7 +60,9 @@ def prepare_tasks(
     for name, weight in config.task_weights.items():
         if weight > 0 and name not in tasks[0]:
             run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
-    account_for_tasks(run, tasks)
+    files = {cls.file_key for name, cls in TASKS.items() if config.task_weights.get(name, 1.0) > 0}
+    opened = [side.rows[key][0] for side in sides for key in side.rows if key in files]
+    account_for_tasks(run, opened, tasks)
     # one digest each, however many files there are
     joined = [hashlib.sha256(" ".join(found).encode()).hexdigest() for found in digests]
     return *tasks, dict(zip(("train", "validation"), joined, strict=True))
@@ -79,9 +81,11 @@ def open_both(run: Run, config: Any, cls: type[SftTask]) -> list[tuple[Manifest,
     return [(manifests[0], rows) for rows in split_rows(manifests[0], config.val_split)]
 
 
-def account_for_tasks(run: Run, sides: tuple[dict[str, SftTask], dict[str, SftTask]]) -> None:
-    """Log where the rows of each file went; a file may serve several tasks."""
+def account_for_tasks(run: Run, opened: list[Manifest], sides: tuple[dict[str, SftTask], dict[str, SftTask]]) -> None:
+    """Log where the rows of each opened file went; a file may serve several tasks, or none."""
     used: dict[Path, tuple[Manifest, tuple[list[np.ndarray], list[np.ndarray]]]] = {}
+    for manifest in opened:
+        used.setdefault(manifest.path, (manifest, ([], [])))
     for side, tasks in enumerate(sides):
         for task in tasks.values():
             manifest = file_of(task)

@@ -10,6 +10,8 @@ from omni.common.text import visible
 from omni.data.manifest import Manifest
 from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples
+from omni.models.audio_encoder import output_frames
+from omni.models.ctc import frames_needed
 from omni.stages.tasks.base import SftTask, Side, one_of, sft_task, turn
 
 
@@ -22,12 +24,15 @@ class _Recordings(SftTask):
 class Transcripts(_Recordings):
     """Recordings to transcribe."""
 
-    name, file_key = "transcription", "asr_csv"
+    name, file_key, measure = "transcription", "asr_csv", "one_minus_wer"
     wordings = ("Write down what is said.", "What does the recording say?", "What do you hear?")
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Manifest, np.ndarray, dict[str, Any]]:
-        return manifest, short_enough(side, manifest, rows), {}
+        rows = short_enough(side, manifest, rows)
+        if side.training:
+            count_unaligned(side, manifest, rows)
+        return manifest, rows, {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         return turn(visible(row["text"]).strip(), self.recording(row), one_of(self.wordings, rng))
@@ -101,6 +106,24 @@ def short_enough(side: Side, manifest: Manifest, rows: np.ndarray) -> np.ndarray
     mel, most = side.processor.mel, side.processor.max_mel_length
     frames = mel.frames(measure_samples(side.run, manifest, mel.sample_rate))
     return manifest.leave_out(rows, frames[rows] > most, f"longer than {most} mel frames", side.run.log)
+
+
+def count_unaligned(side: Side, manifest: Manifest, rows: np.ndarray) -> None:
+    """Log how many recordings have fewer positions than the CTC alignment loss needs for the tokens of their text. They
+    are learnt without that loss."""
+    processor, tokenizer = side.processor, side.processor.tokenizer
+
+    def tokens(manifest: Manifest, row: int) -> int:
+        return frames_needed(tokenizer.encode(visible(manifest[row]["text"]).strip(), allow_special=False))
+
+    needed = measure_rows(side.run, manifest, f"ctc-frames-{tokenizer.fingerprint[:12]}", tokens, np.uint32)[rows]
+    frames = processor.mel.frames(measure_samples(side.run, manifest, processor.mel.sample_rate))[rows]
+    unaligned = int((needed > output_frames(frames, processor.audio.downsample_time)).sum())
+    if unaligned:
+        side.run.log(
+            f"{manifest.path}: {unaligned:,} of {len(rows):,} texts have more tokens than their recording has "
+            "positions: learnt without the alignment loss. Upper case takes many tokens"
+        )
 
 
 def with_answer(side: Side, manifest: Manifest, rows: np.ndarray) -> np.ndarray:

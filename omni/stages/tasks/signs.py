@@ -13,7 +13,7 @@ class Signs(SftTask):
     name, file_key, columns = "sign", "ocr_csv", ("image", "text")
     reads, needs = ("image",), ("vision_ckpt",)
     wordings = ("Read the text in the picture.", "What is written in the picture?")
-    image_root = None
+    measure, image_root = "one_minus_cer", None
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         return turn(clean_text(row["text"]), self.image(row), one_of(self.wordings, rng))

@@ -58,5 +58,9 @@ class SpokenAnswers(SftTask):
         questions = listed_texts(row, "question") or [wording.format(text) for wording in self.wordings]
         return turn(text, one_of(questions, rng))
 
+    def measures_of(self, row: dict) -> tuple[str, ...]:
+        """Without the column ``question``, all rows ask for their text, which may be long."""
+        return ("exact",) if "question" in row else ("one_minus_wer",)
+
     def encode(self, row: dict, messages: list[dict]) -> Encoded:
         return self.processor.encode_spoken(messages, self.speech.read(row, None))
