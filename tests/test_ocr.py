@@ -171,9 +171,7 @@ def test_the_text_with_the_lower_training_loss_is_read(monkeypatch):
             loss, _ = ocr_loss(model, line, model.architecture.ctc_weight)
             assert torch.allclose(costs[0][row], loss * (len(text) + 1), rtol=1e-4)
     first = model.architecture.characters[0]
-    cheaper = [
-        text if ours <= theirs else first * len(text) for text, ours, theirs in zip(WORDS, *costs, strict=True)
-    ]
+    cheaper = [text if ours <= theirs else first * len(text) for text, ours, theirs in zip(WORDS, *costs, strict=True)]
     assert set(cheaper) & set(WORDS) and set(cheaper) - set(WORDS), "some of either"
     for written, spelled in ((true, other), (other, true)):
         monkeypatch.setattr(model, "_written", lambda image, symbols=written: symbols)
