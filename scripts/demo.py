@@ -33,6 +33,7 @@ from omni.common.files import write_json
 from omni.stages import STAGES as TABLE
 from omni.train.checkpoint import load
 from omni.train.stage import Stage
+from scripts import tesseract
 from scripts.judges import JUDGES, installed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +195,9 @@ JUDGED: dict[str, str | None] = {
     **{f"own_voice_talker_{voice}": None for voice in NEW_VOICES},
 }
 
+# Stage G's figures where Tesseract is installed, which reads the same signs
+BESIDE_TESSERACT: dict[str, str | None] = {"cer": "< cer_tesseract", "cer_tesseract": None}
+
 SPOKEN = "Anna is reading at the market."
 ABOUT_PICTURE = "What does the picture show?"
 ABOUT_RECORDING = "What does the recording say?"
@@ -245,6 +249,11 @@ def demo() -> int:
             show(stage, folders, ROOT / "data" / stage.held_out, items=5)
     export(folders, ROOT / "merged_model")
     ask_exported(ROOT / "merged_model", ROOT / "data", ROOT / "checkpoints")
+    results["ocr"].pop("cer_tesseract", None)  # perhaps of other data
+    if tesseract.installed():
+        results["ocr"]["cer_tesseract"] = read_by_tesseract(ROOT / "data" / "ocr" / "ocr.val.csv")
+    else:
+        print("\nTesseract, to compare stage G with, is not installed. To have it: apt-get install tesseract-ocr")
     results.pop("judged", None)  # of other models
     minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
     write_json(RESULTS, results, indent=2)
@@ -469,6 +478,15 @@ def judged(figures: dict[str, dict[tuple[str, str, str], float | None]]) -> dict
     return {name: round(value, 4) for name, value in found.items()}
 
 
+def read_by_tesseract(data: Path) -> float:
+    """Tesseract's character error rate on the pictures of ``data``."""
+    print("\n=== Tesseract, on the signs of stage G", flush=True)
+    with tempfile.TemporaryDirectory(prefix="omni_demo_") as folder:
+        figures = Path(folder, "figures.json")
+        run("scripts/tesseract.py", "--data", str(data), "--json", str(figures))
+        return round(json.loads(figures.read_text())["cer"], 4)
+
+
 def export(folders: dict[str, Path], output: Path) -> None:
     """Export all stages into one folder."""
     print(f"\n=== Export to {output}", flush=True)
@@ -505,6 +523,8 @@ def first_row(path: Path) -> dict:
 def print_table(results: dict) -> None:
     print(f"\n{'stage':<12}{'held-out figure':<32}{'value':>10}  {'target':<24}{'':<18}{'minutes':>8}")
     tables = {stage.name: stage.metrics for stage in STAGES} | ({"judged": JUDGED} if "judged" in results else {})
+    if "cer_tesseract" in results["ocr"]:
+        tables["ocr"] = tables["ocr"] | BESIDE_TESSERACT
     for part, metrics in tables.items():
         figures = {f"accuracy_{task}": value for task, value in results[part].get("by_task", {}).items()}
         figures |= results[part]

@@ -60,7 +60,7 @@ CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
-SIGNS = {"smoke": (96, 32), "demo": (24_000, 1_000), "large": (150_000, 1_000)}
+SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "large": (150_000, 1_000)}
 IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
 
 # --- parts: what can be made ----------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
     "audio": Part(5, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
-    "ocr": Part(1, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
+    "ocr": Part(2, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),
 }
 

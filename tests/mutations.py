@@ -1299,6 +1299,31 @@ MUTATIONS = [
         "return speaker.voice(name) if name else None", "return None",
         f"{VOICES}::test_the_page_offers_the_names_and_takes_a_recording",
     ),
+    Mutation(
+        "the held-out signs stay", "held-out signs are varied as those of training", "omni/synthetic/signs.py",
+        "face, rng if varied else None", "face, rng",
+        "tests/test_pictures.py::test_training_varies_each_font_and_a_held_out_sign_is_as_its_font_says",
+    ),
+    Mutation(
+        "the held-out signs stay", "held-out signs draw from other words", "omni/synthetic/signs.py",
+        "if not unseen and rng.random() < 0.7", "if rng.random() < 0.7",
+        "tests/test_pictures.py::test_the_held_out_signs_stay_those_that_earlier_figures_are_of",
+    ),
+    Mutation(
+        "signs in all colours are one", "light letters stay light", "omni/models/ocr.py",
+        "keepdim=True) < 0, -away, away)", "keepdim=True) < 0, away, away)",
+        "tests/test_ocr.py::test_ink_is_the_same_in_all_colours_and_contrasts",
+    ),
+    Mutation(
+        "the better of two readings", "the columns are not asked", "omni/models/ocr.py",
+        "torch.where(better[:, None], spelled, written)", "written",
+        "tests/test_ocr.py::test_the_text_with_the_lower_training_loss_is_read",
+    ),
+    Mutation(
+        "Tesseract beside stage G", "a text too few is not noticed", "scripts/tesseract.py",
+        "done.returncode or len(texts) != len(files)", "done.returncode",
+        "tests/test_tesseract.py::test_a_text_too_few_or_a_failure_ends_it_in_one_line",
+    ),
 ]  # fmt: skip
 
 

@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from test_config import only_error
 
 from omni.common.text import clean_text
-from omni.data.images import load_image, normalise
+from omni.data.images import load_image
 from omni.data.open_manifest import load_manifest
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import OcrArchitecture
 from omni.models.layers import KVCache
-from omni.models.ocr import END, OcrModel, read_text
+from omni.models.ocr import END, OcrModel, ink_of, read_text, spelled_by
 from omni.stages import STAGES
 from omni.stages.ocr import OcrConfig, OcrRows, column_loss, encode_texts, ocr_loss, ocr_metrics, ocr_sums
 from omni.train.config import load_config
@@ -29,6 +29,7 @@ SIZES = {
     "decoder_d_ff": 64, "dropout": 0.0, "max_text_length": 9,
 }  # fmt: skip
 STEM = {"conv_stem": True, "ctc_weight": 0.5}
+INK = {"even_ink": True}
 WORDS = ["CAT", "DOG 7", "bird", "A1", "7:30", "Exit", "no", "$9"]
 
 
@@ -79,13 +80,15 @@ def test_it_overfits_one_batch(trained):
     assert sums["targets"] == sum(len(word) + 1 for word in WORDS), "the end is a target too"
 
 
-@pytest.mark.parametrize("keys", [{}, {"decoder_d_model": 48}, STEM], ids=["equal widths", "bridge", "stem"])
+@pytest.mark.parametrize(
+    "keys", [{}, {"decoder_d_model": 48}, STEM, INK], ids=["equal widths", "bridge", "stem", "ink"]
+)
 def test_cached_decoding_equals_the_full_forward(keys):
     model = build(**keys)
     batch = as_batch(WORDS, model.architecture)
     with torch.no_grad():
         logits, _ = model(batch["images"], batch["symbols"])
-        image = model.keys_values(model.encoder(normalise(batch["images"])))
+        image = model.keys_values(model.encode(batch["images"]))
         cache = KVCache(model.decoder_arch, len(WORDS), 9, "cpu", torch.float32)
         steps = [model.head(model.decode(symbols, image, cache)) for symbols in batch["symbols"].split(1, dim=1)]
         assert torch.allclose(torch.cat(steps, dim=1), logits, atol=1e-5)
@@ -123,6 +126,59 @@ def test_every_pixel_can_be_seen(keys):
     batch = as_batch(["CAT"], model.architecture)
     ocr_loss(model, batch, 0.0)[0].backward()
     assert (seen[0].grad.abs().amax(dim=1) > 0).all()
+
+
+def test_ink_is_the_same_in_all_colours_and_contrasts():
+    """And whatever the picture's polarity: each is the same drawing in another pair of colours."""
+    drawing = torch.from_numpy(np.asarray(draw("DOG 7").convert("L")).copy()).float()
+    share = ((drawing.max() - drawing) / np.ptp(drawing.numpy()))[None]  # 1 where the ink is strongest
+    pictures = []
+    for ink, ground in (((0, 0, 0), (255, 255, 255)), ((250, 240, 10), (20, 30, 90)), ((90, 60, 60), (130, 120, 160))):
+        ink, ground = (torch.tensor(colour, dtype=torch.float)[:, None, None] for colour in (ink, ground))
+        pictures.append((ground + (ink - ground) * share).round().to(torch.uint8))
+    found = ink_of(torch.stack(pictures))
+    assert found.shape == (3, 3, 16, 64) and found.dtype == torch.float32
+    assert torch.equal(found[:, 0], found[:, 2])
+    for ink in found[:, 0]:
+        assert torch.allclose(ink, 2 * share[0] - 1, atol=0.06)
+    light, dark = pictures[0][None], (255 - pictures[0])[None]
+    with torch.no_grad():
+        assert torch.allclose(build(**INK).encode(light), build(**INK).encode(dark), atol=1e-3)
+        assert not torch.allclose(build().encode(light), build().encode(dark), atol=0.1)
+    plain = torch.full((1, 3, 16, 64), 77, dtype=torch.uint8)
+    assert torch.equal(ink_of(plain), torch.full((1, 3, 16, 64), -1.0)), "an empty picture has no ink"
+
+
+def test_what_the_columns_spell():
+    blank, classes = 3, [[3, 0, 0, 3, 0, 1], [3, 3, 3, 3, 3, 3], [0, 1, 2, 0, 1, 2]]
+    columns = torch.nn.functional.one_hot(torch.tensor(classes), blank + 1).float()
+    assert spelled_by(columns, 9).tolist() == [[1, 1, 2, 0, 0, 0], [0] * 6, [1, 2, 3, 1, 2, 3]]
+    assert spelled_by(columns, 4).tolist() == [[1, 1, 2, 0], [0] * 4, [1, 2, 3, 1]]
+    assert spelled_by(columns[1:2], 4).tolist() == [[0]]
+
+
+def test_the_text_with_the_lower_training_loss_is_read(monkeypatch):
+    model = build(**STEM)
+    batch = as_batch(WORDS, model.architecture)
+    true = batch["symbols"][:, 1:]  # as long as the longest
+    other = torch.where(true == END, END, 1)
+    with torch.no_grad():
+        tokens = model.encode(batch["images"])
+        image, columns = model.keys_values(tokens), model.columns(tokens)
+        costs = [model.nats(symbols, image, columns) for symbols in (true, other)]
+        for row, text in enumerate(WORDS):  # a batch of one line: the mean over its targets
+            line = as_batch([text], model.architecture) | {"images": batch["images"][row : row + 1]}
+            loss, _ = ocr_loss(model, line, model.architecture.ctc_weight)
+            assert torch.allclose(costs[0][row], loss * (len(text) + 1), rtol=1e-4)
+    first = model.architecture.characters[0]
+    cheaper = [text if ours <= theirs else first * len(text) for text, ours, theirs in zip(WORDS, *costs, strict=True)]
+    assert set(cheaper) & set(WORDS) and set(cheaper) - set(WORDS), "some of either"
+    for written, spelled in ((true, other), (other, true)):
+        monkeypatch.setattr(model, "_written", lambda image, symbols=written: symbols)
+        monkeypatch.setattr("omni.models.ocr.spelled_by", lambda columns, limit, symbols=spelled: symbols)
+        assert read_text(model, batch["images"]) == cheaper
+    monkeypatch.setattr(model, "_written", lambda image: true[:, :3])  # shorter than what is spelled
+    assert len(read_text(model, batch["images"])) == len(WORDS)
 
 
 def test_a_line_is_read_alike_in_any_company(trained):

@@ -199,8 +199,9 @@ def test_only_held_out_pictures_show_a_held_out_combination(made, split):
 def test_words_of_the_two_splits_are_apart(lines, split):
     tokens = [signs.letters_of(token) for text in lines for token in text.split()]
     assert all(signs.held_out_word(token) == split for token in tokens if token)
-    known = {token for token in tokens if token in set(signs.WORDS)}
-    assert len(known) > (90 if split else 500)
+    known, rare = ({token for token in tokens if token in set(words)} for words in (signs.WORDS, signs.RARE_WORDS))
+    assert len(known) > (90 if split else 250)
+    assert len(rare - set(signs.WORDS)) > 500 if not split else rare <= set(signs.WORDS)
     assert 0.1 < sum(map(signs.held_out_word, signs.WORDS)) / len(signs.WORDS) < 0.15
 
 
@@ -210,10 +211,19 @@ def test_fonts_of_the_two_splits_are_apart_and_each_sign_uses_its_own(split, mon
     ]
     assert families[0].isdisjoint(families[1]) and not any("cm" in family for family in families[0])
     used = set()
-    monkeypatch.setattr(signs, "render", lambda text, font, rng: used.add(font))
-    for i in range(200):
+    monkeypatch.setattr(signs, "render", lambda text, font, rng, varied: used.add((font, varied)))
+    for i in range(200 if split else 5_000):
         signs.sign(0, i, split)
-    assert used == set(signs.HELD_OUT_FONTS if split else signs.FONTS)
+    assert used == {(font, not split) for font in (signs.HELD_OUT_FONTS if split else signs.FONTS)}
+
+
+def test_the_held_out_signs_stay_those_that_earlier_figures_are_of(monkeypatch):
+    """Their texts, fonts, and all that is drawn at random; the pixels also depend on Pillow."""
+    found = hashlib.sha256()
+    monkeypatch.setattr(signs, "render", lambda *given, **_: found.update(f"{given[:2]} {given[2].random()}".encode()))
+    for i in range(1_000):
+        signs.sign(0, i, unseen=True)
+    assert found.hexdigest()[:16] == "5eadbf9d6af03cb8"
 
 
 @pytest.mark.parametrize("name", signs.FONTS + signs.HELD_OUT_FONTS)
@@ -241,11 +251,30 @@ def test_signs_have_room_around_the_text_and_contrast(split):
         width, height = image.size
         assert image.mode == "RGB" and 32 <= height <= 48 and 0.9 * height < width <= 5 * height
         rng = random.Random(i)
-        ink = signs._ink(text, signs._face(rng.choice(signs.HELD_OUT_FONTS if split else signs.FONTS)), rng)
+        font = rng.choice(signs.HELD_OUT_FONTS if split else signs.FONTS)
+        ink = signs._ink(text, signs._face(font), rng, varied=not split)
         assert max(ink[0].max(), ink[-1].max(), ink[:, 0].max(), ink[:, -1].max()) < 128, "cut off"
         assert ink.max() > 160, "too faint"
         brightness = np.asarray(image.convert("L")).astype(int)
         assert np.ptp(brightness) > 60
+
+
+def test_training_varies_each_font_and_a_held_out_sign_is_as_its_font_says(monkeypatch):
+    for i, font in enumerate(("Roboto-Regular.ttf", "STIXGeneral.ttf")):
+        face = signs._face(font)
+        plain, _ = signs._flat("Room 1748", face, None)
+        varied = [signs._flat("Room 1748", face, random.Random(f"{i} {n}")) for n in range(60)]
+        wide = [flat.width for flat, _ in varied]
+        assert min(wide) < plain.width < max(wide), "letters closer together, and further apart"
+        same = [np.asarray(flat).astype(int).sum() for flat, _ in varied if flat.width == plain.width]
+        ink = np.asarray(plain).astype(int).sum()
+        assert min(same) < ink < max(same) and ink in same, "thinner, thicker, and as they are"
+        assert all(abs(flat.width - 8 - length) <= 1 for flat, length in varied)
+    given, draw = [], signs._flat
+    monkeypatch.setattr(signs, "_flat", lambda text, face, rng: given.append(rng) or draw(text, face, rng))
+    for unseen in (True, False):
+        signs.sign(0, 0, unseen)
+    assert given[0] is None and given[1] is not None
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

@@ -194,6 +194,9 @@ class OcrArchitecture(Architecture):
     vision_heads: int = Field(4, ge=1, le=1_024)
     vision_d_ff: int = Field(1024, ge=8, le=1_000_000)
     conv_stem: bool = Field(False, description="three small convolutions instead of a linear map of each patch")
+    even_ink: bool = Field(
+        False, description="the encoder sees ink on an empty ground, whatever their colours and contrast, not colours"
+    )
     decoder_d_model: int = Field(256, ge=8, le=1_000_000)
     decoder_layers: int = Field(4, ge=1, le=1000)
     decoder_heads: int = Field(4, ge=1, le=1_024)

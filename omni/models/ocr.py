@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omni.data.images import normalise
 from omni.models.architectures import OcrArchitecture, ThinkerArchitecture
+from omni.models.ctc import ctc_nll
 from omni.models.layers import Attention, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.models.ops import attention, linear
 from omni.models.vision_encoder import ViT
@@ -103,12 +104,28 @@ def sinusoids(length: int, width: int) -> Tensor:
     return 2**0.5 * torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 
 
+def ink_of(images: Tensor) -> Tensor:
+    """How far each pixel's brightness is from the ground's towards the letters', uint8 (B, 3, H, W) -> float32 (B, 3,
+    H, W): -1 on the ground, 1 where the ink is strongest, in three equal channels.
+
+    Dark on light and light on dark become the same, and all contrasts equal. The ground is the median, as letters cover
+    less than half of a line; they are on the side of it to which the brightness is skewed.
+    """
+    red, green, blue = images.float().unbind(dim=1)
+    brightness = (0.299 * red + 0.587 * green + 0.114 * blue).flatten(1)  # (B, H * W)
+    away = brightness - brightness.median(dim=1, keepdim=True).values
+    away = torch.where(away.pow(3).sum(dim=1, keepdim=True) < 0, -away, away)
+    ink = away / away.amax(dim=1, keepdim=True).clamp(min=1.0)
+    ink = ink.clamp(min=-1.0).mul(2).sub(1)
+    return ink.view(-1, 1, *images.shape[2:]).expand(-1, 3, -1, -1)
+
+
 class OcrModel(nn.Module):
     """A picture of a line of text -> its characters, one after the other.
 
     Li et al. 2021, "TrOCR": a transformer decoder attends to all tokens of a ViT. Departures: characters instead of
     subwords; a pre-norm decoder with RMSNorm, SwiGLU, and rotary as well as learned positions; nothing is pretrained.
-    Optional: ``conv_stem``, and a CTC loss on the encoder's columns.
+    Optional: ``conv_stem``, ``even_ink``, and a CTC loss on the encoder's columns.
 
     Args:
         use_flash: fused attention; False: the plain maths.
@@ -165,12 +182,17 @@ class OcrModel(nn.Module):
             (B, T, 1 + C) in autocast's dtype under autocast; and the logits of the auxiliary loss (B, U, C + 1), the
             blank last, or None if ``ctc_weight`` is 0.
         """
-        tokens = self.encoder(normalise(images))  # (B, P, vision width)
+        tokens = self.encode(images)  # (B, P, vision width)
         logits = self.head(self.decode(symbols, self.keys_values(tokens)))
-        if self.ctc_head is None:
-            return logits, None
-        columns = tokens[:, 1:].unflatten(1, (-1, self.n_columns)).mean(dim=1)  # (B, U, vision width)
-        return logits, self.ctc_head(columns)
+        return logits, None if self.ctc_head is None else self.columns(tokens)
+
+    def columns(self, tokens: Tensor) -> Tensor:
+        """The encoder's tokens -> logits (B, U, C + 1) of each column's character, the blank last."""
+        return self.ctc_head(tokens[:, 1:].unflatten(1, (-1, self.n_columns)).mean(dim=1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The encoder's tokens (B, P, vision width) of ``images`` (B, 3, height, width), uint8."""
+        return self.encoder(ink_of(images) if self.architecture.even_ink else normalise(images))
 
     def keys_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (B, H, P, K) of the encoder's tokens for each decoder layer."""
@@ -205,11 +227,52 @@ class OcrModel(nn.Module):
         Returns:
             (B, T) symbols; after a line's end, only ``END``.
         """
-        image = self.keys_values(self.encoder(normalise(images)))
-        B, limit = len(images), self.architecture.max_text_length
-        cache = KVCache(self.decoder_arch, B, limit, images.device, image[0][0].dtype)
-        symbols = torch.full((B, 1), start_symbol(self.architecture), device=images.device)
-        ended = torch.zeros(B, 1, dtype=torch.bool, device=images.device)
+        return self._written(self.keys_values(self.encode(images)))
+
+    @torch.inference_mode()
+    def read(self, images: Tensor) -> Tensor:
+        """What the decoder writes, or what the columns spell: the one that has the lower training loss.
+
+        The decoder now and then loses its place in a line, which the columns cannot; it knows better what each
+        character is. Watanabe et al. 2017 (see ``ocr_loss``), with these two texts in place of a beam.
+
+        Args, returns:
+            as ``generate``.
+        """
+        tokens = self.encode(images)
+        image = self.keys_values(tokens)
+        written = self._written(image)
+        if self.ctc_head is None:
+            return written
+        columns = self.columns(tokens)
+        spelled = spelled_by(columns, self.architecture.max_text_length)
+        T = max(written.shape[1], spelled.shape[1])
+        written, spelled = (F.pad(symbols, (0, T - symbols.shape[1]), value=END) for symbols in (written, spelled))
+        better = self.nats(spelled, image, columns) < self.nats(written, image, columns)  # (B,)
+        return torch.where(better[:, None], spelled, written)
+
+    def nats(self, symbols: Tensor, image: list[tuple[Tensor, Tensor]], columns: Tensor) -> Tensor:
+        """The training loss of each line, summed over its targets, (B,); infinite if the columns are too few for it.
+
+        Args:
+            symbols: (B, T), after a line's end only ``END``; T at most max_text_length.
+        """
+        lengths = (symbols != END).sum(dim=1)
+        start = torch.full_like(symbols[:, :1], start_symbol(self.architecture))
+        log_probs = self.head(self.decode(torch.cat((start, symbols), dim=1), image)).float().log_softmax(dim=-1)
+        targets = F.pad(symbols, (0, 1), value=END)  # (B, T + 1)
+        counts = torch.arange(targets.shape[1], device=symbols.device) <= lengths[:, None]
+        decoder = -(log_probs.gather(2, targets[:, :, None])[:, :, 0] * counts).sum(dim=1)
+        frames = torch.full_like(lengths, columns.shape[1])
+        return decoder + self.architecture.ctc_weight * ctc_nll(columns, frames, (symbols - 1).clamp(min=0), lengths)
+
+    def _written(self, image: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """The likeliest symbol at every step, (B, T), given ``keys_values``."""
+        keys = image[0][0]
+        B, limit = len(keys), self.architecture.max_text_length
+        cache = KVCache(self.decoder_arch, B, limit, keys.device, keys.dtype)
+        symbols = torch.full((B, 1), start_symbol(self.architecture), device=keys.device)
+        ended = torch.zeros(B, 1, dtype=torch.bool, device=keys.device)
         written = []
         for _ in range(limit):
             hidden = self.decode(symbols, image, cache)  # (B, 1, D)
@@ -221,14 +284,27 @@ class OcrModel(nn.Module):
         return torch.cat(written, dim=1)
 
 
+def spelled_by(columns: Tensor, limit: int) -> Tensor:
+    """The likeliest class of each column without repeats and blanks, as symbols (B, T), T at most ``limit``; after a
+    line's end, only ``END``. columns: (B, U, C + 1)."""
+    best = columns.argmax(dim=-1)  # (B, U)
+    kept = best != columns.shape[-1] - 1
+    kept[:, 1:] &= best[:, 1:] != best[:, :-1]
+    place = kept.cumsum(dim=1) - 1
+    kept &= place < limit
+    symbols = torch.full((len(best), limit + 1), END, device=best.device)  # the last place takes what is left out
+    symbols.scatter_(1, torch.where(kept, place, limit), best + 1)
+    return symbols[:, : max(1, int(kept.sum(dim=1).max()))]
+
+
 def read_text(model: OcrModel, images: Tensor) -> list[str]:
-    """The text of each picture, by greedy decoding.
+    """The text of each picture, see ``OcrModel.read``.
 
     Args:
         model: in evaluation mode.
         images: (B, 3, height, width) uint8, from ``load_image(..., fit="pad")``.
     """
-    lines = model.generate(images).tolist()
+    lines = model.read(images).tolist()
     return ["".join(model.architecture.characters[symbol - 1] for symbol in line if symbol != END) for line in lines]
 
 

@@ -16,27 +16,15 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from omni.synthetic import facts, lexicon
-from omni.synthetic.pictures import FONT_FOLDER
+from omni.synthetic import facts, fonts, lexicon, vocabulary
 
 # px is a pixel of the finished image; the text is drawn at twice the resolution.
 HEIGHT = (32, 48)  # px
 MAX_CHARACTERS = 16  # longer lines could not be read at 32 x 160
 SAVE = {"format": "PNG", "compress_level": 2}  # for Image.save: 6 saves a tenth of the bytes for twice the time
 
-# Fonts of Matplotlib, and the one built into Pillow. Computer Modern has an old encoding: these three faces have the
-# right glyph for every character of `ALPHABET`, its italics and symbols do not.
-FONTS = tuple(
-    f"{family}{style}.ttf"
-    for family, styles in (
-        ("DejaVuSans", ("", "-Bold", "-Oblique", "-BoldOblique")),
-        ("DejaVuSansMono", ("", "-Bold", "-Oblique", "-BoldOblique")),
-        ("DejaVuSerif", ("", "-Bold", "-Italic", "-BoldItalic")),
-        ("STIXGeneral", ("", "Bol", "Italic", "BolIta")),
-    )
-    for style in styles
-)
-HELD_OUT_FONTS = ("Aileron", "cmss10.ttf", "cmr10.ttf", "cmb10.ttf")  # two without serifs, two with
+FONTS = tuple(name for families in fonts.TRAINING.values() for names in families for name in names)
+HELD_OUT_FONTS = fonts.HELD_OUT
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789 .,:;!?'-+&%$/#@()"
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -101,6 +89,8 @@ def held_out_word(token: str) -> bool:
 
 WORDS = tuple(sorted(_world_words() | set(_MORE_WORDS.split())))  # both splits, lower case
 _WORDS_OF = {split: tuple(w for w in WORDS if held_out_word(w) == split) for split in (False, True)}
+# Training shows thousands more, so that the decoder learns to read words and not to guess them.
+RARE_WORDS = tuple(w for w in vocabulary.listed_words() if len(w) <= MAX_CHARACTERS and not held_out_word(w))
 
 # --- text -----------------------------------------------------------------------------------------------------------
 
@@ -120,6 +110,8 @@ _SAME_IN_CAPITALS = frozenset("cosuvwxz0")
 
 
 def _word(rng: random.Random, unseen: bool) -> str:
+    if not unseen and rng.random() < 0.7:
+        return rng.choice(RARE_WORDS)
     return rng.choice(_WORDS_OF[unseen])
 
 
@@ -160,10 +152,12 @@ def _figure(rng: random.Random, unseen: bool) -> str:
 
 
 _TOKENS = (_word, _made_up, _figure, _code)
+# The characters of figures and codes are the hardest to tell apart, as no word helps: training shows more of them.
+_WEIGHTS = {False: (50, 16, 20, 14), True: (62, 16, 14, 8)}
 
 
 def _token(rng: random.Random, unseen: bool) -> str:
-    kind = rng.choices(_TOKENS, weights=(62, 16, 14, 8))[0]
+    kind = rng.choices(_TOKENS, weights=_WEIGHTS[unseen])[0]
     while held_out_word(token := kind(rng, unseen)) != unseen:
         pass
     return token
@@ -217,18 +211,45 @@ def _face(name: str) -> _Face:
         font = ImageFont.load_default(_FONT_PX)
     else:
         # the basic layout: other layouts depend on the machine
-        font = ImageFont.truetype(FONT_FOLDER / name, _FONT_PX, layout_engine=ImageFont.Layout.BASIC)
+        font = ImageFont.truetype(fonts.font_file(name), _FONT_PX, layout_engine=ImageFont.Layout.BASIC)
     _, top, _, bottom = font.getbbox("Hdg(%/")
     return _Face(font, int(top), int(bottom))
 
 
-def _ink(text: str, face: _Face, rng: random.Random) -> np.ndarray:
-    """(height, width) int32, 255 where the image has ink: the text turned, slanted, in perspective, blurred."""
-    height = 2 * rng.randint(*HEIGHT)
+def _flat(text: str, face: _Face, rng: random.Random | None) -> tuple[Image.Image, float]:
+    """The text in white on black from column 4 on, and its length, px; with ``rng``, in a variation of the font."""
+    spacing = rng.uniform(-0.03, 0.15) * _FONT_PX if rng is not None and rng.random() < 0.4 else 0
     left, _, right, _ = face.font.getbbox(text)
-    length, span = right - left, face.bottom - face.top
+    length = right - left + spacing * (len(text) - 1)
     flat = Image.new("L", (round(length) + 8, face.bottom + 16))
-    ImageDraw.Draw(flat).text((4 - left, 0), text, fill=255, font=face.font)
+    draw = ImageDraw.Draw(flat)
+    if spacing:
+        for i, character in enumerate(text):
+            x = face.font.getlength(text[: i + 1]) - face.font.getlength(character)
+            draw.text((4 - left + x + i * spacing, 0), character, fill=255, font=face.font)
+    else:
+        draw.text((4 - left, 0), text, fill=255, font=face.font)
+    if rng is not None and rng.random() < 0.5:
+        flat = _reshaped(flat, rng)
+    return flat, length
+
+
+def _reshaped(flat: Image.Image, rng: random.Random) -> Image.Image:
+    """Strokes of one direction thicker or, by a pixel, thinner: fonts differ in the contrast between their strokes."""
+    ink, axis, thicker = np.array(flat), rng.randrange(2), rng.random() < 0.7
+    for _ in range(rng.randint(1, 4) if thicker else 1):
+        ink = ink if axis == 0 else ink.T
+        ink[1:] = np.maximum(ink[1:], ink[:-1]) if thicker else np.minimum(ink[1:], ink[:-1])
+        ink = ink if axis == 0 else ink.T
+    return Image.fromarray(ink)
+
+
+def _ink(text: str, face: _Face, rng: random.Random, *, varied: bool = False) -> np.ndarray:
+    """(height, width) int32, 255 where the image has ink: the text turned, slanted, in perspective, blurred; and, if
+    ``varied``, in a variation of the font."""
+    height = 2 * rng.randint(*HEIGHT)
+    flat, length = _flat(text, face, rng if varied else None)
+    span = face.bottom - face.top
 
     steepest = min(4.0, 24 / len(text))  # degrees; a rotated long line takes much height
     angle = math.radians(rng.uniform(-steepest, steepest))
@@ -277,9 +298,13 @@ def _coarse(width: int, height: int, cell: int, rng: random.Random) -> np.ndarra
     return np.asarray(noise.resize((width, height), Image.Resampling.BILINEAR)).astype(np.int16) - 128
 
 
-def render(text: str, font: str, rng: random.Random) -> Image.Image:
-    """A line of text on a plain, shaded or grainy background: RGB, `HEIGHT` high and as wide as the text needs."""
-    mask = _ink(text, _face(font), rng)[:, :, None]
+def render(text: str, font: str, rng: random.Random, *, varied: bool = False) -> Image.Image:
+    """A line of text on a plain, shaded or grainy background: RGB, `HEIGHT` high and as wide as the text needs.
+
+    Args:
+        varied: letters may stand apart, and their strokes be thicker or thinner than the font's.
+    """
+    mask = _ink(text, _face(font), rng, varied=varied)[:, :, None]
     height, width, _ = mask.shape
     ink, background = (np.array(rgb, dtype=np.int32) for rgb in _colours(rng))
     image = background + (ink - background) * mask // 255
@@ -302,4 +327,10 @@ def sign(seed: int, index: int, unseen: bool = False) -> tuple[Image.Image, str]
     """
     rng = random.Random(f"sign {'held-out' if unseen else 'train'} {seed} {index}")
     text = line(rng, unseen)
-    return render(text, rng.choice(HELD_OUT_FONTS if unseen else FONTS), rng), text
+    font = rng.choice(HELD_OUT_FONTS) if unseen else _training_font(rng)
+    return render(text, font, rng, varied=not unseen), text
+
+
+def _training_font(rng: random.Random) -> str:
+    kind = rng.choices(tuple(fonts.KINDS), weights=tuple(fonts.KINDS.values()))[0]
+    return rng.choice(rng.choice(fonts.TRAINING[kind]))

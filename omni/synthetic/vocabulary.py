@@ -72,6 +72,11 @@ def _words(name: str) -> Iterator[str]:
             yield word
 
 
+def listed_words() -> tuple[str, ...]:
+    """Every noun, verb and adjective, in alphabetical order."""
+    return tuple(sorted({word for name in ("noun", "verb", "adjective") for word in _words(name)}))
+
+
 def _form(word: str, tag: str) -> tuple[str, ...]:
     """Forms of a word that lemminflect's dictionary knows; () for others."""
     return getInflection(word, tag, inflect_oov=False)
