@@ -110,7 +110,7 @@ class Collection:
 
 NAMED = ("heart", "high", "joe", "low")  # readers whose voices the talker has to have
 # Who reads tts.csv: "other" is each of the others in turn. Piper takes eight times as long as Hibari.
-READING = ("heart", "low", "high", "other", "heart", "joe", "heart", "high", "low", "heart", "other", "heart")
+READING = ("heart", "low", "high", "other", "joe", "heart", "high", "low", "joe", "heart", "other", "heart")
 OWN = 0.5  # of these, where the user gives a text
 COLLECTIONS = {
     "asr": Collection(
