@@ -24,6 +24,16 @@ ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
 PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
 TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
+PREPARED_BY = {  # name of a file of public data up to its first dot -> what writes it
+    "production_corpus": "python scripts/prepare_data.py tinystories",
+    "production_asr": "python scripts/prepare_data.py librispeech",
+    "production_tts": "python scripts/prepare_data.py ljspeech",
+    "production_annotations": "python scripts/prepare_data.py coco",
+    "production_vqa": "python scripts/prepare_data.py vqa",
+    "production_conversations": "python scripts/prepare_data.py llava",
+    "production_ocr": "python scripts/prepare_data.py mjsynth",
+    "production_questions": "python scripts/make_synthetic_datasets.py --read_questions",
+}
 
 
 def resumable(default=..., **constraints):
@@ -115,7 +125,9 @@ class StageConfig(BaseModel):
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
             if extra.get("file") and path is not None and not os.path.isfile(path):
-                hint = f" ({extra['hint']})" if extra["hint"] else ""
+                command = PREPARED_BY.get(Path(path).name.partition(".")[0])
+                hint = f"{command} writes it" if command else extra["hint"]
+                hint = f" ({hint})" if hint else ""
                 found = f"none at {path}" if path else "an empty name; null is for no file"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
 
