@@ -32,7 +32,9 @@ PREPARED_BY = {  # name of a file of public data up to its first dot -> what wri
     "production_vqa": "python scripts/prepare_data.py vqa",
     "production_conversations": "python scripts/prepare_data.py llava",
     "production_ocr": "python scripts/prepare_data.py mjsynth",
-    "production_questions": "python scripts/make_synthetic_datasets.py --read_questions",
+    "production_questions": (
+        "python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json"
+    ),
 }
 
 
