@@ -1032,6 +1032,26 @@ MUTATIONS = [
         "tests/test_prepare_data.py::test_all_conversations_about_a_picture_are_on_one_side",
     ),
     Mutation(
+        "downloads", "no public data are named where a file is missing", "omni/train/config.py",
+        "if command else extra", "if False else extra",
+        "tests/test_config.py::test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it",
+    ),
+    Mutation(
+        "downloads", "a question is asked about another photo", "scripts/prepare_data.py",
+        'files.get(question["image_id"])', 'next(iter(files.values()))',
+        "tests/test_prepare_data.py::test_questions_about_pictures",
+    ),
+    Mutation(
+        "downloads", "a box reaches beyond its photo", "scripts/prepare_data.py",
+        "box = (max(0, left), max(0, top),", "box = (left, top,",
+        "tests/test_prepare_data.py::test_words_of_photos",
+    ),
+    Mutation(
+        "downloads", "written questions are held out at random", "scripts/make_synthetic_datasets.py",
+        "sides[zlib.crc32(text.encode()) < HELD", "sides[zlib.crc32(text[::-1].encode()) < HELD",
+        "tests/test_synthetic_data.py::test_questions_that_are_held_out_are_those_that_stage_e_holds_out",
+    ),
+    Mutation(
         "downloads", "a plan downloads", "scripts/prepare_data.py",
         "    if args.plan:\n", "    if not args.plan:\n",
         "tests/test_prepare_data.py::test_a_plan_changes_nothing",
