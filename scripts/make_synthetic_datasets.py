@@ -3,6 +3,8 @@
     python scripts/make_synthetic_datasets.py                  # what the demo configs train on, about five minutes
     python scripts/make_synthetic_datasets.py --size smoke     # a few MB, to try things out
     python scripts/make_synthetic_datasets.py --only audio     # one part
+    python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json \\
+        --read_questions data/images/production_vqa.val.json   # written questions about pictures, read aloud
 
 text:   data/text/tiny_corpus.txt, one sample a line; dialogues carry the chat tokens literally
 audio:  data/audio/asr.csv (wav,text,voice,answer), many voices, some noise; tts.csv (text,wav,speaker,answer,
@@ -18,6 +20,10 @@ combination that training never shows (omni/synthetic/holdout.py lists them). as
 has not, tts.val_voices.csv some that tts.csv has not, ocr.val.csv words and fonts that ocr.csv has not. Some of the
 sentences of asr.csv and tts.csv are beyond the small world; asr.val_open.csv (the voices of asr.val_voices.csv) and
 tts.val_open.csv have sentences with words that neither has. File names are relative to the folder they stand in.
+
+--read_questions makes nothing but data/audio/production_questions.csv (wav,text,voice), question_csv of stage E: the
+most frequent questions of these manifests, in the voices of asr.csv; production_questions.val.csv has other questions,
+in the voices of asr.val_voices.csv.
 
 Interrupt it when you like: the same line goes on where it was.
 """
@@ -35,7 +41,10 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +56,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 from tqdm import tqdm
 
-from omni.common.errors import Interrupted, RunError, UserError
+from omni.common.errors import BadRow, Interrupted, RunError, UserError, reading_row
 from omni.common.files import read_text
 from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writing
 
@@ -61,6 +70,7 @@ CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
 SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "large": (150_000, 1_000)}
+HELD_OUT_QUESTIONS = 0.01  # share of the written questions that are read, val_split of configs/omni_sft_tiny.json
 IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
 
 # --- parts: what can be made ----------------------------------------------------------------------------------------
@@ -125,6 +135,73 @@ def audio_settings(args: argparse.Namespace) -> dict:
         digest = hashlib.sha256(read_text(args.speech_text, "text").encode()).hexdigest()
         settings["speech_text"] = {"file": str(Path(args.speech_text).resolve()), "sha256": digest}
     return settings
+
+
+def question_settings(args: argparse.Namespace) -> dict:
+    for path in args.read_questions:
+        if not Path(path).is_file():
+            raise UserError(f"--read_questions {path}: expected a file, found none")
+    files = [
+        {"file": str(Path(path).resolve()), "sha256": describe_file(Path(path))["sha256"]}
+        for path in args.read_questions
+    ]
+    return {"seed": args.seed, "files": files, "questions": args.questions}
+
+
+def question_collections(settings: dict) -> list[Collection]:
+    """Recordings of written questions. The second file has those that stage E holds out, by the same hash of the text,
+    if its ``val_split`` is ``HELD_OUT_QUESTIONS``; with another one it leaves rows of one of the files out."""
+    texts = frequent_questions([one["file"] for one in settings["files"]], settings["questions"])
+    sides: tuple[list[str], list[str]] = [], []
+    for text in texts:
+        sides[zlib.crc32(text.encode()) < HELD_OUT_QUESTIONS * 2**32].append(text)
+
+    def collection(name: str, like: str, texts: list[str]) -> Collection:
+        make = partial(speech.make_clips, like, settings["seed"], texts)
+        folder = name.replace(".", "_")
+        return Collection(f"{name}.csv", ("wav", "text", "voice"), folder, ".wav", len(texts), speech.GROUP, make)
+
+    train, held_out = sides
+    made = [collection("production_questions", "asr", train)]
+    return made + [collection("production_questions.val", "asr.val_voices", held_out)] * bool(held_out)
+
+
+def frequent_questions(paths: list[str], limit: int) -> list[str]:
+    """The most frequent questions of manifests with the column ``questions`` that can be read aloud as they stand.
+
+    Raises:
+        UserError: a row cannot be read, or there is no such question.
+    """
+    counts = Counter(text for path in paths for text in questions_of(path))
+    ordered = sorted(counts, key=lambda text: (-counts[text], text))
+    readable = [text for text in ordered if open_vocabulary.is_readable(text)]
+    words = f"{open_vocabulary.WORDS[0]} to {open_vocabulary.WORDS[-1]} words, letters and , . ? ! ' - only"
+    if not readable:
+        raise UserError(f"{', '.join(paths)}: expected questions of {words}, found none among {len(ordered):,}")
+    chosen = readable[:limit]
+    share = sum(counts[text] for text in chosen) / counts.total()
+    n_odd, n_rare = len(ordered) - len(readable), len(readable) - len(chosen)
+    print(
+        f"{len(ordered):,} different questions = {len(chosen):,} to read + {n_odd:,} left out (not of {words}) + "
+        f"{n_rare:,} left out (rarer: --questions {limit}); what is read is asked in {share:.0%} of all cases"
+    )
+    return chosen
+
+
+def questions_of(path: str) -> Iterator[str]:
+    """The questions of all rows of a manifest, as they stand in it."""
+    from omni.data.open_manifest import load_manifest  # here: it imports torch
+
+    with tempfile.TemporaryDirectory() as cache:
+        manifest = load_manifest(path, ("image",), "image", cache_dir=cache, log=lambda line: None)
+        for row in range(len(manifest)):
+            try:
+                with reading_row():
+                    texts = [question for question, *_ in manifest[row].get("questions", ())]
+                    "".join(texts)  # raises for what is no text
+            except BadRow as error:
+                raise UserError(f"{manifest.where(row)}: {error}") from error
+            yield from texts
 
 
 def audio_collections(settings: dict) -> list[Collection]:
@@ -236,6 +313,7 @@ PARTS = {
     "ocr": Part(2, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),
 }
+QUESTIONS = Part(1, "audio/production_questions.json", question_settings, question_collections)  # made on request
 
 # --- what is there already ------------------------------------------------------------------------------------------
 
@@ -592,6 +670,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--speech_text", metavar="FILE", help="text of yours, whose sentences are read aloud beside the built-in ones"
     )
+    parser.add_argument(
+        "--read_questions",
+        action="append",
+        metavar="FILE",
+        help="manifest of pictures with written questions, to be read aloud; repeatable; makes nothing else",
+    )
+    parser.add_argument(
+        "--questions",
+        type=positive,
+        default=20_000,
+        metavar="N",
+        help="with --read_questions, the N most frequent ones (default: 20000; about 1.3 GB and 5 minutes on 2 cores)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another sample (default: 0)")
     parser.add_argument("--only", choices=PARTS, help="make one part (default: all of them)")
     parser.add_argument("--force", action="store_true", help="make the files again, also over other files")
@@ -607,8 +698,13 @@ def main() -> None:
         raise UserError("--speech_text: expected the name of a file, found none")
     if args.speech_text and args.only not in (None, "audio"):
         raise UserError(f"--speech_text: has no effect with --only {args.only}")
+    if args.read_questions and (args.only or args.speech_text):
+        raise UserError("--read_questions: expected neither --only nor --speech_text beside it, it makes nothing else")
     signal.signal(signal.SIGINT, interrupt)
     signal.signal(signal.SIGTERM, interrupt)
+    if args.read_questions:
+        make(QUESTIONS, args)
+        return
     for name, part in PARTS.items():
         if args.only in (None, name):
             make(part, args)

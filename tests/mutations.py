@@ -1022,7 +1022,7 @@ MUTATIONS = [
     ),
     # downloads and fuzzing
     Mutation(
-        "downloads", "a server may send without end", "omni/data/download.py",
+        "downloads", "a server may send without end", "omni/data/transfer.py",
         "if self.file.tell() + len(block) > most:", "if False:",
         "tests/test_prepare_data.py::test_a_download_stops_at_the_published_size",
     ),
@@ -1060,6 +1060,66 @@ MUTATIONS = [
         "downloads", "remarks in brackets stay in transcripts", "scripts/prepare_data.py",
         r're.sub(r"\[.*?\]|\(.*?\)|<.*?>|\.{3}", " ", text)', "text",
         "tests/test_prepare_data.py::test_asterisk",
+    ),
+    Mutation(
+        "downloads", "all of a slow archive is downloaded for a part of it", "omni/data/download.py",
+        "return min(total, int(", "return max(total, int(",
+        "tests/test_prepare_data.py::test_of_a_slow_archive_only_the_wanted_part_is_downloaded",
+    ),
+    Mutation(
+        "downloads", "a part that cannot be unpacked is enough", "omni/data/download.py",
+        "            if len(items) == limit:\n", "            if items:\n",
+        "tests/test_prepare_data.py::test_of_a_slow_archive_that_is_cut_between_files_more_is_downloaded",
+    ),
+    Mutation(
+        "downloads", "another subset replaces the rows of the first", "scripts/prepare_data.py",
+        "or earlier_items(store, archive, folder)", "or None",
+        "tests/test_prepare_data.py::test_another_subset_adds_its_rows",
+    ),
+    Mutation(
+        "downloads", "an utterance of two subsets has two rows", "scripts/prepare_data.py",
+        "of_archive = {Path(name).stem:", "of_archive = {name:",
+        "tests/test_prepare_data.py::test_another_subset_adds_its_rows",
+    ),
+    Mutation(
+        "downloads", "transcripts are in capitals", "scripts/prepare_data.py",
+        'line.lower().split(" ", 1)', 'line.split(" ", 1)',
+        "tests/test_prepare_data.py::test_every_dataset_in_one_line_and_nothing_twice",
+    ),
+    Mutation(
+        "downloads", "a word in another case is another word", "scripts/prepare_data.py",
+        'words = sorted({row["text"].lower() for row in rows}', 'words = sorted({row["text"] for row in rows}',
+        "tests/test_prepare_data.py::test_words_are_held_out_whatever_their_case",
+    ),
+    Mutation(
+        "downloads", "conversations are held out, not pictures", "scripts/prepare_data.py",
+        "is_held_out(name, HELD_OUT)", "is_held_out(f'{name}{len(rows[train])}', HELD_OUT)",
+        "tests/test_prepare_data.py::test_all_conversations_about_a_picture_are_on_one_side",
+    ),
+    Mutation(
+        "downloads", "no public data are named where a file is missing", "omni/train/config.py",
+        "if command else extra", "if False else extra",
+        "tests/test_config.py::test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it",
+    ),
+    Mutation(
+        "downloads", "a question is asked about another photo", "scripts/prepare_data.py",
+        'files.get(question["image_id"])', 'next(iter(files.values()))',
+        "tests/test_prepare_data.py::test_questions_about_pictures",
+    ),
+    Mutation(
+        "downloads", "a box reaches beyond its photo", "scripts/prepare_data.py",
+        "box = (max(0, left), max(0, top),", "box = (left, top,",
+        "tests/test_prepare_data.py::test_words_of_photos",
+    ),
+    Mutation(
+        "downloads", "written questions are held out at random", "scripts/make_synthetic_datasets.py",
+        "sides[zlib.crc32(text.encode()) < HELD", "sides[zlib.crc32(text[::-1].encode()) < HELD",
+        "tests/test_synthetic_data.py::test_questions_that_are_held_out_are_those_that_stage_e_holds_out",
+    ),
+    Mutation(
+        "downloads", "a plan downloads", "scripts/prepare_data.py",
+        "    if args.plan:\n", "    if not args.plan:\n",
+        "tests/test_prepare_data.py::test_a_plan_changes_nothing",
     ),
     Mutation(
         "downloads", "any record is believed", "omni/data/download.py",

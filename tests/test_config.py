@@ -67,6 +67,16 @@ def test_a_missing_data_file(stage, tmp_path):
     assert not training.save_dir.exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as failure:
+        load_config(CONFIGS[path.stem.rsplit("_", 1)[0]], str(path))
+    script = "make_synthetic_datasets" if "none at data/text/tiny_corpus" in str(failure.value) else "prepare_data"
+    script = "make_synthetic_datasets" if path.stem.endswith("_demo") else script
+    assert f"(python scripts/{script}.py " in str(failure.value)
+
+
 def test_impossible_sizes(tmp_path):
     text = next(case for case in STAGES if case.name == "text")
     for keys, fragments in (

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -25,10 +26,11 @@ import numpy as np
 import pytest
 import soundfile
 from harness import ROOT, ForkServer, Process, kill_at
+from PIL import Image
 
 from omni.common.errors import RunError
 from omni.data.archives import Archive, unpack
-from omni.data.download import Transfer
+from omni.data.transfer import Transfer
 
 SCRIPT = ROOT / "scripts" / "prepare_data.py"
 
@@ -106,6 +108,74 @@ def captions_json(images: list[int]) -> bytes:
     ).encode()
 
 
+def questions_json(images: list[int]) -> bytes:
+    """Two questions about each picture, the later one first."""
+    return json.dumps(
+        {
+            "questions": [
+                {"image_id": i, "question": f" Is it {i},\nor {k}? ", "question_id": 1000 * i + k}
+                for k in (1, 0)
+                for i in images
+            ]
+        }
+    ).encode()
+
+
+def answers_json(images: list[int]) -> bytes:
+    """Eight people say yes and two no; about picture 77 nobody says anything."""
+    people = [
+        {"answer": "no" if n < 2 else " yes", "answer_confidence": "maybe", "answer_id": n + 1} for n in range(10)
+    ]
+    return json.dumps(
+        {
+            "annotations": [
+                {
+                    "image_id": i,
+                    "question_id": 1000 * i + k,
+                    "question_type": "is it",
+                    "multiple_choice_answer": "" if i == 77 else "yes",
+                    "answers": people,
+                }
+                for i in images
+                for k in (0, 1)
+            ]
+        }
+    ).encode()
+
+
+def asked(image: int) -> list[list]:
+    return [[f"Is it {image}, or {k}?", "yes", ["no", "no", *["yes"] * 8]] for k in (0, 1)]
+
+
+def conversation(image: int) -> dict:
+    turns = [{"from": "human", "value": f"<image>\nWhat is {image}?"}, {"from": "gpt", "value": f"It is {image}."}]
+    return {"id": f"{image:012}", "image": f"{image:012}.jpg", "conversations": turns}
+
+
+def photo_bytes(width: int, height: int) -> bytes:
+    """White, with a black square of 10 pixels at (20, 10)."""
+    photo = Image.new("RGB", (width, height), "white")
+    photo.paste((0, 0, 0), (20, 10, 30, 20))
+    buffer = io.BytesIO()
+    photo.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def boxes_xml(photos: dict[str, list[tuple]]) -> bytes:
+    """As published: x, y, width, height and word of each box."""
+    images = "".join(
+        f"<image>\n<imageName>img/{name}.jpg</imageName><address>1 Street</address><lex>A,B</lex>"
+        '<Resolution x="60" y="40"/><taggedRectangles>'
+        + "".join(
+            f'<taggedRectangle height="{h}" width="{w}" x="{x}" y="{y}">\n<tag>{word}</tag></taggedRectangle>'
+            for x, y, w, h, word in boxes
+        )
+        + "</taggedRectangles></image>"
+        for name, boxes in photos.items()
+    )
+    return f'<?xml version="1.0" encoding="utf-8"?><tagset>{images}</tagset>'.encode()
+
+
 ALLISON = "usr/share/asterisk/sounds/en_US_f_Allison"
 PROMPTS = b"""; Core Asterisk Sounds in English
 
@@ -129,6 +199,8 @@ TEXTS_DEB, SOUNDS_DEB = "asterisk-core-sounds-en_1.6.1-1_all.deb", "asterisk-cor
 CONTENT = {
     "train-clean-100.tar.gz": librispeech("train-clean-100", ["26-495", "19-198", "19-227"], 3),
     "dev-clean.tar.gz": librispeech("dev-clean", ["84-121"], 2),
+    "train-clean-5.tar.gz": librispeech("train-clean-5", ["19-198", "40-222"], 2),
+    "dev-clean-2.tar.gz": librispeech("dev-clean-2", ["84-121"], 1),
     "LJSpeech-1.1.tar.bz2": {"LJSpeech-1.1/README": b"not wanted"}
     | {f"LJSpeech-1.1/wavs/LJ00{i}-0001.wav": audio_bytes(i, 22050, "WAV") for i in (3, 1, 2)}
     | {
@@ -144,7 +216,7 @@ CONTENT = {
     | {"usr/share/doc/asterisk-core-sounds-en-g722/copyright": b"not wanted"},
     "annotations_trainval2017.zip": {
         "annotations/instances_train2017.json": b"not wanted",
-        "annotations/captions_train2017.json": captions_json([9, 25, 30]),
+        "annotations/captions_train2017.json": captions_json([9, 25, 30, 77]),
         "annotations/captions_val2017.json": captions_json([139]),
     },
     "train2017.zip": {f"train2017/{i:012}.jpg": b"picture %d" % i for i in (30, 9, 25)},
@@ -154,6 +226,23 @@ CONTENT = {
         for i in (3, 0, 4, 1, 2)
     }
     | {"./mnt/ramdisk/max/90kDICT32px/annotation_train.txt": b"not wanted"},
+    "v2_Questions_Train_mscoco.zip": {"v2_OpenEnded_mscoco_train2014_questions.json": questions_json([30, 500])},
+    "v2_Questions_Val_mscoco.zip": {"v2_OpenEnded_mscoco_val2014_questions.json": questions_json([139, 9, 77])},
+    "v2_Annotations_Train_mscoco.zip": {"v2_mscoco_train2014_annotations.json": answers_json([30, 500])},
+    "v2_Annotations_Val_mscoco.zip": {"v2_mscoco_val2014_annotations.json": answers_json([9, 77, 139])},
+    "llava_instruct_150k.json": json.dumps([conversation(i) for i in (30, 9, 30, 500)], indent=2).encode(),
+    "svt.zip": {
+        "svt1/train.xml": boxes_xml({"00_01": [(0, 0, 5, 5, "ONE")]}),
+        "svt1/test.xml": boxes_xml(
+            {
+                "19_00": [(20, 10, 10, 10, "SQUARE"), (-5, 35, 20, 20, "EDGE"), (60, 0, 9, 9, "OUTSIDE")],
+                "20_00": [(1, 1, 9, 9, "GONE")],
+            }
+        ),
+        "svt1/img/00_01.jpg": photo_bytes(40, 30),
+        "svt1/img/19_00.jpg": photo_bytes(60, 40),
+        "svt1/readme.txt": b"not wanted",
+    },
     "TinyStoriesV2-GPT4-train.txt": b"\nOnce.\n\nThe end.\n<|endoftext|>\nTwo\nlines<|endoftext|>\n\nThree.\n",
     "TinyStoriesV2-GPT4-valid.txt": b"Four.\n<|endoftext|>\n",
     "wikitext-103-raw-v1.zip": {
@@ -320,6 +409,12 @@ class Preparation:
         paths = [path for path in self.out.rglob("*") if path.is_file() and path.name not in (".lock", "made.json")]
         return {str(p.relative_to(self.out)): p.read_bytes() for p in paths if p.suffix not in (".files", ".sha256")}
 
+    def publish(self, name: str, files: bytes | dict[str, bytes]) -> bytes:
+        """Let the server have another archive, and its digest be known."""
+        content = self.server.files[name] = pack(name, files)
+        self.checksums.write_text(self.checksums.read_text() + f"{hashlib.sha256(content).hexdigest()}  {name}\n")
+        return content
+
     def rows(self, name: str) -> list[dict[str, str]]:
         path = self.out / name
         if path.suffix == ".json":
@@ -342,7 +437,7 @@ def expected_librispeech() -> dict[str, bytes]:
         rows = ["wav,text"]
         for name in sorted(name for name in content if name.endswith(".flac")):
             _, chapter, i = Path(name).stem.split("-")
-            rows.append(f'{name},"SENTENCE {int(i)} OF, {chapter}"')
+            rows.append(f'{name},"sentence {int(i)} of, {chapter}"')
         files[f"audio/{output}"] = "".join(f"{row}\n" for row in rows).encode()
     return files
 
@@ -365,6 +460,7 @@ def expected_asterisk() -> list[dict[str, str]]:
 
 def test_every_dataset_in_one_line_and_nothing_twice(preparation):
     line = ("tinystories", "librispeech", "ljspeech", "coco", "mjsynth")
+    slow = "downloads/mjsynth.tar.gz"  # kept, as it takes a day to download
     preparation.finish(*line)
     files = preparation.files()
     assert {name: files[name] for name in files if "audio/" in name and "LJ" not in name and "tts" not in name} == (
@@ -379,9 +475,11 @@ def test_every_dataset_in_one_line_and_nothing_twice(preparation):
         {"image": f"train2017/{i:012}.jpg", "caption": f"A “{i}”, again {k}."} for i in (9, 25, 30) for k in (0, 1)
     ]
     assert len(preparation.rows("images/production_annotations.val.json")) == 2
-    assert preparation.rows("ocr/production_ocr.csv") == [
+    rows = [preparation.rows(f"ocr/production_ocr{side}.csv") for side in ("", ".val")]
+    assert sorted((row for side in rows for row in side), key=lambda row: row["image"]) == [
         {"image": f"90kDICT32px/{1 + i}/{i % 2}/{i}_Word{i}_{70 + i}.jpg", "text": f"Word{i}"} for i in range(5)
     ]
+    assert len(rows[0]) == 4
     for folder, manifest, column in (
         ("audio", "production_asr.csv", "wav"),
         ("audio", "production_tts.csv", "wav"),
@@ -391,7 +489,7 @@ def test_every_dataset_in_one_line_and_nothing_twice(preparation):
         for row in preparation.rows(f"{folder}/{manifest}"):
             assert f"{folder}/{row[column]}" in files
     assert not [name for name in files if "README" in name or b"not wanted" in files[name]]
-    assert not [name for name in files if name.startswith("downloads/")], "archives stay on disk"
+    assert [name for name in files if name.startswith("downloads/")] == [slow], "archives stay on disk"
 
     requests = len(preparation.server.requests)
     before = {path: path.stat().st_mtime_ns for path in preparation.out.rglob("*") if path.name != "made.json"}
@@ -423,7 +521,7 @@ def test_manifests_and_layouts_are_what_others_read(preparation):
     metadata = [theirs.get_metadata(i) for i in range(len(theirs))]
     ours = preparation.rows("audio/production_asr.csv")
     assert sorted((row["wav"], row["text"]) for row in ours) == sorted(
-        (f"LibriSpeech/train-clean-100/{Path(m[0]).relative_to('train-clean-100')}", m[2]) for m in metadata
+        (f"LibriSpeech/train-clean-100/{Path(m[0]).relative_to('train-clean-100')}", m[2].lower()) for m in metadata
     )
     ours = {Path(row["wav"]).stem: row["text"] for row in preparation.rows("audio/production_tts.csv")}
     assert ours == {name: normalized for name, _, normalized in LJSPEECH(audio)._flist}
@@ -463,6 +561,122 @@ def test_asterisk(preparation):
     printed = preparation.finish("asterisk", "--limit", "4").stdout
     assert "11 texts = 3 rows + 1 left out (no words) + 7 left out (recording not unpacked)" in printed
     assert len(preparation.server.requests) == requests, "fewer recordings than are there were downloaded again"
+
+
+def test_questions_about_pictures(preparation):
+    """Questions of both splits of 2014 go where the split of 2017 has their picture; the others are counted."""
+    printed = preparation.finish("coco", "vqa").stdout
+    assert (
+        "VQA v2: 10 questions = 4 about 2 pictures of train2017 + 2 about 1 pictures of val2017 "
+        "+ 4 left out (picture not unpacked) + 0 left out (blank)"
+    ) in printed
+    train = [
+        {"image": f"train2017/{i:012}.jpg", "caption": f"A “{i}”, again 0.", "questions": asked(i)} for i in (9, 30)
+    ]
+    held_out = [{"image": "val2017/000000000139.jpg", "caption": "A “139”, again 0.", "questions": asked(139)}]
+    assert preparation.rows("images/production_vqa.json") == train
+    assert preparation.rows("images/production_vqa.val.json") == held_out
+    assert [name for name, _ in preparation.server.requests].count("train2017.zip") == 1, "pictures were fetched twice"
+
+    from omni.data.open_manifest import load_manifest
+
+    path = preparation.out / "images/production_vqa.json"
+    manifest = load_manifest(path, ("image", "caption"), "image", log=lambda line: None)
+    assert [manifest[i] for i in range(len(manifest))] == train
+    preparation.publish("train2017.zip", CONTENT["train2017.zip"] | {"train2017/000000000077.jpg": b"picture 77"})
+    (preparation.out / "images/train2017/000000000030.jpg").unlink()
+    printed = preparation.finish("vqa").stdout
+    assert "+ 2 left out (picture not unpacked) + 2 left out (blank)" in printed
+    assert preparation.rows("images/production_vqa.json") == train
+
+
+def test_conversations_about_pictures(preparation):
+    from omni.data.conversations import read_conversation
+
+    printed = preparation.finish("llava").stdout
+    assert "4 conversations = 3 to train on + 0 held out + 1 left out (picture not unpacked)" in printed
+    rows = preparation.rows("images/production_conversations.json")
+    assert [row["image"] for row in rows] == [f"train2017/{i:012}.jpg" for i in (30, 9, 30)]
+    assert all((preparation.out / "images" / row["image"]).exists() for row in rows)
+    picture, question = {"type": "image", "image": rows[1]["image"]}, {"type": "text", "text": "What is 9?"}
+    assert read_conversation(rows[1]) == [
+        {"role": "user", "content": [picture, question]}, {"role": "assistant", "content": "It is 9."}
+    ]  # fmt: skip
+    assert preparation.rows("images/production_conversations.val.json") == []
+
+
+def test_all_conversations_about_a_picture_are_on_one_side(tmp_path):
+    script = load_script()
+    numbers = [*range(3_000), *range(3_000)]
+    (tmp_path / "llava_instruct_150k.json").write_text(json.dumps([conversation(i) for i in numbers]))
+    names = [f"train2017/{i:012}.jpg" for i in range(3_000)]
+    rows = script.llava_rows(tmp_path, {"train2017.zip": names})
+    train, held_out = ([row["image"] for row in rows[f"production_conversations{x}.json"]] for x in ("", ".val"))
+    assert len(train) + len(held_out) == 6_000 and 10 < len(held_out) < 60
+    assert not set(train) & set(held_out)
+
+
+def test_words_of_photos(preparation):
+    """Each box is cut out; one that reaches beyond its photo ends there, one outside of it is counted."""
+    printed = preparation.finish("svt").stdout
+    assert "4 words = 2 rows + 1 left out (outside of the photo) + 1 left out (photo not unpacked)" in printed
+    assert preparation.rows("ocr/svt.csv") == [
+        {"image": "svt_words/19_00_0.png", "text": "SQUARE"}, {"image": "svt_words/19_00_1.png", "text": "EDGE"}
+    ]  # fmt: skip
+    assert preparation.rows("ocr/svt.train.csv") == [{"image": "svt_words/00_01_0.png", "text": "ONE"}]
+    square, edge = (Image.open(preparation.out / f"ocr/svt_words/19_00_{i}.png") for i in (0, 1))
+    assert square.size == (10, 10) and np.asarray(square).mean() < 60
+    assert edge.size == (15, 5) and np.asarray(edge).min() > 200
+    before = {path: path.stat().st_mtime_ns for path in preparation.out.rglob("*.png")}
+    preparation.finish("svt")
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(preparation.server.requests) == 1
+
+
+def test_words_are_held_out_whatever_their_case(tmp_path):
+    script = load_script()
+    words = [f"{word}{number}" for number in range(2_000) for word in ("Slinking", "slinking", "SLINKING")]
+    names = [f"90kDICT32px/1/1/{i}_{word}_{i}.jpg" for i, word in enumerate(words)]
+    for count in (6, len(names)):
+        rows = script.mjsynth_rows(tmp_path, {"mjsynth.tar.gz": names[:count]})
+        train, held_out = ([row["text"] for row in rows[f"production_ocr{x}.csv"]] for x in ("", ".val"))
+        assert sorted(train + held_out) == sorted(words[:count]) and train and held_out
+        assert not {word.lower() for word in train} & {word.lower() for word in held_out}
+    assert 12 < len(held_out) < 60
+    with pytest.raises(RunError, match="Raise --limit"):
+        script.mjsynth_rows(tmp_path, {"mjsynth.tar.gz": names[:3]})
+
+
+def test_another_subset_adds_its_rows(preparation):
+    """Rows of what is there stay, whatever is chosen later; an utterance of two subsets has one row."""
+
+    def speakers(side: str = "") -> list[str]:
+        return [Path(row["wav"]).stem for row in preparation.rows(f"audio/production_asr{side}.csv")]
+
+    preparation.finish("librispeech", "--subset", "train-clean-5", "--subset", "dev-clean-2")
+    small = [f"{chapter}-000{i}" for chapter in ("19-198", "40-222") for i in (0, 1)]
+    assert speakers() == small and speakers(".val") == ["84-121-0000"]
+    printed = preparation.finish("librispeech", "--subset", "train-clean-100").stdout
+    assert "train-clean-5.tar.gz: 4 files of an earlier run keep their rows" in printed
+    both = [f"{chapter}-000{i}" for chapter in ("19-198", "19-227", "26-495") for i in range(3)] + small[2:]
+    assert sorted(speakers()) == sorted(both), "a row is missing, or an utterance has two"
+    assert speakers(".val") == ["84-121-0000"]
+    before = (preparation.out / "audio/production_asr.csv").read_bytes()
+    preparation.finish("librispeech", "--subset", "dev-clean")
+    assert (preparation.out / "audio/production_asr.csv").read_bytes() == before
+    assert speakers(".val") == ["84-121-0000", "84-121-0001"]
+    (preparation.out / "audio/LibriSpeech/train-clean-5/40/222/40-222-0000.flac").unlink()
+    printed = preparation.finish("librispeech").stdout
+    assert "train-clean-5.tar.gz: files that an earlier run has unpacked are gone" in printed
+    assert sorted(speakers()) == sorted(both[:9])
+
+
+def test_a_subset_of_pictures_keeps_the_other(preparation):
+    preparation.finish("coco", "--subset", "train2017", "--limit", "2")
+    train = preparation.rows("images/production_annotations.json")
+    preparation.finish("coco", "--subset", "val2017")
+    assert preparation.rows("images/production_annotations.json") == train and len(train) == 4
+    assert len(preparation.rows("images/production_annotations.val.json")) == 2
 
 
 def test_limit(preparation):
@@ -571,6 +785,144 @@ def test_another_size_than_published_is_refused_before_the_download(preparation)
     preparation.checksums.write_text("")  # the published sizes count again
     line = preparation.fail(1, "librispeech")
     assert "6,387,309,499" in line and preparation.server.requests == [("train-clean-100.tar.gz", None)]
+
+
+# --- a slow server ----------------------------------------------------------------------------------------------------
+
+WORDS = {  # pictures that do not compress
+    f"./mnt/ramdisk/max/90kDICT32px/{1 + i}/1/{i}_Word{i}_7.jpg": random.Random(i).randbytes(5_000) for i in range(40)
+}
+FEW_BYTES = "import omni.data.download as download\ndownload._STEP_BYTES = 9_000\n"  # for each attempt
+
+
+def part_of(preparation: Preparation) -> Path:
+    return preparation.out / "downloads/mjsynth.tar.gz.part"
+
+
+def words_of(preparation: Preparation) -> set[str]:
+    return {row["text"] for side in ("", ".val") for row in preparation.rows(f"ocr/production_ocr{side}.csv")}
+
+
+def test_of_a_slow_archive_only_the_wanted_part_is_downloaded(preparation):
+    """It ends soon after the last wanted picture, is kept, and a larger limit goes on from there."""
+    size = len(preparation.publish("mjsynth.tar.gz", WORDS))
+    result = preparation.run("mjsynth", "--limit", "5", prelude=FEW_BYTES)
+    assert result.returncode == 0, result.stderr
+    assert "only the whole archive has a checksum" in result.stdout and "kept, so that" in result.stdout
+    assert words_of(preparation) == {f"Word{i}" for i in range(5)}
+    first = part_of(preparation).stat().st_size
+    assert 25_000 < first < 40_000 and size > 200_000
+    requests = len(preparation.server.requests)
+    assert preparation.run("mjsynth", "--limit", "4", prelude=FEW_BYTES).returncode == 0
+    assert len(preparation.server.requests) == requests and len(words_of(preparation)) == 4
+    assert preparation.run("mjsynth", "--limit", "9", prelude=FEW_BYTES).returncode == 0
+    assert words_of(preparation) == {f"Word{i}" for i in range(9)}
+    assert preparation.server.requests[requests][1] == f"bytes={first}-"
+    assert part_of(preparation).stat().st_size < 70_000
+
+
+def test_of_a_slow_archive_that_is_cut_between_files_more_is_downloaded(preparation):
+    """Then nothing looks wrong: a tar may end there."""
+    preparation.publish("mjsynth.tar.gz", tar_bytes(WORDS, "w"))
+    two_files = 2 * (512 + 5_120)
+    result = preparation.run("mjsynth", "--limit", "5", prelude=FEW_BYTES.replace("9_000", str(two_files)))
+    assert result.returncode == 0, result.stderr
+    assert words_of(preparation) == {f"Word{i}" for i in range(5)}
+    assert part_of(preparation).stat().st_size == 3 * two_files
+
+
+def test_a_slow_download_is_killed_at_every_step(preparation):
+    preparation.publish("mjsynth.tar.gz", WORDS)
+    for count in itertools.count(1):
+        result = preparation.run("mjsynth", "--limit", "5", prelude=FEW_BYTES + kill_at("os:replace", 2))
+        if result.returncode == 0:
+            break
+        assert result.returncode == -9, result.stderr
+        assert count < 40
+    assert count > 3 and words_of(preparation) == {f"Word{i}" for i in range(5)}
+    assert not list(preparation.out.rglob(".*.tmp"))
+
+
+def test_a_slow_archive_with_other_content_is_compared_as_a_whole(preparation):
+    """A beginning that cannot be unpacked is no reason to believe the rest."""
+    preparation.server.files["mjsynth.tar.gz"] = pack("mjsynth.tar.gz", WORDS)[:50_000] + bytes(100_000)
+    result = preparation.run("mjsynth", "--limit", "20", prelude=FEW_BYTES)
+    assert result.returncode == 1 and "expected sha256" in result.stderr, result.stdout + result.stderr
+    assert (preparation.out / "downloads/mjsynth.tar.gz.damaged").exists()
+    assert not list(preparation.out.rglob("production_*"))
+
+
+def test_a_slow_archive_from_a_folder(preparation, tmp_path):
+    (tmp_path / "mjsynth.tar.gz").write_bytes(ARCHIVES["mjsynth.tar.gz"])
+    preparation.finish("mjsynth", "--from", str(tmp_path), "--limit", "2")
+    assert len(words_of(preparation)) == 2 and not preparation.server.requests
+    assert (tmp_path / "mjsynth.tar.gz").exists()
+
+
+def test_an_error_names_where_else_it_may_be_had(preparation):
+    preparation.server.files.clear()
+    for dataset, words in (
+        ("mjsynth", "the torrent 3d0b4f09080703d2a9c6be50715b46389fdb3af1"),
+        ("wikitext", "--mirror https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/main"),
+        ("librispeech", "--mirror https://us.openslr.org/resources/12"),
+        ("coco", "--mirror https://s3.amazonaws.com/images.cocodataset.org/annotations"),
+        ("ljspeech", "another server with --mirror, or give the folder of a copy with --from"),
+    ):
+        line = preparation.fail(1, dataset)
+        assert "404" in line and words in line
+
+
+# --- what it costs ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_changes_nothing(preparation):
+    line = ("tinystories", "librispeech", "ljspeech", "coco", "vqa", "llava", "mjsynth")
+    printed = preparation.finish(*line, "--plan").stdout
+    assert not preparation.out.exists() and not preparation.server.requests
+    found = dict(re.findall(r"^(\w+): .*\n    (.*)$", printed, re.MULTILINE))
+    assert found["librispeech"].startswith("6.73 GB to download, 11 minutes; 13.09 GB of disk while unpacking, 7.06 GB")
+    assert found["vqa"].startswith("0.04 GB to download, less than a minute;"), "COCO's photos count twice"
+    assert found["mjsynth"].startswith("1.15 GB to download, 3.2 hours at 0.1 MB/s")
+    assert "for configs/audio_enc_tiny.json" in printed and "the torrent 3d0b4f0" in printed
+    total = re.search(r"together: (\S+) GB to download; (\S+) GB of disk while unpacking, (\S+) GB in the end", printed)
+    download, peak, kept = map(float, total.groups())
+    assert 33 < download < 34 and 50 < peak < 54 and 38 < kept < 42
+
+
+def test_a_plan_knows_what_is_there(preparation):
+    preparation.finish("librispeech", "--subset", "dev-clean")
+    printed = preparation.finish("librispeech", "--plan").stdout
+    assert "librispeech: read English speech" in printed and "    6.39 GB to download" in printed
+    printed = preparation.finish("librispeech", "--subset", "dev-clean", "--plan").stdout
+    assert "    0.00 GB to download" in printed
+
+
+def test_disk_is_said_before_anything_is_downloaded(preparation):
+    preparation.server.files.clear()
+    result = preparation.run("ljspeech")
+    assert result.returncode == 1
+    assert result.stdout.startswith("2.75 GB to download; 6.60 GB of disk while unpacking, 3.85 GB in the end; ")
+
+
+def test_every_file_of_a_config_has_a_hint_that_names_its_data_set():
+    from omni.train.config import PREPARED_BY
+
+    script = load_script()
+    written = {output for data in script.DATASETS.values() for archive in data.archives for output in archive.outputs}
+    for output in written:
+        if output.startswith("production_"):
+            command, _, name = PREPARED_BY[output.partition(".")[0]].rpartition(" ")
+            assert command == "python scripts/prepare_data.py"
+            assert output in [one for archive in script.DATASETS[name].archives for one in archive.outputs]
+
+
+def test_the_files_of_a_small_try_are_those_that_the_next_line_needs(preparation):
+    lines = (ROOT / "README.md").read_text().splitlines()
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("python scripts/prepare_data.py librispeech")]
+    preparation.finish(*lines[first].partition("#")[0].split()[2:])
+    config = json.loads((ROOT / re.search(r"configs/\w+\.json", lines[first + 1])[0]).read_text())
+    for key in ("train_csv", "val_voices_csv"):
+        assert preparation.rows(config[key].removeprefix("data/"))
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
@@ -815,6 +1167,9 @@ TEXTS = {
     "asterisk": (SOUNDS_DEB, "en_US_f_Allison/core-sounds-en.txt.gz"),
     "coco": ("val2017.zip", "annotations/captions_val2017.json"),
     "flickr8k": ("Flickr8k_Dataset.zip", "Flickr8k_text/Flickr8k.token.txt"),
+    "vqa": ("train2017.zip", "vqa/v2_mscoco_train2014_annotations.json"),
+    "llava": ("train2017.zip", "llava_instruct_150k.json"),
+    "svt": ("svt.zip", "svt1/test.xml"),
 }
 
 
@@ -826,10 +1181,13 @@ def test_texts_that_are_not_as_published(tmp_path, dataset):
     contents = CONTENT[archive] | CONTENT["annotations_trainval2017.zip"]
     contents |= {f"Flickr8k_text/{name}": content for name, content in CONTENT["Flickr8k_text.zip"].items()}
     contents |= {f"en_US_f_Allison/{Path(name).name}": content for name, content in CONTENT[TEXTS_DEB].items()}
+    for name in (name for name in CONTENT if name.startswith("v2_")):
+        contents |= {f"vqa/{file}": content for file, content in CONTENT[name].items()}
+    contents["llava_instruct_150k.json"] = CONTENT["llava_instruct_150k.json"]
     names = [name for name in CONTENT[archive] if Path(name).suffix in (".flac", ".wav", ".jpg")]
     names += [f"en_US_f_Allison/{name}.wav" for name in RECORDED if archive == SOUNDS_DEB]
     for name, content in contents.items():
-        if Path(name).suffix in (".txt", ".csv", ".json", ".gz"):
+        if Path(name).suffix in (".txt", ".csv", ".json", ".gz", ".xml") or dataset == "svt":
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_bytes(content)
 

@@ -7,7 +7,13 @@ import rooms
 
 SCRIPTS = sorted(path for path in rooms.ROOT.glob("*.py"))
 MOVES_BYTES = ("common", "data/formats", "data/records.py", "data/index.py", "data/lines.py", "data/metadata.py")
-MOVES_BYTES += ("data/download.py", "data/archives.py", "data/conversations.py", "data/named_files.py")
+MOVES_BYTES += (
+    "data/download.py",
+    "data/transfer.py",
+    "data/archives.py",
+    "data/conversations.py",
+    "data/named_files.py",
+)
 WITH_TORCH = ("common/numerics.py", "common/host.py", "common/caches.py")  # these hold or check arrays
 
 

@@ -17,10 +17,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from omni.data.manifest import split_rows
 from omni.data.open_manifest import load_manifest
 from omni.synthetic import facts, speech
+from scripts import make_synthetic_datasets
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "scripts" / "make_synthetic_datasets.py"
 AUDIO = ("--size", "smoke", "--only", "audio")
 MANIFESTS = {f"{name}.csv" for name in speech.COLLECTIONS}
 
@@ -234,6 +237,97 @@ def test_recordings_carry_what_they_answer_and_what_answers_them(made):
     assert asked and all(
         facts.ANSWERS[question] == row["text"] for row in asked for question in json.loads(row["question"])
     )
+
+
+# --- written questions, read aloud ----------------------------------------------------------------------------------
+
+ASKED = [f"Is the {animal} {colour}?" for animal in ("cat", "dog", "horse", "sheep") for colour in ("black", "white")]
+
+
+def written_questions(folder: Path) -> Path:
+    """A manifest as prepare_data.py writes it. Cats are asked about most often, and once with a digit."""
+    rows = [
+        {"image": f"{i}.jpg", "caption": "A farm.", "questions": [[text, "yes", ["yes"] * 10] for text in texts]}
+        for i, texts in enumerate([ASKED, ASKED[:2], [ASKED[0], "Are there 3 cats?"]])
+    ]
+    path = folder / "production_vqa.json"
+    path.write_text(json.dumps([*rows, {"image": "9.jpg", "caption": "Nothing is asked."}]))
+    return path
+
+
+def test_written_questions_are_read_aloud_and_found_by_their_text(tmp_path):
+    from omni.stages.tasks.recordings import QuestionRecordings
+
+    path = written_questions(tmp_path)
+    line = ("--read_questions", path, "--questions", 6, "--processes", 1)
+    first = run_script(tmp_path, *line)
+    assert first.returncode == 0, first.stderr
+    assert "9 different questions = 6 to read + 1 left out (not of 3 to 14 words" in first.stdout
+    assert "+ 2 left out (rarer: --questions 6); what is read is asked in 75% of all cases" in first.stdout
+    rows = rows_of(tmp_path / "audio/production_questions.csv")
+    assert {row["text"] for row in rows} == set(ASKED[:6])
+    assert list(rows[0]) == ["wav", "text", "voice"] and not (tmp_path / "text").exists()
+    manifest = load_manifest(
+        tmp_path / "audio/production_questions.csv", ("wav", "text"), "text", cache_dir=tmp_path, log=lambda line: None
+    )
+    recordings = QuestionRecordings(manifest, np.arange(len(manifest)))
+    for text in ASKED[:6]:
+        assert text in recordings
+        name = recordings.find(text, None)["wav"]
+        assert 0.5 < soundfile.info(manifest.file({"wav": name}, "wav", str(tmp_path / "audio"))).duration < 4
+    before = contents(tmp_path / "audio")
+    assert "up to date" in run_script(tmp_path, *line).stdout
+    path.write_text(json.dumps([{"image": "1.jpg", "questions": [["Is it a tall tree?", "yes"]]}]))
+    assert run_script(tmp_path, *line).returncode == 0
+    assert contents(tmp_path / "audio") != before
+    assert [row["text"] for row in rows_of(tmp_path / "audio/production_questions.csv")] == ["Is it a tall tree?"]
+
+
+def test_questions_that_are_held_out_are_those_that_stage_e_holds_out(tmp_path):
+    texts = [f"Is the {noun} {word}?" for noun in open_nouns(300) for word in ("old", "new", "big", "small", "red")]
+    path = tmp_path / "production_vqa.json"
+    path.write_text(json.dumps([{"image": "1.jpg", "questions": [[text, "yes"] for text in texts]}]))
+    settings = {"seed": 0, "files": [{"file": str(path)}], "questions": 2_000}
+    train, held_out = ([*made.make.args[2]] for made in make_synthetic_datasets.question_collections(settings))
+    assert sorted(train + held_out) == sorted(texts) and 3 <= len(held_out) <= 40
+    path = tmp_path / "all.csv"
+    path.write_text("text\n" + "".join(f"{text}\n" for text in texts))
+    manifest = load_manifest(path, ("text",), "text", log=lambda line: None)
+    _, rows = split_rows(manifest, make_synthetic_datasets.HELD_OUT_QUESTIONS)
+    assert {manifest[int(row)]["text"] for row in rows} == set(held_out)
+    assert json.loads((ROOT / "configs/omni_sft_tiny.json").read_text())["val_split"] == (
+        make_synthetic_datasets.HELD_OUT_QUESTIONS
+    )
+
+
+def open_nouns(count: int) -> list[str]:
+    return [f"{a}{b}{c}" for a in "bdfgklmn" for b in ("oo", "ee", "a", "ai") for c in "bdfgklmnprst"][:count]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "expected a file, found none"),
+        ("[]", "expected rows with image"),
+        ('[{"image": "1.jpg", "questions": [["12?", "1"]]}]', "found none among 1"),
+        ('[{"image": "1.jpg"}]', "found none among 0"),
+        ('[{"image": "1.jpg", "questions": [[3, "1"]]}]', "row 1"),
+        ('[{"image": "1.jpg", "questions": 3}]', "row 1"),
+    ],
+)
+def test_questions_that_cannot_be_read_are_one_line(tmp_path, content, words):
+    path = tmp_path / "production_vqa.json"
+    if content is not None:
+        path.write_text(content)
+    refused = run_script(tmp_path, "--read_questions", path)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
+    assert words in refused.stderr and "production_vqa.json" in refused.stderr
+    assert not (tmp_path / "audio").exists()
+
+
+def test_reading_questions_is_a_command_of_its_own(tmp_path):
+    refused = run_script(tmp_path, "--read_questions", written_questions(tmp_path), "--only", "text")
+    assert refused.returncode == 2 and "--only" in refused.stderr
 
 
 # --- the script -----------------------------------------------------------------------------------------------------

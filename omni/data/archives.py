@@ -28,6 +28,7 @@ from omni.common.errors import RunError
 from omni.common.media import quoted
 
 BLOCK_BYTES = 1 << 20
+USUAL_BYTES_PER_S = 10e6  # of a connection, for estimates
 _SMALL_BYTES = 16 << 20  # unpacked bytes that the smallest archive may have
 _MOST_ITEMS = 100  # unpacked at most from an archive without a ``count``
 
@@ -46,7 +47,7 @@ class Archive:
     checksum: str  # md5 or sha256, in hexadecimal; "": not published
     items: str
     extras: str = r"(?!)"  # matches nothing
-    extra_of: Callable[[str], str] | None = None  # name of an item -> name of the extra that it needs
+    extras_of: Callable[[str], tuple[str, ...]] = lambda name: ()  # name of an item -> those of the extras it needs
     root: str = ""  # folder of the unpacked archive
     count: int = 0  # approximate number of items; 0: items are not counted, and no limit applies
     growth: float = 1.0  # bytes on disk, unpacked, per byte of archive
@@ -57,6 +58,22 @@ class Archive:
     suffix: str = ""  # added to the names of the items, for what ``convert`` writes
     subset: str = ""  # "": always needed
     outputs: tuple[str, ...] = ()  # training files made from this archive
+    about_bytes: int = 0  # its size if none is published, for estimates
+    mirrors: tuple[str, ...] = ()  # addresses, for --mirror, of other servers that have it
+    torrent: str = ""  # its name, for those who have a client
+    bytes_per_s: float = USUAL_BYTES_PER_S  # of the publisher's server, as its users report
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether no more of it is downloaded than a limit needs, and what there is is kept."""
+        return self.bytes_per_s < USUAL_BYTES_PER_S / 10
+
+    @property
+    def elsewhere(self) -> str:
+        """What to try if the publisher's server fails, for a message."""
+        mirrors = " or ".join(f"--mirror {mirror}" for mirror in self.mirrors)
+        torrent = f", or fetch the torrent {self.torrent}" if self.torrent else ""
+        return f"try {mirrors or 'another server with --mirror'}{torrent}, or give the folder of a copy with --from"
 
     def unpacked_bytes(self, archive_bytes: int, limit: int | None) -> int:
         """About how many bytes of disk the first ``limit`` items take."""
@@ -143,8 +160,7 @@ def unpack(archive: Archive, source: Path, folder: Path, limit: int | None) -> t
                     if is_packed and len(items) > most_items:
                         raise _Damaged(f"more than {most_items:,} files named like {archive.items}")
                     bar.update()
-                    if archive.extra_of:
-                        needed.add(archive.extra_of(name))
+                    needed.update(archive.extras_of(name))
                 if len(items) == stop_at and needed <= extras:
                     break
     except _DAMAGES as error:

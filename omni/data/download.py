@@ -1,4 +1,4 @@
-"""Downloads that resume, and a record of the files unpacked from each.
+"""Downloaded archives, and a record of the files unpacked from each.
 
 A file that has its final name is complete, so after a kill at any instant the next run begins with the first missing
 file. Imports only the standard library and tqdm, so that a script that downloads does not wait for torch.
@@ -6,39 +6,23 @@ file. Imports only the standard library and tqdm, so that a script that download
 
 import contextlib
 import fcntl
+import functools
 import hashlib
-import http.client
+import itertools
 import json
 import os
 import re
-import shutil
-import ssl
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
-
-from tqdm import tqdm
 
 from omni.common.errors import RunError, UserError
 from omni.common.files import SEAL, read_sealed_json, remove_temporary, write_sealed_json
-from omni.common.media import quoted
 from omni.data.archives import BLOCK_BYTES, Archive, progress, replacing, unpack
+from omni.data.transfer import Transfer, check_space, log, not_following
 
-_TIMEOUT_S = 60  # without a single byte
-_RETRIES = 6  # in a row, without a single byte
-_TRANSIENT = (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException)
-_TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+_STEP_BYTES = 32 << 20  # of an archive of which the beginning is wanted, beyond its share by number of files
 _DIGEST_LENGTHS = {32: "md5", 40: "sha1", 64: "sha256"}  # in hexadecimal digits
-
-
-def not_following(path: str, flags: int) -> int:
-    """Opener for ``open`` that raises ``OSError`` if ``path`` is a link."""
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def read_record(path: Path) -> dict | list | None:
@@ -53,161 +37,6 @@ def read_record(path: Path) -> dict | list | None:
             return value
     log(f"{path}: damaged, so it is ignored")
     return None
-
-
-def check_space(folder: Path, needed: int) -> None:
-    """
-    Raises:
-        RunError: fewer than ``needed`` bytes are free.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RunError(
-            f"{folder}: expected {gigabytes(needed)} of free disk, found {gigabytes(free)}. "
-            "Make room, set --limit, or choose another --out"
-        )
-
-
-def gigabytes(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB"
-
-
-def log(message: str) -> None:
-    """One line to stdout, above the progress bars."""
-    with tqdm.external_write_mode(file=sys.stdout):
-        print(message, flush=True)
-
-
-@dataclass
-class Transfer:
-    """One download from ``url`` to ``path``, which resumes from an earlier run's ``<path>.part``.
-
-    Resuming is safe only if the file has not changed: the request sends back the server's ETag or Last-Modified
-    (RFC 9110, 13.1.5) from ``<path>.part.validator``. A server that gives neither, or ignores ranges, sends the file
-    from the start.
-    """
-
-    url: str
-    path: Path
-    size: int | None  # bytes expected, if known
-    most_bytes: int  # limit of the download, whatever the server declares
-    space_for: Callable[[int], int]  # bytes of the file -> free bytes of disk needed for its unpacked content
-    retry_wait_s: float  # wait before the first of several retries; each wait is twice the one before
-
-    def run(self) -> None:
-        """
-        Raises:
-            RunError: the server refuses, the size differs, disk is short, or the connection fails again and again.
-        """
-        part = self.path.with_name(f"{self.path.name}.part")
-        self.validator = self.path.with_name(f"{part.name}.validator")
-        failures = 0
-        with (
-            open(part, "ab", opener=not_following) as self.file,
-            progress(self.size or 0, "B", self.path.name) as self.bar,
-        ):
-            while True:
-                before = self.file.tell()
-                try:
-                    self._receive()
-                    break
-                except _TRANSIENT as error:
-                    failures = 1 if self.file.tell() > before else failures + 1
-                    is_answer = isinstance(error, urllib.error.HTTPError)
-                    reason = error if is_answer else getattr(error, "reason", None) or error
-                    if failures > _RETRIES:
-                        raise RunError(
-                            f"{self.url}: {reason}; {_RETRIES} retries did not help. Run the same line again to go on "
-                            f"with {part}, or try another server with --mirror"
-                        ) from error
-                    wait_s = self.retry_wait_s * 2 ** (failures - 1)
-                    arrived = gigabytes(self.file.tell())
-                    log(f"{self.path.name}: {reason}, after {arrived}. Trying again in {wait_s:g} s")
-                    time.sleep(wait_s)
-            os.fsync(self.file.fileno())
-        os.replace(part, self.path)
-        self.validator.unlink(missing_ok=True)
-
-    def _receive(self) -> None:
-        """One request, for all missing bytes."""
-        offset = self.file.tell()
-        if offset and offset == self.size:
-            return
-        # some servers refuse Python's own agent name
-        headers = {"User-Agent": "Mozilla/5.0 (compatible; micro-omni)", "Accept-Encoding": "identity"}
-        if offset and (known := self._known_validator()):
-            headers |= {"Range": f"bytes={offset}-", "If-Range": known}
-        try:
-            response = urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=_TIMEOUT_S)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code == 416 and error.headers.get("Content-Range") == f"bytes */{offset}":
-                return  # the last run was killed between the last byte and the renaming
-            if error.code == 416:
-                _start_over(self.file)
-                raise ConnectionError(f"HTTP 416 for byte {offset:,} and up, starting over") from error
-            if error.code in _TRANSIENT_STATUS:
-                raise
-            raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
-        except ValueError as error:  # redirected to an invalid address
-            raise RunError(f"{self.url}: {error}. Try --mirror, or --from with a copy") from error
-        with response:
-            length = response.headers.get("Content-Length", "")
-            if length and not re.fullmatch("[0-9]{1,18}", length):
-                raise RunError(f"{self.url}: expected a number as Content-Length, found {quoted(length)}")
-            if response.status == 206:
-                if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-                    _start_over(self.file)
-                    raise ConnectionError("the server sent another range than asked for, starting over")
-            else:
-                if offset:
-                    log(f"{self.path.name}: changed since, or the server cannot go on in mid-file: starting over")
-                offset = 0
-                _start_over(self.file)
-                self.validator.unlink(missing_ok=True)
-                self.validator.write_text(_validator_of(response.headers), encoding="utf-8", errors="replace")
-            total = offset + int(length) if length else self.size
-            if self.size not in (None, total):
-                raise RunError(
-                    f"{self.url}: expected {self.size:,} bytes, the server has {total:,}. "
-                    "If this is a newer file that you trust, give its digest with --checksums"
-                )
-            if (total or 0) > self.most_bytes:
-                raise RunError(f"{self.url}: expected at most {self.most_bytes:,} bytes, the server has {total:,}")
-            if total is not None:
-                check_space(self.path.parent, total - offset + self.space_for(total))
-                going_on = f", going on at {gigabytes(offset)}" if offset else ""
-                log(f"{self.path.name}: {gigabytes(total)} from {self.url}{going_on}")
-            self.bar.total, self.bar.n = total, offset
-            most = self.most_bytes if total is None else total
-            while block := response.read1(BLOCK_BYTES):
-                if self.file.tell() + len(block) > most:
-                    _start_over(self.file)
-                    raise RunError(f"{self.url}: expected {most:,} bytes at most, the server sends more")
-                self.file.write(block)
-                self.file.flush()  # received bytes survive a kill
-                self.bar.update(len(block))
-            if total is not None and self.file.tell() < total:
-                raise ConnectionError("connection cut")
-
-    def _known_validator(self) -> str:
-        """The validator that an earlier run stored; "" if there is none that can be sent."""
-        try:
-            known = self.validator.read_text(encoding="ascii")
-        except (OSError, UnicodeDecodeError):
-            return ""
-        return known if known.isprintable() and len(known) < 1000 else ""
-
-
-def _start_over(file: BinaryIO) -> None:
-    file.seek(0)
-    file.truncate()
-
-
-def _validator_of(headers: http.client.HTTPMessage) -> str:
-    etag = headers.get("ETag", "")
-    # a weak ETag promises equal meaning, not equal bytes
-    return etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")
 
 
 def file_digest(path: Path, algorithm: str) -> str:
@@ -257,43 +86,95 @@ class Store:
         Returns:
             Names of the items relative to ``folder``, the first ``limit`` of the archive.
         """
-        record = self.folder / f"{archive.name}.files"
-        limit = limit if archive.count or archive.convert else None
-        items = self._settled(record, archive, folder, limit)
+        limit = limit_of(archive, limit)
+        items = self.settled(archive, folder, limit)
         if items is None:
-            there = _bytes_below(folder / archive.root) if archive.root else 0  # from an interrupted run
-
-            def space_for(size: int) -> int:
-                return max(0, archive.unpacked_bytes(size, limit) - there)
-
-            source = self._locate(archive) if self.from_dir else self._download(archive, space_for)
-            if not source.is_dir():
-                check_space(folder, space_for(source.stat().st_size))
-            elif source.stat().st_dev != folder.stat().st_dev:  # else hard links, which take no space
-                check_space(folder, _bytes_below(source / archive.root) - there)
-            log(f"{source}: unpacking into {folder}")
-            items, extras = unpack(archive, source, folder, limit)
+            items, extras = self._unpacked(archive, folder, limit)
             os.sync()  # no power cut may leave the record without the files
             sizes = {name: (folder / name).stat().st_size for name in [*items, *extras]}
-            write_sealed_json(record, {"limit": limit, "items": items, "sizes": sizes})
-        if not self.keep_archives and not self.from_dir:
+            record = {"limit": limit, "items": items, "sizes": sizes}
+            write_sealed_json(self.folder / f"{archive.name}.files", record)
+        if not self.keep_archives and not self.from_dir and not archive.is_slow:
             (self.folder / archive.name).unlink(missing_ok=True)
         return items
 
-    def _settled(self, record: Path, archive: Archive, folder: Path, limit: int | None) -> list[str] | None:
+    def _unpacked(self, archive: Archive, folder: Path, limit: int | None) -> tuple[list[str], list[str]]:
+        """Names of the items and extras, once they are there."""
+        there = _bytes_below(folder / archive.root) if archive.root else 0  # from an interrupted run
+
+        def space_for(size: int) -> int:
+            return max(0, archive.unpacked_bytes(size, limit) - there)
+
+        if self.from_dir:
+            source = self._locate(archive)
+        elif (
+            archive.is_slow
+            and limit
+            and not (self.folder / archive.name).exists()
+            and (found := self._beginning(archive, folder, limit, space_for))
+        ):
+            return found
+        else:
+            source = self._download(archive, space_for)
+        if not source.is_dir():
+            check_space(folder, space_for(source.stat().st_size))
+        elif source.stat().st_dev != folder.stat().st_dev:  # else hard links, which take no space
+            check_space(folder, _bytes_below(source / archive.root) - there)
+        log(f"{source}: unpacking into {folder}")
+        return unpack(archive, source, folder, limit)
+
+    def _beginning(
+        self, archive: Archive, folder: Path, limit: int, space_for: Callable[[int], int]
+    ) -> tuple[list[str], list[str]] | None:
+        """Names of the items and extras, unpacked from as much of the archive as they need; None if that is all of it.
+
+        The checksum is that of the whole archive, so here only its structure is checked: of the compressed stream and
+        of the tar. If that fails, more is downloaded, and in the end the whole is compared with its checksum.
+        """
+        part = self.folder / f"{archive.name}.part"
+        for attempt in itertools.count(1):
+            wanted = functools.partial(_bytes_wanted, archive, limit, attempt=attempt)
+            if self._transfer(archive, space_for, wanted).run():
+                return None
+            log(f"{part}: unpacking {limit:,} files, unchecked: only the whole archive has a checksum")
+            try:
+                items, extras = unpack(archive, part, folder, limit)
+            except RunError as error:
+                log(f"{error}; more is needed")
+                continue
+            if len(items) == limit:
+                log(f"{part}: kept, so that a larger --limit goes on from here. Delete it if you need the room")
+                return items, extras
+
+    def settled(self, archive: Archive, folder: Path, limit: int | None) -> list[str] | None:
         """Names of items that are unpacked completely; None if they must be unpacked (again)."""
-        made = read_record(record)
-        if not _is_record(made):
+        made = self.record(archive, folder)
+        if made is None:
             return None
         if archive.convert and not archive.count:  # the limit is one of lines
             enough = made["limit"] == limit
         else:
             enough = made["limit"] is None or (limit is not None and limit <= made["limit"])
+        return made["items"][: limit if archive.count else None] if enough else None
+
+    def record(self, archive: Archive, folder: Path) -> dict | None:
+        """``limit``, ``items`` and ``sizes`` of what is unpacked below ``folder``; None if a file of it is missing."""
+        made = read_record(self.folder / f"{archive.name}.files")
+        if not _is_record(made):
+            return None
         for name, size in made["sizes"].items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:
                 return None
-        return made["items"][: limit if archive.count else None] if enough else None
+        return made
+
+    def left_to_download(self, archive: Archive, size: int, limit: int | None) -> int:
+        """About how many bytes of an archive of ``size`` bytes ``settle`` will download."""
+        if (self.folder / archive.name).exists():
+            return 0
+        part = self.folder / f"{archive.name}.part"
+        there = part.stat().st_size if part.exists() else 0
+        return max(0, (_bytes_wanted(archive, limit, size) if archive.is_slow and limit else size) - there)
 
     def missing(self, archive: Archive) -> str | None:
         """What ``from_dir`` lacks for this archive, for a message; None if nothing."""
@@ -312,9 +193,7 @@ class Store:
     def _download(self, archive: Archive, space_for: Callable[[int], int]) -> Path:
         path = self.folder / archive.name
         if not path.exists():
-            url = f"{self.mirror.rstrip('/')}/{archive.name}" if self.mirror else archive.url
-            size = None if archive.name in self.checksums else archive.size
-            Transfer(url, path, size, archive.most_bytes(), space_for, self.retry_wait_s).run()
+            self._transfer(archive, space_for, lambda total: total).run()
         if problem := self._mismatch(archive, path):
             aside = path.with_name(f"{path.name}.damaged")
             path.rename(aside)
@@ -323,6 +202,12 @@ class Store:
                 "If the publisher has changed it and you trust that, give its digest with --checksums"
             )
         return path
+
+    def _transfer(self, archive: Archive, space_for: Callable[[int], int], wanted: Callable[[int], int]) -> Transfer:
+        url = f"{self.mirror.rstrip('/')}/{archive.name}" if self.mirror else archive.url
+        size = None if archive.name in self.checksums else archive.size
+        path, most = self.folder / archive.name, archive.most_bytes()
+        return Transfer(url, path, size, most, space_for, self.retry_wait_s, archive.elsewhere, wanted)
 
     def _mismatch(self, archive: Archive, path: Path) -> str | None:
         """How the file differs from its checksum, for a message; None if it does not. The checksum is the user's, else
@@ -341,6 +226,16 @@ class Store:
                 file.write(f"{found}  {archive.name}\n".encode())
             return None
         return None if found == expected else f"expected {algorithm} {expected}, found {found}"
+
+
+def _bytes_wanted(archive: Archive, limit: int, total: int, attempt: int = 1) -> int:
+    """Bytes of a slow archive's beginning in which the first ``limit`` items should be; more at each attempt."""
+    return min(total, int(total * limit / archive.count * (0.95 + 0.05 * attempt)) + attempt * _STEP_BYTES)
+
+
+def limit_of(archive: Archive, limit: int | None) -> int | None:
+    """``limit`` if the archive has items or lines to count, else None."""
+    return limit if archive.count or archive.convert else None
 
 
 def _is_record(value: dict | list | None) -> bool:

@@ -25,6 +25,18 @@ ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
 PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
 TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
+PREPARED_BY = {  # name of a file of public data up to its first dot -> what writes it
+    "production_corpus": "python scripts/prepare_data.py tinystories",
+    "production_asr": "python scripts/prepare_data.py librispeech",
+    "production_tts": "python scripts/prepare_data.py ljspeech",
+    "production_annotations": "python scripts/prepare_data.py coco",
+    "production_vqa": "python scripts/prepare_data.py vqa",
+    "production_conversations": "python scripts/prepare_data.py llava",
+    "production_ocr": "python scripts/prepare_data.py mjsynth",
+    "production_questions": (
+        "python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json"
+    ),
+}
 
 
 def resumable(default=..., **constraints):
@@ -124,12 +136,18 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
-            hint = f" ({extra['hint']})" if extra.get("hint") else ""
+            hint = f" ({hint})" if (hint := hint_of(path, extra.get("hint", ""))) else ""
             if extra.get("files") and path is not None:
                 check_given(name, path, hint)
             if extra.get("file") and path is not None and not os.path.isfile(path):
                 found = f"none at {path}" if path else "an empty name; null is for no file"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
+
+
+def hint_of(files: Files | None, otherwise: str) -> str:
+    """What writes the file, if it is one of the public data."""
+    name = Path(files).name.partition(".")[0] if isinstance(files, str) else ""
+    return f"{PREPARED_BY[name]} writes it" if name in PREPARED_BY else otherwise
 
 
 def check_given(name: str, files: Files, hint: str = "") -> None:
