@@ -35,11 +35,14 @@ from omni.stages import STAGES as TABLE
 from omni.stages.captions import (
     GROUP,
     CaptionRanking,
+    CaptionRows,
     Classes,
     augment,
     encode_caption,
+    exchange_sides,
     in_distinct_groups,
     pad_captions,
+    random_crop,
 )
 from omni.stages.vision import VisionConfig, attach_thinker
 from omni.train.optim import build_adamw
@@ -284,6 +287,41 @@ def test_augmentation_is_small_and_keyed():
         moved = augment(dot, np.random.default_rng(seed))
         channel, row, column = moved.nonzero()[0].tolist()
         assert channel == 0 and abs(row - 40) <= 2 and abs(column - 20) <= 2 and abs(int(moved.max()) - 200) <= 21
+
+
+def test_crops_keep_their_share_and_are_keyed():
+    ramp = torch.arange(96, dtype=torch.uint8).expand(3, 96, 96)  # a column's number is its value
+    drawn = [random_crop(ramp, 64, 0.4, np.random.default_rng(seed)) for seed in range(200)]
+    assert all(image.shape == (3, 64, 64) and image.dtype == torch.uint8 for image in drawn)
+    assert torch.equal(drawn[3], random_crop(ramp, 64, 0.4, np.random.default_rng(3)))
+    widths = np.array([int(image.max()) - int(image.min()) + 1 for image in drawn]) / 96
+    assert 0.4**0.5 * (3 / 4) ** 0.5 - 0.02 < widths.min() < 0.66 and widths.max() == 1
+    whole = random_crop(ramp, 96, 1.0, np.random.default_rng(0))
+    assert int(whole.max()) - int(whole.min()) > 80, "all of the area, but for the ratio of the sides"
+
+
+def test_a_mirrored_picture_has_a_mirrored_caption(tmp_path):
+    for caption, mirrored in (
+        ("a cat left of a dog", "a cat right of a dog"),
+        ("Right: the leftmost house, upright", "Left: the rightmost house, upright"),
+        ("civil rights", "civil rights"),
+    ):
+        assert exchange_sides(caption) == mirrored and exchange_sides(mirrored) == caption
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)[:, :, None].repeat(3, 2)).save(tmp_path / "a.png")
+    (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "on the left"}\n')
+    manifest, tokenizer = load_manifest(tmp_path / "a.jsonl", ("image", "caption"), "image"), Tokenizer.train(iter(["on the left"] * 9), 300)
+    config = VISION.config | {"save_dir": "-", "train_manifest": "-", "mirror": True}
+    rows = CaptionRows(manifest, np.arange(1), tokenizer, VisionConfig(**config), training=True)
+    plain = CaptionRows(manifest, np.arange(1), tokenizer, VisionConfig(**config), training=False)
+    original, seen = plain.read(manifest[0], None), set()
+    for seed in range(10):
+        sample = rows.read(manifest[0], np.random.default_rng(seed))
+        is_mirrored = torch.equal(sample["image"], original["image"].flip(-1))
+        assert is_mirrored or torch.equal(sample["image"], original["image"])
+        text = tokenizer.decode(sample["ids"], skip_special=True)
+        assert text == ("on the right" if is_mirrored else "on the left") and sample["same"] == original["same"]
+        seen.add(is_mirrored)
+    assert seen == {True, False}
 
 
 def test_validation_groups_hold_distinct_pictures_and_captions(tmp_path):

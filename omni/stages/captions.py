@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Self
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import resized_crop
 
 from omni.common.errors import BadRow, UserError
 from omni.common.files import file_sha256, parse_json, read_text
@@ -31,6 +33,9 @@ OPEN_GROUPS = 64  # groups filled at a time: many equal captions must not make t
 CLASSES_SUFFIX = ".classes.json"
 MAX_SHIFT = 1 / 32  # of the picture's side, either way
 MAX_BRIGHTER = 0.1
+LOADED = 4 / 3  # side of a picture that is cropped, over that of the crop
+OTHER_SIDE = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
+SIDES = re.compile(r"(\b)(left|right|Left|Right|LEFT|RIGHT)((?:most)?\b)")  # not "upright", not "rights"
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows
@@ -114,13 +119,19 @@ class CaptionRows(ManifestDataset):
         self.tokenizer, self.config, self.classes = tokenizer, config, classes
 
     def read(self, row: dict, rng: np.random.Generator | None) -> dict:
-        size = self.config.img_size
-        image = load_image(self.manifest.file(row, "image", self.config.image_root), size, size)
+        size, caption = self.config.img_size, row["caption"]
+        crops = rng is not None and self.config.crop_scale < 1
+        loaded = round(size * LOADED) if crops else size  # more pixels, since the crop is enlarged
+        image = load_image(self.manifest.file(row, "image", self.config.image_root), loaded, loaded)
+        if crops:
+            image = random_crop(image, size, self.config.crop_scale, rng)
+        if rng is not None and self.config.mirror and rng.random() < 0.5:
+            image, caption = image.flip(-1), exchange_sides(caption)
         if rng is not None and self.config.augment:
             image = augment(image, rng)
         return {
             "image": image,
-            "ids": encode_caption(self.tokenizer, row["caption"], self.config.ctx_len),
+            "ids": encode_caption(self.tokenizer, caption, self.config.ctx_len),
             "same": (zlib.crc32(row["image"].encode()), zlib.crc32(visible(row["caption"]).encode())),
             "labels": self.classes.of_row(row) if self.classes else [],
         }
@@ -177,7 +188,7 @@ def pad_captions(captions: list[list[int]], length: int | None = None) -> tuple[
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Shift a picture (3, H, W) a little, its edge repeated, and make it a little brighter or darker.
 
-    No mirroring and no other colours: captions say "left" and "red".
+    No other colours: captions say "red".
     """
     pixels = image.numpy()
     margin = max(1, round(MAX_SHIFT * max(pixels.shape[1:])))
@@ -186,6 +197,23 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     shifted = padded[:, top : top + pixels.shape[1], left : left + pixels.shape[2]]
     factor = 1 + MAX_BRIGHTER * rng.uniform(-1, 1)
     return torch.from_numpy(np.clip(shifted * factor, 0, 255).astype(np.uint8))
+
+
+def random_crop(image: Tensor, size: int, smallest: float, rng: np.random.Generator) -> Tensor:
+    """A random part of a picture (3, H, W), from ``smallest`` of its area to all of it, as (3, size, size).
+
+    Its sides differ by up to 4 to 3, as in Szegedy et al. 2015, "Going Deeper with Convolutions".
+    """
+    H, W = image.shape[1:]
+    share, sides = rng.uniform(smallest, 1), np.exp(rng.uniform(-1, 1) * np.log(4 / 3) / 2)
+    height, width = (min(side, round(side * np.sqrt(share) * ratio)) for side, ratio in ((H, sides), (W, 1 / sides)))
+    top, left = int(rng.integers(H - height + 1)), int(rng.integers(W - width + 1))
+    return resized_crop(image, top, left, int(height), int(width), [size, size], antialias=True)
+
+
+def exchange_sides(caption: str) -> str:
+    """The caption of a mirrored picture: "left" and "right" change places."""
+    return SIDES.sub(lambda found: found[1] + OTHER_SIDE[found[2]] + found[3], caption)
 
 
 def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:

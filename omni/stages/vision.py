@@ -55,6 +55,10 @@ class VisionConfig(VisionArchitecture, StageConfig):
 
     word_loss: float = Field(1.0, ge=0, description="weight of the word loss beside the contrastive loss")
     augment: bool = Field(False, description="small random shifts of the pictures and changes of their brightness")
+    crop_scale: float = Field(
+        1.0, gt=0, le=1, description="smallest share of a picture that a random crop keeps; 1: no crops"
+    )
+    mirror: bool = Field(False, description="mirror half of the pictures; left and right change places in captions")
 
     @model_validator(mode="after")
     def _text_tower_fits(self) -> Self:
