@@ -415,11 +415,18 @@ MUTATIONS = [
     Mutation(
         "rows never vanish", "a file that no task uses is not accounted for", "omni/stages/tasks/prepare.py",
         "account_for_tasks(run, opened, tasks)", "account_for_tasks(run, [], tasks)",
+        "tests/test_measures.py -k no_task_uses",
+    ),
+    Mutation(
+        "rows never vanish", "pictures with questions alone are to be described", "omni/stages/tasks/pictures.py",
+        "return bool(captions_of(fields)) or not (", "return True or (",
         "tests/test_measures.py -k pictures_need_a_caption",
     ),
     Mutation(
-        "rows never vanish", "pictures without a caption are to be described", "omni/stages/tasks/pictures.py",
-        "return bool(captions_of(manifest[row]))", "return True", "tests/test_measures.py -k pictures_need_a_caption",
+        "rows never vanish", "rows without caption and questions are not named", "omni/stages/tasks/pictures.py",
+        'return bool(captions_of(fields)) or not (fields.get("questions") and question_pairs(fields))',
+        "return bool(captions_of(fields))",
+        "tests/test_bad_rows.py::test_bad_rows_are_named_replaced_and_counted[omni]",
     ),
     Mutation(
         "rows never vanish", "texts without an alignment loss are not counted", "omni/stages/tasks/recordings.py",

@@ -343,26 +343,35 @@ def test_pictures_need_a_caption_only_to_be_described(tmp_path, capsys):
     keys = {"image_manifest": path, "val_image_manifest": path, "image_root": None, "val_split": 0.0}
     tasks, val_tasks, _, processor = prepared(small_config(tmp_path, **keys))
     printed = capsys.readouterr().out
-    assert tasks["caption"].row_numbers.tolist() == [0, 2, 4, 5]  # the bad one is named when it is read
+    # rows with nothing for any task stay, and are named when they are read
+    assert tasks["caption"].row_numbers.tolist() == [0, 2, 3, 4, 5, 6]
     assert tasks["image_question"].row_numbers.tolist() == [1, 2]
-    assert f"{path}: 7 rows = 5 to train on + 0 held out + 2 left out (2 of no use to a task)" in printed
+    assert f"{path}: 7 rows = 7 to train on + 0 held out + 0 left out\n" in printed
     ten, one = (val_tasks["image_question"].sample(row, 0, {})[1] for row in (0, 1))
     assert ten == References(tuple(TEN), ("vqa_accuracy",)) and one == References(("dog",), ("exact",))
     drawn = {tasks["caption"].messages(rows[4], np.random.default_rng(seed))[-1]["content"] for seed in range(9)}
     assert drawn == {"a bird", "a big bird"}
-    assert val_tasks["caption"].sample(2, 0, {})[1].accepted[0] == "a bird"
+    assert val_tasks["caption"].sample(3, 0, {})[1].accepted[0] == "a bird"
     bad: dict[str, str] = {}
-    val_tasks["caption"].sample(3, 0, bad)
-    assert 'expected a text in "caption", found 5' in bad[f"{path}: row 6"]
-    write_pictures(tmp_path, [{"image": "0.png"}])
-    prepared(small_config(tmp_path, **keys))
-    assert (
-        f"{path}: 1 rows = 0 to train on + 0 held out + 1 left out (1 of no use to a task)" in capsys.readouterr().out
-    )
+    for row in range(6):
+        val_tasks["caption"].sample(row, 0, bad)
+    assert [where.rpartition(" ")[2] for where in bad] == ["4", "6", "7"]
+    for why, expected in zip(
+        bad.values(), ('"questions", found none', 'in "caption", found 5', "[answers]]"), strict=True
+    ):
+        assert expected in why
+
+
+def test_a_file_that_no_task_uses_is_accounted_for(tmp_path, capsys):
+    OMNI.make_data(tmp_path)
+    path = write_pictures(tmp_path, [{"image": "0.png", "caption": "a cat"}])
+    keys = {"image_manifest": path, "val_image_manifest": path, "image_root": None, "val_split": 0.0}
+    weights = dict.fromkeys(TASKS, 0.0) | {"text": 1.0, "image_question": 1.0}
+    prepared(small_config(tmp_path, **keys, task_weights=weights))
+    line = f"{path}: 1 rows = 0 to train on + 0 held out + 1 left out (1 of no use to a task)\n"
+    assert line in capsys.readouterr().out
     with pytest.raises(UserError, match="the mix has no row to train on"):
-        write_pictures(tmp_path, [{"image": "0.png", "captoin": "a cat"}])
-        weights = dict.fromkeys(TASKS, 0.0) | {"caption": 1.0}
-        prepared(small_config(tmp_path, **keys, task_weights=weights))
+        prepared(small_config(tmp_path, **keys, task_weights=weights | {"text": 0.0}))
 
 
 def test_right_answers_in_the_data_are_judged_exactly(tmp_path):

@@ -44,12 +44,14 @@ class Captions(_Pictures):
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Manifest, np.ndarray, dict[str, Any]]:
-        return manifest, rows[measure_rows(side.run, manifest, "has-caption", has_caption, np.bool_)[rows]], {}
+        return manifest, rows[measure_rows(side.run, manifest, "to-describe", to_describe, np.bool_)[rows]], {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
         captions = captions_of(row)
         if not captions:
-            raise BadRow('expected a text in "caption" or a list of texts in "captions", found neither')
+            if row.get("questions"):
+                question_pairs(row)  # if they are at fault, says so
+            raise BadRow('expected a text in "caption", texts in "captions", or "questions", found none')
         caption = captions[0] if len(captions) == 1 else one_of(captions, rng)
         return turn(caption, self.image(row), one_of(self.wordings, rng))
 
@@ -187,10 +189,11 @@ def captions_of(row: dict) -> list[str]:
     return [text for caption in found if (text := visible(caption).strip())]
 
 
-def has_caption(manifest: Manifest, row: int) -> bool:
-    """True also for an unreadable row: reading it raises."""
+def to_describe(manifest: Manifest, row: int) -> bool:
+    """Whether a row has a caption. Rows of no use to any task stay, too: reading them raises."""
     try:
-        return bool(captions_of(manifest[row]))
+        fields = manifest[row]
+        return bool(captions_of(fields)) or not (fields.get("questions") and question_pairs(fields))
     except BadRow:
         return True
 
