@@ -47,7 +47,11 @@ def flops(call) -> float:
 def samples() -> dict[str, tuple[float, int]]:
     """Part -> (operations of a training sample, samples of the whole training)."""
     text, audio = config_of("text", "thinker"), config_of("audio_enc", "audio_enc")
-    vision, talker, vocoder = config_of("vision", "vision"), config_of("talker", "talker"), config_of("vocoder", "vocoder")
+    vision, talker, vocoder = (
+        config_of("vision", "vision"),
+        config_of("talker", "talker"),
+        config_of("vocoder", "vocoder"),
+    )
     ocr, omni = config_of("ocr", "ocr"), json.loads((CONFIGS / "omni_sft_tiny.json").read_text())
 
     thinker = Thinker(text.architecture)

@@ -297,7 +297,7 @@ MUTATIONS = [
     # manifests and texts
     Mutation(
         "no row vanishes", "a quotation mark opens a field wherever it stands", "omni/data/records.py",
-        """_OPENING = re.compile(rb'(?<![^,\\r\\n])"')""", """_OPENING = re.compile(b'"')""",
+        """re.compile(rb'(?<![^%s\\r\\n])"' % mark.encode())""", """re.compile(b'"')""",
         "tests/test_rows.py::test_a_stray_quotation_mark_at_any_place_loses_no_row",
     ),
     Mutation(
@@ -317,7 +317,7 @@ MUTATIONS = [
     ),
     Mutation(
         "no row vanishes", "two stray marks may make one row of many", "omni/data/formats/csv_rows.py",
-        "csv.reader([text], strict=over_lines)", "csv.reader([text])",
+        "self._reader(text, strict=over_lines)", "self._reader(text)",
         "tests/test_rows.py::test_two_stray_marks_make_a_row_that_is_named",
     ),
     Mutation(
@@ -865,7 +865,7 @@ MUTATIONS = [
     ),
     Mutation(
         "caches", "a file that changed while it was read counts as read", "omni/common/caches.py",
-        'int.from_bytes(digest.digest(), "little") if found == facts else 0',
+        'int.from_bytes(digest.digest(), "little") if same else 0',
         'int.from_bytes(digest.digest(), "little")',
         "tests/test_caches.py::test_a_file_that_changes_while_the_others_are_made",
     ),
@@ -1105,7 +1105,7 @@ MUTATIONS = [
     ),
     Mutation(
         "downloads", "no public data are named where a file is missing", "omni/train/config.py",
-        "if command else extra", "if False else extra",
+        "if name in PREPARED_BY else otherwise", "if False else otherwise",
         "tests/test_config.py::test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it",
     ),
     Mutation(
@@ -1390,6 +1390,52 @@ MUTATIONS = [
         "Tesseract beside stage G", "a text too few is not noticed", "scripts/tesseract.py",
         "done.returncode or len(texts) != len(files)", "done.returncode",
         "tests/test_tesseract.py::test_a_text_too_few_or_a_failure_ends_it_in_one_line",
+    ),
+    Mutation(
+        "exact resume", "a vocoder keeps its best step when a codec changes what it hears", "omni/train/resume.py",
+        "progress.best_step, progress.best_metrics = None, {}", "pass",
+        "tests/test_talker.py -k take_up_a_codec",
+    ),
+    Mutation(
+        "foreign formats", "rows of several files look for theirs beside the first", "omni/data/manifest.py",
+        "return self.parts[row[PART]].file(row, column, root)", "return self.parts[0].file(row, column, root)",
+        "tests/test_formats.py -k one_data_set",
+    ),
+    Mutation(
+        "foreign formats", "a part of a recording lasts to its end", "omni/data/sound_files.py",
+        "stop = sound.frames if clip.end_s is None else round(clip.end_s * sound.rate)", "stop = sound.frames",
+        "tests/test_formats.py -k 'media_fragments or segments'",
+    ),
+    Mutation(
+        "foreign formats", "a part of a file that cannot be entered begins at its start", "omni/data/sound_files.py",
+        "block[max(0, first - begin) : None", "block[0 : None", "tests/test_formats.py -k compressed_recording",
+    ),
+    Mutation(
+        "foreign formats", "a changed folder is not gathered again", "omni/data/index.py",
+        "if saved != facts and (sha256 is None or", "if saved != facts and sha256 is not None and (",
+        "tests/test_formats.py -k gathered_anew",
+    ),
+    Mutation(
+        "foreign formats", "altered rows in the index are read", "omni/data/index.py",
+        "if name == ROWS and file_sha256(folder / name) != digest or file_stat", "if file_stat",
+        "tests/test_formats.py -k gathered_anew",
+    ),
+    Mutation(
+        "foreign formats", "names without their folder are not found", "omni/data/named_files.py",
+        "if root is None and not problem and (path := _where_data_sets_have_it(folders[0], _plain(name))):",
+        "if False:", "tests/test_formats.py -k 'Common or LJSpeech'",
+    ),
+    Mutation(
+        "foreign formats", "quotation marks count between tabs", "omni/data/formats/csv_rows.py",
+        '_UNQUOTED = ("\\t", "|")', '_UNQUOTED = ("|",)', "tests/test_formats.py -k quotation",
+    ),
+    Mutation(
+        "hostile input", "a command in wav.scp is a file name", "omni/data/formats/gathered.py",
+        'if file.endswith("|"):', "if False:", "tests/test_formats.py -k cannot_be_read",
+    ),
+    Mutation(
+        "fair scores", "a mirrored picture keeps its caption", "omni/stages/captions.py",
+        "image.flip(-1), exchange_sides(caption)", "image.flip(-1), caption", "tests/test_vision.py -k mirrored",
     ),
 ]  # fmt: skip
 

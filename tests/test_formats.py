@@ -221,6 +221,13 @@ def test_files_of_several_formats_are_one_data_set(speech, tmp_path):
     assert manifest.where(5).endswith("asr.csv: row 1")
 
 
+def test_quotation_marks_between_tabs_are_characters(tmp_path):
+    """As in Common Voice's files: they quote nothing, and one alone does not join rows."""
+    path = lines(tmp_path / "a.tsv", ["path\tsentence", 'a.wav\t"Go," he said', 'b.wav\t"Go', "c.wav\tno"])
+    manifest = load_manifest(path, SOUND, "text")
+    assert [manifest[row]["text"] for row in range(3)] == ['"Go," he said', '"Go', "no"]
+
+
 # Parts of recordings --------------------------------------------------------------------------------------------------
 
 

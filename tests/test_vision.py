@@ -309,7 +309,10 @@ def test_a_mirrored_picture_has_a_mirrored_caption(tmp_path):
         assert exchange_sides(caption) == mirrored and exchange_sides(mirrored) == caption
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)[:, :, None].repeat(3, 2)).save(tmp_path / "a.png")
     (tmp_path / "a.jsonl").write_text('{"image": "a.png", "caption": "on the left"}\n')
-    manifest, tokenizer = load_manifest(tmp_path / "a.jsonl", ("image", "caption"), "image"), Tokenizer.train(iter(["on the left"] * 9), 300)
+    manifest, tokenizer = (
+        load_manifest(tmp_path / "a.jsonl", ("image", "caption"), "image"),
+        Tokenizer.train(iter(["on the left"] * 9), 300),
+    )
     config = VISION.config | {"save_dir": "-", "train_manifest": "-", "mirror": True}
     rows = CaptionRows(manifest, np.arange(1), tokenizer, VisionConfig(**config), training=True)
     plain = CaptionRows(manifest, np.arange(1), tokenizer, VisionConfig(**config), training=False)
