@@ -1,0 +1,75 @@
+"""Stage E on VQA v2, LLaVA-Instruct and LibriSpeech: prepared as published, checked, trained, killed, judged."""
+
+import io
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from harness import differences, kill_at_step, run_script
+from PIL import Image
+from stages import OMNI, make_mix
+from test_prepare_data import (  # the fixtures, too
+    Preparation,
+    preparation,  # noqa: F401
+    server,  # noqa: F401
+)
+
+TASKS = {"image_question": 2.0, "conversation": 1.0, "transcription": 1.0, "caption": 1.0}
+
+
+def with_real_pictures(prepared: Preparation) -> None:
+    """The archives' pictures are a few bytes of text; a model needs real ones."""
+    for number, path in enumerate(sorted(prepared.out.rglob("*.jpg"))):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, "JPEG")
+        path.write_bytes(file.getvalue())
+
+
+@pytest.mark.usefixtures("server")
+def test_stage_e_on_public_data_from_archives_to_scores(preparation, tmp_path):  # noqa: F811
+    preparation.finish("librispeech", "coco", "vqa", "llava")
+    with_real_pictures(preparation)
+    images, audio = preparation.out / "images", preparation.out / "audio"
+    folder = tmp_path / "models"
+    folder.mkdir()
+    models = {key: value for key, value in make_mix(folder).items() if key.endswith("_ckpt")}
+    data = {
+        "image_manifest": images / "production_vqa.json",
+        "val_image_manifest": images / "production_vqa.val.json",
+        "jsonl_path": images / "production_conversations.json",
+        "val_jsonl_path": images / "production_conversations.json",
+        "asr_csv": audio / "production_asr.csv",
+        "val_asr_csv": audio / "production_asr.val.csv",
+    }
+    config = OMNI.config | models | {key: str(path) for key, path in data.items()}
+    config |= {"save_dir": str(tmp_path / "run"), "task_weights": TASKS, "max_steps": 8, "max_epochs": None}
+    training = replace(OMNI.training(folder), folder=tmp_path, config=config)
+
+    checked = (
+        replace(training, script="scripts/check_data.py").finish(arguments=("--read", "all", "--steps", "1")).stdout
+    )
+    for file, rows in (("production_vqa.json", 3), ("production_conversations.json", 3), ("production_asr.csv", 9)):
+        assert re.search(rf"{file}: {rows} rows = ", checked), checked
+    for task in TASKS:
+        assert re.search(rf"training, {task}: read all \d+ rows: \d+ can be used, 0 cannot", checked), task
+
+    training.finish()
+    scores = training.metrics("val")[-1]
+    assert all(0 <= scores[f"accuracy_{task}"] <= 1 for task in TASKS)
+    mean = np.mean([scores[f"accuracy_{task}"] for task in TASKS])
+    assert scores["accuracy"] == pytest.approx(mean)
+    killed = training.changed(save_dir="killed")
+    for step in (3, 4):
+        assert killed.run(prelude=kill_at_step(step)).returncode == -9
+    killed.finish()
+    assert differences(killed.state(), training.state()) == []
+
+    for task, file, measure in (
+        ("image_question", "val_image_manifest", "vqa_accuracy"),
+        ("conversation", "jsonl_path", "rank_among_64"),
+        ("transcription", "val_asr_csv", "one_minus_wer"),
+    ):
+        judged = run_script(training, "scripts/evaluate.py", "omni", "--task", task, "--data", config[file])
+        assert judged.returncode == 0 and measure in judged.stdout, judged.stdout + judged.stderr
