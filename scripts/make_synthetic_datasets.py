@@ -169,6 +169,8 @@ def question_collections(settings: dict) -> list[Collection]:
 def frequent_questions(paths: list[str], limit: int) -> list[str]:
     """The most frequent questions of manifests with the column ``questions`` that can be read aloud as they stand.
 
+    Logs how many different ones are left out, and why.
+
     Raises:
         UserError: a row cannot be read, or there is no such question.
     """
@@ -178,12 +180,18 @@ def frequent_questions(paths: list[str], limit: int) -> list[str]:
     words = f"{open_vocabulary.WORDS[0]} to {open_vocabulary.WORDS[-1]} words, letters and , . ? ! ' - only"
     if not readable:
         raise UserError(f"{', '.join(paths)}: expected questions of {words}, found none among {len(ordered):,}")
-    chosen = readable[:limit]
+    frequent = readable[:limit]
+    groups = [(frequent[start : start + speech.GROUP],) for start in range(0, len(frequent), speech.GROUP)]
+    unspeakable = {text for _, texts in in_processes(speech.unspeakable, groups, os.cpu_count()) for text in texts}
+    chosen = [text for text in frequent if text not in unspeakable]
+    if not chosen:
+        raise UserError(f"{', '.join(paths)}: no voice has all sounds of any of {len(frequent):,} questions")
     share = sum(counts[text] for text in chosen) / counts.total()
-    n_odd, n_rare = len(ordered) - len(readable), len(readable) - len(chosen)
+    n_odd, n_rare = len(ordered) - len(readable), len(readable[limit:])
     print(
         f"{len(ordered):,} different questions = {len(chosen):,} to read + {n_odd:,} left out (not of {words}) + "
-        f"{n_rare:,} left out (rarer: --questions {limit}); what is read is asked in {share:.0%} of all cases"
+        f"{len(unspeakable):,} left out (with a sound that a voice lacks) + {n_rare:,} left out (rarer: --questions "
+        f"{limit}); what is read is asked in {share:.0%} of all cases"
     )
     return chosen
 

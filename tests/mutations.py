@@ -1095,7 +1095,7 @@ MUTATIONS = [
     ),
     Mutation(
         "downloads", "a word in another case is another word", "scripts/prepare_data.py",
-        'words = sorted({row["text"].lower() for row in rows}', 'words = sorted({row["text"] for row in rows}',
+        "words = sorted({word_of(name).lower() for", "words = sorted({word_of(name) for",
         "tests/test_prepare_data.py::test_words_are_held_out_whatever_their_case",
     ),
     Mutation(

@@ -633,6 +633,12 @@ def test_words_of_photos(preparation):
     assert len(preparation.server.requests) == 1
 
 
+def test_a_limit_that_leaves_a_file_without_rows(preparation):
+    assert "svt.csv: expected rows, found none. Raise --limit" in preparation.fail(1, "svt", "--limit", "1")
+    assert not (preparation.out / "ocr/svt.csv").exists()
+    preparation.finish("svt")
+
+
 def test_words_are_held_out_whatever_their_case(tmp_path):
     script = load_script()
     words = [f"{word}{number}" for number in range(2_000) for word in ("Slinking", "slinking", "SLINKING")]

@@ -263,7 +263,8 @@ def test_written_questions_are_read_aloud_and_found_by_their_text(tmp_path):
     first = run_script(tmp_path, *line)
     assert first.returncode == 0, first.stderr
     assert "9 different questions = 6 to read + 1 left out (not of 3 to 14 words" in first.stdout
-    assert "+ 2 left out (rarer: --questions 6); what is read is asked in 75% of all cases" in first.stdout
+    assert "+ 0 left out (with a sound that a voice lacks) + 2 left out (rarer: --questions 6)" in first.stdout
+    assert "what is read is asked in 75% of all cases" in first.stdout
     rows = rows_of(tmp_path / "audio/production_questions.csv")
     assert {row["text"] for row in rows} == set(ASKED[:6])
     assert list(rows[0]) == ["wav", "text", "voice"] and not (tmp_path / "text").exists()
@@ -281,6 +282,17 @@ def test_written_questions_are_read_aloud_and_found_by_their_text(tmp_path):
     assert run_script(tmp_path, *line).returncode == 0
     assert contents(tmp_path / "audio") != before
     assert [row["text"] for row in rows_of(tmp_path / "audio/production_questions.csv")] == ["Is it a tall tree?"]
+
+
+def test_a_question_that_no_voice_can_say_is_left_out(tmp_path):
+    """It would end the run, which would end there again and again."""
+    path = tmp_path / "production_vqa.json"
+    texts = ["icpYwt QR frisbee AEv?", "Is it a frisbee?"]
+    path.write_text(json.dumps([{"image": "1.jpg", "questions": [[text, "yes"] for text in texts]}]))
+    result = run_script(tmp_path, "--read_questions", path)
+    assert result.returncode == 0, result.stderr
+    assert "1 to read" in result.stdout and "+ 1 left out (with a sound that a voice lacks)" in result.stdout
+    assert [row["text"] for row in rows_of(tmp_path / "audio/production_questions.csv")] == texts[1:]
 
 
 def test_questions_that_are_held_out_are_those_that_stage_e_holds_out(tmp_path):

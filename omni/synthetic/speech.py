@@ -196,6 +196,12 @@ def speaking(name: str, seed: int, index: int) -> Speaking:
     )
 
 
+def unspeakable(texts: list[str]) -> list[str]:
+    """The texts with a sound that a voice of training does not know. Loads espeak-ng, so ask in a new process."""
+    networks = FAMILIES["hibari"](), FAMILIES["piper"]()
+    return [text for text in texts if not all(network.knows(text) for network in networks)]
+
+
 # --- from a sentence to a clip ---------------------------------------------------------------------------------------
 
 

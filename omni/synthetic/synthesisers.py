@@ -207,6 +207,11 @@ class Hibari:
         sentences = hibari.Hibari.split_sentences(text)
         return np.concatenate([self._speak(self.g2p(sentence), how, rng) for sentence in sentences])
 
+    def knows(self, text: str) -> bool:
+        """Whether the voice has all sounds of a text."""
+        phonemes = "".join(map(self.g2p, hibari.Hibari.split_sentences(text)))
+        return all(phoneme in self.known for phoneme in phonemes)
+
     def _speak(self, phonemes: str, how: Delivery, rng: np.random.Generator) -> np.ndarray:
         ids = np.array([[0, *phoneme_ids(phonemes, self.known), 0]], np.int64)
         speed = np.array([self.PACE * how.speed], np.float32)
@@ -253,6 +258,10 @@ class Piper:
             if mark and mark in ".!?":
                 sentences.append("")
         return [sentence for sentence in sentences if sentence]
+
+    def knows(self, text: str) -> bool:
+        """Whether the voice has all sounds of a text."""
+        return all(phoneme in self.known for phoneme in "".join(self.sentences(text)))
 
     def ids(self, phonemes: str) -> list[int]:
         pad = self.known[self.PAD]
