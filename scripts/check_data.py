@@ -166,14 +166,15 @@ def check(seen: Seen, found: Findings, limit: int | None, steps: int) -> None:
     held_out = parts_of(training.validation.dataset.source) if training.validation else {}
     found.say()
     for side, parts in (("training", train), ("held out", held_out)):
-        for name, part in parts.items():
-            read_rows(found, f"{side}{name and f', {name}'}", part, limit)
+        usable = [read_rows(found, f"{side}{name and f', {name}'}", part, limit) for name, part in parts.items()]
+        if parts and not any(usable):
+            raise UserError(f"{side}: not one of the rows that were read can be used")
     compare_texts(found, train, held_out, getattr(training.config, "characters", None))
     report_cost(seen, found, steps)
 
 
-def read_rows(found: Findings, name: str, part: ManifestDataset, limit: int | None) -> None:
-    """Read rows as training reads them: which cannot be used, and how long the others are."""
+def read_rows(found: Findings, name: str, part: ManifestDataset, limit: int | None) -> int:
+    """Read rows as training reads them: which cannot be used, and how long the others are. Returns their number."""
     rows = np.arange(len(part)) if limit is None else spread(np.arange(len(part)), limit)
     bad, lengths = {}, {}
     for row in tqdm(rows, desc=f"reading {name}", unit="row", leave=False, disable=None):
@@ -197,6 +198,7 @@ def read_rows(found: Findings, name: str, part: ManifestDataset, limit: int | No
         found.lengths[f"{name}: {what}"] = values
         cuts = "  ".join(f"{share}% {np.percentile(values, share):,.4g}" for share in (0, 50, 95, 99, 100))
         found.say(f"  {what}: {cuts}")
+    return len(rows) - len(bad)
 
 
 def seconds_of(part: ManifestDataset, row: int) -> float | None:
@@ -219,7 +221,17 @@ def texts_of(part: ManifestDataset) -> Iterator[tuple[str, str]]:
         except BadRow:
             continue
         text = next((row[name] for name in _TEXTS if isinstance(row.get(name), str)), "")
-        yield text, next((row[name] for name in ("wav", "image") if isinstance(row.get(name), str)), "")
+        column = next((name for name in ("wav", "image") if isinstance(row.get(name), str)), None)
+        yield text, file_of(part, row, column) if column else ""
+
+
+def file_of(part: ManifestDataset, row: dict, column: str) -> str:
+    """The file itself, as two folders may have files of one name; of one that is missing, the name."""
+    root = getattr(part, "image_root", None) or getattr(getattr(part, "config", None), "image_root", None)
+    try:
+        return str(part.manifest.file(row, column, root if column == "image" else None))
+    except BadRow:
+        return row[column]
 
 
 def compare_texts(found: Findings, train: dict, held_out: dict, characters: str | None) -> None:

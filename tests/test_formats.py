@@ -321,6 +321,41 @@ def truncated_tar(folder: Path) -> Path:
     return folder / "a.tar"
 
 
+def second_member(folder: Path) -> int:
+    """The byte at which it begins in ``whole.tar``, which is made."""
+    truncated_tar(folder)
+    with tarfile.open(folder / "whole.tar") as archive:
+        return archive.getmembers()[1].offset
+
+
+def tar_with_a_damaged_header(folder: Path) -> Path:
+    """tarfile takes what follows a damaged header for the end."""
+    at = second_member(folder)
+    data = bytearray((folder / "whole.tar").read_bytes())
+    data[at : at + 512] = b"\xff" * 512
+    (folder / "a.tar").write_bytes(data)
+    return folder / "a.tar"
+
+
+def tar_without_an_end(folder: Path) -> Path:
+    at = second_member(folder)
+    (folder / "a.tar").write_bytes((folder / "whole.tar").read_bytes()[:at])
+    return folder / "a.tar"
+
+
+def named_twice(folder: Path) -> list[str]:
+    return [lines(folder / "a.csv", ["wav,text", "a.wav,a"])] * 2
+
+
+def empty(folder: Path) -> Path:
+    (folder / "a.parquet").touch()
+    return folder / "a.parquet"
+
+
+def twice_the_same_column(folder: Path) -> Path:
+    return Path(lines(folder / "a.csv", ["wav,text,text", "a.wav,a,b"]))
+
+
 def damaged_parquet(folder: Path) -> Path:
     (folder / "a.parquet").write_bytes(b"PAR1" + bytes(100))
     return folder / "a.parquet"
@@ -352,6 +387,11 @@ REFUSED = {
     texts_missing: "expected a.txt for a.wav",
     compressed_tar: "unpacked first",
     truncated_tar: "not a tar archive that can be read",
+    tar_with_a_damaged_header: "files that follow cannot be found",
+    tar_without_an_end: "without the mark of an archive's end",
+    named_twice: "named twice",
+    empty: "empty, expected rows",
+    twice_the_same_column: "found text twice",
     damaged_parquet: "not a Parquet file",
     command: "a command, which is not run",
     vqa_questions: "jq -c '.questions[]' q.json > rows.jsonl",
@@ -385,6 +425,42 @@ def test_rows_that_are_gathered_anew_when_a_file_changes(speech, tmp_path):
     log.clear()
     assert load_manifest(path, SOUND, "text", log=log.append)[0]["text"] == "changed"
     assert any("not what was written" in line for line in log)
+
+
+def test_two_pictures_in_a_sample_of_a_shard_are_a_bad_row(pictures, tmp_path):
+    webdataset(tmp_path, pictures[1])
+    with tarfile.open(tmp_path / "shard-1.tar", "a") as archive:
+        for name in ("odd.png", "odd.jpg", "good.png", "good.txt"):
+            archive.add(pictures[1][0]["file"], f"train/{name}") if name != "good.txt" else archive.addfile(
+                tarfile.TarInfo(f"train/{name}")
+            )
+    manifest = load_manifest(tmp_path / "shard-1.tar", ("image",), "image", log=lambda line: None)
+    assert len(manifest) == 10 and manifest[9]["image"]
+    with pytest.raises(BadRow, match="odd.jpg"):
+        manifest[8]
+    assert manifest.where(8).endswith("(train/odd)")
+
+
+def test_copies_in_the_index_are_those_that_were_written(speech, tmp_path):
+    path = parquet("audio")(tmp_path, speech[1])[0]
+    media = load_manifest(path, SOUND, "text", log=lambda line: None).folder / "media.bin"
+    log, content = [], media.read_bytes()
+    media.write_bytes(bytes([content[0] ^ 255]) + content[1:])
+    load_manifest(path, SOUND, "text", log=log.append)
+    assert any("media.bin is not what was written" in line for line in log) and media.read_bytes() == content
+
+
+def test_shards_by_their_numbers(speech, tmp_path):
+    webdataset(tmp_path, speech[1])
+    files = str(tmp_path / "shard-{0..1}.tar")
+    assert len(load_manifest(files, SOUND, "text", log=lambda line: None)) == 16
+
+
+def test_what_stands_alone_in_a_folder_is_said(speech, tmp_path):
+    folder, log = Path(texts_beside(tmp_path, speech[1])), []
+    (folder / "clip03.txt").rename(folder / "other.txt")
+    load_manifest(folder, SOUND, "text", log=log.append)
+    assert "1 sounds or pictures have no text beside them; 1 texts have no sound or picture: not used" in log[0]
 
 
 def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):

@@ -120,6 +120,18 @@ def prepare_index(
                 write_sealed_json(folder / "meta.json", meta | {"stat": stat(path)})
 
 
+def copy_facts(path: Path) -> dict:
+    """Size, mtime and digest of a file of the index."""
+    return file_stat(path) | {"sha256": file_sha256(path)}
+
+
+def is_as_written(path: Path, facts: dict, *, always: bool) -> bool:
+    """Whether a file has its digest; without ``always``, one of the same size and mtime is not read."""
+    stat = file_stat(path)
+    unchanged = stat == {name: facts[name] for name in stat}
+    return stat["size"] == facts["size"] and (unchanged and not always or file_sha256(path) == facts["sha256"])
+
+
 def why_stale(
     path: Path,
     folder: Path,
@@ -138,7 +150,7 @@ def why_stale(
         for name in meta["arrays"]:
             open_array(folder / f"{name}.npy")
         for name, expected in meta["copies"].items():
-            if name == ROWS and file_sha256(folder / name) != digest or file_stat(folder / name)["size"] != expected:
+            if not is_as_written(folder / name, expected, always=name == ROWS):
                 raise ValueError(f"{name} is not what was written")
     except FileNotFoundError as error:
         return "" if Path(error.filename).name == "meta.json" else f"{Path(error.filename).name} is missing"

@@ -5,6 +5,7 @@ import functools
 import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from omni.common.files import file_stat, files_stat, replace_file, write_sealed_
 from omni.common.host import Host
 from omni.data.formats import Format, Parquet, TarShard, format_of
 from omni.data.formats.gathered import MEDIA, Gathered, MediaCopies
-from omni.data.index import ROWS, prepare_index, save_array
+from omni.data.index import ROWS, copy_facts, prepare_index, save_array
 from omni.data.manifest import JoinedManifest, Manifest
 from omni.data.records import other_encoding
 
 _VERSION = 4
+_MOST_SHARDS = 100_000
 
 
 def prepare_manifest(
@@ -81,15 +83,30 @@ def expand(files: str | Path | list[str]) -> list[Path]:
         UserError: there is none for one of the names.
     """
     found: list[Path] = []
-    for name in files if isinstance(files, list) else [files]:
-        path = Path(name)
-        matching = [path] if path.exists() else sorted(map(Path, glob.glob(str(name), recursive=True)))
+    names = files if isinstance(files, list) else [files]
+    for name in names:
+        path = Path(name).expanduser()
+        patterns = _without_braces(str(path))
+        matching = (
+            [path] if path.exists() else sorted({Path(n) for p in patterns for n in glob.glob(p, recursive=True)})
+        )
         matching = [match for match in matching if ".index-" not in match.name]
         if not matching:
-            kind = "files like it" if glob.has_magic(str(name)) else "a file"
+            kind = "files like it" if glob.has_magic(str(name)) or len(patterns) > 1 else "a file"
             raise UserError(f"{name}: expected {kind}, found none")
         found += (table for match in matching for table in _tables_of(match))
-    return list(dict.fromkeys(found))
+    if twice := next((path for path in found if found.count(path) > 1), None):
+        raise UserError(f"{twice}: named twice, expected each file once")
+    return found
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """WebDataset's ``shard-{000..012}.tar`` as a name for each number; another name as it is."""
+    if not (found := re.fullmatch(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", pattern)):
+        return [pattern]
+    before, first, last, after = found.groups()
+    numbers = range(int(first), min(int(last), int(first) + _MOST_SHARDS) + 1)
+    return [f"{before}{number:0{len(first)}}{after}" for number in numbers]
 
 
 def _tables_of(path: Path) -> list[Path]:
@@ -119,6 +136,8 @@ def _format_of(path: Path) -> Format:
             head = file.read(1 << 16)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if not head:
+        raise UserError(f"{path}: empty, expected rows")
     form = format_of(path, head)
     if not isinstance(form, (TarShard, Parquet)) and (encoding := other_encoding(head)):
         raise UserError(f"{path}: expected UTF-8 text, found {encoding}. Convert it with iconv")
@@ -126,9 +145,8 @@ def _format_of(path: Path) -> Format:
 
 
 def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...], key: str, log, check_stop) -> None:
-    for old in folder.glob("*.np[yz]"):  # measurements of the earlier content
+    for old in (*folder.glob("*.np[yz]"), *folder.glob("*.json")):  # the index and measurements of earlier content
         old.unlink()
-    (folder / "meta.json").unlink(missing_ok=True)
     stat = files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)
     if remark := form.remark(path):
         log(remark)
@@ -170,4 +188,4 @@ def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path,
         replace_file(folder / ROWS, write)
     if not (folder / MEDIA).stat().st_size:
         (folder / MEDIA).unlink()
-    return folder / ROWS, {file.name: file.stat().st_size for file in (folder / ROWS, folder / MEDIA) if file.exists()}
+    return folder / ROWS, {file.name: copy_facts(file) for file in (folder / ROWS, folder / MEDIA) if file.exists()}

@@ -2,6 +2,7 @@
 
 # B batch, T mel frames, M mel channels, U output frames, V tokens and blank, L tokens of a target
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -38,7 +39,9 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         "max_text_len": "a text is as long as its recording allows",
     }
 
-    train_csv: Files = input_files(hint=ASR_HINT, description="manifest with the columns wav and text")
+    train_csv: Files = input_files(
+        hint=ASR_HINT, description="recordings with texts (columns wav, text), in any format of docs/data.md"
+    )
     val_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="held-out manifest; default: val_split of train_csv's texts"
     )
@@ -327,7 +330,7 @@ def score_metrics(totals: dict[str, float]) -> dict[str, float]:
     they are there, wer_unseen_voices and wer_unseen_words of the sources of these names."""
     metrics = {}
     if "val/words" in totals:
-        metrics["loss"] = totals["val/nats"] / max(1.0, totals["val/tokens"])
+        metrics["loss"] = totals["val/nats"] / totals["val/tokens"] if totals["val/tokens"] else math.nan
         metrics["wer"] = totals["val/word_errors"] / totals["val/words"]
         metrics["cer"] = totals["val/character_errors"] / totals["val/characters"]
     for name in ("unseen_voices", "unseen_words"):

@@ -30,7 +30,7 @@ class SpeechConfig(StageConfig):
     """The keys that all parts of stage D have."""
 
     tts_csv: Files = input_files(
-        hint=TTS_HINT, description="manifest with the columns text and wav, optionally speaker"
+        hint=TTS_HINT, description="recordings with texts, optionally speaker, in any format of docs/data.md"
     )
     val_csv: Files | None = input_files(
         None, hint=TTS_HINT, description="held-out manifest; default: val_split of tts_csv's texts"

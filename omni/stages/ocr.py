@@ -34,7 +34,9 @@ from omni.train.stage import ExportedPart, Stage
 class OcrConfig(OcrArchitecture, StageConfig):
     """Stage G, ``train_ocr.py``."""
 
-    train_csv: Files = input_files(hint=OCR_HINT, description="CSV with the columns image and text")
+    train_csv: Files = input_files(
+        hint=OCR_HINT, description="pictures with texts (columns image, text), as in docs/data.md"
+    )
     val_csv: Files | None = input_files(
         None, hint=OCR_HINT, description="held-out CSV; default: val_split of train_csv's rows"
     )

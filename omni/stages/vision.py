@@ -28,7 +28,7 @@ class VisionConfig(VisionArchitecture, StageConfig):
     """Stage C, ``train_vision.py``: a ViT and its text tower."""
 
     train_manifest: Files = input_files(
-        hint=PICTURES_HINT, description="JSON, JSONL or CSV with image and caption; several rows may share an image"
+        hint=PICTURES_HINT, description="image and caption, in any format of docs/data.md; rows may share an image"
     )
     val_manifest: Files | None = input_files(
         None, hint=PICTURES_HINT, description="held-out manifest; default: val_split of train_manifest's images"

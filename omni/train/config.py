@@ -147,7 +147,9 @@ class StageConfig(BaseModel):
 def hint_of(files: Files | None, otherwise: str) -> str:
     """What writes the file, if it is one of the public data."""
     name = Path(files).name.partition(".")[0] if isinstance(files, str) else ""
-    return f"{PREPARED_BY[name]} writes it" if name in PREPARED_BY else otherwise
+    if name in PREPARED_BY:
+        return f"{PREPARED_BY[name]} writes it"
+    return otherwise if isinstance(files, str) and Path(files).name in otherwise else ""  # not for a file of one's own
 
 
 def check_given(name: str, files: Files, hint: str = "") -> None:

@@ -59,12 +59,15 @@ class Csv(Format):
             ) from error
         self.header = [name.strip() for name in cells]
         self.strip, self.cr_ends = self.header != cells, data.endswith(b"\r")
+        named = list(self.header)
         for ours, theirs in sources(self.header, columns).items():
             self.header[self.header.index(theirs)] = ours
+        if twice := [name for name in set(columns) if self.header.count(name) > 1]:
+            raise UserError(f"{path}: expected each column once, found {twice[0]} twice")
         if missing := [name for name in columns if name not in self.header]:
             raise UserError(
                 f"{path}: expected a header with the columns {','.join(columns)}, "
-                f'found "{quoted(self.delimiter.join(self.header))}" ({missing[0]} is missing)'
+                f'found "{quoted(self.delimiter.join(named))}" ({missing[0]} is missing)'
             )
 
     def fields(self, text: str) -> dict:

@@ -34,6 +34,9 @@ class Gathered(JsonLines):
     def recognises(cls, path: Path, head: bytes) -> bool:
         return False
 
+    def remark(self, path: Path) -> str:
+        return ""
+
     def files(self, path: Path) -> list[Path]:
         """The files that rows are gathered from: when one changes, they are gathered again."""
         return [path]
@@ -128,6 +131,15 @@ class FilesBesideTexts(Gathered):
     def recognises(cls, path: Path, head: bytes) -> bool:
         return path.is_dir() and any(True for _ in _media_files(path))
 
+    def remark(self, path: Path) -> str:
+        media = list(_media_files(path))
+        texts = {text for file in media if (text := _text_of(file))}
+        alone = sum(file.suffix.lower() in _TEXTS and file not in texts for file in path.rglob("*"))
+        without = sum(_text_of(file) is None for file in media)
+        counts = [f"{without:,} sounds or pictures have no text beside them"] * bool(without)
+        counts += [f"{alone:,} texts have no sound or picture: not used"] * bool(alone)
+        return f"{path}: {'; '.join(counts)}" if counts else ""
+
     def files(self, path: Path) -> list[Path]:
         media = list(_media_files(path))
         return media + [text for file in media if (text := _text_of(file))]
@@ -169,9 +181,11 @@ class TarShard(Gathered):
 
     def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         row: dict = {}
+        end = 0  # of the last member, with its padding
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
+                    end = archive.offset
                     if not member.isfile():
                         continue
                     folder, _, name = member.name.rpartition("/")
@@ -186,15 +200,16 @@ class TarShard(Gathered):
                 f"{path}: not a tar archive that can be read: {error}. A compressed one has to be unpacked first "
                 "(gunzip): its files cannot be read one by one"
             ) from error
+        _refuse_lost_members(path, end)
         if row:
             yield row
 
     @staticmethod
     def _add(row: dict, path: Path, archive: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> None:
         column = "wav" if ending in SOUNDS else "image" if ending in PICTURES else None
-        if column in row:
-            raise UserError(f"{path}: {quoted(row[KEY])} has two files for {column}, expected one")
-        if column:
+        if column in row:  # no name: reading the row will say so
+            row[column] = [*(row[column] if isinstance(row[column], list) else [row[column]]), member.name]
+        elif column:
             first = member.offset_data
             row[column] = f"{path.name}#bytes={first},{first + member.size}"
         elif member.size <= MAX_ROW_BYTES and ending in (*_TEXTS, ".json", ".cls"):
@@ -206,6 +221,23 @@ class TarShard(Gathered):
             if not isinstance(fields, dict):
                 raise UserError(f"{path}: {quoted(member.name)}: expected a JSON object, found {quoted(text)}")
             row.update({name: value for name, value in fields.items() if name not in row})
+
+
+def _refuse_lost_members(path: Path, end: int) -> None:
+    """After a damaged header, Python's ``tarfile`` takes the rest of an archive for its end.
+
+    Raises:
+        UserError: something else than zeros follows the last member that was found, or the mark of the end is missing.
+    """
+    with open(path, "rb") as file:
+        file.seek(end)
+        rest = 0
+        while chunk := file.read(1 << 20):
+            if chunk.strip(b"\0"):
+                raise UserError(f"{path}: damaged at byte {end:,}: files that follow cannot be found. Fetch it again")
+            rest += len(chunk)
+    if not rest:
+        raise UserError(f"{path}: ends after byte {end:,} without the mark of an archive's end. Fetch it again")
 
 
 @dataclass
