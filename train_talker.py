@@ -2,10 +2,9 @@
 
     python train_talker.py --config configs/talker_tiny.json
 
-The data are texts and recordings, of one voice or, with voice_layers, of the voices in the column speaker. First the
-codec learns to encode log-mels as codes and to decode them (rvq_codec.pt), then the aligner when each byte is spoken
-(aligner.pt); all recordings are coded and aligned once, and the talker learns to predict durations and codes
-(talker.pt). A recogniser of stage B adds word error rates.
+The data are texts and recordings, with voice_layers of the voices in the column speaker. First the codec learns to
+encode log-mels as codes and to decode them (rvq_codec.pt), then the aligner when each byte is spoken (aligner.pt); all
+recordings are coded and aligned once, and the talker learns durations and codes (talker.pt).
 """
 
 from collections.abc import Callable

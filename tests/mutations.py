@@ -1105,7 +1105,7 @@ MUTATIONS = [
     ),
     Mutation(
         "downloads", "no public data are named where a file is missing", "omni/train/config.py",
-        "if name in PREPARED_BY else otherwise", "if False else otherwise",
+        "    if name in PREPARED_BY:", "    if False:",
         "tests/test_config.py::test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it",
     ),
     Mutation(
@@ -1417,7 +1417,7 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "altered rows in the index are read", "omni/data/index.py",
-        "if name == ROWS and file_sha256(folder / name) != digest or file_stat", "if file_stat",
+        "if not is_as_written(folder / name, expected, always=name == ROWS):", "if False:",
         "tests/test_formats.py -k gathered_anew",
     ),
     Mutation(
