@@ -480,6 +480,11 @@ MUTATIONS = [
         "tests/test_measures.py -k likelihood_of_each_answer",
     ),
     Mutation(
+        "fair scores", "of ten people's answers one is used", "omni/stages/tasks/pictures.py",
+        'messages[-1].get("given") or [messages[-1]["content"]]', '[messages[-1]["content"]]',
+        "tests/test_measures.py -k asked_aloud_keeps",
+    ),
+    Mutation(
         "fair scores", "right answers in the data are not used", "omni/stages/tasks/base.py",
         'return [messages[-1]["content"], *listed_texts(row, "accepted_answers")]', 'return [messages[-1]["content"]]',
         "tests/test_measures.py -k right_answers_in_the_data",

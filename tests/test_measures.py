@@ -362,6 +362,23 @@ def test_pictures_need_a_caption_only_to_be_described(tmp_path, capsys):
         assert expected in why
 
 
+def test_a_question_that_is_asked_aloud_keeps_the_answers_of_its_ten_people(tmp_path):
+    """As public data are prepared: recordings of written questions, without the column ``answer``."""
+    OMNI.make_data(tmp_path)
+    questions = [["What colour?", "red", TEN], ["What is it?", "dog", ["dog"] * 10]]
+    rows = [{"image": f"{i}.png", "caption": "a dog", "questions": questions} for i in range(3)]
+    write_csv(tmp_path / "asked.csv", [{"wav": "0.wav", "text": "What colour?", "voice": "x"}])
+    path, asked = write_pictures(tmp_path, rows), str(tmp_path / "asked.csv")
+    keys = {"image_manifest": path, "image_root": None, "question_csv": asked, "val_split": 0.0}
+    tasks, *_ = prepared(small_config(tmp_path, **keys))
+    assert "spoken_question" not in tasks
+    task = tasks["spoken_image_question"]
+    encoded, references = task.read(task.manifest[0], None)
+    assert references == References(tuple(TEN), ("vqa_accuracy",)) and len(encoded.recordings) == 1
+    last = task.messages(rows[0], np.random.default_rng(0))[-1]
+    assert last["content"] in ("red", "dog"), "the most common answer is learnt"
+
+
 def test_a_file_that_no_task_uses_is_accounted_for(tmp_path, capsys):
     OMNI.make_data(tmp_path)
     path = write_pictures(tmp_path, [{"image": "0.png", "caption": "a cat"}])
