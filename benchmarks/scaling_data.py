@@ -65,18 +65,19 @@ class Case:
 CASES = (
     Case(
         "text, A", write_text, "corpus.txt", "train_text", "thinker_tiny", "train_text",
-        functions=("prepare_tokenizer", "prepare_corpus"), bounded=("prepare_tokenizer",), settings=("kv_groups=1",),
+        functions=("prepare_tokenizer", "prepare_corpus"), bounded=("prepare_tokenizer",), settings=("kv_groups=1", "val_text=null"),
     ),
     Case(
         "CSV, B", write_csv, "speech.csv", "train_audio_enc", "audio_enc_tiny", "train_csv",
         ("prepare_manifest", "split_rows", "prepare_tokenizer", "usable_rows", "report_unknown_characters"),
+        settings=("val_voices_csv=null",),
     ),
     Case(
         "JSON, C", write_json, "pictures.json", "train_vision", "vision_tiny", "train_manifest",
         functions=("prepare_manifest", "split_rows", "prepare_tokenizer", "in_distinct_groups"),
         bounded=("prepare_tokenizer",),
         settings=(
-            "val_manifest=null", "val_split=0.02", "image_root=null", "use_thinker_for_text=false", "thinker_ckpt=null",
+            "val_manifest=null", "val_split=0.02", "image_root=null",
         ),
         resumed=False,  # needs the pictures themselves
     ),

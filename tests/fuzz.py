@@ -264,7 +264,7 @@ ARCHIVES = Archive(
     "",
     r"(some/\w+\.wav)",
     extras=r"(some/texts)",
-    extra_of=lambda name: "some/texts",
+    extras_of=lambda name: ("some/texts",),
     count=20,
     growth=1.5,
 )

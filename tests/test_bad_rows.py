@@ -99,7 +99,7 @@ def test_a_missing_column_is_refused(stage, tmp_path):
     path = Path(training.config[stage.data_key])
     rows = read_rows(path)
     media, _ = names(rows[0])
-    write_rows(path, [{"path" if key == media else key: value for key, value in row.items()} for row in rows])
+    write_rows(path, [{"elsewhere" if key == media else key: value for key, value in row.items()} for row in rows])
     process = training.run()
     assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
     assert str(path) in process.stderr and media in process.stderr

@@ -101,7 +101,7 @@ BAD_FILES = {
     "no such file": (None, "expected a file, found none"),
     "missing column": (b"wav,remark\n1.wav,x\n", "text is missing"),
     "no header": (b"1.wav,hello\n", 'found "1.wav,hello"'),
-    "empty": (b"", "wav is missing"),
+    "empty": (b"", "empty, expected rows"),
     "no rows": (b"wav,text\n", "expected rows"),
     "NUL byte": (b"wav,text\n1.wav,x\n2.wav,a\0b\n", "line 3: found a NUL byte"),
     "another encoding": ("wav,text\n1.wav,x\n".encode("utf-16"), "found"),

@@ -32,8 +32,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def file(self, name: str) -> Path:
-        return self.path / name
+    def file(self, row: dict, column: str, root: str | None = None) -> Path:
+        return self.path / row[column]
 
     def where(self, row: int) -> str:
         return f"row {row + 1}"
