@@ -65,7 +65,8 @@ class Case:
 CASES = (
     Case(
         "text, A", write_text, "corpus.txt", "train_text", "thinker_tiny", "train_text",
-        functions=("prepare_tokenizer", "prepare_corpus"), bounded=("prepare_tokenizer",), settings=("kv_groups=1", "val_text=null"),
+        functions=("prepare_tokenizer", "prepare_corpus"), bounded=("prepare_tokenizer",),
+        settings=("kv_groups=1", "val_text=null"),
     ),
     Case(
         "CSV, B", write_csv, "speech.csv", "train_audio_enc", "audio_enc_tiny", "train_csv",

@@ -111,7 +111,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
 SLOW_PREPARATION = """
 import time, omni.data.corpus, omni.data.measure, omni.data.open_manifest
 for _module, _name, _seconds in (
-    (omni.data.corpus, "_tokenise", 3.0), (omni.data.open_manifest, "_make_index", 3.0), (omni.data.measure, "measure", 0.5)
+    (omni.data.corpus, "_tokenise", 3.0), (omni.data.open_manifest, "_make_index", 3.0),
+    (omni.data.measure, "measure", 0.5),
 ):
     def _slow(*args, _original=getattr(_module, _name), _name=_name, _seconds=_seconds, **keys):
         time.sleep(_seconds)
