@@ -71,7 +71,7 @@ class Seen:
 
 @dataclass
 class Findings:
-    """What is said of a data set, and drawn."""
+    """The lines, lengths and samples of the report."""
 
     lines: list[str] = field(default_factory=list)
     lengths: dict[str, np.ndarray] = field(default_factory=dict)

@@ -870,7 +870,7 @@ MUTATIONS = [
     ),
     Mutation(
         "caches", "a file that changed while it was read counts as read", "omni/common/caches.py",
-        'int.from_bytes(digest.digest(), "little") if same else 0',
+        'int.from_bytes(digest.digest(), "little") if found == facts else 0',
         'int.from_bytes(digest.digest(), "little")',
         "tests/test_caches.py::test_a_file_that_changes_while_the_others_are_made",
     ),

@@ -41,7 +41,7 @@ def facts_of_row(manifest, row: int, column: str, root: str | None) -> int:
 
 
 def _on_disk(source: Media) -> Path | Inline:
-    """The file of which a row names a part, or the file itself."""
+    """The file on disk that contains what a row names; a data URI as it is."""
     while isinstance(source, (Clip, Section)):
         source = source.source if isinstance(source, Clip) else source.path
     return source
@@ -65,14 +65,14 @@ def content_of_row(manifest, row: int, column: str, root: str | None, facts: int
 def _content(source: Media, facts: int) -> int:
     with open_media(source) as file:
         on_disk = _on_disk(source)
-        stat = (
-            None if isinstance(on_disk, Inline) else os.fstat(file.fileno()) if on_disk is source else os.stat(on_disk)
-        )
+        if isinstance(on_disk, Inline):
+            found = _IN_MANIFEST
+        else:
+            found = _facts(os.fstat(file.fileno()) if on_disk is source else os.stat(on_disk))
         digest = hashlib.blake2b(digest_size=8)
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-    same = facts == (_IN_MANIFEST if stat is None else _facts(stat))
-    return int.from_bytes(digest.digest(), "little") if same else 0
+    return int.from_bytes(digest.digest(), "little") if found == facts else 0
 
 
 _content_of_file = functools.lru_cache(maxsize=256)(_content)

@@ -50,10 +50,10 @@ class Section:
             BadRow: the outer file cannot be read, or ends earlier.
         """
         with open_media(self.path) as file:
-            data = os.pread(file.fileno(), self.size, self.start)
-        if len(data) < self.size:
-            raise BadRow(f"{quoted(self)}: the file ends before")
-        return Inline(data, "")
+            if (size := os.fstat(file.fileno()).st_size) < self.start + self.size:  # before memory is taken for it
+                raise BadRow(f"{quoted(self)}: the file has {size:,} bytes")
+            file.seek(self.start)
+            return Inline(file.read(self.size), "")
 
 
 @dataclass(frozen=True)

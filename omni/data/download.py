@@ -21,7 +21,7 @@ from omni.common.files import SEAL, read_sealed_json, remove_temporary, write_se
 from omni.data.archives import BLOCK_BYTES, Archive, progress, replacing, unpack
 from omni.data.transfer import Transfer, check_space, log, not_following
 
-_STEP_BYTES = 32 << 20  # of an archive of which the beginning is wanted, beyond its share by number of files
+_STEP_BYTES = 32 << 20  # downloaded beyond the estimate, where only the beginning of an archive is needed
 _DIGEST_LENGTHS = {32: "md5", 40: "sha1", 64: "sha256"}  # in hexadecimal digits
 
 

@@ -177,8 +177,8 @@ def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...]
 def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path, dict[str, int]]:
     """Write the rows of several files as JSON lines into the index. Returns their file, and the sizes of what was
     written."""
-    with open(folder / MEDIA, "wb") as file_of_copies:  # without a meta.json that gives its size, nobody reads it
-        media = MediaCopies(file_of_copies)
+    with open(folder / MEDIA, "wb") as file:  # not atomically: it counts only once meta.json has its digest
+        media = MediaCopies(file)
 
         def write(file) -> None:
             for row in tqdm(form.rows(path, media), unit="row", desc=f"gather {path.name}", disable=None):

@@ -1,4 +1,4 @@
-"""One download that resumes where an earlier one stopped, and what is said meanwhile.
+"""A download that resumes where an earlier one stopped, and its log lines.
 
 Imports only the standard library and tqdm, so that a script that downloads does not wait for torch.
 """

@@ -292,7 +292,7 @@ def spelled_by(columns: Tensor, limit: int) -> Tensor:
     kept[:, 1:] &= best[:, 1:] != best[:, :-1]
     place = kept.cumsum(dim=1) - 1
     kept &= place < limit
-    symbols = torch.full((len(best), limit + 1), END, device=best.device)  # the last place takes what is left out
+    symbols = torch.full((len(best), limit + 1), END, device=best.device)  # the last column: dropped symbols
     symbols.scatter_(1, torch.where(kept, place, limit), best + 1)
     return symbols[:, : max(1, int(kept.sum(dim=1).max()))]
 

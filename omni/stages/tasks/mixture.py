@@ -88,8 +88,8 @@ class EvalItems:
         return len(self.items)
 
     def batch(self, rows: np.ndarray, epoch: int) -> dict:
-        """A batch of ``Collator``, with each sample's ``task`` and ``references``, and ``candidates``: answers of which
-        the first is true, for samples whose measure needs them, else ()."""
+        """A batch of ``Collator``, with each sample's ``task``, ``references`` and ``candidates``: the true answer and
+        then others, for measures that rank answers; else ()."""
         bad: dict[str, str] = {}
         found = []
         for name, row in (self.items[int(i)] for i in rows):
