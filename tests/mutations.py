@@ -346,6 +346,21 @@ MUTATIONS = [
         "tests/test_corpus.py::test_lines_end_as_on_any_system_and_begin_after_a_bom",
     ),
     Mutation(
+        "no row vanishes", "where one text ends and the next begins, a token is read twice", "omni/data/corpus.py",
+        "np.cumsum([len(part) - 1 for part in parts])", "np.cumsum([len(part) for part in parts]) - 1",
+        "tests/test_text.py::test_several_files_train_as_their_concatenation_also_after_a_kill",
+    ),
+    Mutation(
+        "caches", "texts of the same name share their tokens in cache_dir", "omni/data/corpus.py",
+        "facts.append(str(path.resolve()))", "pass",
+        "tests/test_corpus.py::test_of_several_files_only_the_changed_one_is_tokenised_again",
+    ),
+    Mutation(
+        "bad config", "a folder is taken for a text", "omni/data/text_rows.py",
+        "if folder := next((path for path in paths if path.is_dir()), None):", "if folder := None:",
+        "tests/test_text.py::test_names_of_texts_that_cannot_be_used_are_one_line",
+    ),
+    Mutation(
         "any exception is the row's", "only expected exceptions are", "omni/common/errors.py",
         "if error is None or isinstance(error, _PASSED_ON):",
         "if not isinstance(error, OSError) or isinstance(error, _PASSED_ON):",

@@ -12,7 +12,7 @@ from stages import TEXT, WORDS
 
 from omni.common.errors import Interrupted, UserError
 from omni.data import corpus
-from omni.data.corpus import PackedTokens, TokenFile, prepare_corpus, sample_lines
+from omni.data.corpus import JoinedArray, PackedTokens, TokenFile, prepare_corpus, sample_lines
 from omni.data.lines import read_chunks, split_samples
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 
@@ -223,11 +223,11 @@ def test_memory_stays_bounded_however_long_the_file(text, tokenizer, monkeypatch
 
 def test_a_tokenizer_is_trained_on_the_whole_of_a_small_text_and_on_parts_from_all_over_a_large_one(text, monkeypatch):
     path, lines = text
-    assert list(sample_lines(FakeRun(), path)) == lines
+    assert list(sample_lines(FakeRun(), [path])) == lines
     numbered = [f"line {i:04}" for i in range(1000)]
     path.write_text("\n".join(numbered))
     monkeypatch.setattr(corpus, "_TOKENIZER_SAMPLE_BYTES", path.stat().st_size // 10)
-    sample = [numbered.index(line) for line in sample_lines(FakeRun(), path)]
+    sample = [numbered.index(line) for line in sample_lines(FakeRun(), [path])]
     chunks, size = path.stat().st_size / 500, sum(len(numbered[i]) for i in sample)
     assert size <= path.stat().st_size // 10 + chunks * len(numbered[0])
     assert sample == sorted(sample) and sample[0] == 0 and sample[-1] > 940
@@ -273,6 +273,39 @@ def test_a_line_of_100_mb_takes_no_more_memory_than_many_lines(tmp_path, nul):
         kept = sum(counts[split]["text_bytes"] - counts[split]["samples"] for split in ("train", "val"))
         assert kept + (counts["train"]["samples"] + counts["val"]["samples"] if name == "lines" else 0) == size
     assert peaks_gb["line"] < 1.2 * peaks_gb["lines"] + 0.1, peaks_gb
+
+
+@pytest.mark.parametrize("sizes", [(5, 9), (1, 5, 1, 1, 9, 1), (1, 1, 2), (40,)])
+def test_slices_of_several_files_are_those_of_one(sizes):
+    """Wherever they begin and end, files without samples among them."""
+    end, rng = 0, np.random.default_rng(0)
+    parts = [np.array([end, *rng.integers(1, 99, max(0, size - 2)), end][-size:], dtype="uint16") for size in sizes]
+    whole = np.concatenate([parts[0], *(part[1:] for part in parts[1:])])
+    joined = JoinedArray(parts)
+    for start in range(len(whole) - 1):
+        for stop in range(start + 1, len(whole) + 3):
+            assert joined[start:stop].tolist() == whole[start:stop].tolist(), (start, stop)
+
+
+def test_of_several_files_only_the_changed_one_is_tokenised_again(text, tokenizer, tmp_path):
+    """Also where a cache_dir holds the tokens of files of equal names."""
+    path, lines = text
+    for folder, part in (("a", lines[:150]), ("b", lines[150:])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part.txt").write_text("\n".join(part), encoding="utf-8")
+    pattern, run = str(tmp_path / "*" / "part.txt"), FakeRun()
+    run.config.cache_dir = str(tmp_path / "cache")
+    joined = prepare_corpus(run, pattern, tokenizer, val_split=0.3)
+    whole = prepare_corpus(FakeRun(), str(path), tokenizer, val_split=0.3)
+    for one, other in ((joined.train, whole.train), (joined.val, whole.val)):
+        assert one.open()[0 : one.tokens].tolist() == other.open().tolist()
+        assert (one.tokens, one.samples, one.text_bytes) == (other.tokens, other.samples, other.text_bytes)
+    run.lines.clear()
+    assert prepare_corpus(run, pattern, tokenizer, val_split=0.3) == joined and run.lines == []
+    second = tmp_path / "b" / "part.txt"
+    second.write_text(second.read_text(encoding="utf-8").replace("cat", "dog"), encoding="utf-8")
+    assert prepare_corpus(run, pattern, tokenizer, val_split=0.3).sha256 != joined.sha256
+    assert [line.split()[1] for line in run.lines if line.startswith("tokenising")] == [str(second)]
 
 
 @pytest.mark.parametrize("tokens", [9, 16, 17, 18, 40])
@@ -346,7 +379,7 @@ def test_lines_end_as_on_any_system_and_begin_after_a_bom(tmp_path, tokenizer, m
     run.log = said.append
     cache = prepare_corpus(run, str(path), tokenizer, val_split=0.3)
     train, val = decoded(cache.train, tokenizer), decoded(cache.val, tokenizer)
-    assert sorted(train + val) == sorted(lines) and list(sample_lines(FakeRun(), path)) == lines
+    assert sorted(train + val) == sorted(lines) and list(sample_lines(FakeRun(), [path])) == lines
     counts = f"52 lines = {len(train)} to train on + {len(val)} held out + 2 blank"
     assert said[-1] == f"{path}: {counts}"
 

@@ -3,6 +3,8 @@
 import json
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from harness import ROOT, ForkServer, Process, differences, kill_at_step
@@ -32,6 +34,67 @@ def test_a_held_out_file_takes_the_place_of_a_split(tmp_path):
     assert counts["corpus.txt"]["val"]["samples"] == 0, "nothing is taken from the training text"
     assert counts["held_out.txt"]["val"]["samples"] == 20
     assert training.metrics("val")[-1]["step"] == 4
+
+
+def in_parts(corpus: Path) -> Path:
+    """A folder with the lines of a text file as three files, the second of one line."""
+    folder, lines = corpus.parent / "parts", corpus.read_text().splitlines(keepends=True)
+    folder.mkdir()
+    for name, part in (("a.txt", lines[:9]), ("b.txt", lines[9:10]), ("c.txt", lines[10:])):
+        (folder / name).write_text("".join(part))
+    return folder
+
+
+def test_several_files_train_as_their_concatenation_also_after_a_kill(tmp_path):
+    held_out = tmp_path / "val.txt"
+    held_out.write_text("one red cat near two blue squares\nthree dogs\n" * 10)
+    reference = TEXT.training(tmp_path, save_dir="reference", max_steps=14, val_text=str(held_out))
+    reference.finish()
+    folder = in_parts(Path(reference.config["train_text"]))
+    (tmp_path / "val a.txt").write_text("one red cat near two blue squares\nthree dogs\n" * 3)
+    (tmp_path / "val b.txt").write_text("one red cat near two blue squares\nthree dogs\n" * 7)
+    for save_dir, named in (("pattern", str(folder / "*")), ("list", [str(folder / f"{one}.txt") for one in "abc"])):
+        keys = {"train_text": named, "val_text": str(tmp_path / "val ?.txt"), "save_dir": save_dir}
+        training = reference.changed(**keys)
+        assert training.run(prelude=kill_at_step(9)).returncode == -9
+        output = training.changed(num_workers=2).finish().stdout
+        assert "a.txt and 2 more: 24 lines = 24 to train on" in output
+        for name in ("metrics", "validations"):
+            assert training.state()[name] == reference.state()[name]
+        assert differences(training.state()["newest"]["phases"], reference.state()["newest"]["phases"]) == []
+    stdout = replace(training, script="scripts/check_data.py").finish(arguments=("--steps", "1")).stdout
+    assert "a.txt and 2 more: 24 lines = 24 to train on" in stdout
+    other_order = training.changed(train_text=[str(folder / f"{one}.txt") for one in "bac"], max_steps=20)
+    only_error(other_order.run(), "another training: data (train)")
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    {
+        "absent.txt": ("absent.txt", "expected a file, found none"),
+        "*.csv": ("*.csv", "expected a file, found none"),
+        "": ("expected a file, found an empty name",),
+        ".": ("expected a text file, found a folder", '/*.txt"'),
+        "b.txt": ("b.txt: named twice",),
+    }.items(),
+)
+@pytest.mark.parametrize("key", ["train_text", "val_text"])
+def test_names_of_texts_that_cannot_be_used_are_one_line(tmp_path, key, name, fragments):
+    training = TEXT.training(tmp_path)
+    folder = in_parts(Path(training.config["train_text"]))
+    training.config[key] = [str(folder / "b.txt"), name and str(folder / name)]
+    only_error(training.run(), f'key "{key}"', *fragments)
+    assert not training.save_dir.exists()
+
+
+def test_one_of_several_texts_that_cannot_be_used_is_named(tmp_path):
+    training = TEXT.training(tmp_path)
+    folder = in_parts(Path(training.config["train_text"]))
+    training.config["train_text"] = str(folder / "*.txt")
+    (folder / "d.txt").write_text("\n \n")
+    only_error(training.run(), "d.txt: expected lines of text, found none")
+    (folder / "d.txt").write_bytes("sch\xf6n\n".encode("latin-1"))
+    only_error(training.run(), "d.txt: row 1: expected UTF-8 text, found byte 0xf6")
 
 
 def test_nothing_held_out_is_said_and_trains(tmp_path):

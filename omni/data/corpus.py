@@ -1,8 +1,9 @@
-"""A text file of any size, as packed token sequences in a memory-mapped cache.
+"""Text files of any size, as packed token sequences in memory-mapped caches.
 
-The corpus is UTF-8, one sample per line, with LF, CRLF or CR as line ends; a byte-order mark is skipped. It is read
-once, in chunks of bounded memory: each line's tokens are appended to ``train.bin`` or ``val.bin``, followed by the
-end-of-text token. A kill costs at most one chunk. A training sequence is a slice of the file, without padding.
+A file is UTF-8, one sample per line, with LF, CRLF or CR as line ends; a byte-order mark is skipped. It is read once,
+in chunks of bounded memory: each line's tokens are appended to ``train.bin`` or ``val.bin``, followed by the
+end-of-text token. A kill costs at most one chunk. Several files have a cache each, and their tokens are read one after
+the other. A training sequence is a slice of these tokens, without padding.
 """
 
 import codecs
@@ -26,26 +27,30 @@ from omni.common.files import file_sha256, file_stat, open_sealed_json, read_sea
 from omni.common.host import Host
 from omni.data.index import hold_cache, make_once
 from omni.data.lines import PIECE_BYTES, count_lines, read_chunks, split_samples
+from omni.data.manifest import joined_name
+from omni.data.text_rows import text_files
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 
 _VERSION = 2
+_COUNTS = ("dialogues", "lines", "blank")  # of a file, in its meta.json
 _ENCODED_BYTES = 256 << 10  # text encoded at a time: a token takes over 100 bytes until it is written
 _TOKENIZER_SAMPLE_BYTES = 24 << 20  # training needs half a kilobyte of memory for each distinct word of the sample
 
 
-def sample_lines(run: Host, path: Path) -> Iterator[str]:
-    """Lines to train a tokenizer on: the whole file, or the beginning of each chunk of a large one."""
-    share = _TOKENIZER_SAMPLE_BYTES / max(1, path.stat().st_size)
-    row = 1
-    for chunk in read_chunks(path):
-        run.check_stop()
-        left = share * len(chunk)
-        for sample in split_samples(chunk, path, row):
-            if left <= 0:
-                break
-            left -= len(sample)
-            yield sample.decode("utf-8")
-        row += count_lines(chunk)
+def sample_lines(run: Host, paths: list[Path]) -> Iterator[str]:
+    """Lines to train a tokenizer on: all of the files, or the beginning of each chunk if they are large together."""
+    share = _TOKENIZER_SAMPLE_BYTES / max(1, sum(path.stat().st_size for path in paths))
+    for path in paths:
+        row = 1
+        for chunk in read_chunks(path):
+            run.check_stop()
+            left = share * len(chunk)
+            for sample in split_samples(chunk, path, row):
+                if left <= 0:
+                    break
+                left -= len(sample)
+                yield sample.decode("utf-8")
+            row += count_lines(chunk)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -67,35 +72,97 @@ class TokenFile:
 
 
 @dataclass(frozen=True)
+class JoinedTokens:
+    """Tokens of one split of several files, in place of a ``TokenFile``. The <end> that a file begins with is the <end>
+    of the sample before it, so the two are one token."""
+
+    parts: tuple[TokenFile, ...]
+
+    @property
+    def path(self) -> Path:
+        return joined_name([part.path for part in self.parts])
+
+    @property
+    def tokens(self) -> int:
+        return 1 + sum(part.tokens - 1 for part in self.parts)
+
+    @property
+    def samples(self) -> int:
+        return sum(part.samples for part in self.parts)
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(part.text_bytes for part in self.parts)
+
+    def open(self) -> "JoinedArray":
+        return JoinedArray([part.open() for part in self.parts])
+
+
+class JoinedArray:
+    """Slices of the arrays of several parts as of one array, in which the last token of a part and the first of the
+    next are the same."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self._parts, self._last = parts, np.cumsum([len(part) - 1 for part in parts])  # position of the last token
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, found = int(span.start), []
+        for number in range(int(np.searchsorted(self._last, start, side="right")), len(self._parts)):
+            part, first = self._parts[number], int(self._last[number]) + 1 - len(self._parts[number])
+            found.append(part[start - first : int(span.stop) - first])
+            start += len(found[-1])
+            if start >= span.stop:
+                break
+        return np.concatenate(found)
+
+
+@dataclass(frozen=True)
 class TokenCache:
-    train: TokenFile
-    val: TokenFile
+    train: TokenFile | JoinedTokens
+    val: TokenFile | JoinedTokens
     sha256: str  # digest of the corpus
     dialogues: int  # samples in the chat format
+    lines: int  # with text
+    blank: int
 
 
-def prepare_corpus(run: Host, path: str, tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
-    """Tokenise ``path`` once; later calls open the cache.
+def prepare_corpus(run: Host, files: str | list[str], tokenizer: Tokenizer, *, val_split: float) -> TokenCache:
+    """Tokenise each of the ``files`` once; later calls open the caches.
 
-    The cache lies beside the corpus (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while the corpus
-    keeps its size and mtime; otherwise the corpus is hashed, and tokenised again if its content has changed. A hash of
-    its text alone decides a sample's split: a repeated line is never in both, and all seeds share a validation split.
+    A cache lies beside its file (or in ``cache_dir``), keyed by tokenizer and split. It is trusted while the file keeps
+    its size and mtime; otherwise the file is hashed, and tokenised again if its content has changed. A hash of its text
+    alone decides a sample's split: a repeated line is never in both, and all seeds share a validation split.
 
     Raises:
-        UserError: the corpus is empty, not UTF-8, or its folder cannot be written.
+        UserError: a file is missing, empty or not UTF-8, or its folder cannot be written.
         Interrupted: the run was asked to stop; a later call continues after the last chunk.
     """
-    corpus = Path(path)
-    key = hashlib.sha256(json.dumps([_VERSION, tokenizer.fingerprint, val_split]).encode()).hexdigest()[:12]
-    folder = Path(run.config.cache_dir or corpus.parent) / f"{corpus.name}.tokens-{key}"
+    paths, caches = text_files(files), []
     with run.main_process_first():
-        if run.is_main:
-            _prepare(run, corpus, folder, tokenizer, val_split)
-        meta = json.loads((folder / "meta.json").read_text())
-        cache = _read_cache(folder, meta)
+        for path in paths:
+            facts = [_VERSION, tokenizer.fingerprint, val_split]
+            if run.config.cache_dir:  # where files of several folders may have the same name
+                facts.append(str(path.resolve()))
+            key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+            folder = Path(run.config.cache_dir or path.parent) / f"{path.name}.tokens-{key}"
+            if run.is_main:
+                _prepare(run, path, folder, tokenizer, val_split)
+            caches.append(_read_cache(folder, json.loads((folder / "meta.json").read_text())))
+    cache = _joined(caches)
     if run.is_main:
-        run.log(_account(corpus, cache, meta))
+        run.log(_account(joined_name(paths), cache))
     return cache
+
+
+def _joined(caches: list[TokenCache]) -> TokenCache:
+    if len(caches) == 1:
+        return caches[0]
+    return TokenCache(
+        train=JoinedTokens(tuple(cache.train for cache in caches)),
+        val=JoinedTokens(tuple(cache.val for cache in caches)),
+        sha256=hashlib.sha256(" ".join(cache.sha256 for cache in caches).encode()).hexdigest(),
+        **{name: sum(getattr(cache, name) for cache in caches) for name in _COUNTS},
+    )
 
 
 def _prepare(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_split: float) -> None:
@@ -121,12 +188,12 @@ def _read_cache(folder: Path, meta: dict) -> TokenCache:
         name: TokenFile(path=folder / f"{name}.bin", **{key: meta[name][key] for key in counts})
         for name in ("train", "val")
     }
-    return TokenCache(**splits, sha256=meta["sha256"], dialogues=meta["dialogues"])
+    return TokenCache(**splits, sha256=meta["sha256"], **{name: meta[name] for name in _COUNTS})
 
 
-def _account(corpus: Path, cache: TokenCache, meta: dict) -> str:
+def _account(corpus: Path, cache: TokenCache) -> str:
     """A log line that accounts for every line of the corpus."""
-    train, val, lines, blank = cache.train.samples, cache.val.samples, meta["lines"], meta["blank"]
+    train, val, lines, blank = cache.train.samples, cache.val.samples, cache.lines, cache.blank
     assert train + val >= lines, f"{corpus}: {lines} lines with text, but {train} + {val} samples"
     text = f"{corpus}: {lines + blank:,} lines = {train:,} to train on + {val:,} held out + {blank:,} blank"
     more = train + val - lines
@@ -147,7 +214,7 @@ def _why_stale(corpus: Path, folder: Path) -> tuple[str | None, dict | None]:
     path = folder / "meta.json"
     try:
         meta = open_sealed_json(path)
-        _read_cache(folder, meta), meta["lines"], meta["blank"]
+        _read_cache(folder, meta)
         touched = {name: file_stat(folder / f"{name}.bin") != meta[name]["stat"] for name in ("train", "val")}
         size = meta["corpus"]["size"]
     except FileNotFoundError as error:
@@ -230,7 +297,7 @@ def _tokenise(run: Host, corpus: Path, folder: Path, tokenizer: Tokenizer, val_s
             bar.update(len(chunk))
     if file_stat(corpus) != stat:
         raise UserError(f"{corpus}: changed while it was read. Run the same command again when it is complete")
-    if not done["train" if val_split < 1 else "val"]["samples"]:
+    if not done["train"]["samples"] + done["val"]["samples"]:
         raise UserError(f"{corpus}: expected lines of text, found none")
     for name in ("train", "val"):
         path = folder / f"{name}.bin"
@@ -271,7 +338,7 @@ class PackedTokens:
 
     def __init__(
         self,
-        tokens: TokenFile,
+        tokens: TokenFile | JoinedTokens,
         ctx_len: int,
         *,
         keep_tail: bool = False,
@@ -287,7 +354,7 @@ class PackedTokens:
                 f"{tokens.path}: expected at least ctx_len + 1 = {ctx_len + 1} tokens, found {tokens.tokens}. "
                 "Lower ctx_len, or give a longer corpus"
             )
-        self._array: np.ndarray | None = None
+        self._array: np.ndarray | JoinedArray | None = None
 
     def __len__(self) -> int:
         return self.sequences

@@ -130,6 +130,12 @@ def place_of(row: dict) -> dict:
     return {name: row[name] for name in (PART, FOLDER) if name in row}
 
 
+def joined_name(paths: list[Path]) -> Path:
+    """What messages call several files that are read one after the other."""
+    first, *others = paths
+    return first.with_name(f"{first.name} and {len(others)} more") if others else first
+
+
 class JoinedManifest(Manifest):
     """The rows of several manifests, one after the other.
 
@@ -141,7 +147,7 @@ class JoinedManifest(Manifest):
     def __init__(self, parts: list[Manifest], folder: Path) -> None:
         first = parts[0]
         self.parts, self.folder, self.format, self.columns = parts, folder, first.format, first.columns
-        self.path = first.path.with_name(f"{first.path.name} and {len(parts) - 1} more")
+        self.path = joined_name([part.path for part in parts])
         self.sha256 = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
         self.keys = np.concatenate([part.keys for part in parts])
         self.facts, self.left_out = {}, {}

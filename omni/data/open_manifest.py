@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from omni.data.records import other_encoding
 
 _VERSION = 4
 _MOST_SHARDS = 100_000
+_CACHE = re.compile(r"\.(index|tokens)-")  # in the name of a folder that lies beside the data; no pattern means it
 
 
 def prepare_manifest(
@@ -34,7 +36,7 @@ def prepare_manifest(
 
 
 def load_manifest(
-    files: str | Path | list[str],
+    files: str | Path | list[str] | list[Path],
     columns: tuple[str, ...],
     key: str,
     *,
@@ -76,7 +78,7 @@ def _joined(parts: list[Manifest], cache_dir: str | None) -> Manifest:
     return JoinedManifest(parts, Path(cache_dir or first.parent) / f"{first.name}.index-{digest}")
 
 
-def expand(files: str | Path | list[str]) -> list[Path]:
+def expand(files: str | Path | list[str] | list[Path]) -> list[Path]:
     """The files and folders that a config key or an argument names.
 
     Raises:
@@ -90,12 +92,12 @@ def expand(files: str | Path | list[str]) -> list[Path]:
         matching = (
             [path] if path.exists() else sorted({Path(n) for p in patterns for n in glob.glob(p, recursive=True)})
         )
-        matching = [match for match in matching if ".index-" not in match.name]
+        matching = [match for match in matching if not _CACHE.search(match.name)]
         if not matching:
             kind = "files like it" if glob.has_magic(str(name)) or len(patterns) > 1 else "a file"
             raise UserError(f"{name}: expected {kind}, found none")
         found += (table for match in matching for table in _tables_of(match))
-    if twice := next((path for path in found if found.count(path) > 1), None):
+    if twice := next((path for path, count in Counter(found).items() if count > 1), None):
         raise UserError(f"{twice}: named twice, expected each file once")
     return found
 

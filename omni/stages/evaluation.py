@@ -22,6 +22,7 @@ from omni.data.audio import griffin_lim, log_mel
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.open_manifest import load_manifest
+from omni.data.text_rows import text_files
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.aligner import text_symbols
 from omni.models.codec import mel_spec
@@ -81,7 +82,8 @@ def text_batches(args: argparse.Namespace, thinker: Thinker, tokenizer: Tokenize
         counts.update(lines=0, bytes=0)
         return whole
 
-    for sample in itertools.islice(text_lines(Path(args.data)), args.limit):
+    lines = itertools.chain.from_iterable(map(text_lines, text_files(args.data)))
+    for sample in itertools.islice(lines, args.limit):
         tokens += [*tokenizer.encode(sample.decode("utf-8")), tokenizer.eos_id]
         counts["lines"] += 1
         counts["bytes"] += len(sample) + 1

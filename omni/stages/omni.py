@@ -20,6 +20,7 @@ from omni.train.config import (
     StageConfig,
     check_given,
     input_files,
+    input_texts,
     resumable,
 )
 from omni.train.stage import ExportedPart, Stage
@@ -48,10 +49,10 @@ class SftConfig(StageConfig):
     )
 
     # Files of the mixture; held-out files have the same keys with val_, default: val_split of the rows
-    text_path: Files | None = input_files(
+    text_path: Files | None = input_texts(
         None, hint=TEXT_HINT, description="text file of the task text: its dialogues, or all lines if it has none"
     )
-    val_text_path: Files | None = input_files(None, hint=TEXT_HINT)
+    val_text_path: Files | None = input_texts(None, hint=TEXT_HINT)
     image_manifest: Files | None = input_files(
         None,
         hint=PICTURES_HINT,

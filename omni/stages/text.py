@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.data.corpus import sample_lines
+from omni.data.manifest import joined_name
+from omni.data.text_rows import text_files
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.thinker import Thinker
-from omni.train.config import TEXT_HINT, StageConfig, input_file
+from omni.train.config import TEXT_HINT, Files, StageConfig, input_file, input_texts
 from omni.train.run import Run
 from omni.train.stage import ExportedPart, Stage
 
@@ -24,8 +26,8 @@ class TextConfig(ThinkerArchitecture, StageConfig):
         "use_swiglu": "the MLP is always SwiGLU, as in Qwen3",
     }
 
-    train_text: str = input_file(hint=TEXT_HINT, description="UTF-8 corpus, one sample a line")
-    val_text: str | None = input_file(
+    train_text: Files = input_texts(hint=TEXT_HINT, description="UTF-8 corpus, one sample a line")
+    val_text: Files | None = input_texts(
         None, hint=TEXT_HINT, description="held-out corpus; default: val_split of train_text's lines"
     )
     tokenizer_path: str | None = input_file(None, description="tokenizer.json to use; default: trained into save_dir")
@@ -87,8 +89,9 @@ def prepare_tokenizer(run: Run, config: TextConfig) -> Tokenizer:
             if config.tokenizer_path:
                 Tokenizer.load(config.tokenizer_path).save(path)
             else:
-                run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {config.train_text}")
-                lines = sample_lines(run, Path(config.train_text))
+                paths = text_files(config.train_text)
+                run.log(f"training a tokenizer of up to {config.vocab_size} tokens on {joined_name(paths)}")
+                lines = sample_lines(run, paths)
                 run.wait_for(lambda: Tokenizer.train(lines, config.vocab_size)).save(path)
         tokenizer = Tokenizer.load(path)
     if config.tokenizer_path and Tokenizer.load(config.tokenizer_path).fingerprint != tokenizer.fingerprint:

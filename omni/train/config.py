@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
@@ -17,6 +18,7 @@ from omni.common.errors import UserError
 from omni.common.media import quoted
 from omni.data.open_manifest import expand
 from omni.data.records import other_encoding
+from omni.data.text_rows import text_files
 
 ConfigType = TypeVar("ConfigType", bound="StageConfig")
 
@@ -51,7 +53,13 @@ def input_file(default=..., *, hint: str = "", **constraints):
 
 def input_files(default=..., *, hint: str = "", **constraints):
     """As ``input_file``: what ``omni.data.open_manifest.expand`` finds, and at least one file."""
-    extra = {"resumable": True, "files": True, "hint": hint}
+    extra = {"resumable": True, "files": expand, "hint": hint}
+    return Field(default, json_schema_extra=extra, **constraints)
+
+
+def input_texts(default=..., *, hint: str = "", **constraints):
+    """As ``input_files``, of text: a file, a pattern such as "books/*.txt", or a list of these; no folder."""
+    extra = {"resumable": True, "files": text_files, "hint": hint}
     return Field(default, json_schema_extra=extra, **constraints)
 
 
@@ -138,7 +146,7 @@ class StageConfig(BaseModel):
             extra, path = field.json_schema_extra or {}, getattr(self, name)
             hint = f" ({hint})" if (hint := hint_of(path, extra.get("hint", ""))) else ""
             if extra.get("files") and path is not None:
-                check_given(name, path, hint)
+                check_given(name, path, hint, extra["files"])
             if extra.get("file") and path is not None and not os.path.isfile(path):
                 found = f"none at {path}" if path else "an empty name; null is for no file"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
@@ -152,10 +160,10 @@ def hint_of(files: Files | None, otherwise: str) -> str:
     return otherwise if isinstance(files, str) and Path(files).name in otherwise else ""  # not for a file of one's own
 
 
-def check_given(name: str, files: Files, hint: str = "") -> None:
+def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = expand) -> None:
     """
     Raises:
-        UserError: a file, folder or pattern of the key ``name`` does not exist.
+        UserError: a file, folder or pattern of the key ``name`` does not exist, or ``expand_all`` refuses it.
     """
     for given in files if isinstance(files, list) else [files]:
         try:
@@ -168,6 +176,10 @@ def check_given(name: str, files: Files, hint: str = "") -> None:
         raise UserError(f'key "{name}": expected a file, found {found}{hint}')
     if not files:
         raise UserError(f'key "{name}": expected a file, found an empty list; null is for no file{hint}')
+    try:
+        expand_all(files)
+    except UserError as error:
+        raise UserError(f'key "{name}": {error}') from error
 
 
 def read_keys(path: str) -> dict:
