@@ -176,7 +176,8 @@ def coco_captions(folder: Path, split: str) -> list[tuple[str, str]]:
 
 
 def vqa_rows(folder: Path, items: Items) -> dict[str, TableRows]:
-    """A row for each picture with a question: one caption, and ``questions``, [question, most common answer, answers].
+    """A row for each picture with a question: ``captions``, the first of them as ``caption``, and ``questions``,
+    [question, most common answer, answers].
 
     VQA v2 asks about the pictures of COCO 2014, which COCO 2017 has under other names and in other splits. A picture's
     number is the same in both: questions of either split of 2014 go where 2017 has their picture.
@@ -199,11 +200,15 @@ def vqa_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     rows, counts = {}, []
     for split, output in splits.items():
         if f"{split}.zip" in items:
-            captions = dict(reversed(coco_captions(folder, split)))  # the first of each picture
+            captions: dict[str, list[str]] = {}
+            for name, caption in coco_captions(folder, split):
+                captions.setdefault(name, []).append(caption)
             names = sorted(name for name in asked if name.startswith(split))
             with as_published(folder / f"annotations/captions_{split}.json"):
                 rows[output] = [
-                    {"image": name, "caption": captions[name], "questions": [one for _, one in sorted(asked[name])]}
+                    # stage C reads "caption"; a row with a blank text in "captions" is a bad row of stage E
+                    {"image": name, "caption": captions[name][0], "captions": list(filter(None, captions[name]))}
+                    | {"questions": [one for _, one in sorted(asked[name])]}
                     for name in names
                 ]
             counts.append(f"{sum(len(asked[name]) for name in names):,} about {len(names):,} pictures of {split}")

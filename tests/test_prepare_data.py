@@ -570,10 +570,13 @@ def test_questions_about_pictures(preparation):
         "VQA v2: 10 questions = 4 about 2 pictures of train2017 + 2 about 1 pictures of val2017 "
         "+ 4 left out (picture not unpacked) + 0 left out (blank)"
     ) in printed
-    train = [
-        {"image": f"train2017/{i:012}.jpg", "caption": f"A “{i}”, again 0.", "questions": asked(i)} for i in (9, 30)
-    ]
-    held_out = [{"image": "val2017/000000000139.jpg", "caption": "A “139”, again 0.", "questions": asked(139)}]
+
+    def row(image: int, folder: str) -> dict:
+        captions = [f"A “{image}”, again {k}." for k in (0, 1)]
+        row = {"image": f"{folder}/{image:012}.jpg", "caption": captions[0], "captions": captions}
+        return row | {"questions": asked(image)}
+
+    train, held_out = [row(image, "train2017") for image in (9, 30)], [row(139, "val2017")]
     assert preparation.rows("images/production_vqa.json") == train
     assert preparation.rows("images/production_vqa.val.json") == held_out
     assert [name for name, _ in preparation.server.requests].count("train2017.zip") == 1, "pictures were fetched twice"

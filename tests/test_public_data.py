@@ -14,6 +14,7 @@ from test_prepare_data import (  # the fixtures, too
     preparation,  # noqa: F401
     server,  # noqa: F401
 )
+from test_sft import prepared, small_config
 
 TASKS = {"image_question": 2.0, "conversation": 1.0, "transcription": 1.0, "caption": 1.0}
 
@@ -25,6 +26,24 @@ def with_real_pictures(prepared: Preparation) -> None:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG")
         path.write_bytes(file.getvalue())
+
+
+@pytest.mark.usefixtures("server")
+def test_a_photo_with_questions_has_all_captions_of_the_published_file(preparation, tmp_path):  # noqa: F811
+    """Stage E learns each of them, and compares an answer with all: CIDEr with one reference is another measure."""
+    preparation.finish("coco", "vqa")
+    manifest = str(preparation.out / "images/production_vqa.json")
+    with_real_pictures(preparation)
+    published: dict[str, set[str]] = {}
+    for row in preparation.rows("images/production_annotations.json"):
+        published.setdefault(row["image"], set()).add(row["caption"])
+    config = small_config(tmp_path, image_manifest=manifest, val_image_manifest=manifest, image_root=None)
+    tasks, val_tasks, _, _ = prepared(config)
+    for number, row in enumerate(preparation.rows("images/production_vqa.json")):
+        learnt = {tasks["caption"].messages(row, np.random.default_rng(seed))[-1]["content"] for seed in range(16)}
+        references = val_tasks["caption"].sample(number, 0, {})[1]
+        assert learnt == set(references.accepted) == published[row["image"]] and len(learnt) == 2
+        assert "cider" in references.measures
 
 
 @pytest.mark.usefixtures("server")
