@@ -16,7 +16,15 @@ from omni.data.manifest import account_for_split, split_rows
 from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
 from omni.models.picture_text import PictureTextModel
-from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups, report_cut_captions
+from omni.stages.captions import (
+    GROUP,
+    CaptionRanking,
+    CaptionRows,
+    Classes,
+    check_candidates,
+    in_distinct_groups,
+    report_cut_captions,
+)
 from omni.stages.text import STAGE as THINKER
 from omni.stages.vision import STAGE, VisionConfig, prepare_tokenizer, train_tokenizer
 from omni.train.cli import launch, parse_stage_args
@@ -39,6 +47,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         else:  # by the picture's name: all captions of a picture are on one side
             train_rows, held_out_rows = split_rows(manifest, config.val_split)
         account_for_split(run, manifest, train_rows, held_out, held_out_rows)
+        groups, largest = in_distinct_groups(held_out, held_out_rows)
+        if largest > 1 or config.val_manifest:
+            check_candidates(held_out.path, largest, run.log)
+        else:
+            run.log(
+                "fewer than 2 held-out pictures with different captions (val_split is 0, or there are few): nothing "
+                "will be validated"
+            )
 
         # --- Text tower and tokenizer ----------------------------------------------------------------------------
         requested_vocab_size, thinker = config.vocab_size, None
@@ -69,8 +85,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         for captions, rows in ((manifest, train_rows), (held_out, held_out_rows)):
             report_cut_captions(run, captions, rows, tokenizer, config.ctx_len)
-        if len(train_rows) < 2:
-            raise UserError(f"{manifest.path}: expected at least 2 pictures to train on, found {len(train_rows)}")
+        pictures = len(np.unique(np.asarray(manifest.keys)[train_rows]))  # hashes of their names
+        if pictures < 2:
+            raise UserError(f"{manifest.path}: expected at least 2 pictures to train on, found {pictures}")
         train_set = training_set(run, CaptionRows(manifest, train_rows, tokenizer, config, training=True))
         if len(train_rows) % config.batch_size == 1 and not config.drop_last:
             run.log(
@@ -80,13 +97,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
         # --- Validation: does a picture find its caption among 64? -----------------------------------------------
         validation, classes = None, Classes.beside(held_out.path)
-        if len(held_out_rows) > 1:
-            groups = in_distinct_groups(held_out, held_out_rows)
+        if largest > 1:
             rows = CaptionRows(held_out, groups, tokenizer, config, training=False, classes=classes)
             split, ranking = held_out_set(run, rows, GROUP), CaptionRanking(tokenizer, config.ctx_len, classes)
             validation = Validation(split, ranking.sums, ranking.metrics)
-        else:
-            run.log("fewer than 2 held-out pictures (val_split is 0, or there are few): nothing will be validated")
 
         # --- Train -----------------------------------------------------------------------------------------------
         fingerprint = {

@@ -468,6 +468,21 @@ MUTATIONS = [
         "tests/test_measures.py",
     ),
     Mutation(
+        "fair scores", "a picture without another caption has a loss of 0", "omni/stages/captions.py",
+        '"rows": (~same).any(dim=1).sum(),', '"rows": torch.tensor(B),',
+        "tests/test_vision.py::test_a_picture_alone_has_no_part_in_the_loss_of_validation",
+    ),
+    Mutation(
+        "fair scores", "captions of one picture are validated", "omni/stages/captions.py",
+        "if largest < 2:", "if False:",
+        "tests/test_vision.py::test_held_out_pictures_that_have_nothing_to_be_told_from_are_refused",
+    ),
+    Mutation(
+        "fair scores", "a rank among few answers is given without the score of a guess", "omni/stages/tasks/mixture.py",
+        "> 1.001 / CANDIDATES:", "> 1:",
+        "tests/test_measures.py::test_scores_are_the_same_in_any_batches_and_processes",
+    ),
+    Mutation(
         "fair scores", "a photo with questions has one of its captions", "scripts/prepare_data.py",
         '"captions": list(filter(None, captions[name]))', '"captions": captions[name][:1]',
         "tests/test_public_data.py::test_a_photo_with_questions_has_all_captions_of_the_published_file",

@@ -288,7 +288,11 @@ def test_scores_are_the_same_in_any_batches_and_processes(tmp_path):
     assert names == {"text", "caption", "transcription", "sign", "spoken_answer", "conversation"}
     assert all(0 <= metrics[f"accuracy_{name}"] <= 1 for name in names) and 0 <= metrics["cider_caption"] <= 1
     assert metrics["accuracy"] == pytest.approx(np.mean([metrics[f"accuracy_{name}"] for name in names]))
-    scores = {key: value for key, value in whole.items() if key.startswith(("score/", "reported/"))}
+    assert metrics["chance_conversation"] == pytest.approx(1 / 9), "each answer is ranked among nine"
+    assert {name for name in metrics if name.startswith("chance_")} == {"chance_conversation", "chance_caption"}
+    among_64 = whole | {"chance/conversation/earned": 7 / 64, "chance/conversation/possible": 7.0}
+    assert "chance_conversation" not in AnswerScore(processor, 6, val_tasks).metrics(among_64)
+    scores = {key: value for key, value in whole.items() if key.startswith(("score/", "reported/", "chance/"))}
     assert scores["score/caption/rank_among_64/items"] == 7 == scores["reported/caption/cider/items"]
     for size, world in ((1, 1), (3, 1), (2, 3)):
         parts = [scores_of(model, val_tasks, processor, size, rank, world) for rank in range(world)]

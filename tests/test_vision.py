@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Training, differences, kill_at_step
+from harness import Training, differences, kill_at_step, run_script
 from PIL import Image
 from safetensors.torch import save_file
 from stages import TEXT, VISION, make_images
@@ -332,7 +332,8 @@ def test_validation_groups_hold_distinct_pictures_and_captions(tmp_path):
     rows = [{"image": f"{rng.randrange(150)}.png", "caption": f"caption {rng.randrange(120)}"} for _ in range(300)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"image": "x.png"}\n')
     manifest = load_manifest(tmp_path / "rows.jsonl", ("image", "caption"), "image")
-    order = in_distinct_groups(manifest, np.arange(301))
+    order, largest = in_distinct_groups(manifest, np.arange(301))
+    assert largest == GROUP and in_distinct_groups(manifest, np.arange(7))[1] <= 7
     assert sorted(order.tolist()) == list(range(301)) and order[-1] == 300
     full = 0
     for start in range(0, 256, GROUP):
@@ -571,6 +572,38 @@ def test_captions_that_are_cut_and_a_picture_without_company_are_told(tmp_path):
 
 def test_a_picture_alone_has_no_part_in_the_loss_of_validation():
     assert math.isnan(judged(Oracle(None, torch.full((1, 0), -1), torch.arange(1)), 1)["loss"])
+    model = Oracle(None, torch.full((3, 0), -1), torch.tensor([1, 0, 2]))
+    same = torch.eye(3, dtype=torch.bool)
+    same[2] = same[:, 2] = True  # the third has the caption of one and the picture of the other
+    two = Oracle(None, torch.full((2, 0), -1), torch.tensor([1, 0]))
+    assert judged(model, 3, same)["loss"] == pytest.approx(judged(two, 2)["loss"]) and judged(two, 2)["loss"] > 1
+    assert math.isnan(judged(model, 3, torch.ones(3, 3, dtype=torch.bool))["loss"])
+
+
+def test_held_out_pictures_that_have_nothing_to_be_told_from_are_refused(tmp_path):
+    """Captions of one picture, or one caption of all pictures: their loss is 0 whatever the model has learnt."""
+    training = VISION.training(tmp_path, max_steps=8)
+    rows = json.loads((tmp_path / "annotations.json").read_text())
+    held_out = tmp_path / "val.json"
+    training.config["val_manifest"] = str(held_out)
+    refused = "expected at least 2 different pictures with different captions to tell apart, found 1"
+    for alike in ([rows[0] | {"caption": text} for text in ("one cat", "two dogs")], [rows[0], rows[1] | rows[0]]):
+        held_out.write_text(json.dumps(alike))
+        only_error(training.run(), f"{held_out}: {refused}")
+    held_out.write_text(json.dumps([row | {"caption": "one cat"} for row in rows[:5]]))
+    only_error(training.run(), f"{held_out}: {refused}")
+    held_out.write_text(json.dumps([rows[0], rows[0] | {"caption": "one cat"}, rows[1] | {"caption": "two dogs"}]))
+    training.finish()
+    log = (training.save_dir / "training.log").read_text()
+    assert f"{held_out}: of its held-out rows, 2 have different pictures and different captions" in log
+    metrics = training.metrics("val")[-1]
+    assert metrics["loss"] > 0 and "top1_of_64" not in metrics
+    judgement = run_script(training, "scripts/evaluate.py", "vision", "--data", str(held_out), "--limit", "2")
+    assert judgement.returncode == 2 and judgement.stderr.endswith(f"error: {held_out}: {refused}\n")
+    same_picture = tmp_path / "one picture.json"
+    same_picture.write_text(json.dumps([rows[0] | {"caption": text} for text in ("one cat", "two dogs", "three")]))
+    training.config |= {"train_manifest": str(same_picture), "save_dir": str(tmp_path / "other")}
+    only_error(training.run(), f"{same_picture}: expected at least 2 pictures to train on, found 1")
 
 
 def test_a_picture_outside_image_root_is_not_read(tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -216,10 +217,11 @@ def exchange_sides(caption: str) -> str:
     return SIDES.sub(lambda found: found[1] + OTHER_SIDE[found[2]] + found[3], caption)
 
 
-def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
-    """``rows``, reordered into groups of 64 with distinct pictures and captions.
+def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """``rows``, reordered into groups of 64 with distinct pictures and captions, and the size of the largest group.
 
-    Rows that fill no such group, and unreadable rows, come last.
+    Rows that fill no such group, and unreadable rows, come last. If the largest group is of one row, every row has the
+    picture or the caption of every other one.
     """
     full, open_groups, rest = [], [], []
     for row in rows.tolist():
@@ -239,7 +241,29 @@ def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
         if len(group["rows"]) == GROUP:
             full += group["rows"]
             open_groups.remove(group)
-    return np.array(full + [row for group in open_groups for row in group["rows"]] + rest, dtype=np.int64)
+    largest = GROUP if full else max((len(group["rows"]) for group in open_groups), default=0)
+    return np.array(full + [row for group in open_groups for row in group["rows"]] + rest, dtype=np.int64), largest
+
+
+def check_candidates(path: Path, largest: int, log: Callable[[str], None]) -> None:
+    """Log if retrieval is measured among fewer than 64 captions.
+
+    Args:
+        largest: see ``in_distinct_groups``.
+
+    Raises:
+        UserError: there is no other caption that a picture could find.
+    """
+    if largest < 2:
+        raise UserError(
+            f"{path}: expected at least 2 different pictures with different captions to tell apart, found "
+            f"{largest or 'none'}"
+        )
+    if largest < GROUP:
+        log(
+            f"{path}: of its held-out rows, {largest} have different pictures and different captions: top-1 among "
+            f"{GROUP} is not measured, and the loss is lower than among {GROUP}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,7 +273,7 @@ def in_distinct_groups(manifest: Manifest, rows: np.ndarray) -> np.ndarray:
 class CaptionRanking:
     """Metrics of retrieval and zero-shot classification: the ``sums`` and ``metrics`` of a ``Validation``.
 
-    ``loss``: contrastive loss in nats, over groups of 64.
+    ``loss``: contrastive loss in nats, over groups of up to 64; a guess has log(64) in a full one.
 
     ``top1_of_64``: share of pictures whose own caption, among 64 distinct ones, is the nearest; and the same from
     captions to pictures. Only batches of 64 distinct pairs count.
@@ -273,10 +297,10 @@ class CaptionRanking:
         nearest = similarities(pictures, captions)  # (B, B)
         own = torch.arange(B, device=same.device)
         ranked = (same.sum() == B) * (B == GROUP)
-        compared = B * (B > 1)  # a single picture has no other caption, so its loss is always 0
         sums = {
-            "loss": loss * compared,
-            "rows": torch.tensor(compared),
+            "loss": loss * B,
+            # without those that share a picture or a caption with every other row, whose loss is always 0
+            "rows": (~same).any(dim=1).sum(),
             "ranked": ranked * B,
             "caption_found": ranked * (nearest.argmax(dim=1) == own).sum(),
             "picture_found": ranked * (nearest.argmax(dim=0) == own).sum(),

@@ -32,7 +32,7 @@ from omni.models.speaker import Speaker
 from omni.models.thinker import Thinker
 from omni.stages import STAGES
 from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, Utterances, error_counts, transcribe
-from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, in_distinct_groups
+from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, check_candidates, in_distinct_groups
 from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
 from omni.stages.omni import SftConfig
@@ -126,7 +126,8 @@ def evaluate_vision(args: argparse.Namespace, opened: Loaded, device: torch.devi
     model, tokenizer = opened.model, opened.tokenizer
     config = opened.config_as(VisionConfig, image_root=args.image_root)
     manifest = load_manifest(args.data, ("image", "caption"), "image", cache_dir=args.cache_dir, log=to_stderr)
-    order = in_distinct_groups(manifest, first_rows(len(manifest), args))
+    order, largest = in_distinct_groups(manifest, first_rows(len(manifest), args))
+    check_candidates(manifest.path, largest, to_stderr)
     classes = Classes.beside(manifest.path)
     rows = CaptionRows(manifest, order, tokenizer, config, training=False, classes=classes)
     ranking = CaptionRanking(tokenizer, config.ctx_len, classes)

@@ -17,7 +17,7 @@ from omni.models.omni_model import OmniModel
 from omni.stages.talker import talker_metrics, talker_sums
 from omni.stages.tasks.base import SftTask
 from omni.stages.tasks.cider import DocumentFrequencies
-from omni.stages.tasks.measures import MEASURES, Points
+from omni.stages.tasks.measures import CANDIDATES, MEASURES, Points
 from omni.stages.tasks.processor import Processor
 
 
@@ -121,6 +121,7 @@ class AnswerScore:
     ``loss``: nats per token of the true answers. ``accuracy_<task>``: the task's score from 0 to 1, by its measure in
     ``omni.stages.tasks.measures``; in a conversation, of the last answer, given the true ones before it. ``accuracy``:
     the mean of the tasks' scores, so each task counts the same. ``<measure>_<task>``: measures that are only reported.
+    ``chance_<task>``: the score of a guess, where a measure ranks among fewer than 64 candidates.
     ``code_perplexity``: of the talker on spoken answers, with the Thinker's states; ``code_perplexity_of_text``: with
     the text alone.
 
@@ -141,6 +142,10 @@ class AnswerScore:
             for name, given in (("states", speech), ("text", speech | {"thinker_states": None})):
                 totals |= {f"{name}/{key}": value for key, value in talker_sums(model.talker, given).items()}
         for answer in self._scored(model, batch, embeds, dropped):
+            if candidates := len(batch["candidates"][answer.sample]):
+                for name, value in (("earned", 1 / candidates), ("possible", 1)):  # by a guess
+                    key = f"chance/{batch['task'][answer.sample]}/{name}"
+                    totals[key] = totals.get(key, 0) + torch.tensor(float(value), dtype=torch.float64)
             for index, (measure, points) in enumerate(answer.points.items()):
                 kind = "reported" if index else "score"
                 for name, value in (("earned", points.earned), ("possible", points.possible), ("items", 1)):
@@ -202,6 +207,10 @@ class AnswerScore:
             if kind == "reported" and rest.endswith("/items"):
                 task, measure, _ = rest.split("/")
                 metrics[f"{measure}_{task}"] = _points(totals, f"reported/{task}/{measure}").score
+            if kind == "chance" and rest.endswith("/earned"):
+                task = rest.removesuffix("/earned")
+                if (chance := _points(totals, f"chance/{task}").score) > 1.001 / CANDIDATES:
+                    metrics[f"chance_{task}"] = chance
         for name, ending in (("states/", ""), ("text/", "_of_text")):
             sums = {key.removeprefix(name): value for key, value in totals.items() if key.startswith(name)}
             if sums:
