@@ -40,7 +40,9 @@ from omni.stages.talker import CodedSpeech
 from omni.stages.talker import Utterance as SpokenUtterance
 from omni.stages.tasks.collator import Collator, Encoded
 from omni.stages.vocoder import Clips, adversarial_loss, discriminator_loss, feature_loss, loss_specs, mel_loss
+from omni.stages.voices import REFERENCE_CODES
 from omni.train.config import StageConfig
+from omni.train.run import Run
 from omni.train.stage import Stage
 from omni.train.training import LossFunction
 from train_vocoder import halves
@@ -57,11 +59,13 @@ TEXT_BEFORE, ANSWER = 40, 20  # tokens of a sample of stage E beside its placeho
 
 @dataclass(frozen=True)
 class Phase:
-    """One loss of a step; ``module`` is the name of the model that it trains."""
+    """One loss of a step; ``module`` is the name of the model that it trains, ``after_update`` that of
+    ``omni.train.training.Phase`` for a run."""
 
     name: str
     module: str
     loss: LossFunction
+    after_update: Callable[[Run], Callable[[Tensor], None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +177,12 @@ def codec_step(place: Place, size: str, **keys) -> Step:
     with place.here():
         model = Codec(config.architecture)
     loss = partial(codec_loss, commitment_weight=config.commitment_weight)
-    return Step(CODEC, config, {"rvq_codec": model}, one_phase("rvq_codec", loss), clips.collate(samples))
+
+    def move_codebooks(run: Run) -> Callable[[Tensor], None]:
+        return lambda ok: model.quantizer.update(ok, run.sum_over_ranks, run.is_main)
+
+    phases = (Phase("rvq_codec", "rvq_codec", loss, move_codebooks),)
+    return Step(CODEC, config, {"rvq_codec": model}, phases, clips.collate(samples))
 
 
 def clip_lengths(config: StageConfig, count: int) -> list[int]:
@@ -216,7 +225,9 @@ def utterance(config: StageConfig, mel_frames: int) -> SpokenUtterance:
     n_bytes = max(1, min(frames, int(mel_frames * config.frame_hop / config.sample_rate * BYTES_PER_S)))
     ends = torch.linspace(0, frames, n_bytes + 1).round().long()
     codes = torch.randint(config.codebook_size, (n_codes, config.codebooks))
-    return SpokenUtterance("", torch.randint(TEXT_SYMBOLS, (n_bytes,)).tolist(), codes, ends.diff())
+    reference = codes.repeat(-(-REFERENCE_CODES // n_codes), 1)[:REFERENCE_CODES] if config.voice_layers else None
+    symbols = torch.randint(TEXT_SYMBOLS, (n_bytes,)).tolist()
+    return SpokenUtterance("", symbols, codes, ends.diff(), reference=reference)
 
 
 def omni_step(place: Place, size: str, **keys) -> Step:
