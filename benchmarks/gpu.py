@@ -3,7 +3,7 @@
     python benchmarks/gpu.py                    all steps; the figures also go to checkpoints/gpu.json
     python benchmarks/gpu.py A "D talker"       some of them
     python benchmarks/gpu.py --compile          with torch.compile where the configs have it; takes longer
-    python benchmarks/gpu.py --device cpu --steps 2     a trial of this script, with demo configs and two samples a batch
+    python benchmarks/gpu.py --device cpu --steps 2     a trial of this script: demo configs, two samples a batch
 
 Each step is the training loop's own, with optimizer, clipping and checks, on a made-up batch of the true shape that
 lies in pinned memory: no data loader, no validation, no checkpoint. A figure is of the second half of at most 300
