@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.tiny_steps import CAPTION, CONFIGS, SIGN_CHARACTERS, SPEECH_S, TALKER_S, config_of
 from omni.models.audio_encoder import AudioEncoder
 from omni.models.codec import Codec
 from omni.models.ocr import OcrModel
@@ -23,18 +24,11 @@ from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vocoder import Discriminators, Generator
-from omni.stages import STAGES
 from omni.train.cli import launch
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 TFLOPS = {"RTX 4070": 58.3, "RTX 3060": 25.6}  # NVIDIA's data sheets: dense bf16, sums in float32
 SHARE = 0.25  # of the matrix rate; bench.py measures 7 to 16 % on CPUs
-SPEECH_S, SIGN_CHARACTERS, CAPTION, TALKER_S = 12.3, 8, 14, 6.6  # LibriSpeech, MJSynth, COCO, LJSpeech: means
 CONVERSATION = 120  # positions of stage E's sample, placeholders of a picture included
-
-
-def config_of(stage: str, name: str):
-    return STAGES[stage].config(**json.loads((CONFIGS / f"{name}_tiny.json").read_text()))
 
 
 def flops(call) -> float:
@@ -46,13 +40,13 @@ def flops(call) -> float:
 
 def samples() -> dict[str, tuple[float, int]]:
     """Part -> (operations of a training sample, samples of the whole training)."""
-    text, audio = config_of("text", "thinker"), config_of("audio_enc", "audio_enc")
+    text, audio = config_of("text"), config_of("audio_enc")
     vision, talker, vocoder = (
-        config_of("vision", "vision"),
-        config_of("talker", "talker"),
-        config_of("vocoder", "vocoder"),
+        config_of("vision"),
+        config_of("talker"),
+        config_of("vocoder"),
     )
-    ocr, omni = config_of("ocr", "ocr"), json.loads((CONFIGS / "omni_sft_tiny.json").read_text())
+    ocr, omni = config_of("ocr"), json.loads((CONFIGS / "omni_sft_tiny.json").read_text())
 
     thinker = Thinker(text.architecture)
     one_text = flops(lambda: thinker(torch.zeros(1, text.ctx_len, dtype=torch.int64)))

@@ -50,6 +50,7 @@ class Mutation:
 RESUME = "tests/test_resume.py::test_resume_is_exact_with_partial_steps_and_bf16[text]"
 SAVES = "tests/test_checkpoint.py"
 VOICES = "tests/test_voices.py"
+COUNTS = "tests/test_gpu_counts.py"
 MUTATIONS = [
     Mutation(
         "exact resume", "a resumed epoch begins at its first sample", "omni/train/loop.py",
@@ -1485,6 +1486,47 @@ MUTATIONS = [
     Mutation(
         "fair scores", "a mirrored picture keeps its caption", "omni/stages/captions.py",
         "image.flip(-1), exchange_sides(caption)", "image.flip(-1), caption", "tests/test_vision.py -k mirrored",
+    ),
+    Mutation(
+        "no wait on a GPU", "the quantiser compacts its rows on every device", "omni/models/quantizer.py",
+        'if residual.device.type == "cpu":', "if True:", f"{COUNTS}::test_no_step_waits_for_the_gpu -k codec",
+    ),
+    Mutation(
+        "no wait on a GPU", "the talker's rotary tables are made in every step", "omni/models/talker.py",
+        "if n_frames > _ROPE_FRAMES:", "if True:", f"{COUNTS}::test_no_step_waits_for_the_gpu -k talker",
+    ),
+    Mutation(
+        "no wait on a GPU", "latents that do not count are drawn", "omni/models/quantizer.py",
+        "rank = active.cumsum(dim=0)", "rank = torch.ones_like(active).cumsum(dim=0)",
+        f"{COUNTS} -k the_quantiser_counts",
+    ),
+    Mutation(
+        "few kernels on a GPU", "CTC copies its shifted states", "omni/models/ctc.py",
+        "near = torch.logaddexp(near, before[:, :-2] + skip)",
+        "near = torch.logaddexp(near, before[:, :-2].clone() + skip)", f"{COUNTS} -k few_kernels",
+    ),
+    Mutation(
+        "few kernels on a GPU", "a path may not skip a blank", "omni/models/ctc.py",
+        "skip[:, 3::2].masked_fill_(", "skip[:, 3::2].masked_fill(", f"{COUNTS} -k forward_variables",
+    ),
+    Mutation(
+        "few kernels on a GPU", "rows are gathered value by value", "omni/models/ops.py",
+        "return x.reshape(B * T, D).index_select(0, (first + index).flatten()).view(B, -1, D)",
+        "return x.gather(1, index[..., None].expand(-1, -1, D))", f"{COUNTS} -k 'sorts and talker'",
+    ),
+    Mutation(
+        "few kernels on a GPU", "logits at all positions", "omni/models/thinker.py",
+        "elif target_at is not None:", "elif False:", f"{COUNTS} -k logits_at_targets_only",
+    ),
+    Mutation(
+        "few kernels on a GPU", "stage E does not name its targets", "omni/models/omni_model.py",
+        'target_at = None if self.device.type == "cpu" else batch["target_at"]', "target_at = None",
+        f"{COUNTS} -k names_its_targets",
+    ),
+    Mutation(
+        "few kernels on a GPU", "targets stay where dropped positions were", "omni/models/omni_model.py",
+        "place = kept.cumsum(dim=1) - 1 +", "place = torch.ones_like(kept).cumsum(dim=1) - 1 +",
+        f"{COUNTS} -k have_moved",
     ),
 ]  # fmt: skip
 

@@ -231,20 +231,21 @@ def _forward_variables(emissions: Tensor, states: Tensor) -> Tensor:
     """Log-likelihood (B, U, S) of all paths to a state at a frame, that frame's emission included.
 
     A path starts in one of the first two states; it stays, moves on by one, or by two if that skips a blank between
-    different tokens.
+    different tokens. A frame takes four kernels: before the states stand two that no path reaches, so that the states
+    one and two before are views.
     """
     B, U, S = emissions.shape
-    skip = torch.zeros_like(states, dtype=torch.bool)
-    skip[:, 3::2] = states[:, 3::2] != states[:, 1:-2:2]
-    alpha = torch.full_like(emissions[:, 0], -math.inf)
-    alpha[:, :2] = emissions[:, 0, :2]
-    alphas = [alpha]
+    skip = torch.full_like(emissions[:, 0], -math.inf)  # (B, S) 0 where a path may move on by two
+    skip[:, 3::2].masked_fill_(states[:, 3::2] != states[:, 1:-2:2], 0.0)
+    alphas = emissions.new_full((U, B, 2 + S), -math.inf)
+    alphas[0, :, 2:4] = emissions[:, 0, :2]
+    emissions = emissions.transpose(0, 1)  # (U, B, S)
     for frame in range(1, U):
-        one = F.pad(alpha, (1, 0), value=-math.inf)[:, :S]
-        two = F.pad(alpha, (2, 0), value=-math.inf)[:, :S].masked_fill(~skip, -math.inf)
-        alpha = torch.stack((alpha, one, two)).logsumexp(dim=0) + emissions[:, frame]
-        alphas.append(alpha)
-    return torch.stack(alphas, dim=1)
+        before = alphas[frame - 1]
+        near = torch.logaddexp(before[:, 2:], before[:, 1:-1])
+        near = torch.logaddexp(near, before[:, :-2] + skip)
+        torch.add(near, emissions[frame], out=alphas[frame, :, 2:])
+    return alphas[:, :, 2:].transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------

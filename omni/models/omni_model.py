@@ -19,7 +19,7 @@ from omni.data.tokenizer import IGNORE_INDEX, SPECIAL_TOKENS
 from omni.models.audio_encoder import AudioEncoder, frame_mask
 from omni.models.ctc import ctc_nll
 from omni.models.omni_architecture import OmniArchitecture
-from omni.models.ops import round_up
+from omni.models.ops import round_up, rows_at
 from omni.models.packing import Packing
 from omni.models.picture_text import noisy_or_log_absent
 from omni.models.projector import Projection
@@ -37,6 +37,7 @@ class Sequences(NamedTuple):
     targets: Tensor  # (B, T)
     dropped: Tensor  # (B,) number of positions dropped from each row
     audio: Tensor | None  # (A, U, D), the recordings with all of their positions
+    target_at: Tensor | None  # (N,), see ``Collator``; None on a CPU, which finds the targets by itself
 
 
 class Losses(NamedTuple):
@@ -108,8 +109,8 @@ class OmniModel(nn.Module):
 
     def forward(self, batch: dict) -> Losses:
         """Losses of a batch of a ``Collator``."""
-        embeds, targets, dropped, audio = self.embed(batch)
-        nats, balance = self._answer_losses(embeds, targets, batch["sizes"] - dropped)
+        embeds, targets, dropped, audio, target_at = self.embed(batch)
+        nats, balance = self._answer_losses(embeds, targets, target_at, batch["sizes"] - dropped)
         ctc_alignment_loss, count = nats.new_zeros(()), (batch["targets"] != IGNORE_INDEX).sum()
         if audio is not None and batch["transcript_ids"].shape[1]:  # recordings, some with a known text
             ctc_alignment_loss = self._ctc_alignment_loss(audio, batch) / count
@@ -134,11 +135,13 @@ class OmniModel(nn.Module):
         codes = speech["lengths"].sum() * self.talker.codebooks + len(rows)
         return speech | {"thinker_states": states.masked_fill((at < 0)[..., None], 0.0), "n_targets": codes}
 
-    def _answer_losses(self, embeds: Tensor, targets: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer_losses(
+        self, embeds: Tensor, targets: Tensor, target_at: Tensor | None, lengths: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The first two losses of ``forward``. A dialogue is several times as long as a recording, so the rows go
         through the Thinker packed."""
         if not self.ragged:
-            return self.thinker(inputs_embeds=embeds, targets=targets)
+            return self.thinker(inputs_embeds=embeds, targets=targets, target_at=target_at)
         packing = Packing(lengths, embeds.shape[1])
         embeds, targets = packing.pack(embeds), packing.pack(targets, padding=IGNORE_INDEX)
         return self.thinker(inputs_embeds=embeds, targets=targets, packing=packing)
@@ -166,8 +169,9 @@ class OmniModel(nn.Module):
         elif self.audio_encoder is not None and self.training:
             rows = rows + 0.0 * self._recordings(self._blank(x))[0].sum().to(rows.dtype)
         x, targets = rows.view_as(x), batch["targets"]
+        target_at = None if self.device.type == "cpu" else batch["target_at"]
         if new is None or not self.drop_blanks:
-            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), audio)
+            return Sequences(x, targets, torch.zeros_like(batch["sizes"]), audio, target_at)
         kept = torch.ones(targets.numel(), dtype=torch.bool, device=x.device)
         kept[batch["audio_at"]] = new.flatten()[batch["audio_from"]]
         kept = kept.view_as(targets)
@@ -176,8 +180,9 @@ class OmniModel(nn.Module):
         if self.ragged:
             order = order[:, : round_up(int((batch["sizes"] - dropped).max()))]
         targets = targets.gather(1, order)  # recordings have no targets
-        x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
-        return Sequences(x, targets, dropped, audio)
+        if target_at is not None:
+            target_at = moved(target_at, kept)
+        return Sequences(rows_at(x, order), targets, dropped, audio, target_at)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (I, 3, H, W) uint8 -> states of their patches (I, N, K), row by row, without CLS."""
@@ -251,3 +256,11 @@ class OmniModel(nn.Module):
         batch = {key: value.to(self.device) for key, value in batch.items() if isinstance(value, Tensor)}
         sequences = self.embed(batch)
         return sequences.embeds[:, : int(batch["sizes"] - sequences.dropped)]
+
+
+def moved(at: Tensor, kept: Tensor) -> Tensor:
+    """Indices ``at`` (N,) among B * T positions, or -1, after all positions of each row that are not ``kept`` (B, T)
+    have moved to its end. Kept ones keep their order."""
+    B, T = kept.shape
+    place = kept.cumsum(dim=1) - 1 + T * torch.arange(B, device=kept.device)[:, None]  # (B, T)
+    return torch.where(at < 0, at, place.flatten().index_select(0, at.clamp(min=0)))

@@ -49,6 +49,16 @@ def linear(x: Tensor, *layers: nn.Linear) -> Tensor:
     return F.linear(x, torch.cat([layer.weight for layer in layers]), biases)
 
 
+def rows_at(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, T, D) at positions ``index`` (B, N) of each row: (B, N, D).
+
+    Not ``gather``: in a fixed order, its gradient on a GPU sorts an index for each of B x N x D values, this one B x N.
+    """
+    B, T, D = x.shape
+    first = torch.arange(B, device=x.device)[:, None] * T
+    return x.reshape(B * T, D).index_select(0, (first + index).flatten()).view(B, -1, D)
+
+
 def first_derivative_only(backward: Callable) -> Callable:
     """A backward that refuses ``create_graph``, since autograd's derivative of a written-out gradient is wrong."""
 

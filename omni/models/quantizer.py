@@ -56,7 +56,7 @@ class ResidualQuantizer(nn.Module):
             used = torch.where(fewer, torch.randint(1, Q + 1, (B,), device=latents.device), used)
         residual, quantised = latents, torch.zeros_like(latents)
         codes, commitment = [], latents.new_zeros(())
-        counts, sums, samples, drawn = [], [], [], []
+        found = []
         for level, codebook in enumerate(self.codebooks):
             chosen = nearest(residual.detach(), codebook)  # (B, N)
             vectors = F.embedding(chosen, codebook)  # (B, N, C)
@@ -65,17 +65,11 @@ class ResidualQuantizer(nn.Module):
             commitment = commitment + masked_mean((residual - vectors).square(), active)
             if self.training:
                 with torch.no_grad():
-                    # a one-hot product, not index_add: the same bits in every run on a GPU
-                    one_hot = F.one_hot(chosen[active], K).to(residual.dtype)  # (R, K)
-                    rows = residual[active]  # (R, C)
-                    counts.append(one_hot.sum(dim=0))
-                    sums.append(one_hot.T @ rows)
-                    samples.append(_draw(rows, K))
-                    drawn.append(samples[-1].new_tensor(float(len(rows) > 0)))
+                    found.append(collect(residual, chosen, active, K))
             vectors = vectors * active[..., None]
             residual, quantised = residual - vectors, quantised + vectors
         if self.training:
-            self._collect(torch.stack(counts), torch.stack(sums), torch.stack(samples), torch.stack(drawn))
+            self._collect(*map(torch.stack, zip(*found, strict=True)))
         return latents + (quantised - latents).detach(), torch.stack(codes, dim=-1), commitment
 
     def _collect(self, counts: Tensor, sums: Tensor, samples: Tensor, drawn: Tensor) -> None:
@@ -121,8 +115,36 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask[..., None]).sum() / (mask.sum() * values.shape[-1]).clamp(min=1)
 
 
-def _draw(rows: Tensor, count: int) -> Tensor:
-    """``count`` of the rows (R, C), at random, with repetition; zeros if there are none."""
-    if not len(rows):
-        return rows.new_zeros(count, rows.shape[1])
-    return rows[torch.randint(len(rows), (count,), device=rows.device)]
+def collect(residual: Tensor, chosen: Tensor, active: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the choices of one codebook say about its K codes.
+
+    Sums by a product with one-hot rows, not by index_add: the same bits in every run on a GPU.
+
+    Args:
+        residual: (B, N, C) latents; chosen: (B, N) their codes; active: (B, N), false for latents that do not count.
+
+    Returns:
+        counts (K,) and sums (K, C) of the latents that chose each code; K of the latents (K, C), at random with
+        repetition, zeros if there are none; and () 1.0, or 0.0 if there are none.
+    """
+    if residual.device.type == "cpu":
+        return _collect_rows(residual[active], chosen[active], K)
+    return _collect_masked(residual.flatten(0, 1), chosen.flatten(), active.flatten(), K)
+
+
+def _collect_rows(rows: Tensor, chosen: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``collect`` of latents (R, C) that all count: a GPU would have to wait for their number."""
+    one_hot, R = F.one_hot(chosen, K).to(rows.dtype), len(rows)  # (R, K)
+    samples = rows[torch.randint(R, (K,), device=rows.device)] if R else rows.new_zeros(K, rows.shape[1])
+    return one_hot.sum(dim=0), one_hot.T @ rows, samples, rows.new_full((), float(R > 0))
+
+
+def _collect_masked(rows: Tensor, chosen: Tensor, active: Tensor, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``collect`` of latents (N, C), of which those count that ``active`` (N,) names; shapes depend on no value."""
+    one_hot = F.one_hot(chosen, K).to(rows.dtype) * active[:, None]  # (N, K)
+    rank = active.cumsum(dim=0)  # (N,) number of active latents up to each one
+    total = rank[-1]
+    wanted = (torch.rand(K, device=rows.device) * total).long().clamp(max=total - 1) + 1  # 1 to total
+    samples = rows.index_select(0, torch.searchsorted(rank, wanted).clamp(max=len(rows) - 1))
+    some = (total > 0).to(rows.dtype)
+    return one_hot.sum(dim=0), one_hot.T @ rows, samples * some, some

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS
 from omni.models.layers import ConvNeXtBlock, KVCache, RMSNorm, SwiGLU, rope_tables
+from omni.models.ops import rows_at
 from omni.models.speech_architectures import TalkerArchitecture
 from omni.models.thinker import INIT_STD, Block
 from omni.models.voices import VOICE_CODES, VoiceEncoder
 
 _KERNEL = 7  # bytes that a text layer covers
 _MAX_LOG_DURATION = 6.0  # no byte lasts longer than 400 alignment frames
+_ROPE_FRAMES = 2048  # whose rotary tables are kept: 2.7 minutes at 80 ms
 _OVERTIME_S = 1.0  # maximum duration of an utterance after the end of its text
 
 
@@ -109,6 +111,10 @@ class Talker(nn.Module):
         self.layers = nn.ModuleList(Block(self.blocks_arch, n, use_flash) for n in range(arch.n_layers))
         self.norm = RMSNorm(D)
         self.depth = DepthDecoder(arch)
+        # on the device, as the host would wait for a copy in every step; not part of a checkpoint
+        cos, sin = rope_tables(_ROPE_FRAMES, self.blocks_arch.d_head, arch.rope_theta)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (_ROPE_FRAMES, K)
+        self.register_buffer("rope_sin", sin, persistent=False)
         self.voice_encoder = None
         if arch.voice_layers:
             self.voice_encoder = VoiceEncoder(D, arch.voice_layers)
@@ -169,14 +175,10 @@ class Talker(nn.Module):
             durations: (B, L) whole alignment frames, zero beyond ``lengths``. The last symbol continues after its end.
         """
         ends = durations.cumsum(dim=1)
-        alignment_frames = (
-            torch.arange(n_frames * self.alignment_frames_per_code, device=text.device)
-            .expand(len(text), -1)
-            .contiguous()
-        )
+        alignment_frames = torch.arange(n_frames * self.alignment_frames_per_code, device=text.device)
+        alignment_frames = alignment_frames.expand(len(text), -1).contiguous()
         byte = torch.minimum(torch.searchsorted(ends, alignment_frames, right=True), lengths[:, None] - 1)
-        spoken = text.gather(1, byte[..., None].expand(-1, -1, text.shape[-1]))  # (B, T * P, D)
-        return self.text_proj(spoken.unflatten(1, (n_frames, -1)).flatten(2))
+        return self.text_proj(rows_at(text, byte).unflatten(1, (n_frames, -1)).flatten(2))
 
     # The frames --------------------------------------------------------------------------------------------------
 
@@ -225,8 +227,11 @@ class Talker(nn.Module):
 
     def rope(self, n_frames: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines (n_frames, K) for ``omni.models.ops.rotate``."""
-        tables = rope_tables(n_frames, self.blocks_arch.d_head, self.architecture.rope_theta)
-        return tables[0].to(self.start.device), tables[1].to(self.start.device)
+        tables = self.rope_cos, self.rope_sin
+        if n_frames > _ROPE_FRAMES:
+            tables = rope_tables(n_frames, self.blocks_arch.d_head, self.architecture.rope_theta)
+        cos, sin = (table[:n_frames].to(self.start.device) for table in tables)
+        return cos, sin
 
     # Speaking ----------------------------------------------------------------------------------------------------
 

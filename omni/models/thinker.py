@@ -90,6 +90,7 @@ class Thinker(nn.Module):
         inputs_embeds: Tensor | None = None,
         targets: Tensor | None = None,
         weights: Tensor | None = None,
+        target_at: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
         packing: Packing | None = None,
@@ -104,6 +105,8 @@ class Thinker(nn.Module):
             inputs_embeds: (B, T, D), embeddings of any modality.
             targets: (B, T), and ``reduction``: see ``loss``, whose pair of results is then returned.
             weights: (B, T), weight of each target; default: 1.
+            target_at: (N,) indices among the B * T positions of all that have a target, filled up with -1: only there
+                are logits computed; default: at all positions.
             cache: cache of the tokens before; the new tokens are added.
             packing: rows of several lengths, of which the tokens or embeddings, (1, N, ...), and the targets consist.
             return_hidden: also return the head's input.
@@ -114,7 +117,7 @@ class Thinker(nn.Module):
         hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache, packing=packing)
         if targets is not None:
             aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
-            return self._cross_entropy(hidden, targets, reduction, weights), aux
+            return self._cross_entropy(hidden, targets, reduction, weights, target_at), aux
         logits = self.head(hidden)
         return (logits, hidden) if return_hidden else logits
 
@@ -187,7 +190,9 @@ class Thinker(nn.Module):
         # through __call__, so that a model compiled in place also compiles the loss
         return self(token_ids, inputs_embeds=inputs_embeds, targets=targets, reduction=reduction)
 
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None) -> Tensor:
+    def _cross_entropy(
+        self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None, target_at: Tensor | None
+    ) -> Tensor:
         if reduction not in ("mean", "sum"):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
         weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
@@ -198,6 +203,10 @@ class Thinker(nn.Module):
             weights = F.pad(weights[counted], (0, missing))
             counted = F.pad(counted, (0, missing))
             hidden, targets = hidden[counted], targets[counted]
+        elif target_at is not None:
+            at = target_at.clamp(min=0)
+            hidden, targets, weights = (tensor.index_select(0, at) for tensor in (hidden, targets, weights))
+            weights = weights * (target_at >= 0)
         nats = 0.0
         for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
             if len(part[0]) < len(hidden) and torch.is_grad_enabled():

@@ -40,8 +40,9 @@ class Collator:
         one_length: pad every batch to ``ctx_len``.
 
     Returns:
-        ``tokens`` and ``targets`` (B, T), padded after their ends; ``n_targets``; ``prompts`` (B,); ``sizes`` (B,), the
-        positions that are no padding.
+        ``tokens`` and ``targets`` (B, T), padded after their ends; ``n_targets``; ``target_at`` (N,), the indices of
+        the targets in the flattened batch, filled up with -1; ``prompts`` (B,); ``sizes`` (B,), the positions that are
+        no padding.
 
         With images: ``images`` (I, 3, H, W) uint8, or cached ``patches`` (I, N, K); ``image_at`` (I * P,), the indices
         of their positions in the flattened batch.
@@ -71,6 +72,7 @@ class Collator:
             "targets": targets,
             "prompts": torch.tensor([sample.prompt for sample in samples]),
             "sizes": torch.tensor([len(sample.ids) for sample in samples]),
+            "target_at": self._target_at(targets.flatten()),
             "n_targets": int((targets != IGNORE_INDEX).sum()),
         }
         if images := [(row * T + at, image) for row, sample in enumerate(samples) for at, image in sample.images]:
@@ -80,6 +82,15 @@ class Collator:
         if found := [(row * T + at, audio) for row, sample in enumerate(samples) for at, audio in sample.recordings]:
             batch |= self._recordings(found, [ids for sample in samples for ids in sample.transcript_ids])
         return batch
+
+    def _target_at(self, targets: Tensor) -> Tensor:
+        """The indices of the targets among (B * T,), filled up to a multiple of 256; for a compiled model, which knows
+        few lengths, to an eighth, a quarter, half or all of the positions."""
+        at = (targets != IGNORE_INDEX).nonzero().flatten()
+        length = round_up(len(at), 256)
+        if self.one_length:
+            length = next(size for part in (8, 4, 2, 1) if (size := -(-len(targets) // part)) >= len(at))
+        return F.pad(at, (0, length - len(at)), value=-1)
 
     def _images(self, images: list[tuple[int, Tensor]]) -> dict:
         starts, positions = torch.tensor([at for at, _ in images]), self.architecture.image_side**2
