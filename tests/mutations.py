@@ -1447,6 +1447,11 @@ MUTATIONS = [
         "tests/test_talker.py -k take_up_a_codec",
     ),
     Mutation(
+        "foreign formats", "a folder with tables is refused without their names", "omni/data/formats/gathered.py",
+        "if tables := [file for file in tables if file.with_suffix(\"\") not in media]:", "if tables := []:",
+        "tests/test_formats.py::test_a_folder_of_common_voice_is_refused_with_its_tables",
+    ),
+    Mutation(
         "foreign formats", "rows of several files look for theirs beside the first", "omni/data/manifest.py",
         "return self.parts[row[PART]].file(row, column, root)", "return self.parts[0].file(row, column, root)",
         "tests/test_formats.py -k one_data_set",

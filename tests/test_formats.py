@@ -408,6 +408,29 @@ def test_what_cannot_be_read_is_refused_with_what_to_do(tmp_path, make, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("clips", [True, False], ids=["with clips", "without"])
+def test_a_folder_of_common_voice_is_refused_with_its_tables(speech, tmp_path, clips):
+    """Which table is meant is for the user to say: validated.tsv has the rows of train.tsv and of the held-out ones."""
+    folder = tmp_path / "cv-corpus" / "en"
+    folder.mkdir(parents=True)
+    table = Path(common_voice(folder, speech[1]))
+    for name in ("train", "dev", "test"):
+        shutil.copy(table, table.with_stem(name))
+    (folder / "clip00.json").write_text("{}")  # belongs to a recording, if there is one
+    shutil.copy(speech[1][0]["file"], folder / "clip00.wav")
+    if not clips:
+        shutil.rmtree(folder / "clips")
+        (folder / "clip00.json").unlink()
+        (folder / "clip00.wav").unlink()
+    training = AUDIO_ENC.training(tmp_path, max_steps=2)
+    for given, parent in ((folder, ""), (folder.parent, "en/")):
+        names = ", ".join(f"{parent}{name}.tsv" for name in ("dev", "test", "train", "validated"))
+        training.config["train_csv"] = str(given)
+        only_error(training.run(), f"{given}: ", f"found the tables {names}. Name one of them: {folder}/train.tsv\n")
+    if clips:
+        training.changed(train_csv=f"{folder}/train.tsv").finish()
+
+
 def test_a_pattern_without_files_and_an_empty_list_are_refused(tmp_path):
     for files, message in ((str(tmp_path / "*.tar"), "none at"), ([], "an empty list")):
         only_error(AUDIO_ENC.training(tmp_path, train_csv=files).run(), 'key "train_csv"', message)

@@ -16,7 +16,7 @@ from omni.common.errors import UserError
 from omni.common.files import file_stat, files_stat, replace_file, write_sealed_json
 from omni.common.host import Host
 from omni.data.formats import Format, Parquet, TarShard, format_of
-from omni.data.formats.gathered import MEDIA, Gathered, MediaCopies
+from omni.data.formats.gathered import MEDIA, Gathered, MediaCopies, which_table
 from omni.data.index import ROWS, copy_facts, prepare_index, save_array
 from omni.data.manifest import JoinedManifest, Manifest
 from omni.data.records import other_encoding
@@ -128,9 +128,10 @@ def _format_of(path: Path) -> Format:
     """
     if path.is_dir():
         if (form := format_of(path, b"")) is None:
+            found = which_table(path)
             raise UserError(
                 f"{path}: expected a file, or a folder with wav.scp, metadata.csv, metadata.jsonl, *.tar or *.parquet, "
-                "or with sounds or pictures that have texts of the same names beside them"
+                f"or with sounds or pictures that have texts of the same names beside them{found and f'; {found}'}"
             )
         return form
     try:

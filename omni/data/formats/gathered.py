@@ -24,6 +24,8 @@ MEDIA = "media.bin"  # file in the index with copies of sounds and pictures
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 _TEXTS = (".txt", ".lab", ".caption")
+_TABLES = (".tsv", ".csv", ".jsonl", ".json")
+_NAMED = 12  # tables that a message lists
 
 
 @dataclass
@@ -147,14 +149,29 @@ class FilesBesideTexts(Gathered):
     def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
         found = list(_media_files(path))
         if not any(map(_text_of, found)):
+            expected = f"{found[0].with_suffix('.txt').name} for {found[0].name}, or a table (wav.scp, metadata.csv)"
             raise UserError(
-                f"{path}: {len(found):,} sounds and pictures, but not one text beside them: expected "
-                f"{found[0].with_suffix('.txt').name} for {found[0].name}, or a table (wav.scp, metadata.csv)"
+                f"{path}: {len(found):,} sounds and pictures, but not one text beside them: "
+                f"{which_table(path) or f'expected {expected}'}"
             )
         for file in found:
             name, text = str(file.relative_to(path)), _text_of(file)
             column = "wav" if file.suffix.lower() in SOUNDS else "image"
             yield {KEY: name, column: name, "text": text.read_text("utf-8-sig", "replace").strip() if text else ""}
+
+
+def which_table(path: Path) -> str:
+    """The tables in a folder or in its subfolders, and how to name one: of Common Voice, train.tsv and others beside
+    the folder clips. "" if there is none."""
+    media = {file.with_suffix("") for file in _media_files(path)}  # a.json may be about a.png
+    for pattern in ("*", "*/*"):
+        tables = sorted(file for file in path.glob(pattern) if file.suffix in _TABLES and file.is_file())
+        if tables := [file for file in tables if file.with_suffix("") not in media]:
+            names = [str(table.relative_to(path)) for table in tables]
+            likely = next((t for word in ("train", "validated") for t in tables if t.stem == word), tables[0])
+            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+            return f"found the tables {', '.join(map(quoted, names[:_NAMED]))}{more}. Name one of them: {likely}"
+    return ""
 
 
 def _media_files(path: Path) -> Iterator[Path]:
