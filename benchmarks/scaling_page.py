@@ -212,6 +212,25 @@ Position, order and reading a row cost the same as before. These costs grow:
 - **Every start** goes through the list of rows once more. Stages B and C read all held-out rows, and `val_split` holds
   out a share of all rows; a held-out file (`val_csv`, `val_manifest`) can be small.
 
+## Where data parallelism ends
+
+`torchrun` gives every process the whole model: 16 bytes for each trained parameter with AdamW (weight, gradient, two
+averages in float32), 12 with Muon, whose kernels have one average. What the activations need comes on top, and can be
+made smaller with `batch_size` and `gradient_accumulation_steps`; these bytes cannot. **Computed**, with a third of the
+card left for activations:
+
+| card | largest model with AdamW | times the `_tiny` Thinker (42 M) |
+| --- | ---: | ---: |
+| 12 GB | 0.5 billion parameters | 12 |
+| 24 GB | 1 billion | 24 |
+| 80 GB | 3.3 billion | 80 |
+
+More cards make a step shorter, not the model larger. Beyond these sizes weights and averages have to be divided between
+the cards: `torch.distributed.fsdp.fully_shard` (FSDP2) is PyTorch's way, and programs that are built on it, such as torchtitan,
+know the Qwen3 that the exported Thinker is. It is not in the training loop here, and that is a decision: a step that is given
+up without a wait, gradients that are clipped on the device, updates of whole matrices (Muon) and one sealed file as a
+checkpoint each take a plain tensor for granted, and no stage comes near these sizes.
+
 ## From one process to two in mid-run
 
 A position counts the samples of all processes, and each step has the same samples, however they are distributed. A run
