@@ -236,19 +236,10 @@ def keys_of(name: str, keys: dict) -> dict:
 def measured(args: argparse.Namespace) -> dict:
     """Figures of all steps, with and without deterministic kernels, and the operations of each."""
     ends, found = time.monotonic() + args.seconds, {}
-    with tempfile.TemporaryDirectory() as folder:
-        size, keys = settings(args, True, folder)
-        flops = {
-            name: sum(counts.flops for counts in count(name, size, **keys_of(name, keys)).values())
-            for name in args.names
-        }
-        for index, mode in enumerate(("deterministic", "not deterministic")):
-            path = Path(folder) / f"{index}.json"
-            seconds = (ends - time.monotonic()) / (2 - index) - 10  # to start the process
-            command = [sys.executable, __file__, *args.names, "--child", mode, "--json", str(path)]
-            command += ["--device", args.device, "--steps", str(args.steps), "--seconds", str(max(1.0, seconds))]
-            subprocess.run(command + ["--compile"] * args.compile, check=True, env=os.environ)
-            found[mode] = json.loads(path.read_text())
+    flops = in_child(args, "counts", 1.0, {"CUDA_VISIBLE_DEVICES": ""})  # a card in sight would lend it memory
+    for index, mode in enumerate(("deterministic", "not deterministic")):
+        seconds = (ends - time.monotonic()) / (2 - index) - 10  # to start the process
+        found[mode] = in_child(args, mode, max(1.0, seconds))
     return {
         "machine": {"device": device_name(args.device), "torch": torch.__version__, "cuda": torch.version.cuda},
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -256,6 +247,24 @@ def measured(args: argparse.Namespace) -> dict:
         "peak_flops": max(mode["peak_flops"] for mode in found.values()),
         "flops": flops,
         "figures": {mode: found[mode]["steps"] for mode in found},
+    }
+
+
+def in_child(args: argparse.Namespace, what: str, seconds: float, environment: dict[str, str] | None = None) -> dict:
+    """What this script writes as ``--child`` of the kind ``what``."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        command = [sys.executable, __file__, *args.names, "--child", what, "--json", str(path)]
+        command += ["--device", args.device, "--steps", str(args.steps), "--seconds", str(seconds)]
+        subprocess.run(command + ["--compile"] * args.compile, check=True, env=os.environ | (environment or {}))
+        return json.loads(path.read_text())
+
+
+def operations(args: argparse.Namespace) -> dict[str, int]:
+    """Floating-point operations of each step."""
+    size, keys = settings(args, True, "nowhere")
+    return {
+        name: sum(counts.flops for counts in count(name, size, **keys_of(name, keys)).values()) for name in args.names
     }
 
 
@@ -289,12 +298,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=570.0, help="of the whole measurement (default: 570)")
     parser.add_argument("--compile", action="store_true", help="torch.compile where the configs have it")
     parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/gpu.json", metavar="FILE", help="figures")
-    parser.add_argument("--child", choices=("deterministic", "not deterministic"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("counts", "deterministic", "not deterministic"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.names = args.names or list(STEPS)
     for name in args.names:
         if name not in STEPS:
             raise UserError(f"{name}: expected one of {', '.join(STEPS)}")
+    if args.child == "counts":
+        write_json(args.json, operations(args))
+        return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("expected a CUDA device, found none: nothing to measure. A trial: --device cpu --steps 2")
     if args.child:
