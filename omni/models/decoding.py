@@ -51,8 +51,8 @@ class DecodeWeights:
 
     @classmethod
     def of(cls, thinker, dtype: torch.dtype) -> "DecodeWeights":
-        """Those that ``thinker`` keeps, made anew if a weight has changed since. At ``_tiny`` sizes they take as long as
-        fifteen tokens."""
+        """Those that ``thinker`` keeps, made anew if a weight has changed since, which takes as long as fifteen tokens
+        at ``_tiny`` sizes. A write through ``.data`` goes unnoticed, as it counts as no change of the weight."""
         kept = thinker.decode_weights
         if kept is None or kept.dtype != dtype or kept.state is None or kept.state != _state(thinker):
             kept = thinker.decode_weights = cls(thinker, dtype)
