@@ -375,9 +375,9 @@ def test_an_answer_is_heard_while_it_is_written(stub, monkeypatch):
     assert page.assistant.events == ["Yes.", "Two red cats.", "And dogs."]
     rate, samples = outputs[-1][3]
     assert len(samples) == 3 * rate + 2 * rate // 5 and texts(outputs)[-1] == "".join(words) and not told
-    monkeypatch.setattr(web, "MAX_SPEECH_S", 1.5)
+    monkeypatch.setattr(web, "MAX_SPEECH_S", 0.5)
     assert texts(outputs := ask())[-1] == "".join(words) and "as long as this page speaks" in told[-1]
-    assert len(outputs[-1][3][1]) == 1.5 * rate
+    assert len(outputs[-1][3][1]) == 0.5 * rate
     monkeypatch.setattr(page.assistant, "stream", lambda *_, **__: iter(()), raising=False)
     assert texts(ask())[-1] == "".join(words) and "made no sound" in told[-1]
     assert texts(ask(aloud=False))[-1] == "".join(words) and len(told) == 2
