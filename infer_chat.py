@@ -17,13 +17,15 @@ stage D's and stage G's folder as ``--ckpt_dir``.
 """
 
 import argparse
+import contextlib
 import itertools
 import sys
+import time
 from pathlib import Path
 
-from omni.chat.assistant import AnswerStates, Assistant
+from omni.chat.assistant import Assistant
 from omni.chat.ocr import load_reader, read_picture
-from omni.chat.speech import MAX_SPOKEN_BYTES, load_speaker, sentences, wav_target, write_speech
+from omni.chat.speech import MAX_SPOKEN_BYTES, load_speaker, wav_target, write_speech
 from omni.chat.terminal import Conversation, converse
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
@@ -149,17 +151,25 @@ def chat(args: argparse.Namespace) -> None:
         print(f"{quoted(args.ckpt_dir)}: trained on text without dialogues; try --complete", file=sys.stderr)
     numbers = itertools.count(1)
 
-    def speak(answer: str, states: AnswerStates) -> None:
-        if speaker is not None:
+    def answer(question: str) -> None:
+        start_s = time.perf_counter()
+        pieces, answer_states = conversation.ask(question)
+        with contextlib.closing(pieces):
+            if speaker is None:
+                for _ in pieces:
+                    pass
+                return
             out = args.audio_out
             path = out if once else out.with_stem(f"{out.stem}_{next(numbers)}")
-            write_speech(speaker, sentences(answer), path, "the answer", answer_states=states)
+            write_speech(
+                speaker, pieces, path, "the answer", since="the question", start_s=start_s, answer_states=answer_states
+            )
 
     if once:
-        speak(*conversation.ask(clean(args.text or ""), may_stop=False))
+        answer(clean(args.text or ""))
     else:
         print(f"{quoted(args.ckpt_dir)}: /reset forgets the conversation, /quit or Ctrl-D leaves.", file=sys.stderr)
-        converse(conversation, speak)
+        converse(conversation, answer)
 
 
 def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -> Speaker:
@@ -178,7 +188,8 @@ def say(args: argparse.Namespace) -> None:
     sampling = {"temperature": args.temperature, "top_k": args.top_k}
     if args.seed is not None:
         sampling["seed"] = args.seed
-    write_speech(find_speaker(args), sentences(clean(args.say)), args.audio_out, "--say", **sampling)
+    speaker, start_s = find_speaker(args), time.perf_counter()
+    write_speech(speaker, [clean(args.say)], args.audio_out, "--say", since="the text", start_s=start_s, **sampling)
 
 
 def read(args: argparse.Namespace) -> None:

@@ -605,8 +605,54 @@ MUTATIONS = [
         'self.new_notes += batch["notes"]', "pass", "tests/test_stage_recordings.py -k reaches_the_log",
     ),
     Mutation(
-        "speech", "--say speaks a paragraph at once", "infer_chat.py",
-        "sentences(clean(args.say))", "[clean(args.say)]", "tests/test_speaking.py -k forty",
+        "speech", "--say speaks a paragraph at once", "omni/chat/speech.py",
+        'yield "", sentences(text)[found:]', 'yield "", [text]', "tests/test_speaking.py -k forty",
+    ),
+    Mutation(
+        "speech", "an answer is written to its end before it is spoken", "omni/chat/speech.py",
+        "in finished_sentences(pieces):", "in finished_sentences(list(pieces)):",
+        "tests/test_infer_omni.py -k whole_answer",
+    ),
+    Mutation(
+        "speech", "a sentence is spoken before the states of all of its tokens are known", "omni/chat/speech.py",
+        "sentences(text)[found:-1]", "sentences(text + piece)[found:-1]",
+        "tests/test_infer_omni.py -k whole_answer",
+    ),
+    Mutation(
+        "speech", "a sentence is spoken before its end", "omni/chat/speech.py",
+        "sentences(text)[found:-1]", "sentences(text)[found:]", "tests/test_speaking.py -k pieces_that",
+    ),
+    Mutation(
+        "speech", "each sentence is looked for from the answer's beginning", "omni/chat/assistant.py",
+        "self._end = start + len(sentence)", "pass", "tests/test_infer_omni.py -k whole_answer",
+    ),
+    Mutation(
+        "speech", "the time to the first sound begins with the talker", "omni/chat/speech.py",
+        "first_s = time.perf_counter() - start_s", "first_s = 0.1",
+        "tests/test_infer_omni.py -k timed_from",
+    ),
+    Mutation(
+        "conversation", "Ctrl-C in an answer ends the conversation", "omni/chat/terminal.py",
+        "with contextlib.suppress(KeyboardInterrupt):", "with contextlib.nullcontext():",
+        "tests/test_infer_omni.py -k ctrl_c",
+    ),
+    # generation
+    Mutation(
+        "the weights in use", "kept weights are those of before a change", "omni/models/decoding.py",
+        ", parameter._version)", ")", "tests/test_decoding.py -k before_a_change",
+    ),
+    Mutation(
+        "the weights in use", "other weights at a freed address are taken for the former", "omni/models/decoding.py",
+        "[parameter.detach() for parameter in thinker.parameters()]", "None",
+        "tests/test_decoding.py -k before_a_change",
+    ),
+    Mutation(
+        "the weights in use", "a copy of a model reads with the weights of the first", "omni/models/thinker.py",
+        'self.__dict__ | {"decode_weights": None}', "self.__dict__", "tests/test_decoding.py -k no_part",
+    ),
+    Mutation(
+        "the weights in use", "the weights are copied for each answer", "omni/models/decoding.py",
+        "if kept is None or ", "if True or ", "tests/test_decoding.py -k copied_once",
     ),
     Mutation(
         "speech", "a long sentence is one utterance", "omni/chat/speech.py",
@@ -686,8 +732,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the page stays up", "speech is made in one piece before others have their turn", "omni/chat/web.py",
-        "self.turns.slices(synthesize(self.speaker, texts, what, cut, **sampling))",
-        "self.turns.slices(iter(list(synthesize(self.speaker, texts, what, cut, **sampling))))",
+        "self.turns.slices(bounded(spoken, pieces, int(MAX_SPEECH_S * rate)))",
+        "self.turns.slices(iter(list(bounded(spoken, pieces, int(MAX_SPEECH_S * rate)))))",
         "tests/test_web_demo.py -k long_speech",
     ),
     Mutation(
@@ -712,7 +758,16 @@ MUTATIONS = [
     ),
     Mutation(
         "the page stays up", "speech is of any length", "omni/chat/web.py",
-        "piece[:left]", "piece", "tests/test_web_demo.py -k asked_said_and_kept",
+        "piece[:samples]", "piece", "tests/test_web_demo.py -k asked_said_and_kept",
+    ),
+    Mutation(
+        "speech", "an answer's text ends where the page stops speaking", "omni/chat/web.py",
+        "    yield from pieces\n", "", "tests/test_web_demo.py -k heard_while",
+    ),
+    Mutation(
+        "speech", "the page shows no text before the answer is spoken", "omni/chat/web.py",
+        "    for piece in spoken:\n", "    for piece in list(spoken):\n",
+        "tests/test_web_demo.py -k 'heard_while or long_speech'",
     ),
     Mutation(
         "the page stays up", "what is not fetched is sent on", "omni/chat/web.py",

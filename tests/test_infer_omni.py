@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +21,12 @@ from test_video import clip, film, reds
 import export
 import infer_chat
 from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length
-from omni.chat.speech import sentences
+from omni.chat.speech import UTTERANCE_BYTES, sentences
 from omni.chat.terminal import read_line
 from omni.chat.text import clean, media_named
 from omni.common.errors import UserError
 from omni.models.aligner import text_symbols
+from omni.models.speaker import Speaker
 
 # ---------------------------------------------------------------------------------------------------------------
 # The program
@@ -326,27 +329,97 @@ def test_the_talker_hears_what_was_thought_at_each_token_of_an_answer(merged):
         torch.stack(answer_states.states), expected[: len(answer_states.states)], rtol=1e-4, atol=1e-5
     )
 
+    def written(ids: list[int], n_states: int) -> AnswerStates:
+        """Each token's state is its number."""
+        found = AnswerStates()
+        found.tokenizer, found.ids = assistant.tokenizer, ids
+        found.states = list(torch.arange(1.0, n_states + 1)[:, None])
+        return found
+
     text = " Ja, grün.\n  Ist 你 da?"
-    answer_states.ids = assistant.tokenizer.encode(text)
-    answer_states.states = list(torch.arange(1.0, len(answer_states.ids))[:, None])  # the last token's is not known
-    texts = sentences(text)
-    heard = [states[:, 0].tolist() for states in answer_states.of(texts)]
+    ids = assistant.tokenizer.encode(text)
+    answer_states, texts = written(ids, len(ids) - 1), sentences(text)  # the last token's state is not known
+    heard = [answer_states.of(part)[:, 0].tolist() for part in texts]
     assert [len(states) for states in heard] == [len(text_symbols(part)) for part in texts]
     assert [states[-1] for states in heard] == [0, 0]
     tokens = [token for states in heard for token in states[:-1]]
     assert tokens[:-1] == sorted(tokens[:-1]) and tokens[-1] == 0, "in the order of the answer"
     for part, states in zip(texts, heard, strict=True):
         for symbol, token in zip(text_symbols(part), states[:-1], strict=False):
-            written = assistant.tokenizer.decode(answer_states.ids[: int(token)]).encode()
-            assert token == 0 or symbol in written or written.endswith("�".encode()) or symbol == 32
-    answer_states.ids = assistant.tokenizer.encode("a 7 b")
-    answer_states.states = list(torch.arange(1.0, len(answer_states.ids) + 1)[:, None])
-    (states,) = answer_states.of(["a 7 b"], "en")
+            before = assistant.tokenizer.decode(ids[: int(token)]).encode()
+            assert token == 0 or symbol in before or before.endswith("�".encode()) or symbol == 32
+    seven = assistant.tokenizer.encode("a 7 b")
+    states = written(seven, len(seven)).of("a 7 b", "en")
     assert len(states) == len(text_symbols("a seven b")) and len(set(states[2:7, 0].tolist())) == 1
-    answer_states.ids = assistant.tokenizer.encode(text)[:-4]  # in the middle of a character
-    while "�" not in assistant.tokenizer.decode(answer_states.ids):
-        answer_states.ids.pop()
-    assert answer_states.of(texts) is None
+    while "�" not in assistant.tokenizer.decode(ids):  # up to the middle of a character
+        ids.pop()
+    cut = assistant.tokenizer.decode(ids)
+    answer_states = written(ids, len(ids))
+    assert [answer_states.of(part) is None for part in sentences(cut)] == [False, True], "what is before it has states"
+
+
+@pytest.fixture(scope="module")
+def talkative(folders) -> Path:
+    """A stage E whose talker says something else for each text and each state."""
+
+    def shaken(payload):
+        torch.manual_seed(5)
+        for name, weight in payload["model"].items():
+            if name.startswith("talker.") and weight.is_floating_point():
+                weight += 0.3 * torch.randn_like(weight)
+
+    return altered(folders["omni"], folders["omni"].parent / "talkative", "omni_final.pt", shaken)
+
+
+def dictate(monkeypatch, ids: list[int]) -> None:
+    """The Thinker writes these ids."""
+    left = iter(ids)
+    monkeypatch.setattr("omni.models.thinker.Thinker._choose", lambda *_: next(left))
+
+
+@pytest.mark.parametrize("longest", [UTTERANCE_BYTES, 7])
+@pytest.mark.parametrize("ending", ["as it likes", "cut", "no UTF-8"])
+def test_speech_is_that_of_the_whole_answer_whenever_it_begins(
+    folders, talkative, chat, monkeypatch, tmp_path, longest, ending
+):
+    """Bit for bit, wherever sentences end, and also in the middle of a token."""
+    tokenizer = Assistant.load(talkative, CPU).tokenizer
+    ids = tokenizer.encode("Red cat. Mr. Low saw reddogdog! 好。Ja, grün? Big\ncat")
+    if ending == "no UTF-8":
+        ids = [*ids[:12], tokenizer.encode("好")[0], *ids[12:]]
+    parts = [word for part in ("talker", "vocoder") for word in (f"--{part}_ckpt", str(folders[part]))]
+    path, real, log, heard = tmp_path / "said.wav", Assistant._decoded, [], []
+    stream, of = Speaker.stream, AnswerStates.of
+
+    def noted_stream(speaker, text, thinker_states, **sampling):
+        log.append(None)
+        heard.append(thinker_states and thinker_states[0].tolist())
+        return stream(speaker, text, thinker_states=thinker_states, **sampling)
+
+    def speech() -> tuple[bytes, list]:
+        dictate(monkeypatch, [*ids, *[tokenizer.end_id] * (ending != "cut")])
+        log.clear(), heard.clear()
+        n_tokens = len(ids) - 3 if ending == "cut" else len(ids) + 1
+        line = ("--text", "red", "--max_new_tokens", str(n_tokens), "--audio_out", str(path), *parts)
+        assert "conditioned on the Thinker's states" in chat(talkative, *line).err
+        return path.read_bytes(), heard.copy()
+
+    def noted(assistant, ids, seen):
+        for piece in real(assistant, ids, seen):
+            log.append(piece)
+            yield piece
+
+    monkeypatch.setattr("omni.chat.speech.UTTERANCE_BYTES", longest)
+    monkeypatch.setattr(Speaker, "stream", noted_stream)
+    monkeypatch.setattr(Assistant, "_decoded", noted)
+    early = speech()
+    assert None in log[: len(log) // 2] and "".join(filter(None, log[log.index(None) :])).strip(), "it goes on writing"
+    monkeypatch.setattr(Assistant, "_decoded", lambda *given: iter(list(noted(*given))))
+    whole = speech()
+    assert None not in log[: -log.count(None)], "all is written first"
+    assert early == whole
+    monkeypatch.setattr(AnswerStates, "of", lambda *given: of(*given) * 0)
+    assert ending == "no UTF-8" or speech()[0] != whole[0], "what was thought is heard"
 
 
 def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp_path):
@@ -364,6 +437,44 @@ def test_sentences_are_spoken_one_after_the_other(merged, chat, monkeypatch, tmp
     assert out == "A cat. Two dogs.\n" and asked == ["A cat.", "Two dogs."]
     samples, _ = soundfile.read(tmp_path / "said.wav")
     assert len(samples) == 3200 + 0.2 * 16_000 and 0 < samples[0] < samples[-1] and not samples[1600:-1600].any()
+
+
+def test_the_first_sound_is_timed_from_the_question(merged, chat, monkeypatch, tmp_path):
+    def slow(assistant, ids, seen):
+        for piece in ("A cat.", " Two", " dogs", "."):
+            time.sleep(0.2)
+            yield piece
+
+    monkeypatch.setattr(Speaker, "stream", lambda *_, **__: iter([np.full(1600, 0.1, np.float32)]))
+    monkeypatch.setattr(Assistant, "_decoded", slow)
+    _, err = chat(merged, "--text", "red", "--audio_out", str(tmp_path / "said.wav"))
+    took, first = re.search(r"of speech in ([\d.]+) s, .* first sound (\d+) ms after the question", err).groups()
+    assert 600 <= int(first) <= 1000 * float(took) - 150, (
+        "a sentence is known at the next one, and spoken a token later"
+    )
+    _, err = chat(merged, "--say", "A cat.", "--audio_out", str(tmp_path / "said.wav"))
+    assert re.search(r"first sound \d+ ms after the text", err)
+
+
+@pytest.mark.parametrize("while_it", ["writes", "speaks"])
+def test_ctrl_c_stops_an_answer_and_its_speech_and_not_the_conversation(merged, chat, monkeypatch, tmp_path, while_it):
+    def interrupted(items: list, at: str) -> Iterator:
+        yield from items
+        if at == while_it and len(chat.prompts) == 1:
+            raise KeyboardInterrupt
+
+    sound = np.full(1600, 0.1, np.float32)
+    monkeypatch.setattr(Speaker, "stream", lambda *_, **__: interrupted([sound], "speaks"))
+    monkeypatch.setattr(Assistant, "_decoded", lambda *_: interrupted(["A cat. ", "Two", " dogs"], "writes"))
+    out, _ = chat(merged, "--audio_out", str(tmp_path / "said.wav"), lines=["red", "big"])
+    assert out == "A cat. Two dogs\n" * 2, "what was written stays"
+    again = chat.prompts[1].ids
+    assert "dogs" in Assistant.load(merged, CPU).tokenizer.decode(again), "and is a part of the conversation"
+    assert [path.name for path in tmp_path.glob("*.wav")] == ["said_2.wav"]
+    chat.prompts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        chat(merged, "--text", "red", "--audio_out", str(tmp_path / "once.wav"))
+    assert not (tmp_path / "once.wav").exists()
 
 
 def test_say_of_the_export_is_that_of_the_stages(folders, merged, chat, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from stages import SMALL_CODEC, SMALL_TALKER
 
 import infer_chat
-from omni.chat.speech import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, sentences, synthesize
+from omni.chat.speech import MAX_SPOKEN_BYTES, PAUSE_S, UTTERANCE_BYTES, finished_sentences, sentences, speak
 from omni.common.errors import UserError
 from omni.models.codec import Codec
 from omni.models.speaker import Speaker
@@ -57,7 +57,8 @@ def test_a_text_that_is_too_long_is_one_line_before_anything_is_loaded(say, spea
         with pytest.raises(UserError, match=r"--say: expected a text of 1 to 32,768 bytes"):
             infer_chat.parse_args(["--ckpt_dir", "-", "--say", text, "--audio_out", "a.wav"])
         with pytest.raises(UserError, match="the answer: .* bytes are too long to be spoken, expected at most 32,768"):
-            next(synthesize(speaker, sentences(text), "the answer", on_cut=print))
+            for piece in speak(speaker, [text], "the answer", on_cut=print):
+                assert piece in (text, ""), "nothing of it is spoken"
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -67,6 +68,14 @@ def test_any_text_falls_into_pieces_that_are_not_too_long(seed):
     words = ["a", "seven", "forty-two,", "grün", "да;", "end.", "Is it?", '"Yes!"', "\n", "…", "1.5", "  ", "x" * 90]
     text = " ".join(rng.choices(words, weights=[rng.random() ** 3 for _ in words], k=rng.choice((3, 60, 900))))
     pieces = sentences(text)
+    cuts = sorted(rng.choices(range(len(text) + 1), k=rng.choice((0, 9, 300))))
+    parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    known, before = [], ""
+    for part, finished in finished_sentences(iter(parts)):
+        known += finished
+        assert part == "" or len(known) == max(0, len(sentences(before)) - 1), "at once, when another follows"
+        before += part
+    assert known == pieces and before == text, "the same, however the text comes"
     assert " ".join(" ".join(pieces).split()) == " ".join(text.split())
     assert all(piece == piece.strip() and 0 < len(piece.encode()) <= UTTERANCE_BYTES for piece in pieces)
     at = 0

@@ -349,6 +349,43 @@ def test_long_speech_lets_others_have_their_turn(stub, count):
 
 
 @needs_gradio
+def test_an_answer_is_heard_while_it_is_written(stub, monkeypatch):
+    """And its text goes on where its speech is cut, or fails."""
+    import gradio as gr
+
+    from omni.chat import web
+
+    page, request = stub
+    words, told = ["Yes.", " Two", " red", " cats.", " And", " dogs."], []
+    monkeypatch.setattr(web.gr, "Warning", told.append)
+    monkeypatch.setattr(page.assistant, "answer", lambda *_, **__: iter(words), raising=False)
+
+    def ask(aloud: bool = True) -> list[tuple]:
+        asked = {"text": "red", "files": []}
+        return asyncio.run(to_the_end(page.chat(web.Session(), asked, aloud, 0, 1, 8, -1, request)))
+
+    def texts(outputs: list[tuple]) -> list[str]:
+        return [shown[-1]["content"] for shown, *_ in outputs if isinstance(shown, list)]
+
+    outputs = ask()
+    sounds = [at for at, output in enumerate(outputs) if isinstance(output[2], str) and output[2].count(" ") > 1]
+    first_text = next(at for at, output in enumerate(outputs) if isinstance(output[0], list) and len(output[0]) == 2)
+    last_text = max(at for at, output in enumerate(outputs) if isinstance(output[0], list))
+    assert first_text < sounds[0] < last_text < sounds[-1], "in turns"
+    assert page.assistant.events == ["Yes.", "Two red cats.", "And dogs."]
+    rate, samples = outputs[-1][3]
+    assert len(samples) == 3 * rate + 2 * rate // 5 and texts(outputs)[-1] == "".join(words) and not told
+    monkeypatch.setattr(web, "MAX_SPEECH_S", 0.5)
+    assert texts(outputs := ask())[-1] == "".join(words) and "as long as this page speaks" in told[-1]
+    assert len(outputs[-1][3][1]) == 0.5 * rate
+    monkeypatch.setattr(page.assistant, "stream", lambda *_, **__: iter(()), raising=False)
+    assert texts(ask())[-1] == "".join(words) and "made no sound" in told[-1]
+    assert texts(ask(aloud=False))[-1] == "".join(words) and len(told) == 2
+    with pytest.raises(gr.Error, match="made no sound"):
+        asyncio.run(to_the_end(page.say(web.Session(), "One.", 0, 0, request)))
+
+
+@needs_gradio
 def test_one_visitors_requests_come_one_after_the_other_and_stop_ends_them_all(stub):
     from omni.chat.web import Session
 

@@ -177,36 +177,37 @@ class Assistant:
 
 
 class AnswerStates:
-    """The Thinker's last hidden states of an answer, for a talker that is conditioned on them."""
+    """The Thinker's last hidden states of an answer, for a talker that is conditioned on them. They grow with the
+    answer."""
 
     def __init__(self) -> None:
         self.tokenizer: Tokenizer | None = None
         self.ids: list[int] = []
-        self.states: list[torch.Tensor] = []  # (D,) each; of an answer that was cut, one less
+        self.states: list[torch.Tensor] = []  # (D,) each; the last token's comes with the next token, if there is one
+        self._end = 0  # of the sentence before, in characters
 
-    def of(self, texts: list[str], language: Language | None = None) -> list[torch.Tensor] | None:
-        """For each of the answer's ``sentences``, the state for each byte that the talker reads, (L, D); None if the
-        answer's bytes are not UTF-8, since they then differ from those of its text.
+    def of(self, sentence: str, language: Language | None = None) -> torch.Tensor | None:
+        """For the answer's next sentence, the state for each byte that the talker reads, (L, D); None if the bytes up
+        to its end are not UTF-8, since they then differ from those of the text.
 
         Args:
+            sentence: the next of the answer's ``sentences``; there are states of all of its tokens, unless the answer
+                has ended.
             language: the talker's ``text_language``.
         """
         if not self.states:
             return None
         answer = self.tokenizer.decode(self.ids, skip_special=True)
-        counts = self.tokenizer.byte_counts(self.ids)
-        if sum(counts) != len(answer.encode()):
+        start = answer.index(sentence, self._end)
+        self._end = start + len(sentence)
+        if "\ufffd" in answer[: self._end]:
             return None
         nothing = torch.zeros_like(self.states[0])
+        counts = self.tokenizer.byte_counts(self.ids)
         each = [*self.states, nothing][: len(self.ids)]
         per_byte = [state for state, count in zip(each, counts, strict=True) for _ in range(count)]
-        found, at = [], 0
-        for text in texts:
-            at = answer.index(text, at)
-            first = len(answer[:at].encode())
-            at += len(text)
-            found.append(torch.stack([*(per_byte[first + byte] for byte in speech_bytes(text, language)), nothing]))
-        return found
+        first = len(answer[:start].encode())
+        return torch.stack([*(per_byte[first + byte] for byte in speech_bytes(sentence, language)), nothing])
 
 
 def check_text_length(text: str, ctx_len: int = LONGEST_CTX_LEN) -> None:

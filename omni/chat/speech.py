@@ -1,12 +1,11 @@
 """Speech for answers and texts: the speaker that a folder holds, texts cut into sentences, sound piece by piece."""
 
 import io
-import itertools
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -87,42 +86,61 @@ def _pieces(sentence: str) -> Iterator[str]:
     yield sentence
 
 
-def synthesize(
+def finished_sentences(pieces: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each piece of a text, with those of the text's ``sentences`` that were known before it; at the end "" with the
+    last ones. No later piece changes a sentence that another follows."""
+    text, found = "", 0
+    for piece in pieces:
+        new = sentences(text)[found:-1]
+        found += len(new)
+        yield piece, new
+        text += piece
+    yield "", sentences(text)[found:]
+
+
+def speak(
     speaker: Speaker,
-    texts: list[str],
+    pieces: Iterable[str],
     what: str,
     on_cut: Callable[[str], None],
     answer_states: AnswerStates | None = None,
     **sampling,
-) -> Iterator[np.ndarray]:
-    """Yield the sound of the texts in turn, ``PAUSE_S`` of silence between them, in (S,) float32 pieces as they come.
+) -> Iterator[str | np.ndarray]:
+    """Yield the pieces of a text as they come and, after each of its ``sentences``, the sentence's sound, in (S,)
+    float32 pieces as they come, with ``PAUSE_S`` of silence before all but the first.
+
+    An answer is written on between two sentences only, so what is heard of it is always written. A sentence is spoken
+    one token after it is known: then there are states of all of its tokens.
 
     Args:
-        what: name of the texts in messages.
-        on_cut: called with each text whose speech was cut after ``MAX_SECONDS``.
-        answer_states: those of the answer whose ``sentences`` the texts are.
+        what: name of the text in messages.
+        on_cut: called with each sentence whose speech was cut after ``MAX_SECONDS``.
+        answer_states: those of the answer, if the text is one.
         sampling: as in ``Speaker.stream``.
 
     Raises:
-        UserError: the texts exceed ``MAX_SPOKEN_BYTES``, or the talker made no sound.
+        UserError: after the last piece of the text: it exceeds ``MAX_SPOKEN_BYTES``, or the talker made no sound.
     """
-    if (size := sum(len(text.encode()) for text in texts)) > MAX_SPOKEN_BYTES:
-        raise UserError(f"{what}: {size:,} bytes are too long to be spoken, expected at most {MAX_SPOKEN_BYTES:,}")
     pause = np.zeros(round(PAUSE_S * speaker.spec.sample_rate), np.float32)
     longest = int(speaker.max_frames * speaker.code_s * speaker.spec.sample_rate)
-    silent, states = True, None
-    if answer_states is not None and speaker.uses_thinker_states:
-        states = answer_states.of(texts, speaker.text_language)
-    for number, text in enumerate(texts):
-        samples = 0
-        for piece in speaker.stream(text, thinker_states=states and [states[number]], **sampling):
-            if not samples and not silent:
-                yield pause
-            samples, silent = samples + len(piece), False
-            yield piece
-        if samples >= longest:
-            on_cut(text)
-        yield np.zeros(0, np.float32)  # lets callers that take turns yield after each text
+    silent, size = True, 0
+    for piece, texts in finished_sentences(pieces):
+        size += len(piece.encode())
+        yield piece
+        for text in texts if size <= MAX_SPOKEN_BYTES else ():
+            samples, states = 0, None
+            if answer_states is not None and speaker.uses_thinker_states:
+                states = answer_states.of(text, speaker.text_language)
+            for sound in speaker.stream(text, thinker_states=None if states is None else [states], **sampling):
+                if not samples and not silent:
+                    yield pause
+                samples, silent = samples + len(sound), False
+                yield sound
+            if samples >= longest:
+                on_cut(text)
+            yield np.zeros(0, np.float32)  # lets callers that take turns yield after each sentence
+    if size > MAX_SPOKEN_BYTES:
+        raise UserError(f"{what}: {size:,} bytes are too long to be spoken, expected at most {MAX_SPOKEN_BYTES:,}")
     if silent:
         raise UserError(f"{what}: the talker made no sound for it")
 
@@ -143,34 +161,40 @@ def wav_target(path: Path) -> Path:
     return target
 
 
-def write_speech(speaker: Speaker, texts: list[str], path: Path, what: str, **sampling) -> None:
-    """Write the speech of the texts to a WAV file, and its speed to stderr; arguments as in ``synthesize``.
+def write_speech(
+    speaker: Speaker, pieces: Iterable[str], path: Path, what: str, *, since: str, start_s: float, **sampling
+) -> None:
+    """Write the speech of a text to a WAV file, and its speed to stderr.
+
+    Args:
+        pieces, what, sampling: see ``speak``.
+        since: what was given at ``start_s`` (of ``time.perf_counter``), for the message about the speed.
 
     Raises:
-        UserError: the talker made no sound, or the file cannot be written.
+        UserError: all pieces were taken, but the talker made no sound, or the file cannot be written.
     """
-    target = wav_target(path)
-    started, samples, rate = time.perf_counter(), 0, speaker.spec.sample_rate
+    first_s, samples, rate = None, 0, speaker.spec.sample_rate
 
     def cut(text: str) -> None:
         print(f"{quoted(path)}: cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on", file=sys.stderr)
 
-    sound = synthesize(speaker, texts, what, cut, **sampling)
-    first = next(sound)
-    first_s = time.perf_counter() - started
-
     whole = io.BytesIO()  # soundfile prints a traceback of its own where a disk is full
     with soundfile.SoundFile(whole, "w", samplerate=rate, channels=1, format="WAV", subtype="PCM_16") as wav:
-        for piece in itertools.chain([first], sound):
+        for piece in speak(speaker, pieces, what, cut, **sampling):
+            if isinstance(piece, str):
+                continue
+            if len(piece) and first_s is None:
+                first_s = time.perf_counter() - start_s
             samples += len(piece)
             wav.write(piece)
+    target = wav_target(path)
     try:
         replace_file(target, lambda file: file.write(whole.getbuffer()))
     except OSError as error:
         raise UserError(f"--audio_out {path}: cannot write it: {error.strerror}") from error
-    took, lasts = time.perf_counter() - started, samples / rate
+    took, lasts = time.perf_counter() - start_s, samples / rate
     print(
         f"{quoted(path)}: {lasts:.2f} s of speech in {took:.2f} s, real-time factor {took / lasts:.3f}, "
-        f"first sound after {1000 * first_s:.0f} ms",
+        f"first sound {1000 * first_s:.0f} ms after {since}",
         file=sys.stderr,
     )

@@ -1,7 +1,8 @@
 """A conversation in the terminal: answers on stdout, everything else on stderr."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, message
@@ -56,11 +57,9 @@ class Conversation:
         self.has_recording = self.has_recording or command == "/audio"
         self.missing, self.waiting = [], None
 
-    def ask(self, text: str, *, may_stop: bool = True) -> tuple[str, AnswerStates]:
-        """Print and return the answer to ``text`` and the attachments.
-
-        Args:
-            may_stop: Ctrl-C ends the answer instead of the program.
+    def ask(self, text: str) -> tuple[Iterator[str], AnswerStates]:
+        """Returns the pieces of the answer to ``text`` and the attachments, each printed and added to the conversation
+        when it is taken; and the Thinker's states, of the answer so far.
 
         Raises:
             UserError: the text is too long, or an attachment is missing; the conversation does not change.
@@ -73,39 +72,37 @@ class Conversation:
                 f"question again"
             )
         self.missing, self.waiting = [], None
+        answer, answer_states = {"role": "assistant", "content": ""}, AnswerStates()
         if self.complete:
             check_text_length(text, self.assistant.ctx_len)
             tokenizer = self.assistant.tokenizer
             # in training, each text follows the end of another
-            return self._print_answer([tokenizer.eos_id, *tokenizer.encode(text)], may_stop)
-        self.messages.append(message(self.attached, text))
-        try:
-            prompt = self.assistant.prompt(self.messages, self.sampling["max_new_tokens"])
-            answer, answer_states = self._print_answer(prompt, may_stop)
-        except UserError:
-            del self.messages[-1:]
-            raise
-        self.messages.append({"role": "assistant", "content": answer})
+            prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+            return printed(self.assistant.answer(prompt, answer_states, **self.sampling), answer), answer_states
+        messages = [*self.messages, message(self.attached, text)]
+        prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"])
+        pieces = self.assistant.answer(prompt, answer_states, **self.sampling)
+        self.messages = [*messages, answer]
         self.drop()
-        return answer, answer_states
-
-    def _print_answer(self, prompt, may_stop: bool) -> tuple[str, AnswerStates]:
-        """Print the answer on stdout, piece by piece on a terminal, and return it."""
-        streaming, pieces, answer_states = sys.stdout.isatty(), [], AnswerStates()
-        try:
-            for piece in self.assistant.answer(prompt, answer_states, **self.sampling):
-                pieces.append(piece)
-                if streaming:
-                    print(without_controls(piece), end="", flush=True)
-        except KeyboardInterrupt:
-            if not may_stop:
-                raise
-        print("" if streaming else without_controls("".join(pieces)), flush=True)
-        return "".join(pieces), answer_states
+        return printed(pieces, answer), answer_states
 
 
-def converse(conversation: Conversation, answered: Callable[[str, AnswerStates], None]) -> None:
-    """Answer the input line by line, and call ``answered`` with each answer. An error ends its line only."""
+def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
+    """The pieces of an answer, added to its content, and printed: on a terminal each as it comes, else all at the
+    end."""
+    streaming = sys.stdout.isatty()
+    try:
+        for piece in pieces:
+            answer["content"] += piece
+            if streaming:
+                print(without_controls(piece), end="", flush=True)
+            yield piece
+    finally:  # also of an answer that is stopped
+        print("" if streaming else without_controls(answer["content"]), flush=True)
+
+
+def converse(conversation: Conversation, answer: Callable[[str], None]) -> None:
+    """Call ``answer`` with each question of the input, a line each. An error ends its line only, Ctrl-C its answer."""
     longest = conversation.assistant.ctx_len * CHARACTERS_PER_TOKEN
     while (line := read_line(longest)) is not None and line.strip() != "/quit":
         command, *name = line.split(maxsplit=1) or [""]
@@ -115,7 +112,8 @@ def converse(conversation: Conversation, answered: Callable[[str, AnswerStates],
             elif command in ("/image", "/audio", "/video") and not conversation.complete:
                 conversation.attach(command, "".join(name).strip())
             elif line.strip() or conversation.has_recording:
-                answered(*conversation.ask(line))
+                with contextlib.suppress(KeyboardInterrupt):
+                    answer(line)
         except UserError as error:
             print(f"error: {visible(str(error))}", file=sys.stderr)
 

@@ -9,7 +9,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -21,7 +21,7 @@ import numpy as np
 from omni.chat.assistant import AnswerStates, Assistant, check_text_length, message
 from omni.chat.ocr import read_picture
 from omni.chat.server import Turns
-from omni.chat.speech import sentences, synthesize
+from omni.chat.speech import speak
 from omni.chat.text import clean
 from omni.chat.web_voices import chosen_voice, voice_inputs
 from omni.common.errors import BadRow, UserError
@@ -133,24 +133,18 @@ class Page:
                 shown = talk.shown + [{"role": "user", "content": content} for content in contents]
                 shown, answer = shown[-MAX_SHOWN:], {"role": "assistant", "content": ""}
                 yield shown, None, "", None
-                try:
-                    async for some in self.turns.slices(pieces):
-                        if session.run != run:
-                            return
-                        answer["content"] += "".join(some)
-                        yield [*shown, answer], gr.skip(), gr.skip(), gr.skip()
-                        await self.fetched(request)
-                finally:  # also the beginning of an answer that was stopped
-                    talk.messages, talk.shown = [*messages, answer], [*shown, answer]
+                talk.messages, talk.shown = [*messages, answer], [*shown, answer]  # also an answer that is stopped
+                spoken = pieces
                 if aloud and self.speaker is not None:
-                    texts = sentences(answer["content"])
                     try:
-                        how = {"reference": await chosen_voice(self.turns, self.speaker, voice, voice_file)}
-                        how |= {"answer_states": answer_states}
-                        async for heard in self.speech(session, run, request, texts, "the answer", **how):
-                            yield gr.skip(), gr.skip(), *heard
+                        voice = await chosen_voice(self.turns, self.speaker, voice, voice_file)
+                        how = {"reference": voice, "answer_states": answer_states}
+                        spoken = warned(speak(self.speaker, pieces, "the answer", warn_of_cut, **how))
                     except UserError as error:  # the answer stands
                         warn(str(error))
+                async for new, player, whole in self.stream(session, run, request, spoken, pieces):
+                    answer["content"] += new or ""
+                    yield gr.skip() if new is None else [*shown, answer], gr.skip(), player, whole
 
     def parts(self, path: str) -> list[dict]:
         """A file as parts of a message; its content tells its kind, or else its name."""
@@ -186,35 +180,37 @@ class Page:
             sampling = {"temperature": temperature, "seed": random.getrandbits(53) if seed < 0 else seed}
             async with session.turn:
                 sampling["reference"] = await chosen_voice(self.turns, self.speaker, voice, voice_file)
-                async for heard in self.speech(session, run, request, sentences(text), "the text", **sampling):
-                    yield heard
+                spoken = speak(self.speaker, [text], "the text", warn_of_cut, **sampling)
+                sound = (piece for piece in spoken if not isinstance(piece, str))
+                async for _, player, whole in self.stream(session, run, request, sound):
+                    yield player, whole
 
-    async def speech(
-        self, session: Session, run: int, request: gr.Request, texts: list[str], what: str, **sampling
-    ) -> AsyncIterator[tuple]:
-        """Yield values for PLAYER, and at the end the whole speech as (rate in Hz, (S,) int16), unless stopped."""
-        rate, pieces, left = self.speaker.spec.sample_rate, [], int(MAX_SPEECH_S * self.speaker.spec.sample_rate)
-        stream = f"{time.monotonic_ns()} {rate}"
+    async def stream(
+        self, session: Session, run: int, request: gr.Request, spoken: Iterator[str | np.ndarray],
+        pieces: Iterable[str] = (),
+    ) -> AsyncIterator[tuple]:  # fmt: skip
+        """Yield new text or None, the value for PLAYER, and at the end the whole speech as (rate in Hz, (S,) int16),
+        unless stopped.
 
-        def cut(text: str) -> None:
-            warn(f"cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on")
-
-        async for some in self.turns.slices(synthesize(self.speaker, texts, what, cut, **sampling)):
+        Args:
+            spoken: see ``speak``.
+            pieces: the text that is spoken; it goes on after ``MAX_SPEECH_S`` of speech.
+        """
+        rate, sounds = self.speaker.spec.sample_rate if self.speaker else 0, []
+        player = f"{time.monotonic_ns()} {rate}"
+        async for some in self.turns.slices(bounded(spoken, pieces, int(MAX_SPEECH_S * rate))):
             if session.run != run:
                 return
-            for piece in some:
-                piece = np.rint(np.clip(piece[:left], -1, 1) * 32767).astype("<i2")
-                left -= len(piece)
-                pieces += [piece] * bool(len(piece))
-                stream += " " + base64.b64encode(piece.tobytes()).decode() if len(piece) else ""
-            yield stream, gr.skip()
+            heard = [piece for piece in some if not isinstance(piece, str)]
+            heard = [np.rint(np.clip(piece, -1, 1) * 32767).astype("<i2") for piece in heard]
+            player += "".join(f" {base64.b64encode(piece.tobytes()).decode()}" for piece in heard if len(piece))
+            sounds += heard
+            new = [piece for piece in some if isinstance(piece, str)]
+            yield "".join(new) if new else None, player if heard else gr.skip(), gr.skip()
             await self.fetched(request)
-            if not left:
-                warn(f"cut after {MAX_SPEECH_S:g} s, which is as long as this page speaks at a time")
-                break
-        if self.take(2 * sum(map(len, pieces))):
-            yield stream, (rate, np.concatenate(pieces))
-        else:
+        if sounds and self.take(2 * sum(map(len, sounds))):
+            yield None, player, (rate, np.concatenate(sounds))
+        elif sounds:
             warn("the page's disk space is used up: this speech cannot be played again")
 
     async def read(self, path: str | None) -> str:
@@ -237,6 +233,32 @@ class Page:
             if time.monotonic() > end:
                 raise UserError(f"stopped, as too little was fetched for {PATIENCE_S} s")
             await asyncio.sleep(0.1)
+
+
+def bounded(spoken: Iterator[str | np.ndarray], pieces: Iterable[str], samples: int) -> Iterator[str | np.ndarray]:
+    """``spoken`` with at most so many samples of sound; then only the rest of the text."""
+    for piece in spoken:
+        if isinstance(piece, str):
+            yield piece
+            continue
+        yield piece[:samples]
+        samples -= len(piece)
+        if samples <= 0:
+            warn(f"cut after {MAX_SPEECH_S:g} s, which is as long as this page speaks at a time")
+            break
+    yield from pieces
+
+
+def warned(spoken: Iterator[str | np.ndarray]) -> Iterator[str | np.ndarray]:
+    """``spoken``, with a warning in place of an error."""
+    try:
+        yield from spoken
+    except UserError as error:
+        warn(str(error))
+
+
+def warn_of_cut(text: str) -> None:
+    warn(f"cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on")
 
 
 def warn(text: str) -> None:
