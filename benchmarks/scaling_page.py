@@ -226,10 +226,10 @@ card left for activations:
 | 80 GB | 3.3 billion | 80 |
 
 More cards make a step shorter, not the model larger. Beyond these sizes weights and averages have to be divided between
-the cards: `torch.distributed.fsdp.fully_shard` (FSDP2) is PyTorch's way, and programs that are built on it, such as torchtitan,
-know the Qwen3 that the exported Thinker is. It is not in the training loop here, and that is a decision: a step that is given
-up without a wait, gradients that are clipped on the device, updates of whole matrices (Muon) and one sealed file as a
-checkpoint each take a plain tensor for granted, and no stage comes near these sizes.
+the cards: `torch.distributed.fsdp.fully_shard` (FSDP2) is PyTorch's way, and programs that are built on it, such as
+torchtitan, know the Qwen3 that the exported Thinker is. It is not in the training loop here, and that is a decision: a
+step that is given up without a wait, gradients that are clipped on the device, updates of whole matrices (Muon) and one
+sealed file as a checkpoint each take a plain tensor for granted, and no stage comes near these sizes.
 
 ## From one process to two in mid-run
 
