@@ -17,7 +17,8 @@ from omni.models.vision_encoder import ViT
 
 MAX_SCALE = 100.0
 WORD_LOGITS = 1 << 26  # logits of the word head in memory at a time
-FEW_PATCHES = -6.0  # log-odds, before training, that a patch shows a word
+RARE = -6.0  # largest log-odds, before training, that a patch shows a token
+SHOWN = 100  # largest number of tokens that all patches together show before training
 
 
 class PictureTextModel(nn.Module):
@@ -52,7 +53,10 @@ class PictureTextModel(nn.Module):
         self.word_head = None
         if arch.word_head:
             self.word_head = nn.Linear(arch.vision.d_model, arch.text.vocab_size)
-            nn.init.constant_(self.word_head.bias, FEW_PATCHES)
+            # At first nearly all of the word loss is of tokens that a picture does not show. Among many patches and
+            # tokens it would be hundreds of times the contrastive loss, and a clipped gradient would be its alone.
+            chances = self.vit.n_patches * arch.text.vocab_size
+            nn.init.constant_(self.word_head.bias, min(RARE, math.log(SHOWN / chances)))
         self.log_scale = nn.Parameter(torch.tensor(-math.log(arch.temperature)))
 
     def attach_thinker(self, thinker: Thinker) -> None:
