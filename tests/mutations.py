@@ -1248,15 +1248,6 @@ MUTATIONS = [
         "tests/test_optim.py -k 'kernels_and_embeddings and vision'",
     ),
     Mutation(
-        "numerics", "a packed row attends to the row before it", "omni/models/layers.py",
-        "groups = packing.split(heads)", "groups = [heads]", "tests/test_packing.py -k padded_ones",
-    ),
-    Mutation(
-        "numerics", "the order of packed rows is lost", "omni/models/packing.py",
-        "self.source = order[rows] * longest + steps", "self.source = rows * longest + steps",
-        "tests/test_packing.py -k padded_ones",
-    ),
-    Mutation(
         "numerics", "near distances are compared in TF32", "omni/common/numerics.py",
         'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
     ),

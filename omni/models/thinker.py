@@ -14,7 +14,6 @@ from omni.models.architectures import ThinkerArchitecture
 from omni.models.decoding import DecodeWeights, decode_step
 from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
 from omni.models.ops import RMS_EPS, round_up
-from omni.models.packing import Packing
 
 INIT_STD = 0.02
 LOSS_CHUNK = 8192  # tokens whose logits are in memory at a time
@@ -32,16 +31,10 @@ class Block(nn.Module):
         self.mlp = MoE(arch) if arch.use_moe else SwiGLU(arch.d_model, arch.d_ff)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: KVCache | None,
-        mask: Tensor | None,
-        packing: Packing | None = None,
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the new residual stream, and the router's statistics (2, E), None without experts."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, packing)
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
         x = x + F.dropout(y, self.dropout, self.training)
         y, router_stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
@@ -102,7 +95,6 @@ class Thinker(nn.Module):
         target_at: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
-        packing: Packing | None = None,
         return_hidden: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the token after each position; with ``targets`` the training losses instead.
@@ -117,13 +109,12 @@ class Thinker(nn.Module):
             target_at: (N,) indices among the B * T positions of all that have a target, filled up with -1: only there
                 are logits computed; default: at all positions.
             cache: cache of the tokens before; the new tokens are added.
-            packing: rows of several lengths, of which the tokens or embeddings, (1, N, ...), and the targets consist.
             return_hidden: also return the head's input.
 
         Returns:
             logits (B, T, V), in autocast's dtype under autocast; with ``return_hidden`` a pair with hidden (B, T, D).
         """
-        hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache, packing=packing)
+        hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache)
         if targets is not None:
             aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
             return self._cross_entropy(hidden, targets, reduction, weights, target_at), aux
@@ -155,23 +146,21 @@ class Thinker(nn.Module):
         inputs_embeds: Tensor | None,
         cache: KVCache | None,
         mask: Tensor | None = None,
-        packing: Packing | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         if (token_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either token_ids or inputs_embeds")
         x = self.embed_tokens(token_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        T = x.shape[1] if packing is None else packing.longest
+        T = x.shape[1]
         start = 0 if cache is None else cache.position
         if start + T > self.architecture.ctx_len:
             raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.architecture.ctx_len}")
-        end = start + T if packing is None else None  # a packing's groups have lengths of their own
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         if mask is None and start > 0 and T > 1:
             positions = torch.arange(start + T, device=x.device)
             mask = positions <= positions[start:, None]  # (T, start + T)
         router_stats = []
         for block in self.layers:
-            x, stats = block(x, cos, sin, cache, mask, packing)
+            x, stats = block(x, cos, sin, cache, mask)
             if stats is not None:
                 router_stats.append(stats)
         if cache is not None:
