@@ -46,12 +46,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="a film (MP4, WebM ...), an animated GIF, WebP or PNG, or a folder of pictures; repeatable",
     )  # fmt: skip
     parser.add_argument("--video_frames", metavar="N", type=int, help="frames of a video (default: as many as fit)")
-    parser.add_argument(
-        "--audio_out",
-        metavar="FILE.wav",
-        type=Path,
-        help="file for the spoken answer (conversation: FILE_1.wav ...)",
-    )
+    parser.add_argument("--audio_out", metavar="FILE.wav", type=Path, help="spoken answer (conversation: FILE_1.wav)")
     parser.add_argument("--say", metavar="TEXT", help="speak this text into --audio_out and exit")
     parser.add_argument("--ocr", action="store_true", help="print the text of each --image and exit")
     parser.add_argument("--talker_ckpt", metavar="DIR", type=Path, help="folder of stage D, to speak")
@@ -156,14 +151,11 @@ def chat(args: argparse.Namespace) -> None:
         pieces, answer_states = conversation.ask(question)
         with contextlib.closing(pieces):
             if speaker is None:
-                for _ in pieces:
-                    pass
-                return
-            out = args.audio_out
-            path = out if once else out.with_stem(f"{out.stem}_{next(numbers)}")
-            write_speech(
-                speaker, pieces, path, "the answer", since="the question", start_s=start_s, answer_states=answer_states
-            )
+                list(pieces)
+            else:
+                out = args.audio_out if once else args.audio_out.with_stem(f"{args.audio_out.stem}_{next(numbers)}")
+                known = {"since": "the question", "start_s": start_s, "answer_states": answer_states}
+                write_speech(speaker, pieces, out, "the answer", **known)
 
     if once:
         answer(clean(args.text or ""))
@@ -186,8 +178,7 @@ def find_speaker(args: argparse.Namespace, assistant: Assistant | None = None) -
 def say(args: argparse.Namespace) -> None:
     """Speak ``--say`` as it stands, sentence by sentence."""
     sampling = {"temperature": args.temperature, "top_k": args.top_k}
-    if args.seed is not None:
-        sampling["seed"] = args.seed
+    sampling |= {} if args.seed is None else {"seed": args.seed}
     speaker, start_s = find_speaker(args), time.perf_counter()
     write_speech(speaker, [clean(args.say)], args.audio_out, "--say", since="the text", start_s=start_s, **sampling)
 

@@ -732,8 +732,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the page stays up", "speech is made in one piece before others have their turn", "omni/chat/web.py",
-        "self.turns.slices(bounded(spoken, pieces, int(MAX_SPEECH_S * rate)))",
-        "self.turns.slices(iter(list(bounded(spoken, pieces, int(MAX_SPEECH_S * rate)))))",
+        "self.turns.slices(bounded(spoken, pieces, MAX_SPEECH_S, rate))",
+        "self.turns.slices(iter(list(bounded(spoken, pieces, MAX_SPEECH_S, rate))))",
         "tests/test_web_demo.py -k long_speech",
     ),
     Mutation(
@@ -757,15 +757,15 @@ MUTATIONS = [
         'check_text_length(text or "")', "pass", "tests/test_web_demo.py -k asked_said_and_kept",
     ),
     Mutation(
-        "the page stays up", "speech is of any length", "omni/chat/web.py",
+        "the page stays up", "speech is of any length", "omni/chat/web_speech.py",
         "piece[:samples]", "piece", "tests/test_web_demo.py -k asked_said_and_kept",
     ),
     Mutation(
-        "speech", "an answer's text ends where the page stops speaking", "omni/chat/web.py",
+        "speech", "an answer's text ends where the page stops speaking", "omni/chat/web_speech.py",
         "    yield from pieces\n", "", "tests/test_web_demo.py -k heard_while",
     ),
     Mutation(
-        "speech", "the page shows no text before the answer is spoken", "omni/chat/web.py",
+        "speech", "the page shows no text before the answer is spoken", "omni/chat/web_speech.py",
         "    for piece in spoken:\n", "    for piece in list(spoken):\n",
         "tests/test_web_demo.py -k 'heard_while or long_speech'",
     ),

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -140,8 +141,7 @@ def test_kept_weights_are_no_part_of_the_model():
     assert set(model.state_dict()) == names and sum(parameter.numel() for parameter in model.parameters()) == size
     torch.save(model, file)
     assert file.tell() < 4 * size + 50_000
-    file.seek(0)
-    for other in (copy.deepcopy(model), copy.copy(model), torch.load(file, weights_only=False)):
+    for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
         assert other.decode_weights is None and torch.equal(read_one_by_one(other, x), before)
     twin = copy.deepcopy(model)
     for one in (model, twin):  # as many changes of each, but other ones

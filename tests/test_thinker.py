@@ -523,10 +523,10 @@ def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monke
     assert prompts[0] == "<|system|>sys<|user|>the one<|assistant|>"
     assert prompts[1].startswith(prompts[0]) and prompts[1].endswith("<|end|><|user|>the two<|assistant|>")
     assert prompts[2] == "<|system|>sys<|user|>the three<|assistant|>"
-    assert "context holds 64" in err and len(prompts) == 18
+    assert "context holds 64" in err and len(prompts) == 17
     assert all(prompt.startswith("<|system|>sys<|user|>") for prompt in prompts)
-    assert prompts[4].startswith(prompts[2])  # what did not fit cost no earlier turn
-    assert "cat cat" not in "".join(prompts[4:]) and "mat 00" not in prompts[-1] and "mat 12" in prompts[-1]
+    assert prompts[3].startswith(prompts[2])  # what did not fit cost no earlier turn
+    assert "cat cat" not in "".join(prompts) and "mat 00" not in prompts[-1] and "mat 12" in prompts[-1]
     assert "you>" not in out
 
 

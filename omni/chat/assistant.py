@@ -136,19 +136,26 @@ class Assistant:
                 continue
             if length(prompt) <= room:
                 break
-        if length(prompt) < self.ctx_len:
-            del messages[first:oldest]
+        self.check_room(prompt)
+        del messages[first:oldest]
         return prompt
+
+    def check_room(self, prompt: list[int] | Encoded) -> None:
+        """
+        Raises:
+            UserError: no answer fits after the prompt.
+        """
+        if length(prompt) >= self.ctx_len:
+            raise UserError(
+                f"the text has {length(prompt)} tokens, and the model's context holds {self.ctx_len}, answer included"
+            )
 
     def _encode(self, messages: list[dict]) -> list[int] | Encoded:
         return self.tokenizer.chat_prompt(messages) if self.processor is None else self.processor.encode(messages)
 
     def generate(self, prompt: list[int] | Encoded, **sampling) -> Iterator[int]:
         """Yield the ids of the answer, each as soon as it is known; ``sampling`` as in ``Thinker.generate``."""
-        if length(prompt) >= self.ctx_len:
-            raise UserError(
-                f"the text has {length(prompt)} tokens, and the model's context holds {self.ctx_len}, answer included"
-            )
+        self.check_room(prompt)
         sampling["stop_ids"] = (self.tokenizer.end_id, self.tokenizer.eos_id)
         if isinstance(prompt, Encoded):
             embeds = self.omni.embed_prompt(self.processor.collate([prompt]))

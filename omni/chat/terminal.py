@@ -78,6 +78,7 @@ class Conversation:
             tokenizer = self.assistant.tokenizer
             # in training, each text follows the end of another
             prompt = [tokenizer.eos_id, *tokenizer.encode(text)]
+            self.assistant.check_room(prompt)
             return printed(self.assistant.answer(prompt, answer_states, **self.sampling), answer), answer_states
         messages = [*self.messages, message(self.attached, text)]
         prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"])

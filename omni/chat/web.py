@@ -23,11 +23,12 @@ from omni.chat.ocr import read_picture
 from omni.chat.server import Turns
 from omni.chat.speech import speak
 from omni.chat.text import clean
+from omni.chat.web_speech import bounded, warn, warn_of_cut, warned
 from omni.chat.web_voices import chosen_voice, voice_inputs
 from omni.common.errors import BadRow, UserError
 from omni.common.media import kind_of
 from omni.models.ocr import OcrModel
-from omni.models.speaker import MAX_SECONDS, Speaker
+from omni.models.speaker import Speaker
 
 KEPT_S, CLEANED_S = 3600, 600  # age at which uploads and speech are deleted; seconds between two deletions
 MAX_FILES = 8  # attachments of one message
@@ -198,7 +199,7 @@ class Page:
         """
         rate, sounds = self.speaker.spec.sample_rate if self.speaker else 0, []
         player = f"{time.monotonic_ns()} {rate}"
-        async for some in self.turns.slices(bounded(spoken, pieces, int(MAX_SPEECH_S * rate))):
+        async for some in self.turns.slices(bounded(spoken, pieces, MAX_SPEECH_S, rate)):
             if session.run != run:
                 return
             heard = [piece for piece in some if not isinstance(piece, str)]
@@ -233,36 +234,6 @@ class Page:
             if time.monotonic() > end:
                 raise UserError(f"stopped, as too little was fetched for {PATIENCE_S} s")
             await asyncio.sleep(0.1)
-
-
-def bounded(spoken: Iterator[str | np.ndarray], pieces: Iterable[str], samples: int) -> Iterator[str | np.ndarray]:
-    """``spoken`` with at most so many samples of sound; then only the rest of the text."""
-    for piece in spoken:
-        if isinstance(piece, str):
-            yield piece
-            continue
-        yield piece[:samples]
-        samples -= len(piece)
-        if samples <= 0:
-            warn(f"cut after {MAX_SPEECH_S:g} s, which is as long as this page speaks at a time")
-            break
-    yield from pieces
-
-
-def warned(spoken: Iterator[str | np.ndarray]) -> Iterator[str | np.ndarray]:
-    """``spoken``, with a warning in place of an error."""
-    try:
-        yield from spoken
-    except UserError as error:
-        warn(str(error))
-
-
-def warn_of_cut(text: str) -> None:
-    warn(f"cut after {MAX_SECONDS:g} s: {text[:40]!r} goes on")
-
-
-def warn(text: str) -> None:
-    gr.Warning(html.escape(text))
 
 
 @contextlib.contextmanager
