@@ -316,7 +316,7 @@ def examples(settings: dict) -> list[Lines]:
 
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
-    "audio": Part(6, "audio/speech.json", audio_settings, audio_collections),
+    "audio": Part(7, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(2, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import json
 import multiprocessing
+import random
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ import soundfile
 
 from omni.data.manifest import split_rows
 from omni.data.open_manifest import load_manifest
-from omni.synthetic import facts, speech
+from omni.synthetic import facts, scenes, speech
 from scripts import make_synthetic_datasets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,14 @@ def test_no_held_out_sentence_is_ever_trained_on():
         texts = speech.sentences(name, 0, 300)
         assert len(set(texts)) == 300
         assert not trained & set(texts)
+
+
+def test_recognition_hears_many_different_questions_about_pictures():
+    rng = random.Random(0)
+    scenes_asked = (scenes.questions(scenes.sample_scene(rng), rng) for _ in range(2_000))
+    askable = {question for asked in scenes_asked for question, _ in asked}
+    heard = [text for text in speech.sentences("asr", 0, 3_000) if text in askable]
+    assert len(heard) > 0.15 * 3_000 and len(set(heard)) > 300
 
 
 def test_fewer_sentences_are_the_beginning_of_more_and_seeds_differ():

@@ -103,6 +103,7 @@ class Collection:
     varied: bool  # whether rate, pitch, formants and loudness differ between clips
     # shares of clips:
     open_vocabulary: float = 0.0  # whose sentences are beyond the small world
+    picture_questions: float = 0.0  # of the others, that ask about a picture
     noisy: float = 0.0
     in_rooms: float = 0.0
     narrow: float = 0.0  # with a limited band
@@ -114,8 +115,8 @@ READING = ("heart", "low", "high", "other", "joe", "heart", "high", "low", "joe"
 OWN = 0.5  # of these, where the user gives a text
 COLLECTIONS = {
     "asr": Collection(
-        unseen=False, different=False, voices=VOICES, varied=True, open_vocabulary=0.25, noisy=0.4, in_rooms=0.3,
-        narrow=0.15,
+        unseen=False, different=False, voices=VOICES, varied=True, open_vocabulary=0.25, picture_questions=0.3,
+        noisy=0.4, in_rooms=0.3, narrow=0.15,
     ),
     "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True),
     "asr.val_voices": Collection(unseen=True, different=True, voices=UNSEEN_VOICES, varied=True),
@@ -143,7 +144,9 @@ def sentences(name: str, seed: int, count: int, own: Sequence[str] = ()) -> list
         rng = random.Random(f"speech {name} {seed} {draw}")
         draw += 1
         in_world = not collection.open_vocabulary or rng.random() >= collection.open_vocabulary
-        if in_world:
+        if in_world and collection.picture_questions and rng.random() < collection.picture_questions:
+            text = writing.picture_question(rng)
+        elif in_world:
             text = writing.spoken(rng, collection.unseen)
         elif unused and rng.random() < OWN:
             place = rng.randrange(len(unused))

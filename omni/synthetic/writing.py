@@ -89,6 +89,14 @@ def spoken(rng: random.Random, unseen: bool = False, min_words: int = 5, max_wor
             return text
 
 
+def picture_question(rng: random.Random, words: range = range(3, 13)) -> str:
+    """A question about a picture of the training split, to be read aloud, of that many words."""
+    while True:
+        text = rng.choice(questions(draw(sample_scene, rng, unseen=False), rng))[0]
+        if len(text.split()) in words:
+            return text
+
+
 def _shows(text: str, story: Story) -> bool:
     words = set(re.findall(r"\w+", text))
     return any(words.issuperset(combination) for combination in story.combinations & HELD_OUT)
