@@ -474,6 +474,16 @@ MUTATIONS = [
         "tests/test_vision.py::test_a_picture_alone_has_no_part_in_the_loss_of_validation",
     ),
     Mutation(
+        "contrast is learnt first", "every size begins at the same log-odds of a word", "omni/models/picture_text.py",
+        "min(RARE, math.log(SHOWN / chances))", "RARE",
+        "tests/test_vision.py::test_the_word_loss_does_not_drown_the_contrast_at_first",
+    ),
+    Mutation(
+        "questions are understood by their words", "speech recognition hears few questions about pictures",
+        "omni/synthetic/speech.py", "open_vocabulary=0.25, picture_questions=0.3,", "open_vocabulary=0.25,",
+        "tests/test_synthetic_data.py::test_recognition_hears_many_different_questions_about_pictures",
+    ),
+    Mutation(
         "fair scores", "captions of one picture are validated", "omni/stages/captions.py",
         "if largest < 2:", "if False:",
         "tests/test_vision.py::test_held_out_pictures_that_have_nothing_to_be_told_from_are_refused",

@@ -224,6 +224,20 @@ def test_the_word_loss_asks_which_words_any_patch_shows_and_for_rare_ones_most()
     assert word_loss(noisy_or_log_absent(torch.full((1, 2, 12), -200.0), 1), *pad_captions([[5, 0]])).isfinite()
 
 
+def test_the_word_loss_does_not_drown_the_contrast_at_first():
+    """However many patches and tokens there are; at the sizes of ``vision_tiny``, 196 and 8,192."""
+    torch.manual_seed(0)
+    captions = pad_captions([[*torch.randint(1, 8192, (10,)).tolist(), 0] for _ in range(8)])
+    for patches, tokens in ((16, 300), (196, 8192)):
+        bias = min(picture_text.RARE, math.log(picture_text.SHOWN / (patches * tokens)))
+        logits = torch.full((8, patches, tokens), bias)
+        inside = [caption % tokens for caption in captions[0]]
+        words = word_loss(noisy_or_log_absent(logits, 1), torch.stack(inside), captions[1])
+        assert 1 < float(words) < 100, (patches, tokens, float(words))
+    model = small_model(img_size=224, patch=16, vocab_size=8192)
+    assert torch.allclose(model.word_head.bias, torch.tensor(bias))
+
+
 def test_once_a_patch_is_sure_of_a_word_no_other_gains_by_naming_it():
     logits, captions = torch.full((2, 3, 12), -6.0, requires_grad=True), pad_captions([[5, 0], [0]])
     logits.data[0, 1, 5] = 6.0
