@@ -155,10 +155,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config, _ = load_config(TextConfig, str(args.config))
     with tempfile.TemporaryDirectory() as folder:
-        seconds, _ = train_ours(args.config, Path(folder), PILOT_STEPS)
+        seconds, _ = train_ours(config, args.config.resolve(), Path(folder), PILOT_STEPS)
         steps = max(1, round(60 * args.minutes * PILOT_STEPS / seconds))
         print(f"Stage A: {steps:,} steps of {config.batch_size} x {config.ctx_len} tokens", flush=True)
-        seconds, ours = train_ours(args.config, Path(folder), steps)
+        seconds, ours = train_ours(config, args.config.resolve(), Path(folder), steps)
         train, held_out = open_tokens(config, Path(folder) / f"ours_{steps}")
     figures = {"minutes": seconds / 60, "steps": steps, "bits_per_byte": ours}
     for dtype in (torch.bfloat16, torch.float32):

@@ -10,7 +10,10 @@ from omni.common.errors import UserError
 
 pytest.importorskip("transformers")
 
-from benchmarks import bench, bench_pairs
+from benchmarks import bench, bench_pairs, depth, nanogpt
+from benchmarks.bench_pairs import read_config
+
+ROOT = bench.ROOT
 
 CASES = {
     "thinker": TEXT, "audio_enc": AUDIO_ENC, "vision": VISION, "talker": TALKER, "omni_sft": OMNI, "vocoder": VOCODER,
@@ -114,3 +117,30 @@ def test_a_stage_without_data_is_left_out_and_says_so(configs, tmp_path, monkeyp
 def test_an_unknown_part_is_refused():
     with pytest.raises(UserError, match="trian: expected one of train, loop"):
         bench.main(["trian"])
+
+
+def test_the_dial_of_size_is_the_demo_at_four():
+    written = json.loads((ROOT / "configs/thinker_demo.json").read_text())
+    assert depth.keys_of(4).items() <= written.items()
+    widths = [depth.keys_of(layers)["d_model"] for layers in (1, 2, 3, 6)]
+    assert widths == [32, 64, 96, 192]
+    for layers in range(1, 9):
+        assert read_config("A", ROOT / "configs", **depth.keys_of(layers)).architecture.n_layers == layers
+
+
+def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatch):
+    lines = [f"{word} comes after {i}\n" for i in range(300) for word in ("one", "two")]
+    (tmp_path / "train.txt").write_text("".join(lines))
+    (tmp_path / "val.txt").write_text("".join(lines[:40]))
+    keys = json.loads((ROOT / "configs/thinker_demo.json").read_text())
+    keys |= {"train_text": str(tmp_path / "train.txt"), "val_text": str(tmp_path / "val.txt"), "vocab_size": 300}
+    keys |= {"ctx_len": 32, "n_layers": 1, "d_model": 32, "n_heads": 2, "d_ff": 64, "print_freq": 5}
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    monkeypatch.setattr(nanogpt, "PILOT_STEPS", 20)
+    monkeypatch.chdir(tmp_path)
+    nanogpt.main(["--minutes", "0.02", "--config", "config.json", "--json", "figures.json"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["steps"] > 20
+    for name in ("nanogpt_bfloat16", "nanogpt_float32"):
+        assert figures[name]["steps"] > 1
+        assert 0 < figures["bits_per_byte"] < figures[name]["bits_per_byte"] < 8  # in a second, without Muon
