@@ -484,6 +484,11 @@ MUTATIONS = [
         "tests/test_synthetic_data.py::test_recognition_hears_many_different_questions_about_pictures",
     ),
     Mutation(
+        "fair scores", "a file on both sides is not told", "omni/train/config.py",
+        "return config, notices + on_both_sides(config)", "return config, notices",
+        "tests/test_config.py::test_a_file_that_is_trained_on_and_held_out_is_told",
+    ),
+    Mutation(
         "fair scores", "captions of one picture are validated", "omni/stages/captions.py",
         "if largest < 2:", "if False:",
         "tests/test_vision.py::test_held_out_pictures_that_have_nothing_to_be_told_from_are_refused",

@@ -1,6 +1,7 @@
 """Bad configs are refused in one line before anything is written; a changed config never mixes two trainings."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from stages import OMNI, STAGES, TALKER
 
 from omni.common.errors import UserError
+from omni.stages import STAGES as TABLE
 from omni.stages.audio_encoder import AudioEncoderConfig
 from omni.stages.ocr import OcrConfig
 from omni.stages.omni import SftConfig
@@ -123,8 +125,35 @@ def test_overrides_and_obsolete_keys(tmp_path):
 def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
     stage_config = CONFIGS[path.stem.rsplit("_", 1)[0]]
     monkeypatch.setattr(stage_config, "check_files", lambda self: None)
+    monkeypatch.setattr("omni.train.config.on_both_sides", lambda config: [])
     config, notices = load_config(stage_config, str(path))
     assert notices == [] and config.about
+
+
+def test_a_file_that_is_trained_on_and_held_out_is_told(stage, tmp_path):
+    training = stage.training(tmp_path)
+    cls = TABLE[stage.name].config
+    path, told = tmp_path / "config.json", set()
+    for key, field in cls.model_fields.items():
+        if not key.startswith("val_") or not (field.json_schema_extra or {}).get("files"):
+            continue
+        trained = key.removeprefix("val_")
+        trained = trained if trained in cls.model_fields else stage.data_key
+        if trained not in training.config:
+            continue
+        given = training.config[trained]
+        given = given if isinstance(given, str) else given[0]
+        pattern = str(Path(given).with_suffix(".*"))
+        for named in (given, [given], pattern):
+            path.write_text(json.dumps(training.config | {key: named}))
+            _, notices = load_config(cls, str(path))
+            told.update([key] if any(f'"{trained}" and of "{key}"' in line for line in notices) else [])
+            assert len(notices) == (key in told), notices
+        other = tmp_path / f"other{Path(given).suffix}"
+        other.write_bytes(Path(given).read_bytes())
+        path.write_text(json.dumps(training.config | {key: str(other)}))
+        assert load_config(cls, str(path))[1] == []
+    assert told
 
 
 # Drift -------------------------------------------------------------------------------------------------------------

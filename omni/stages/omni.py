@@ -70,7 +70,10 @@ class SftConfig(StageConfig):
         "image_manifest also of spoken_image_question: recordings of the questions in that manifest",
     )
     val_question_csv: Files | None = input_files(
-        None, hint=ASR_HINT, description="CSV of other recordings for validation; val_split still holds out texts"
+        None,
+        hint=ASR_HINT,
+        split=True,
+        description="CSV of other recordings for validation; val_split still holds out texts",
     )
     ocr_csv: Files | None = input_files(None, hint=OCR_HINT, description="CSV of the task sign: image and text")
     val_ocr_csv: Files | None = input_files(None, hint=OCR_HINT)

@@ -55,9 +55,13 @@ def input_file(default=..., *, hint: str = "", **constraints):
     return Field(default, json_schema_extra={"resumable": True, "file": True, "hint": hint}, **constraints)
 
 
-def input_files(default=..., *, hint: str = "", **constraints):
-    """As ``input_file``: what ``omni.data.open_manifest.expand`` finds, and at least one file."""
-    extra = {"resumable": True, "files": expand, "hint": hint}
+def input_files(default=..., *, hint: str = "", split: bool = False, **constraints):
+    """As ``input_file``: what ``omni.data.open_manifest.expand`` finds, and at least one file.
+
+    Args:
+        split: of a held-out file: it may be the training's, too, since ``val_split`` holds out rows of both.
+    """
+    extra = {"resumable": True, "files": expand, "hint": hint, "split": split}
     return Field(default, json_schema_extra=extra, **constraints)
 
 
@@ -189,6 +193,29 @@ def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = 
         raise UserError(f'key "{name}": {error}') from error
 
 
+def on_both_sides(config: StageConfig) -> list[str]:
+    """A line for each held-out key that names a file of the training, too. ``val_NAME`` belongs to the key NAME, or to
+    the stage's only training key."""
+    files = {
+        name: {Path(found).resolve() for found in extra["files"](given)}
+        for name, field in type(config).model_fields.items()
+        if (extra := field.json_schema_extra or {}).get("files") and (given := getattr(config, name))
+    }
+    training = [name for name in files if not name.startswith("val_")]
+    lines = []
+    for held_out in files.keys() - training:
+        if type(config).model_fields[held_out].json_schema_extra.get("split"):
+            continue
+        of = held_out.removeprefix("val_")
+        for name in [of] if of in type(config).model_fields else training:
+            both = sorted(files[held_out] & files.get(name, set()))
+            lines += [
+                f'{path}: is among the files of "{name}" and of "{held_out}": the model learns what it is judged by'
+                for path in both[:1]
+            ]
+    return sorted(lines)
+
+
 def read_keys(path: str) -> dict:
     """The keys of a config file, unchecked.
 
@@ -229,7 +256,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         overrides: ``key=value`` strings from the shell; a value that is no JSON is a string.
 
     Returns:
-        The config, and the notices to log (obsolete and renamed keys).
+        The config, and the notices to log: obsolete and renamed keys, files that are trained on and held out.
 
     Raises:
         UserError: one line with file, key, expected and found.
@@ -259,7 +286,7 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         raise UserError(f"{path}: {lines[0]}{more}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return config, notices
+    return config, notices + on_both_sides(config)
 
 
 def with_new_names(cls: type[StageConfig], keys: dict) -> dict:
