@@ -126,17 +126,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         loss = partial(talker_loss, frame_dropout=config.frame_dropout, duration_weight=config.duration_weight)
 
         # --- Validation: perplexity of the true codes, and word error rate of the talker's speech ------------------
-        speaker, recognizer, references = Speaker(talker, codec, vocoder and vocoder.to(run.device)), None, {}
+        speaker = Speaker(talker, codec, vocoder and vocoder.to(run.device))
+        recognizer, references, validation = None, {}, None
         if config.audio_ckpt:
             recognizer = Recognizer(config.audio_ckpt, run.device)
             references = prepare_references(run, speaker, recognizer, val_manifest, val_rows[: config.val_sentences])
         else:
             run.log('no "audio_ckpt": the talker\'s speech is written to files, without word error rates')
-        validation = None
         if len(val_rows):
             split = held_out_set(run, CodedSpeech(val_coded, val_rows, config.architecture, **val_keys))
-            sentences, shown = -(-config.val_sentences // run.world), config.val_samples if run.is_main else 0
-            score = TalkerScore(speaker, recognizer, sentences, sample_writer(run, speaker, val_manifest), shown)
+            show = sample_writer(run, speaker, val_manifest) if run.is_main else None
+            score = TalkerScore(speaker, recognizer, config, -(-config.val_sentences // run.world), show)
             validation = Validation(split, score.sums, score.metrics)
 
         # --- Train -------------------------------------------------------------------------------------------------

@@ -58,6 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--save_speech", metavar="DIR", help="talker: write its speech here, with manifests")
     parser.add_argument("--voice", metavar="NAME", help="talker: speak in this voice (default: each row's speaker)")
     parser.add_argument("--voice_from", metavar="FILE", help="talker: speak in the voice of this recording, 1 to 60 s")
+    parser.add_argument("--temperature", type=float, metavar="T", help="talker: speak each text a second time, sampled")
     parser.add_argument("--limit", type=int, help="evaluate the first N rows only")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
@@ -72,7 +73,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise_open_file_limit()
     if not args.data.exists():
         raise UserError(f"--data {args.data}: expected a file or the folder of a data set, found none")
-    for name in ("save_speech", "voice", "voice_from"):
+    if args.temperature is not None and not 0.01 <= args.temperature <= 100:
+        raise UserError(f"--temperature: expected 0.01 to 100, found {args.temperature}")
+    for name in ("save_speech", "voice", "voice_from", "temperature"):
         if getattr(args, name) is not None and args.stage != "talker":
             raise UserError(f"--{name}: has no effect on {args.stage}")
     if args.save_speech is not None:

@@ -435,19 +435,24 @@ def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_pat
     ears.finish()
     data = trained.config["tts_csv"]
     heard = trained.changed(
-        save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24, val_samples=2
-    )
+        save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24, val_samples=2,
+        val_temperature=0.8,
+    )  # fmt: skip
     heard.finish()
     metrics = heard.final_file()["metrics"]
-    process = run_script(
-        heard, "scripts/evaluate.py", "talker", "--data", data, "--json", "--audio_ckpt", str(ears.save_dir)
-    )
+    options = ("--data", data, "--json", "--audio_ckpt", str(ears.save_dir), "--temperature", "0.8")
+    process = run_script(heard, "scripts/evaluate.py", "talker", *options)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout)
     shared = {"code_perplexity", "wer_recordings", "wer_vocoded", "wer_codec", "wer_talker"}
-    assert shared <= found.keys()
+    assert shared | {"wer_sampled"} <= found.keys() & metrics.keys()
     assert {name: found[name] for name in shared} == pytest.approx({name: metrics[name] for name in shared}, rel=1e-4)
-    assert len(list((heard.save_dir / "samples").glob("*.png"))) >= 2
+    samples = heard.save_dir / "samples"
+    assert len(list(samples.glob("*.png"))) >= 2
+    greedy, sampled = (
+        sorted(path.read_bytes() for path in samples.glob(f"*{way}.wav")) for way in ("talker", "sampled")
+    )
+    assert len(greedy) == len(sampled) >= 2 and greedy != sampled
 
 
 def test_references_are_counted_again_for_another_listener_or_other_rows(trained, tmp_path):

@@ -214,8 +214,9 @@ def scored_item(score: AnswerScore, model: OmniModel, batch: dict) -> tuple[str,
 
 def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.device) -> EvalResult:
     """The talker's perplexity on the recordings' codes; with a recognizer also the word error rates of the recordings,
-    of their resynthesis by vocoder and codec, and of the talker's speech. With several voices each row is spoken as its
-    speaker, or all as ``--voice`` or ``--voice_from``."""
+    of their resynthesis by vocoder and codec, and of the talker's speech, and of sampled speech with
+    ``--temperature``. With several voices each row is spoken as its speaker, or all as ``--voice`` or
+    ``--voice_from``."""
     codec, aligner = (load(STAGES[name], args.ckpt_dir, device).model for name in ("codec", "aligner"))
     vocoder = load_vocoder_for(args.ckpt_dir, mel_spec(codec.architecture), args.vocoder_ckpt, device)
     speaker = Speaker(opened.model, codec, vocoder)
@@ -256,7 +257,10 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             continue
         versions = [speaker.versions(recording) for recording in recordings]
         sounds = {kind: [version[kind] for version in versions] for kind in versions[0]}
-        sounds["talker"] = [speaker.waveform(codes) for codes in speaker.codes(texts, references)]
+        ways = ({"sampled": args.temperature} if args.temperature else {}) | {"talker": 0.0}
+        for way, temperature in ways.items():
+            spoken = speaker.codes(texts, references, temperature=temperature)
+            sounds[way] = [speaker.waveform(codes) for codes in spoken]
         if args.save_speech:
             saved = dict(sounds)
             if vocoder is not None:  # what it is compared with

@@ -18,7 +18,7 @@ from omni.models.audio_encoder import mel_spec
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.talker import Talker
 from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe, written_words
-from omni.stages.talker import speakers_in, talker_metrics, talker_sums
+from omni.stages.talker import TalkerConfig, speakers_in, talker_metrics, talker_sums
 from omni.train.run import Run
 from omni.train.samples import save_samples
 from omni.train.stage import load
@@ -118,76 +118,91 @@ def prepare_references(
     return run.cached_json("references.json", belongs_to, make)
 
 
-def sample_writer(run: Run, speaker: Speaker, manifest: Manifest) -> Callable[[int, int, dict, Tensor], None]:
+def sample_writer(
+    run: Run, speaker: Speaker, manifest: Manifest
+) -> Callable[[int, int, dict, dict[str, Tensor]], None]:
     """The function ``show`` of a ``TalkerScore``: writes a recording, its resynthesis and the talker's speech."""
 
-    def show(step: int, number: int, recording: dict, speech: Tensor) -> None:
+    def show(step: int, number: int, recording: dict, speech: dict[str, Tensor]) -> None:
         waveform = load_audio(manifest.file(recording, "wav"), speaker.spec.sample_rate)
         versions = speaker.versions(torch.from_numpy(waveform))
-        clips = {"recording": versions["recordings"], "codec": versions["codec"], "talker": speech}
+        clips = {"recording": versions["recordings"], "codec": versions["codec"]} | speech
         save_samples(run, step, number, clips, speaker.spec)
 
     return show
 
 
 class TalkerScore:
-    """Metrics of a talker: its perplexity on the true codes, and the word error rate of its speech; both also by
-    speaker, if there are several.
+    """Metrics of a talker: its perplexity on the true codes, and the word error rate of its speech (``wer_talker``);
+    both also by speaker, if there are several.
 
     Args:
         recognizer: None: no word error rate.
+        config: with a ``val_temperature`` each sentence is spoken a second time, its codes drawn at this temperature
+            (``wer_sampled``); the first ``val_samples`` are shown.
         sentences: number of sentences to speak in each process.
-        show: called with the step, the number of the sentence, the columns that name its recording, and the waveform
-            of its speech.
-        shown: number of sentences that ``show`` gets.
+        show: called with the step, the number of the sentence, the columns that name its recording, and the waveforms
+            of its speech: ``talker`` and ``sampled``.
     """
 
     def __init__(
         self,
         speaker: Speaker,
         recognizer: Recognizer | None,
+        config: TalkerConfig,
         sentences: int,
-        show: Callable[[int, int, dict, Tensor], None] | None = None,
-        shown: int = 2,
+        show: Callable[[int, int, dict, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.speaker, self.recognizer, self.sentences = speaker, recognizer, sentences
-        self.show, self.shown = show, shown
+        self.show, self.shown = show, config.val_samples
+        self.ways = {"talker": 0.0} | ({"sampled": config.val_temperature} if config.val_temperature else {})
         self.spoken = 0  # sentences of this validation so far
 
     def sums(self, model: Talker, batch: dict) -> dict[str, Tensor]:
         totals = talker_sums(model, batch)
         texts = batch["texts"][: self.sentences - self.spoken]
         if texts:
-            spoken = self.speaker.codes(texts, references_of(batch, len(texts)))
-            waveforms = [self.speaker.waveform(codes) for codes in spoken]
-            for number, (recording, waveform) in enumerate(
-                zip(batch["recordings"], waveforms, strict=False), start=self.spoken
-            ):
+            references = references_of(batch, len(texts))
+            speech = {
+                way: [self.speaker.waveform(codes) for codes in self.speaker.codes(texts, references, temperature=at)]
+                for way, at in self.ways.items()
+            }
+            for number, recording in enumerate(batch["recordings"][: len(texts)], start=self.spoken):
                 if self.show is not None and number < self.shown:
-                    self.show(batch["step"], number, recording, waveform)
+                    own = {way: waveforms[number - self.spoken] for way, waveforms in speech.items()}
+                    self.show(batch["step"], number, recording, own)
             if self.recognizer is not None:
-                transcripts = self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate)
-                groups = {"": range(len(texts))}
-                groups |= {f"_{name}": rows for name, rows in speakers_in(model, batch).items()}
-                for name, rows in groups.items():
-                    rows = [row for row in rows if row < len(texts)]
-                    counts = word_errors(
-                        [texts[row] for row in rows],
-                        [transcripts[row] for row in rows],
-                        self.recognizer.text_language,
-                    )
-                    totals |= {f"{key}{name}": torch.tensor(count) for key, count in zip(_COUNTS, counts, strict=True)}
+                for way, waveforms in speech.items():
+                    totals |= self.word_errors(model, batch, way, texts, waveforms)
             self.spoken += len(texts)
+        return totals
+
+    def word_errors(
+        self, model: Talker, batch: dict, way: str, texts: Sequence[str], waveforms: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Word errors and words of one way of speaking, in all and by speaker: ``talker_errors``, ``talker_words``,
+        ``talker_errors_NAME`` ..."""
+        transcripts = self.recognizer.transcribe(waveforms, self.speaker.spec.sample_rate)
+        groups = {"": range(len(texts))}
+        groups |= {f"_{name}": rows for name, rows in speakers_in(model, batch).items()}
+        totals = {}
+        for name, rows in groups.items():
+            rows = [row for row in rows if row < len(texts)]
+            own, found = [texts[row] for row in rows], [transcripts[row] for row in rows]
+            counts = word_errors(own, found, self.recognizer.text_language)
+            totals |= {f"{way}_{key}{name}": torch.tensor(count) for key, count in zip(_COUNTS, counts, strict=True)}
         return totals
 
     def metrics(self, totals: dict) -> dict[str, float]:
         self.spoken = 0
         metrics = talker_metrics(totals)
         if self.recognizer is not None:
-            kinds = [key.removeprefix(_COUNTS[1]) for key in totals if key.startswith(_COUNTS[1])]
-            metrics |= word_error_rates(
-                {f"talker{kind}": tuple(totals[f"{count}{kind}"] for count in _COUNTS) for kind in kinds}
-            )
+            for way in self.ways:
+                errors, words = (f"{way}_{count}" for count in _COUNTS)
+                names = [key.removeprefix(words) for key in totals if key.startswith(words)]
+                metrics |= word_error_rates(
+                    {f"{way}{name}": (totals[errors + name], totals[words + name]) for name in names}
+                )
         return metrics
 
 

@@ -1,6 +1,7 @@
 """The device and its random number generators."""
 
 import contextlib
+import functools
 import os
 import random
 import resource
@@ -28,14 +29,22 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def pick_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:
     """bf16 where the hardware computes in it, fp16 on older GPUs, None (float32) elsewhere."""
-    if not use_amp:
+    if not use_amp or device.type not in ("cpu", "cuda"):
         return None
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if computes_in_bf16(device):
+        return torch.bfloat16
+    return torch.float16 if device.type == "cuda" else None
+
+
+@functools.cache
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies matrices in bf16. Where it does not, torch does so all the same, some hundred
+    times slower than in float32: most laptops' processors, and GPUs before Ampere."""
     if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if native else None
-    return None
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda" and torch.cuda.is_available():  # else a fake device, of benchmarks/gpu_counts.py
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return True
 
 
 def seed_everything(seed: int) -> None:

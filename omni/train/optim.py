@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import UserError
 from omni.train.config import StageConfig
+from omni.train.device import computes_in_bf16
 
 
 def build_optimizer(
@@ -143,9 +144,9 @@ class OrthogonalUpdates(torch.optim.Optimizer):
 
 def orthogonalise(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
     """(N, R, C) -> (N, R, C): bring each matrix's singular values near 1 and keep its singular vectors, by ``steps``
-    Newton-Schulz iterations in bfloat16."""
+    Newton-Schulz iterations, in bfloat16 if the hardware has it."""
     a, b, c = coefficients
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if computes_in_bf16(matrices.device) else matrices.float()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
