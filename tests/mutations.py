@@ -484,6 +484,11 @@ MUTATIONS = [
         "tests/test_synthetic_data.py::test_recognition_hears_many_different_questions_about_pictures",
     ),
     Mutation(
+        "speed without bf16", "Muon always multiplies in bf16", "omni/train/optim.py",
+        "matrices.bfloat16() if computes_in_bf16(matrices.device) else matrices.float()", "matrices.bfloat16()",
+        "tests/test_optim.py::test_bf16_is_used_where_the_hardware_computes_in_it_only",
+    ),
+    Mutation(
         "fair scores", "a file on both sides is not told", "omni/train/config.py",
         "return config, notices + on_both_sides(config)", "return config, notices",
         "tests/test_config.py::test_a_file_that_is_trained_on_and_held_out_is_told",

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from omni.common.errors import UserError
+from omni.train import optim
 from omni.train.optim import Muon, OrthogonalUpdates, build_adamw, hidden_kernels, load_optimizer, orthogonalise
 
 
@@ -71,6 +73,42 @@ def test_an_update_keeps_the_singular_vectors_and_evens_the_values(shape):
     values = found.diagonal(dim1=1, dim2=2)
     assert values.min() > 0.5 and values.max() < 1.3
     assert (found - torch.diag_embed(values)).abs().max() < 0.1
+
+
+class NoBf16(TorchDispatchMode):
+    """Refuses every operation on bf16."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.bfloat16:
+            raise AssertionError(f"{function} in bf16, which this hardware computes a hundred times slower")
+        return result
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bf16_is_used_where_the_hardware_computes_in_it_only(native, monkeypatch):
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: native)
+    matrices = torch.randn(2, 16, 24)
+    with NoBf16() if not native else contextlib.nullcontext():
+        found = orthogonalise(matrices, 5, OrthogonalUpdates.COEFFICIENTS)
+    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
+    assert found.dtype == torch.float32 and torch.linalg.svdvals(found).sub(0.95).abs().max() < 0.4
+    assert (found - u @ v).abs().mean() < 0.1
+    if native:
+        with pytest.raises(AssertionError, match="in bf16"), NoBf16():
+            orthogonalise(matrices, 5, OrthogonalUpdates.COEFFICIENTS)
+
+
+@pytest.mark.loop
+def test_no_stage_computes_in_bf16_on_other_hardware(stage, tmp_path):
+    prelude = (
+        "import torch, omni.train.device, omni.train.optim, test_optim\n"
+        "for module in (omni.train.device, omni.train.optim):\n"
+        "    module.computes_in_bf16 = lambda device: False\n"
+        "test_optim.NoBf16().__enter__()\n"
+    )
+    keys = {"optimizer": "muon", "use_amp": True, "max_steps": 2, "num_workers": 0}
+    stage.training(tmp_path, **keys).finish(prelude=prelude)
 
 
 def test_equal_to_the_library_for_matrices():
