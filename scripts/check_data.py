@@ -20,10 +20,12 @@ import sys
 import tempfile
 import time
 import unicodedata
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -35,8 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.data.audio import audio_length
+from omni.data.lines import count_lines, read_chunks, split_samples
 from omni.data.manifest import ManifestDataset, spread
+from omni.data.text_rows import text_files
+from omni.data.tokenizer import Tokenizer
 from omni.stages import STAGES
+from omni.stages.text import TextConfig
 from omni.train import loop
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import read_keys
@@ -47,7 +53,7 @@ from scripts.data_page import Sample, sample_of, write_page
 _NAMED = 5  # rows to print for each kind; all are counted
 _MOST_TEXTS = 200_000  # rows whose texts are compared
 _WARM_UP = 3  # steps before the measured ones
-_SHOWN = 30
+_SHOWN, _MEASURED_LINES = 30, 5_000
 # of a batch of one sample: its key -> what it counts
 _LENGTHS = {
     "lengths": "mel frames", "target_lengths": "tokens of the text", "ends": "tokens of the caption",
@@ -104,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             if " rows = " in line or " lines = " in line:
                 found.lines.append(line[20:])  # printed already, after its date
         tokenizer = Path(folder) / TOKENIZER
-        check(seen, found, None if args.read == "all" else int(args.read), args.steps)
+        check(seen, found, None if args.read == "all" else int(args.read), args.steps, tokenizer)
         if args.page:
             found.samples = list(samples_of(seen.training, stage, tokenizer if tokenizer.exists() else None))
             write_page(Path(args.page), args.config, found.lines, found.lengths, found.samples)
@@ -160,7 +166,7 @@ def parts_of(source) -> dict[str, ManifestDataset]:
     return tasks if isinstance(tasks, dict) else dict(zip(source.names, tasks, strict=True))
 
 
-def check(seen: Seen, found: Findings, limit: int | None, steps: int) -> None:
+def check(seen: Seen, found: Findings, limit: int | None, steps: int, tokenizer: Path) -> None:
     training = seen.training
     train = parts_of(training.dataset.source)
     held_out = parts_of(training.validation.dataset.source) if training.validation else {}
@@ -169,7 +175,12 @@ def check(seen: Seen, found: Findings, limit: int | None, steps: int) -> None:
         usable = [read_rows(found, f"{side}{name and f', {name}'}", part, limit) for name, part in parts.items()]
         if parts and not any(usable):
             raise UserError(f"{side}: not one of the rows that were read can be used")
-    compare_texts(found, train, held_out, getattr(training.config, "characters", None))
+    characters = getattr(training.config, "characters", None)
+    if train:
+        sides = ({name: texts_of(part) for name, part in parts.items()} for parts in (train, held_out))
+        compare_texts(found, *sides, characters)
+    else:
+        check_lines(found, training.config, Tokenizer.load(tokenizer))
     report_cost(seen, found, steps)
 
 
@@ -194,11 +205,14 @@ def read_rows(found: Findings, name: str, part: ManifestDataset, limit: int | No
     if len(bad) > _NAMED:
         found.say(f"  and {len(bad) - _NAMED:,} more")
     for what, values in lengths.items():
-        values = np.array(values)
-        found.lengths[f"{name}: {what}"] = values
-        cuts = "  ".join(f"{share}% {np.percentile(values, share):,.4g}" for share in (0, 50, 95, 99, 100))
-        found.say(f"  {what}: {cuts}")
+        tell_lengths(found, name, what, np.array(values))
     return len(rows) - len(bad)
+
+
+def tell_lengths(found: Findings, name: str, what: str, values: np.ndarray) -> None:
+    found.lengths[f"{name}: {what}"] = values
+    cuts = "  ".join(f"{share}% {np.percentile(values, share):,.4g}" for share in (0, 50, 95, 99, 100))
+    found.say(f"  {name}, {what}: {cuts}")
 
 
 def seconds_of(part: ManifestDataset, row: int) -> float | None:
@@ -234,11 +248,42 @@ def file_of(part: ManifestDataset, row: dict, column: str) -> str:
         return row[column]
 
 
-def compare_texts(found: Findings, train: dict, held_out: dict, characters: str | None) -> None:
-    """Characters and words; what held-out texts have and training texts lack; what stands on both sides."""
+def check_lines(found: Findings, config: TextConfig, tokenizer: Tokenizer) -> None:
+    """What ``read_rows`` and ``compare_texts`` find, of the lines of stage A's files; of long files the first ones."""
+    sides = {held_out: list(islice(lines_of(config, held_out), _MOST_TEXTS + 1)) for held_out in (False, True)}
+    for name, lines in zip(("training", "held out"), sides.values(), strict=True):
+        if lines:
+            lengths = np.array([len(ids) for ids in tokenizer.encode_batch(lines[:_MEASURED_LINES])])
+            tell_lengths(found, name, "tokens of a line", lengths)
+    for lines in sides.values():
+        if len(lines) > _MOST_TEXTS:
+            found.say(f"of more than {_MOST_TEXTS:,} lines the first ones are compared")
+    train, held_out = ({"": [(line, "") for line in lines[:_MOST_TEXTS]]} for lines in sides.values())
+    compare_texts(found, train, held_out if held_out[""] else {}, None)
+
+
+def lines_of(config: TextConfig, held_out: bool) -> Iterator[str]:
+    """The lines that stage A trains on, or holds out, in the order of its files."""
+    for path in text_files(config.val_text if held_out and config.val_text else config.train_text):
+        row = 1
+        for chunk in read_chunks(path):
+            for line in split_samples(chunk, path, row):
+                if config.val_text or (zlib.crc32(line) < config.val_split * 2**32) == held_out:
+                    yield line.decode()
+            row += count_lines(chunk)
+
+
+def compare_texts(
+    found: Findings,
+    train: dict[str, Iterable[tuple[str, str]]],
+    held_out: dict[str, Iterable[tuple[str, str]]],
+    characters: str | None,
+) -> None:
+    """Characters and words; what held-out texts have and training texts lack; what stands on both sides. Both sides
+    have a text and a file for each row."""
     letters, words, texts, files = Counter(), Counter(), set(), set()
     for part in train.values():
-        for text, file in texts_of(part):
+        for text, file in part:
             letters.update(text)
             words.update(words_of(text))
             texts.add(plain(text))
@@ -250,7 +295,7 @@ def compare_texts(found: Findings, train: dict, held_out: dict, characters: str 
             found.say(f"  not in the config's characters: {shown(odd)}")
     for name, part in held_out.items():
         new, unknown, same_text, same_file, count = Counter(), Counter(), [], [], 0
-        for text, file in texts_of(part):
+        for text, file in part:
             new.update(mark for mark in text if mark not in letters)
             unknown.update(word for word in words_of(text) if word not in words)
             same_text += [text] * (bool(text) and plain(text) in texts)

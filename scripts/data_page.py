@@ -38,7 +38,8 @@ p {{ margin: 0.3em 0; font-size: 0.9em }}
 .tokens .learnt {{ background: #bfe5c1 }}
 </style></head><body><h1>{title}</h1><pre>{lines}</pre>
 <div class="plots">{plots}</div>
-<h2>Samples, as the model gets them</h2><p>Green tokens are learnt; the others are read.</p>
+<h2>Samples, as the model gets them</h2><p>Green tokens are learnt; the others are read. Pictures and log-mels
+are varied as in training: hidden bands of SpecAugment, other sizes, places and colours.</p>
 <div class="samples">{samples}</div></body></html>
 """
 
@@ -99,7 +100,9 @@ def tokens_of(batch: dict, tokenizer) -> list[tuple[str, bool]]:
     ids = ids[: int(batch["sizes"][0])] if "sizes" in batch else ids
     learnt = [True] * len(ids)
     if "targets" in batch:  # the token after each position
-        learnt = [False] + [target != IGNORE_INDEX for target in batch["targets"][0].tolist()]
+        targets = batch["targets"][0].tolist()[: len(ids)]
+        learnt = [False] + [target != IGNORE_INDEX for target in targets]
+        ids += targets[-1:] if learnt[-1] else []  # the end of the answer is learnt, too
     return [(tokenizer.decode([one]), bool(is_target)) for one, is_target in zip(ids, learnt, strict=False)][
         :_MOST_TOKENS
     ]

@@ -489,6 +489,21 @@ MUTATIONS = [
         "tests/test_optim.py::test_bf16_is_used_where_the_hardware_computes_in_it_only",
     ),
     Mutation(
+        "foreign formats", "a text in another encoding is read all the same", "omni/data/formats/folders.py",
+        'path.read_text("utf-8-sig")', 'path.read_text("utf-8-sig", "replace")',
+        "tests/test_formats.py::test_a_text_that_is_missing_or_in_another_encoding_is_a_bad_row",
+    ),
+    Mutation(
+        "foreign formats", "of several tables in a folder one is read", "omni/data/open_manifest.py",
+        "if others := kinds[1:] + tables:", "if others := []:",
+        "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
+    ),
+    Mutation(
+        "foreign formats", "the splits of a data set are read as one", "omni/data/open_manifest.py",
+        "if (found := _SPLIT.match(file.name))})) > 1:", "if (found := _SPLIT.match(file.name))})) > 9:",
+        "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
+    ),
+    Mutation(
         "fair scores", "a file on both sides is not told", "omni/train/config.py",
         "return config, notices + on_both_sides(config)", "return config, notices",
         "tests/test_config.py::test_a_file_that_is_trained_on_and_held_out_is_told",
@@ -1513,7 +1528,7 @@ MUTATIONS = [
         "tests/test_talker.py -k take_up_a_codec",
     ),
     Mutation(
-        "foreign formats", "a folder with tables is refused without their names", "omni/data/formats/gathered.py",
+        "foreign formats", "a folder with tables is refused without their names", "omni/data/formats/folders.py",
         "if tables := [file for file in tables if file.with_suffix(\"\") not in media]:", "if tables := []:",
         "tests/test_formats.py::test_a_folder_of_common_voice_is_refused_with_its_tables",
     ),
@@ -1551,7 +1566,7 @@ MUTATIONS = [
         '_UNQUOTED = ("\\t", "|")', '_UNQUOTED = ("|",)', "tests/test_formats.py -k quotation",
     ),
     Mutation(
-        "hostile input", "a command in wav.scp is a file name", "omni/data/formats/gathered.py",
+        "hostile input", "a command in wav.scp is a file name", "omni/data/formats/folders.py",
         'if file.endswith("|"):', "if False:", "tests/test_formats.py -k cannot_be_read",
     ),
     Mutation(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from harness import Training
-from stages import AUDIO_ENC, VISION, write_csv
+from stages import AUDIO_ENC, TEXT, VISION, write_csv
 from test_config import only_error
 
 
@@ -26,6 +26,9 @@ def test_every_stage_is_checked_and_its_folder_stays_untouched(stage, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert page.count("<article>") >= 3 and "default-src 'none'" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page), "the page loads nothing"
+    if stage.name == "omni":
+        ends = re.findall(r"<span[^>]*>([^<]*)</span></p>", page)
+        assert ends and all("end" in text for text in ends), "the end of an answer is learnt, too"
     if stage.name in ("vision", "ocr", "omni"):
         assert "data:image/png" in page
     if stage.name in ("audio_enc", "vocoder", "talker"):
@@ -65,6 +68,24 @@ def test_what_stands_on_both_sides_is_found(tmp_path):
     assert re.search(r"texts that are in training too: 1, such as", stdout)
     assert re.search(r"files that are in training too: 1, such as '.*/0.png'", stdout)
     assert re.search(r"words that no training text has: 1 zebras", stdout)
+
+
+@pytest.mark.parametrize("own_file", [True, False])
+def test_lines_of_stage_a_are_compared(tmp_path, own_file):
+    lines = [f"the {word} dog number {number}" for number in range(20) for word in ("small", "round")]
+    lines.append("zebras run") if not own_file else None
+    (tmp_path / "train.txt").write_text("\n".join([*lines, *lines[:3]]) + "\n")
+    (tmp_path / "val.txt").write_text(f"{lines[0]}\nzebras run\nThe round DOG  number 3\n")
+    keys = {"val_text": str(tmp_path / "val.txt")} if own_file else {"val_split": 0.2}
+    training = TEXT.training(tmp_path, train_text=str(tmp_path / "train.txt"), **keys)
+    stdout = check(training, "--steps", "0", "--page", str(tmp_path / "page.html"))
+    assert re.search(r"training, tokens of a line: 0% \d", stdout)
+    assert re.search(r"held out, tokens of a line: 0% \d", stdout)
+    found = int(re.search(r"texts that are in training too: (\d+)", stdout)[1])
+    assert found == (2 if own_file else 0), "val_split puts equal lines on one side"
+    if own_file:
+        assert re.search(r"words that no training text has: 2 zebras, run", stdout)
+    assert "<img" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

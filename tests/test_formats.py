@@ -4,6 +4,7 @@ when it is killed."""
 import csv
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -479,11 +480,63 @@ def test_shards_by_their_numbers(speech, tmp_path):
     assert len(load_manifest(files, SOUND, "text", log=lambda line: None)) == 16
 
 
-def test_what_stands_alone_in_a_folder_is_said(speech, tmp_path):
-    folder, log = Path(texts_beside(tmp_path, speech[1])), []
+def test_what_stands_alone_in_a_folder_is_said_at_each_start(speech, tmp_path):
+    folder = Path(texts_beside(tmp_path, speech[1]))
     (folder / "clip03.txt").rename(folder / "other.txt")
-    load_manifest(folder, SOUND, "text", log=log.append)
-    assert "1 sounds or pictures have no text beside them; 1 texts have no sound or picture: not used" in log[0]
+    (folder / "list.csv").write_text("wav,text\nclip03.wav,one\n")
+    for _ in range(2):
+        log = []
+        load_manifest(folder, SOUND, "text", log=log.append)
+        assert "1 sounds or pictures have no text beside them (clip03.wav)" in log[-1]
+        assert "1 texts have no sound or picture and are not used (other.txt)" in log[-1]
+        assert "tables are not read (list.csv)" in log[-1]
+
+
+def test_a_text_that_is_missing_or_in_another_encoding_is_a_bad_row(speech, tmp_path):
+    folder = Path(texts_beside(tmp_path, speech[1]))
+    (folder / "clip03.txt").unlink()
+    (folder / "clip05.txt").write_bytes("café über dem Haus".encode("latin-1"))
+    (folder / "clip06.txt").write_bytes("café".encode("utf-16"))
+    manifest = load_manifest(folder, SOUND, "text", log=lambda line: None)
+    reasons = {3: "clip03.txt, found none", 5: "clip05.txt: expected UTF-8 text, found byte 0xe9", 6: "found UTF-16"}
+    for row, reason in reasons.items():
+        with pytest.raises(BadRow, match=reason):
+            manifest[row]
+    assert manifest[4]["text"] and len(manifest) == 24
+    assert load_manifest(folder, ("wav",), "wav", log=lambda line: None)[3]["wav"], "a vocoder needs no text"
+
+
+def test_a_folder_with_several_tables_or_splits_is_refused(speech, tmp_path):
+    written = Path(parquet("audio")(tmp_path, speech[1])[0])
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for name in ("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"):
+        (folder / name).write_bytes(written.read_bytes())
+    count = len(load_manifest(written, SOUND, "text", log=lambda line: None))
+    assert len(load_manifest(folder, SOUND, "text", log=lambda line: None)) == 2 * count
+    for name in ("mine.csv", "more.tsv", "metadata.jsonl", "shard.tar"):
+        (folder / name).write_text("wav,text\n")
+        with pytest.raises(UserError, match=re.escape(name)) as refused:
+            load_manifest(folder, SOUND, "text", log=lambda line: None)
+        assert "several tables" in str(refused.value) and "train-00000-of-00002.parquet" in str(refused.value)
+        (folder / name).unlink()
+    (folder / "test-00000-of-00001.parquet").write_bytes(written.read_bytes())
+    with pytest.raises(UserError, match="splits test, train") as refused:
+        load_manifest(folder, SOUND, "text", log=lambda line: None)
+    assert str(refused.value).endswith(f"{folder / 'train'}*.parquet")
+    assert len(load_manifest(f"{folder / 'train'}*.parquet", SOUND, "text", log=lambda line: None)) == 2 * count
+
+
+def test_rows_below_a_key_of_one_object_are_not_one_row(tmp_path):
+    path = tmp_path / "data.json"
+    turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    rows = [{"id": number, "conversations": turns} for number in range(3)]
+    path.write_text(json.dumps({"version": 1, "data": rows}))
+    with pytest.raises(UserError, match=r"jq -c '\.data\[\]' data\.json"):
+        load_manifest(path, (), "id", log=lambda line: None)
+    for one in ({"id": 1, "conversations": turns}, {"messages": [{"role": "user", "content": "What?"}] * 2}):
+        path.write_text(json.dumps(one))
+        assert len(load_manifest(path, (), "id", log=lambda line: None)) == 1
 
 
 def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):
@@ -492,7 +545,7 @@ def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):
     lines(folder / "clip04.txt", ["x" * (MAX_ROW_BYTES + 1)])
     manifest = load_manifest(folder, SOUND, "text", log=lambda line: None)
     assert len(manifest) == 24
-    for row, message in ((3, '"text" is empty'), (4, "longer than 1 MiB")):
+    for row, message in ((3, "clip03.txt, found none"), (4, "longer than 1 MiB")):
         with pytest.raises(BadRow, match=message):
             manifest[row]
     assert manifest.where(3).endswith("row 4 (clip03.wav)")

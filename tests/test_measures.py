@@ -4,6 +4,7 @@ import json
 import math
 import random
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from omni.models.answering import answer_nats
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.cider import DocumentFrequencies, cider_d
 from omni.stages.tasks.measures import MEASURES, Points, References, rank_among_64
-from omni.stages.tasks.mixture import AnswerScore, EvalItems
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, tell_unranked
 from omni.stages.tasks.vqa import agreement, normalise
 from omni.train.evaluation import add
 from omni.train.optim import build_adamw
@@ -411,3 +412,14 @@ def test_right_answers_in_the_data_are_judged_exactly(tmp_path):
     assert listed == References(("me", "I", "it is me"), ("exact",))
     assert tasks["spoken_question"].sample(0, 0, {})[1] == References(("me", "I"), ("exact",))
     assert tasks["spoken_answer"].sample(0, 0, {})[1] == References(("red cat",), ("exact",))
+
+
+def test_a_task_without_a_rank_says_so():
+    def task(measure, rows):
+        made = MagicMock(measure=measure)
+        made.__len__.return_value = rows
+        return made
+
+    lines, tasks = [], {"caption": ("rank_among_64", 1), "text": ("exact", 1), "conversation": ("rank_among_64", 2)}
+    tell_unranked({name: task(*facts) for name, facts in tasks.items()}, lines.append)
+    assert len(lines) == 1 and "task caption: 1 held-out row" in lines[0] and "no accuracy" in lines[0]

@@ -15,14 +15,18 @@ from tqdm import tqdm
 from omni.common.errors import UserError
 from omni.common.files import file_stat, files_stat, replace_file, write_sealed_json
 from omni.common.host import Host
+from omni.common.media import quoted
 from omni.data.formats import Format, Parquet, TarShard, format_of
-from omni.data.formats.gathered import MEDIA, Gathered, MediaCopies, which_table
+from omni.data.formats.folders import which_table
+from omni.data.formats.gathered import MEDIA, TABLES, Gathered, MediaCopies
 from omni.data.index import ROWS, copy_facts, prepare_index, save_array
 from omni.data.manifest import JoinedManifest, Manifest
 from omni.data.records import other_encoding
 
 _VERSION = 4
 _MOST_SHARDS = 100_000
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face, LJSpeech
+_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)  # of a shard, by its name
 _CACHE = re.compile(r"\.(index|tokens)-")  # in the name of a folder that lies beside the data; no pattern means it
 
 
@@ -66,6 +70,8 @@ def load_manifest(
         make = functools.partial(_make_index, path, folder, form, columns, key, log, check_stop)
         how = {"stat": lambda _, form=form: files_stat(form.files(_)), "sha256": None}
         prepare_index(path, folder, make, log, check_stop, **(how if isinstance(form, Gathered) else {}))
+        if remark := form.remark(path):
+            log(remark)
         parts.append(Manifest(path, folder))
     return _joined(parts, cache_dir)
 
@@ -115,10 +121,19 @@ def _tables_of(path: Path) -> list[Path]:
     """A file as it is; for the folder of a data set, the files with its rows: its table, or its shards."""
     if not path.is_dir() or (path / "wav.scp").is_file():
         return [path]
-    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):  # Hugging Face, LJSpeech
-        if (path / name).is_file():
-            return [path / name]
-    return sorted(path.glob("*.tar")) or sorted(path.glob("*.parquet")) or [path]
+    metadata = [path / name for name in _METADATA if (path / name).is_file()]
+    shards = [[file for file in sorted(path.glob(f"*{kind}")) if file not in metadata] for kind in (".tar", ".parquet")]
+    tables = [[file] for file in sorted(path.iterdir()) if file.suffix in TABLES and file not in metadata]
+    kinds = [[table] for table in metadata] + [files for files in shards if files]
+    if not kinds:
+        return [path]
+    if others := kinds[1:] + tables:
+        names = ", ".join(quoted(files[0].name) for files in kinds[:1] + others)
+        raise UserError(f"{path}: has several tables ({names}). Name the one to read, or list them: {kinds[0][0]}")
+    if len(splits := sorted({found[1] for file in kinds[0] if (found := _SPLIT.match(file.name))})) > 1:
+        pattern = path / f"{'train' if 'train' in splits else splits[0]}*{kinds[0][0].suffix}"
+        raise UserError(f"{path}: has the splits {', '.join(splits)}. Name the files of one, such as {pattern}")
+    return kinds[0]
 
 
 def _format_of(path: Path) -> Format:
@@ -151,8 +166,6 @@ def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...]
     for old in (*folder.glob("*.np[yz]"), *folder.glob("*.json")):  # the index and measurements of earlier content
         old.unlink()
     stat = files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)
-    if remark := form.remark(path):
-        log(remark)
     source, copies = _gather(path, folder, form, check_stop) if isinstance(form, Gathered) else (path, {})
     digest, size = hashlib.sha256(), source.stat().st_size
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)

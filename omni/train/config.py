@@ -152,7 +152,8 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
-            hint = f" ({hint})" if (hint := hint_of(path, extra.get("hint", ""))) else ""
+            hints = [hint_of(path, extra.get("hint", "")), "" if field.is_required() else "null is for no such file"]
+            hint = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
             if extra.get("files") and path is not None:
                 check_given(name, path, hint, extra["files"])
             if extra.get("file") and path is not None and not os.path.isfile(path):

@@ -210,7 +210,8 @@ class Checkpoints:
             model = {"step": step, "metrics": metrics, "model": training.phases[-1].module.state_dict()}
             checkpoint.save(self.final_path, self._facts() | model)
         run.barrier()
-        run.log(f"finished: {self.final_path} holds the weights of step {step}")
+        bad = f"; {count:,} rows could not be used" if (count := len(training.progress.bad_rows)) else ""
+        run.log(f"finished: {self.final_path} holds the weights of step {step}{bad}")
         return metrics
 
     def _take_best(self) -> tuple[int, dict[str, float]]:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from omni.data.formats.base import Format
 from omni.data.formats.csv_rows import Csv, Lists
-from omni.data.formats.gathered import FilesBesideTexts, JsonObject, Kaldi, Parquet, TarShard
+from omni.data.formats.folders import FilesBesideTexts, Kaldi
+from omni.data.formats.gathered import JsonObject, Parquet, TarShard
 from omni.data.formats.json_rows import JsonArray, JsonLines
 from omni.data.formats.text_lines import TextLines
 

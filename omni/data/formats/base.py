@@ -16,7 +16,7 @@ import numpy as np
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.media import quoted
-from omni.data.formats.columns import with_our_names
+from omni.data.formats.columns import MEDIA_COLUMNS, NO_TEXT, sources, with_our_names
 from omni.data.records import Record, decode
 
 _CHUNK_BYTES = 4 << 20
@@ -111,10 +111,17 @@ class Format:
         for column in columns:
             value = row.get(column)
             if not isinstance(value, str):
-                raise BadRow(f'expected text in "{column}", found {quoted(json.dumps(value))}')
+                kind = "a file's name" if column in MEDIA_COLUMNS else "text"
+                raise BadRow(f"expected {kind} in {self._name(row, column)}, found {quoted(json.dumps(value))}")
             if not value.strip():
-                raise BadRow(f'"{column}" is empty')
+                raise BadRow(row.get(NO_TEXT) or f"{self._name(row, column)} is empty")
         return row
+
+    @staticmethod
+    def _name(row: dict, column: str) -> str:
+        """A column as messages call it: with the file's own name for it, if that is another."""
+        own = sources([name for name in row if name != column], [column]).get(column)
+        return f'"{column}" (the column "{own}")' if own and row[own] == row.get(column) else f'"{column}"'
 
     def index(self, path: Path, chunks: Iterator[bytes], columns: tuple[str, ...], key: str) -> Rows:
         """Find the rows of a file in one pass.

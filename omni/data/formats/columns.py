@@ -16,6 +16,8 @@ ALIASES = {
     "speaker": ("client_id", "speaker_id", "speaker_name", "spk", "spk_id"),
 }  # fmt: skip
 NAMES = frozenset(ALIASES) | {name for names in ALIASES.values() for name in names}
+MEDIA_COLUMNS = ("wav", "image")
+NO_TEXT = "_no_text"  # column: why a row has no text, if that is known
 OPTIONAL = ("speaker",)  # columns that are renamed though no stage requires them
 
 

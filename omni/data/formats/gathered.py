@@ -15,17 +15,18 @@ from typing import BinaryIO
 
 from omni.common.errors import UserError
 from omni.common.media import quoted
+from omni.data.formats.columns import NAMES
 from omni.data.formats.json_rows import JsonLines
 from omni.data.records import MAX_ROW_BYTES
 
+ROW_COLUMNS = NAMES | {"messages", "conversations", "conversation", "images", "instruction"}
 FOLDER = "_folder"  # column: folder of a row's files, if that is not the folder of the table
 KEY = "key"  # column: what the data set calls a row
 MEDIA = "media.bin"  # file in the index with copies of sounds and pictures
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
-_TEXTS = (".txt", ".lab", ".caption")
-_TABLES = (".tsv", ".csv", ".jsonl", ".json")
-_NAMED = 12  # tables that a message lists
+TEXTS = (".txt", ".lab", ".caption")
+TABLES = (".tsv", ".csv", ".jsonl")  # of rows; in a folder with sounds or pictures, .json may be about one of these
 
 
 @dataclass
@@ -66,120 +67,6 @@ class MediaCopies:
             self.file.write(data)
             self.names[digest] = f"{MEDIA}#bytes={first},{first + len(data)}"
         return self.names[digest]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Folders
-
-
-@dataclass
-class Kaldi(Gathered):
-    """A data directory of Kaldi, ESPnet or WeNet: ``wav.scp`` and ``text``, perhaps ``segments`` and ``utt2spk``."""
-
-    name = "kaldi"
-
-    @classmethod
-    def recognises(cls, path: Path, head: bytes) -> bool:
-        return (path / "wav.scp").is_file()
-
-    def files(self, path: Path) -> list[Path]:
-        return [path / name for name in ("wav.scp", "text", "segments", "utt2spk") if (path / name).is_file()]
-
-    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
-        recordings, texts = _pairs(path / "wav.scp"), _pairs(path / "text")
-        for name, file in recordings.items():
-            if file.endswith("|"):
-                raise UserError(
-                    f"{path / 'wav.scp'}: {quoted(name)} is a command, which is not run: {quoted(file)}. "
-                    "Write its sound to a file first (Kaldi: wav-copy)"
-                )
-        speakers = _pairs(path / "utt2spk") if (path / "utt2spk").is_file() else {}
-        clips = {name: file for name, file in recordings.items()}
-        if (segments := path / "segments").is_file():
-            clips = {}
-            for name, place in _pairs(segments).items():
-                try:
-                    recording, start, end = place.split()
-                    float(start), float(end)
-                except ValueError:
-                    raise UserError(
-                        f"{segments}: {quoted(name)}: expected a recording and two times, found {quoted(place)}"
-                    ) from None
-                until = "" if float(end) < 0 else f"{float(end):.6f}"  # -1: to the end
-                clips[name] = f"{recordings.get(recording, recording)}#t={float(start):.6f},{until}"
-        for name, clip in clips.items():
-            speaker = {"speaker": speakers[name]} if name in speakers else {}
-            yield {KEY: name, "wav": clip, "text": texts.get(name, "")} | speaker
-
-
-def _pairs(path: Path) -> dict[str, str]:
-    """Kaldi's tables: a key and, after a blank, its value on each line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
-        raise UserError(f"{path}: {why}") from error
-    pairs = (line.strip().partition(" ") for line in (line.replace("\t", " ") for line in lines) if line.strip())
-    return {key: value.strip() for key, _, value in pairs}
-
-
-@dataclass
-class FilesBesideTexts(Gathered):
-    """A folder, with its subfolders, of sounds or pictures that each have a text of the same name beside them."""
-
-    name = "files"
-
-    @classmethod
-    def recognises(cls, path: Path, head: bytes) -> bool:
-        return path.is_dir() and any(True for _ in _media_files(path))
-
-    def remark(self, path: Path) -> str:
-        media = list(_media_files(path))
-        texts = {text for file in media if (text := _text_of(file))}
-        alone = sum(file.suffix.lower() in _TEXTS and file not in texts for file in path.rglob("*"))
-        without = sum(_text_of(file) is None for file in media)
-        counts = [f"{without:,} sounds or pictures have no text beside them"] * bool(without)
-        counts += [f"{alone:,} texts have no sound or picture: not used"] * bool(alone)
-        return f"{path}: {'; '.join(counts)}" if counts else ""
-
-    def files(self, path: Path) -> list[Path]:
-        media = list(_media_files(path))
-        return media + [text for file in media if (text := _text_of(file))]
-
-    def rows(self, path: Path, media: MediaCopies) -> Iterator[dict]:
-        found = list(_media_files(path))
-        if not any(map(_text_of, found)):
-            expected = f"{found[0].with_suffix('.txt').name} for {found[0].name}, or a table (wav.scp, metadata.csv)"
-            raise UserError(
-                f"{path}: {len(found):,} sounds and pictures, but not one text beside them: "
-                f"{which_table(path) or f'expected {expected}'}"
-            )
-        for file in found:
-            name, text = str(file.relative_to(path)), _text_of(file)
-            column = "wav" if file.suffix.lower() in SOUNDS else "image"
-            yield {KEY: name, column: name, "text": text.read_text("utf-8-sig", "replace").strip() if text else ""}
-
-
-def which_table(path: Path) -> str:
-    """The tables in a folder or in its subfolders, and how to name one: of Common Voice, train.tsv and others beside
-    the folder clips. "" if there is none."""
-    media = {file.with_suffix("") for file in _media_files(path)}  # a.json may be about a.png
-    for pattern in ("*", "*/*"):
-        tables = sorted(file for file in path.glob(pattern) if file.suffix in _TABLES and file.is_file())
-        if tables := [file for file in tables if file.with_suffix("") not in media]:
-            names = [str(table.relative_to(path)) for table in tables]
-            likely = next((t for word in ("train", "validated") for t in tables if t.stem == word), tables[0])
-            more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-            return f"found the tables {', '.join(map(quoted, names[:_NAMED]))}{more}. Name one of them: {likely}"
-    return ""
-
-
-def _media_files(path: Path) -> Iterator[Path]:
-    return (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SOUNDS + PICTURES and file.is_file())
-
-
-def _text_of(file: Path) -> Path | None:
-    return next((text for ending in _TEXTS if (text := file.with_suffix(ending)).is_file()), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -229,7 +116,7 @@ class TarShard(Gathered):
         elif column:
             first = member.offset_data
             row[column] = f"{path.name}#bytes={first},{first + member.size}"
-        elif member.size <= MAX_ROW_BYTES and ending in (*_TEXTS, ".json", ".cls"):
+        elif member.size <= MAX_ROW_BYTES and ending in (*TEXTS, ".json", ".cls"):
             try:
                 text = archive.extractfile(member).read().decode("utf-8-sig")
                 fields = json.loads(text) if ending == ".json" else {"class" if ending == ".cls" else "text": text}
@@ -314,7 +201,8 @@ class JsonObject(Gathered):
             return False
         line = text.splitlines()[0]
         try:
-            return _is_coco(json.loads(line))  # a first line that is an object: JSON lines
+            found = json.loads(line)  # a first line that is an object: JSON lines
+            return _is_coco(found) or not text[len(line) :].strip() and bool(_list_of_rows(found))
         except ValueError:
             return "\n" in text or len(head) > MAX_ROW_BYTES >> 5
 
@@ -324,7 +212,8 @@ class JsonObject(Gathered):
         except ValueError as error:
             raise UserError(f"{path}: expected JSON, an array of objects or an object a line: {error}") from error
         if not _is_coco(found):
-            lists = [key for key, value in found.items() if isinstance(value, list)] or ["KEY"]
+            own = _list_of_rows(found)
+            lists = [own] if own else [key for key, value in found.items() if isinstance(value, list)] or ["KEY"]
             raise UserError(
                 f"{path}: one JSON object with the keys {quoted(', '.join(found))}, expected an array of objects or an "
                 f"object a line. If its rows are below {lists[0]}: jq -c '.{lists[0]}[]' {path.name} > rows.jsonl"
@@ -334,6 +223,15 @@ class JsonObject(Gathered):
 
 def _is_coco(found) -> bool:
     return isinstance(found, dict) and all(isinstance(found.get(key), list) for key in ("images", "annotations"))
+
+
+def _list_of_rows(found: dict) -> str | None:
+    """The key of an object under which rows lie, not the turns of a conversation."""
+    for key, value in found.items():
+        several = isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value)
+        if several and ROW_COLUMNS & value[0].keys() and not {"role", "from"} & value[0].keys():
+            return key
+    return None
 
 
 def _coco_rows(path: Path, found: dict) -> Iterator[dict]:

@@ -3,7 +3,7 @@
 # B samples, T positions
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -216,6 +216,13 @@ class AnswerScore:
             if sums:
                 metrics[f"code_perplexity{ending}"] = talker_metrics(sums)["code_perplexity"]
         return metrics
+
+
+def tell_unranked(tasks: dict[str, SftTask], log: Callable[[str], None]) -> None:
+    """Log which tasks have no other held-out row whose answer a true one could be ranked with, and so no score."""
+    for name, task in tasks.items():
+        if len(task) == 1 and MEASURES[task.measure].needs == "candidates":
+            log(f"task {name}: 1 held-out row, too few to rank its answer among others ({task.measure}): no accuracy")
 
 
 def measures_by_task(totals: dict[str, float]) -> dict[str, list[str]]:
