@@ -39,10 +39,6 @@ PREPARED_BY = {  # name of a file of public data up to its first dot -> what wri
         "python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json"
     ),
 }
-LARGE, LARGE_HINT = (  # folder of configs/*_hour.json
-    Path("data/large"),
-    "python scripts/make_synthetic_datasets.py --size large --only audio --out data/large writes it",
-)
 
 
 def resumable(default=..., **constraints):
@@ -162,10 +158,7 @@ class StageConfig(BaseModel):
 
 
 def hint_of(files: Files | None, otherwise: str) -> str:
-    """What writes the file, if it is one of the public data or of `LARGE`."""
-    first = files[0] if isinstance(files, list) and files else files
-    if isinstance(first, str) and LARGE in Path(first).parents:
-        return LARGE_HINT
+    """What writes the file, if it is one of the public data."""
     name = Path(files).name.partition(".")[0] if isinstance(files, str) else ""
     if name in PREPARED_BY:
         return f"{PREPARED_BY[name]} writes it"
