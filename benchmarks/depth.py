@@ -40,11 +40,11 @@ def keys_of(depth: int) -> dict[str, float]:
     }
 
 
-def train(stage: Stage, folder: Path, keys: dict, device: str | None) -> tuple[float, dict]:
+def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple[float, dict]:
     """Run a stage's script with the demo's config and other ``keys``. Returns minutes of training and the metrics."""
     config = f"configs/{stage.config_name}_demo.json"
-    options = [word for key, value in (keys | {"save_dir": folder}).items() for word in ("--set", f"{key}={value}")]
-    options += ["--device", device] if device else []
+    given = [f"{key}={value}" for key, value in (keys | {"save_dir": folder.resolve()}).items()] + overrides
+    options = [word for key in given for word in ("--set", key)]
     subprocess.run([sys.executable, stage.script, "--config", config, *options], check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row["samples_per_s"] for row in rows if "samples_per_s" in row}
@@ -90,21 +90,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--omni", action="store_true", help="train stage E on each")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/depth", metavar="DIR", help="for the runs")
     parser.add_argument("--page", type=Path, metavar="FILE.md", help="file for the table; the curve lies beside it")
-    parser.add_argument("--device", help="as for the stages' scripts")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of stage A; repeatable"
+    )
     args = parser.parse_args(argv)
     if min(args.depth) < 1:
         raise UserError(f"--depth: expected at least 1, found {min(args.depth)}")
     figures = []
     for depth in sorted(set(args.depth)):
         folder = args.out / f"thinker_{depth}"
-        minutes, metrics = train(STAGES["text"], folder, keys_of(depth), args.device)
+        minutes, metrics = train(STAGES["text"], folder, keys_of(depth), args.set)
         weights = load(folder / STAGES["text"].final)["model"]
         row = {"depth": depth, "parameters": sum(weight.numel() for weight in weights.values()), "minutes": minutes}
         row |= {name: metrics[name] for name in ("bits_per_byte", "perplexity")}
         if args.omni:
-            row["omni_minutes"], metrics = train(
-                STAGES["omni"], args.out / f"omni_{depth}", {"thinker_ckpt": folder}, args.device
-            )
+            keys = {"thinker_ckpt": folder.resolve()}
+            row["omni_minutes"], metrics = train(STAGES["omni"], args.out / f"omni_{depth}", keys, [])
             row["accuracy"] = metrics["accuracy"]
         figures.append(row)
         print(table(figures), flush=True)

@@ -128,6 +128,21 @@ def test_the_dial_of_size_is_the_demo_at_four():
         assert read_config("A", ROOT / "configs", **depth.keys_of(layers)).architecture.n_layers == layers
 
 
+def test_the_dial_trains_and_draws_a_curve(tmp_path):
+    lines = "".join(f"{word} comes after {i}\n" for i in range(300) for word in ("one", "two"))
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_text(lines)
+    keys = {"train_text": tmp_path / "train.txt", "val_text": tmp_path / "val.txt", "vocab_size": 300, "ctx_len": 16}
+    keys |= {"max_steps": 4, "warmup_steps": 1, "val_freq": 4, "print_freq": 2}
+    options = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+    depth.main(["--depth", "2", "1", "--out", str(tmp_path / "runs"), "--page", str(tmp_path / "page.md"), *options])
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    sizes = [int(row.split("|")[2].replace(",", "")) for row in rows]
+    assert len(rows) == 2 and sizes == sorted(sizes) and (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="at least 1, found 0"):
+        depth.main(["--depth", "0"])
+
+
 def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatch):
     lines = [f"{word} comes after {i}\n" for i in range(300) for word in ("one", "two")]
     (tmp_path / "train.txt").write_text("".join(lines))
