@@ -504,6 +504,10 @@ MUTATIONS = [
         "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
     ),
     Mutation(
+        "nothing is mixed", "two stages share a folder", "omni/train/run.py",
+        "self._refuse_other_stage()", "pass", "tests/test_config.py::test_a_folder_of_another_stage_is_refused",
+    ),
+    Mutation(
         "fair scores", "a file on both sides is not told", "omni/train/config.py",
         "return config, notices + on_both_sides(config)", "return config, notices",
         "tests/test_config.py::test_a_file_that_is_trained_on_and_held_out_is_told",

@@ -130,6 +130,16 @@ def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
     assert notices == [] and config.about
 
 
+def test_a_folder_of_another_stage_is_refused(stage, tmp_path):
+    training = stage.training(tmp_path)
+    training.save_dir.mkdir()
+    others = [other for other in TABLE.values() if other.script != TABLE[stage.name].script]
+    other = training.save_dir / f"{others[list(TABLE).index(stage.name) % len(others)].prefix}_step_3.pt"
+    other.write_bytes(b"")
+    only_error(training.run(), other.name, "another stage", "save_dir")
+    assert list(training.save_dir.iterdir()) == [other]
+
+
 def test_a_file_that_is_trained_on_and_held_out_is_told(stage, tmp_path):
     training = stage.training(tmp_path)
     cls = TABLE[stage.name].config

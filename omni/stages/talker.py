@@ -102,6 +102,7 @@ STAGE = Stage(
     script="train_talker.py",
     config=TalkerConfig,
     config_name="talker",
+    parts=("rvq_codec", "aligner"),
     architecture=TalkerArchitecture,
     model=Talker,
     switches=("use_flash",),

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -55,6 +56,7 @@ class Run(processes.Processes):
         if self.is_main:
             try:
                 self.save_dir.mkdir(parents=True, exist_ok=True)
+                self._refuse_other_stage()
                 self.lock = FolderLock(self.save_dir)
             except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
                 reason = getattr(error, "strerror", None) or error
@@ -76,6 +78,16 @@ class Run(processes.Processes):
         for line in self._notices:
             self.log(line)
         return self
+
+    def _refuse_other_stage(self) -> None:
+        """
+        Raises:
+            UserError: ``save_dir`` has step files of another stage, whose tokenizer and logs have the same names.
+        """
+        own = {self.stage.prefix, *self.stage.parts}
+        for path in sorted(self.save_dir.glob("*_step_*.pt")):
+            if (found := re.fullmatch(r"(.+)_step_\d+\.pt", path.name)) and found[1] not in own:
+                raise UserError(f"{path}: is of another stage than {self.stage.name}. Give each stage its own save_dir")
 
     def _check_shared_folders(self) -> None:
         cache_dir = self.config.cache_dir

@@ -52,6 +52,7 @@ class Stage:
     prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # the trained model, made ready to run
     tokenizer: type[Tokenizer] | type[CtcTokenizer] | None = None  # class of the tokenizer.json beside the model
     vocab_size: Callable[[BaseModel], int] | None = None  # entries of that tokenizer, by the model's architecture
+    parts: tuple[str, ...] = ()  # prefixes of the models that the same script trains before, in the same folder
     evaluate: str = ""  # "module:function" by which scripts/evaluate.py evaluates it; imported when it is called
 
     def evaluation(self) -> Callable[..., EvalResult]:
