@@ -20,7 +20,7 @@ from omni.data.tokenizer import Tokenizer
 from omni.stages.omni import STAGE, SftConfig
 from omni.stages.omni_parts import assemble, processor_of
 from omni.stages.tasks.features import cache_features
-from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture, tell_unranked
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, TaskMixture, tell_held_out
 from omni.stages.tasks.prepare import prepare_tasks
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # --- Validation: the score of each task by its measure, and their mean ---------------------------------------
         validation = None
         if val_tasks:
-            tell_unranked(val_tasks, run.log)
+            tell_held_out(val_tasks, run.log)
             items = EvalItems(val_tasks, processor, config.val_items)
             score = AnswerScore(processor, config.max_answer_tokens, val_tasks)
             validation = Validation(held_out_set(run, items), score.sums, score.metrics)

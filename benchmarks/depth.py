@@ -48,9 +48,13 @@ def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple
     subprocess.run([sys.executable, stage.script, "--config", config, *options], check=True, cwd=ROOT)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row["samples_per_s"] for row in rows if "samples_per_s" in row}
-    written = json.loads((ROOT / config).read_text())
-    seconds = max(steps) * written["batch_size"] / statistics.harmonic_mean(steps.values())
-    return seconds / 60, load(folder / stage.final)["metrics"]
+    final = load(folder / stage.final)
+    seconds = max(steps) * samples_per_step(final["config"]) / statistics.harmonic_mean(steps.values())
+    return seconds / 60, final["metrics"]
+
+
+def samples_per_step(config: dict) -> int:
+    return config["samples_per_step"] or config["batch_size"] * config["gradient_accumulation_steps"]
 
 
 def draw(path: Path, figures: list[dict]) -> None:

@@ -5,8 +5,8 @@
 
 First `train_text.py` trains the demo's Thinker for about that time, every token with the same weight; then a GPT-2 of
 the same depth, width, vocabulary and context, with nanoGPT's recipe, has exactly as long. Time is that of training:
-without tokenising, starting and validation. nanoGPT has it twice: in bfloat16, as the
-Thinker, and in float32, which it uses itself on CPUs.
+without tokenising, starting and validation. nanoGPT has it twice: in float32, which it uses itself on CPUs, and in
+bfloat16, as the Thinker, if the processor computes in it.
 
 The model and recipe are written anew after https://github.com/karpathy/nanoGPT: `model.py`, `train.py`, and the
 settings of its README for a CPU (12 sequences a step, no dropout) and of `config/train_shakespeare_char.py` (AdamW,
@@ -32,7 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.depth import samples_per_step
 from omni.common import allocator
+from omni.common.errors import UserError
 from omni.common.files import write_json
 from omni.data.corpus import PackedTokens, TokenFile, prepare_corpus
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
@@ -41,6 +43,7 @@ from omni.stages.text import TextConfig
 from omni.train.checkpoint import load
 from omni.train.cli import OneLineErrors, launch
 from omni.train.config import load_config
+from omni.train.device import computes_in_bf16
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH, WARMUP, LR, MIN_LR, BETAS, WD = 12, 100, 1e-3, 1e-4, (0.9, 0.99), 0.1
@@ -97,7 +100,7 @@ def train_ours(config: TextConfig, path: Path, folder: Path, steps: int) -> tupl
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
-    seconds = steps * config.batch_size / statistics.harmonic_mean(rates)
+    seconds = steps * samples_per_step(config.model_dump()) / statistics.harmonic_mean(rates)
     return seconds, load(run / STAGES["text"].final)["metrics"]["bits_per_byte"]
 
 
@@ -154,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/nanogpt.json", metavar="FILE", help="figures")
     args = parser.parse_args(argv)
     config, _ = load_config(TextConfig, str(args.config))
+    if config.val_text is None:
+        raise UserError(f'{args.config}: expected "val_text", on which both are judged, found none')
     with tempfile.TemporaryDirectory() as folder:
         seconds, _ = train_ours(config, args.config.resolve(), Path(folder), PILOT_STEPS)
         steps = max(1, round(60 * args.minutes * PILOT_STEPS / seconds))
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, ours = train_ours(config, args.config.resolve(), Path(folder), steps)
         train, held_out = open_tokens(config, Path(folder) / f"ours_{steps}")
     figures = {"minutes": seconds / 60, "steps": steps, "bits_per_byte": ours}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if computes_in_bf16(torch.device("cpu")) else (torch.float32,):
         model, their_steps = train_theirs(config, train, seconds, dtype)
         name = str(dtype).removeprefix("torch.")
         their_bits = bits_per_byte(model, held_out, config.ctx_len)

@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +44,7 @@ from omni.stages import STAGES
 from omni.stages.text import TextConfig
 from omni.train import loop
 from omni.train.cli import OneLineErrors, launch
-from omni.train.config import read_keys
+from omni.train.config import Files, read_keys
 from omni.train.stage import TOKENIZER, Stage
 from omni.train.training import Training
 from scripts.data_page import Sample, sample_of, write_page
@@ -53,7 +52,7 @@ from scripts.data_page import Sample, sample_of, write_page
 _NAMED = 5  # rows to print for each kind; all are counted
 _MOST_TEXTS = 200_000  # rows whose texts are compared
 _WARM_UP = 3  # steps before the measured ones
-_SHOWN, _MEASURED_LINES = 30, 5_000
+_SHOWN, _MEASURED_LINES, _READ_BYTES = 30, 5_000, 64 << 20
 # of a batch of one sample: its key -> what it counts
 _LENGTHS = {
     "lengths": "mel frames", "target_lengths": "tokens of the text", "ends": "tokens of the caption",
@@ -249,28 +248,31 @@ def file_of(part: ManifestDataset, row: dict, column: str) -> str:
 
 
 def check_lines(found: Findings, config: TextConfig, tokenizer: Tokenizer) -> None:
-    """What ``read_rows`` and ``compare_texts`` find, of the lines of stage A's files; of long files the first ones."""
-    sides = {held_out: list(islice(lines_of(config, held_out), _MOST_TEXTS + 1)) for held_out in (False, True)}
-    for name, lines in zip(("training", "held out"), sides.values(), strict=True):
+    """What ``read_rows`` and ``compare_texts`` find, of the lines of stage A's files; of long files the beginning."""
+    train, held_out = first_lines(found, config.train_text, 0.0 if config.val_text else config.val_split)
+    if config.val_text:
+        held_out, _ = first_lines(found, config.val_text, 0.0)
+    for name, lines in (("training", train), ("held out", held_out)):
         if lines:
-            lengths = np.array([len(ids) for ids in tokenizer.encode_batch(lines[:_MEASURED_LINES])])
-            tell_lengths(found, name, "tokens of a line", lengths)
-    for lines in sides.values():
-        if len(lines) > _MOST_TEXTS:
-            found.say(f"of more than {_MOST_TEXTS:,} lines the first ones are compared")
-    train, held_out = ({"": [(line, "") for line in lines[:_MOST_TEXTS]]} for lines in sides.values())
-    compare_texts(found, train, held_out if held_out[""] else {}, None)
+            ids = tokenizer.encode_batch(lines[:_MEASURED_LINES])
+            tell_lengths(found, name, f"tokens of a line, of {len(ids):,}", np.array(list(map(len, ids))))
+    sides = ({"": [(line, "") for line in lines]} if lines else {} for lines in (train, held_out))
+    compare_texts(found, *sides, None)
 
 
-def lines_of(config: TextConfig, held_out: bool) -> Iterator[str]:
-    """The lines that stage A trains on, or holds out, in the order of its files."""
-    for path in text_files(config.val_text if held_out and config.val_text else config.train_text):
+def first_lines(found: Findings, files: Files, val_split: float) -> tuple[list[str], list[str]]:
+    """The lines to train on and those that ``val_split`` holds out, of the first bytes of the files."""
+    sides, read = ([], []), 0
+    for path in text_files(files):
         row = 1
         for chunk in read_chunks(path):
             for line in split_samples(chunk, path, row):
-                if config.val_text or (zlib.crc32(line) < config.val_split * 2**32) == held_out:
-                    yield line.decode()
-            row += count_lines(chunk)
+                sides[zlib.crc32(line) < val_split * 2**32].append(line.decode())
+            row, read = row + count_lines(chunk), read + len(chunk)
+            if read >= _READ_BYTES:
+                found.say(f"of {files if isinstance(files, str) else files[0]} the first {read / 1e6:.0f} MB were read")
+                return sides
+    return sides
 
 
 def compare_texts(

@@ -75,6 +75,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"--data {args.data}: expected a file or the folder of a data set, found none")
     if args.temperature is not None and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature: expected 0.01 to 100, found {args.temperature}")
+    if args.stage == "talker" and args.temperature and not (args.audio_ckpt or args.save_speech):
+        raise UserError("--temperature: has no effect without --audio_ckpt or --save_speech")
     for name in ("save_speech", "voice", "voice_from", "temperature"):
         if getattr(args, name) is not None and args.stage != "talker":
             raise UserError(f"--{name}: has no effect on {args.stage}")

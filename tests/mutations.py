@@ -508,6 +508,11 @@ MUTATIONS = [
         "self._refuse_other_stage()", "pass", "tests/test_config.py::test_a_folder_of_another_stage_is_refused",
     ),
     Mutation(
+        "fair scores", "that a score is of one question only is not told", "omni/stages/tasks/mixture.py",
+        "if asked := Counter(task.questions(spread(task.row_numbers, _ASKED))):", "if asked := Counter():",
+        "tests/test_measures.py::test_a_question_that_is_asked_aloud_keeps_the_answers_of_its_ten_people",
+    ),
+    Mutation(
         "fair scores", "a file on both sides is not told", "omni/train/config.py",
         "return config, notices + on_both_sides(config)", "return config, notices",
         "tests/test_config.py::test_a_file_that_is_trained_on_and_held_out_is_told",

@@ -155,7 +155,7 @@ def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     nanogpt.main(["--minutes", "0.02", "--config", "config.json", "--json", "figures.json"])
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert figures["steps"] > 0
-    for name in ("nanogpt_bfloat16", "nanogpt_float32"):
+    assert figures["steps"] > 0 and "nanogpt_float32" in figures
+    for name in (name for name in figures if name.startswith("nanogpt_")):
         assert figures[name]["steps"] > 0
         assert 0 < figures[name]["bits_per_byte"] < 8 and 0 < figures["bits_per_byte"] < 8

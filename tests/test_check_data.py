@@ -79,8 +79,8 @@ def test_lines_of_stage_a_are_compared(tmp_path, own_file):
     keys = {"val_text": str(tmp_path / "val.txt")} if own_file else {"val_split": 0.2}
     training = TEXT.training(tmp_path, train_text=str(tmp_path / "train.txt"), **keys)
     stdout = check(training, "--steps", "0", "--page", str(tmp_path / "page.html"))
-    assert re.search(r"training, tokens of a line: 0% \d", stdout)
-    assert re.search(r"held out, tokens of a line: 0% \d", stdout)
+    assert re.search(r"training, tokens of a line, of [\d,]+: 0% \d", stdout)
+    assert re.search(r"held out, tokens of a line, of [\d,]+: 0% \d", stdout)
     found = int(re.search(r"texts that are in training too: (\d+)", stdout)[1])
     assert found == (2 if own_file else 0), "val_split puts equal lines on one side"
     if own_file:

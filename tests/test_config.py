@@ -130,6 +130,17 @@ def test_every_config_in_the_repository_is_valid(path, tmp_path, monkeypatch):
     assert notices == [] and config.about
 
 
+def test_a_held_out_folder_inside_of_the_training_s_is_told(tmp_path):
+    for folder in (tmp_path / "clips", tmp_path / "clips" / "val"):
+        folder.mkdir()
+        (folder / "a.wav").touch()
+        (folder / "a.txt").write_text("one")
+    keys = {"save_dir": "x", "max_steps": 1, "train_csv": str(tmp_path / "clips")}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(keys | {"val_csv": str(tmp_path / "clips" / "val")}))
+    assert ["clips/val: is in" in line for line in load_config(AudioEncoderConfig, str(path))[1]] == [True]
+
+
 def test_a_folder_of_another_stage_is_refused(stage, tmp_path):
     training = stage.training(tmp_path)
     training.save_dir.mkdir()
@@ -157,7 +168,7 @@ def test_a_file_that_is_trained_on_and_held_out_is_told(stage, tmp_path):
         for named in (given, [given], pattern):
             path.write_text(json.dumps(training.config | {key: named}))
             _, notices = load_config(cls, str(path))
-            told.update([key] if any(f'"{trained}" and of "{key}"' in line for line in notices) else [])
+            told.update([key] if any(f'"{trained}" and in "{key}"' in line for line in notices) else [])
             assert len(notices) == (key in told), notices
         other = tmp_path / f"other{Path(given).suffix}"
         other.write_bytes(Path(given).read_bytes())

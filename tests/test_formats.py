@@ -22,8 +22,10 @@ from test_config import only_error
 from omni.common.errors import BadRow, UserError
 from omni.data.audio import audio_length, load_audio
 from omni.data.conversations import read_conversation
-from omni.data.open_manifest import load_manifest
+from omni.data.open_manifest import expand, load_manifest
 from omni.data.records import MAX_ROW_BYTES
+from omni.stages.audio_encoder import AudioEncoderConfig
+from omni.train.config import load_config
 
 Rows = list[dict]  # "file", a path, and "text"
 SOUND = ("wav", "text")
@@ -498,7 +500,7 @@ def test_a_text_that_is_missing_or_in_another_encoding_is_a_bad_row(speech, tmp_
     (folder / "clip05.txt").write_bytes("café über dem Haus".encode("latin-1"))
     (folder / "clip06.txt").write_bytes("café".encode("utf-16"))
     manifest = load_manifest(folder, SOUND, "text", log=lambda line: None)
-    reasons = {3: "clip03.txt, found none", 5: "clip05.txt: expected UTF-8 text, found byte 0xe9", 6: "found UTF-16"}
+    reasons = {3: "no text beside it", 5: "clip05.txt: expected UTF-8 text, found byte 0xe9", 6: "found UTF-16"}
     for row, reason in reasons.items():
         with pytest.raises(BadRow, match=reason):
             manifest[row]
@@ -519,12 +521,37 @@ def test_a_folder_with_several_tables_or_splits_is_refused(speech, tmp_path):
         with pytest.raises(UserError, match=re.escape(name)) as refused:
             load_manifest(folder, SOUND, "text", log=lambda line: None)
         assert "several tables" in str(refused.value) and "train-00000-of-00002.parquet" in str(refused.value)
+        keys = {"save_dir": "x", "max_steps": 1, "train_csv": str(folder)}
+        (tmp_path / "config.json").write_text(json.dumps(keys))
+        with pytest.raises(UserError, match='key "train_csv": .*several tables'):
+            load_config(AudioEncoderConfig, str(tmp_path / "config.json"))
         (folder / name).unlink()
+    for name in ("._metadata.csv", "~$mine.csv"):
+        (folder / name).write_text("wav,text\n")
+    assert len(load_manifest(folder, SOUND, "text", log=lambda line: None)) == 2 * count
     (folder / "test-00000-of-00001.parquet").write_bytes(written.read_bytes())
     with pytest.raises(UserError, match="splits test, train") as refused:
         load_manifest(folder, SOUND, "text", log=lambda line: None)
-    assert str(refused.value).endswith(f"{folder / 'train'}*.parquet")
+    assert str(refused.value).endswith(f"{folder / '*train*'}.parquet")
     assert len(load_manifest(f"{folder / 'train'}*.parquet", SOUND, "text", log=lambda line: None)) == 2 * count
+
+
+def test_shards_of_a_split_are_known_by_their_names(tmp_path):
+    for number, names in enumerate(
+        (("cc3m-train-0.tar", "cc3m-validation-0.tar"), ("data_TEST.tar", "training-0.tar"), ("dev.tar", "x-train.tar"))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+        with pytest.raises(UserError, match="has the splits"):
+            expand(folder)
+    folder = tmp_path / "one"
+    folder.mkdir()
+    names = ["00000.tar", "00001.tar", "contest-1.tar", "trainer.tar"]
+    for name in (*names, "00000.parquet", "00001.parquet", "00000_stats.json"):  # as img2dataset writes them
+        (folder / name).touch()
+    assert [path.name for path in expand(folder)] == names
 
 
 def test_rows_below_a_key_of_one_object_are_not_one_row(tmp_path):
@@ -534,7 +561,13 @@ def test_rows_below_a_key_of_one_object_are_not_one_row(tmp_path):
     path.write_text(json.dumps({"version": 1, "data": rows}))
     with pytest.raises(UserError, match=r"jq -c '\.data\[\]' data\.json"):
         load_manifest(path, (), "id", log=lambda line: None)
-    for one in ({"id": 1, "conversations": turns}, {"messages": [{"role": "user", "content": "What?"}] * 2}):
+    pictures = [{"path": "a.png", "file": "a.png"}] * 2
+    for one in (
+        {"id": 1, "conversations": turns},
+        {"messages": [{"role": "user", "content": "What?"}] * 2, "images": pictures},
+        {"audio": "a.wav", "text": "one two", "segments": [{"text": "one"}, {"text": "two"}]},
+        {"dialog": [{"speaker": "A", "text": "What?"}, {"speaker": "B", "text": "That."}]},
+    ):
         path.write_text(json.dumps(one))
         assert len(load_manifest(path, (), "id", log=lambda line: None)) == 1
 
@@ -545,7 +578,7 @@ def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):
     lines(folder / "clip04.txt", ["x" * (MAX_ROW_BYTES + 1)])
     manifest = load_manifest(folder, SOUND, "text", log=lambda line: None)
     assert len(manifest) == 24
-    for row, message in ((3, "clip03.txt, found none"), (4, "longer than 1 MiB")):
+    for row, message in ((3, "no text beside it"), (4, "longer than 1 MiB")):
         with pytest.raises(BadRow, match=message):
             manifest[row]
     assert manifest.where(3).endswith("row 4 (clip03.wav)")

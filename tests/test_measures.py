@@ -19,7 +19,7 @@ from omni.models.answering import answer_nats
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.cider import DocumentFrequencies, cider_d
 from omni.stages.tasks.measures import MEASURES, Points, References, rank_among_64
-from omni.stages.tasks.mixture import AnswerScore, EvalItems, tell_unranked
+from omni.stages.tasks.mixture import AnswerScore, EvalItems, tell_held_out
 from omni.stages.tasks.vqa import agreement, normalise
 from omni.train.evaluation import add
 from omni.train.optim import build_adamw
@@ -382,6 +382,9 @@ def test_a_question_that_is_asked_aloud_keeps_the_answers_of_its_ten_people(tmp_
     assert references == References(tuple(TEN), ("vqa_accuracy",)) and len(encoded.recordings) == 1
     last = task.messages(rows[0], np.random.default_rng(0))[-1]
     assert last["content"] in ("red", "dog"), "the most common answer is learnt"
+    lines = []
+    tell_held_out({"spoken_image_question": task, "caption": tasks["caption"]}, lines.append)
+    assert len(lines) == 1 and "1 different questions for 3 rows; 100% are " in lines[0] and "What colour?" in lines[0]
 
 
 def test_a_file_that_no_task_uses_is_accounted_for(tmp_path, capsys):
@@ -416,10 +419,11 @@ def test_right_answers_in_the_data_are_judged_exactly(tmp_path):
 
 def test_a_task_without_a_rank_says_so():
     def task(measure, rows):
-        made = MagicMock(measure=measure)
+        made = MagicMock(measure=measure, row_numbers=np.arange(rows))
         made.__len__.return_value = rows
+        made.questions.return_value = []
         return made
 
     lines, tasks = [], {"caption": ("rank_among_64", 1), "text": ("exact", 1), "conversation": ("rank_among_64", 2)}
-    tell_unranked({name: task(*facts) for name, facts in tasks.items()}, lines.append)
+    tell_held_out({name: task(*facts) for name, facts in tasks.items()}, lines.append)
     assert len(lines) == 1 and "task caption: 1 held-out row" in lines[0] and "no accuracy" in lines[0]

@@ -435,7 +435,7 @@ def test_a_listener_counts_the_words_in_training_and_afterwards(trained, tmp_pat
     ears.finish()
     data = trained.config["tts_csv"]
     heard = trained.changed(
-        save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24, val_samples=2,
+        save_dir="heard", audio_ckpt=str(ears.save_dir), val_csv=data, val_sentences=24, val_samples=8,
         val_temperature=0.8,
     )  # fmt: skip
     heard.finish()

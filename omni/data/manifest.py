@@ -49,6 +49,7 @@ class Manifest:
         self.columns: list[str] = meta["columns"]  # columns that every row must fill
         self.format = FORMATS[meta["format"]](**meta["reading"])
         self.arrays: list[str] = meta["arrays"]
+        self.remark: str = meta.get("remark", "")  # a log line about what was read; older indexes have none
         self.base = path if path.is_dir() else path.parent  # folder of the files that rows name
         self.gathered = isinstance(self.format, Gathered)
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``

@@ -5,6 +5,7 @@ import functools
 import glob
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,8 @@ from omni.data.records import other_encoding
 _VERSION = 4
 _MOST_SHARDS = 100_000
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face, LJSpeech
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)  # of a shard, by its name
+# of a shard, by its name
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?:ing)?(?![a-z])", re.IGNORECASE)
 _CACHE = re.compile(r"\.(index|tokens)-")  # in the name of a folder that lies beside the data; no pattern means it
 
 
@@ -63,16 +65,16 @@ def load_manifest(
     """
     parts = []
     for path in expand(files):
-        facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name]
+        form = kind() if kind else _format_of(path)
+        facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name] + [form.version] * bool(form.version)
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
         folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
-        form = kind() if kind else _format_of(path)
         make = functools.partial(_make_index, path, folder, form, columns, key, log, check_stop)
         how = {"stat": lambda _, form=form: files_stat(form.files(_)), "sha256": None}
         prepare_index(path, folder, make, log, check_stop, **(how if isinstance(form, Gathered) else {}))
-        if remark := form.remark(path):
-            log(remark)
         parts.append(Manifest(path, folder))
+        if parts[-1].remark:
+            log(parts[-1].remark)
     return _joined(parts, cache_dir)
 
 
@@ -118,22 +120,29 @@ def _without_braces(pattern: str) -> list[str]:
 
 
 def _tables_of(path: Path) -> list[Path]:
-    """A file as it is; for the folder of a data set, the files with its rows: its table, or its shards."""
+    """A file as it is; for the folder of a data set, the files with its rows: its table, or its shards.
+
+    Raises:
+        UserError: the folder has several tables, or shards of several splits.
+    """
     if not path.is_dir() or (path / "wav.scp").is_file():
         return [path]
-    metadata = [path / name for name in _METADATA if (path / name).is_file()]
-    shards = [[file for file in sorted(path.glob(f"*{kind}")) if file not in metadata] for kind in (".tar", ".parquet")]
-    tables = [[file] for file in sorted(path.iterdir()) if file.suffix in TABLES and file not in metadata]
-    kinds = [[table] for table in metadata] + [files for files in shards if files]
+    names = sorted(name for name in os.listdir(path) if not name.startswith((".", "~$")))
+    metadata = [[name] for name in _METADATA if name in names]  # Hugging Face, LJSpeech
+    tars = [name for name in names if name.endswith(".tar")]
+    beside = {f"{name.removesuffix('.tar')}.parquet" for name in tars} | set(_METADATA)  # what img2dataset notes
+    parquet = [name for name in names if name.endswith(".parquet") and name not in beside]
+    kinds = [*metadata, *filter(None, (tars, parquet))]
     if not kinds:
         return [path]
-    if others := kinds[1:] + tables:
-        names = ", ".join(quoted(files[0].name) for files in kinds[:1] + others)
-        raise UserError(f"{path}: has several tables ({names}). Name the one to read, or list them: {kinds[0][0]}")
-    if len(splits := sorted({found[1] for file in kinds[0] if (found := _SPLIT.match(file.name))})) > 1:
-        pattern = path / f"{'train' if 'train' in splits else splits[0]}*{kinds[0][0].suffix}"
-        raise UserError(f"{path}: has the splits {', '.join(splits)}. Name the files of one, such as {pattern}")
-    return kinds[0]
+    if others := kinds[1:] + [[name] for name in names if name.endswith(TABLES) and name not in _METADATA]:
+        found = ", ".join(quoted(files[0]) for files in kinds[:1] + others)
+        first = path / (kinds[0][0] if len(kinds[0]) == 1 else f"*{Path(kinds[0][0]).suffix}")
+        raise UserError(f"{path}: has several tables ({found}). Name those to read, such as {first}")
+    if len(splits := sorted({found[1].lower() for name in kinds[0] if (found := _SPLIT.search(name))})) > 1:
+        own = path / f"*{'train' if 'train' in splits else splits[0]}*{Path(kinds[0][0]).suffix}"
+        raise UserError(f"{path}: has the splits {', '.join(splits)}. Name the files of one, such as {own}")
+    return [path / name for name in kinds[0]]
 
 
 def _format_of(path: Path) -> Format:
@@ -186,6 +195,7 @@ def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...]
     for name, values in arrays.items():
         save_array(folder / f"{name}.npy", values)
     meta = {"stat": stat, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns, "copies": copies}
+    meta["remark"] = form.remark(path)
     write_sealed_json(folder / "meta.json", meta | {"format": form.name, "reading": dataclasses.asdict(form)})
     log(f"indexed {path}: {rows.summary}")
 

@@ -154,13 +154,14 @@ class TalkerScore:
         show: Callable[[int, int, dict, dict[str, Tensor]], None] | None = None,
     ) -> None:
         self.speaker, self.recognizer, self.sentences = speaker, recognizer, sentences
-        self.show, self.shown = show, config.val_samples
+        self.show, self.shown = show, config.val_samples if show is not None else 0
         self.ways = {"talker": 0.0} | ({"sampled": config.val_temperature} if config.val_temperature else {})
         self.spoken = 0  # sentences of this validation so far
 
     def sums(self, model: Talker, batch: dict) -> dict[str, Tensor]:
         totals = talker_sums(model, batch)
-        texts = batch["texts"][: self.sentences - self.spoken]
+        most = self.sentences if self.recognizer is not None else self.shown
+        texts = batch["texts"][: max(0, most - self.spoken)]
         if texts:
             references = references_of(batch, len(texts))
             speech = {
@@ -168,7 +169,7 @@ class TalkerScore:
                 for way, at in self.ways.items()
             }
             for number, recording in enumerate(batch["recordings"][: len(texts)], start=self.spoken):
-                if self.show is not None and number < self.shown:
+                if number < self.shown:
                     own = {way: waveforms[number - self.spoken] for way, waveforms in speech.items()}
                     self.show(batch["step"], number, recording, own)
             if self.recognizer is not None:

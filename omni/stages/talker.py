@@ -58,8 +58,8 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
         2, ge=0, description="held-out sentences written to save_dir/samples, sound and picture"
     )
     val_sentences: int = resumable(100, ge=1, description="held-out sentences spoken in each validation")
-    val_temperature: float = resumable(
-        0.0, ge=0, le=100, description="temperature at which they are spoken a second time (wer_sampled); 0: once"
+    val_temperature: float | None = resumable(
+        None, ge=0.01, le=100, description="temperature at which they are spoken a second time (wer_sampled)"
     )
 
     @property

@@ -148,12 +148,12 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
-            hints = [hint_of(path, extra.get("hint", "")), "" if field.is_required() else "null is for no such file"]
+            hints = [hint_of(path, extra.get("hint", "")), "null is for no file" if field.default is None else ""]
             hint = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
             if extra.get("files") and path is not None:
                 check_given(name, path, hint, extra["files"])
             if extra.get("file") and path is not None and not os.path.isfile(path):
-                found = f"none at {path}" if path else "an empty name; null is for no file"
+                found = f"none at {path}" if path else "an empty name"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
 
 
@@ -175,12 +175,14 @@ def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = 
             if given:
                 expand(given)
                 continue
-            found = "an empty name; null is for no file"
-        except UserError:
+            found = "an empty name"
+        except UserError as error:
+            if os.path.exists(given):  # a folder that is no data set
+                raise UserError(f'key "{name}": {error}') from error
             found = f"none at {given}"
         raise UserError(f'key "{name}": expected a file, found {found}{hint}')
     if not files:
-        raise UserError(f'key "{name}": expected a file, found an empty list; null is for no file{hint}')
+        raise UserError(f'key "{name}": expected a file, found an empty list{hint}')
     try:
         expand_all(files)
     except UserError as error:
@@ -190,24 +192,29 @@ def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = 
 def on_both_sides(config: StageConfig) -> list[str]:
     """A line for each held-out key that names a file of the training, too. ``val_NAME`` belongs to the key NAME, or to
     the stage's only training key."""
-    files = {
-        name: {Path(found).resolve() for found in extra["files"](given)}
+    fields = {
+        name: field.json_schema_extra
         for name, field in type(config).model_fields.items()
-        if (extra := field.json_schema_extra or {}).get("files") and (given := getattr(config, name))
+        if (field.json_schema_extra or {}).get("files") and getattr(config, name)
     }
-    training = [name for name in files if not name.startswith("val_")]
+    training = [name for name in fields if not name.startswith("val_")]
     lines = []
-    for held_out in files.keys() - training:
-        if type(config).model_fields[held_out].json_schema_extra.get("split"):
-            continue
+    for held_out, extra in fields.items():
         of = held_out.removeprefix("val_")
-        for name in [of] if of in type(config).model_fields else training:
-            both = sorted(files[held_out] & files.get(name, set()))
-            lines += [
-                f'{path}: is among the files of "{name}" and of "{held_out}": the model learns what it is judged by'
-                for path in both[:1]
-            ]
-    return sorted(lines)
+        if held_out == of or extra.get("split"):
+            continue
+        for name in set(training) & {of} if of in type(config).model_fields else training:
+            trained, judged = (
+                [path.resolve() for path in fields[key]["files"](getattr(config, key))] for key in (name, held_out)
+            )
+            if both := next((path for path in judged if any(_contains(other, path) for other in trained)), None):
+                lines.append(f'{both}: is in "{name}" and in "{held_out}": the model learns what it is judged by')
+    return lines
+
+
+def _contains(trained: Path, path: Path) -> bool:
+    """Whether a training file is the other, or is a folder whose subfolders are read, too, and the other lies in it."""
+    return trained == path or trained in path.parents and not (trained / "wav.scp").is_file()
 
 
 def read_keys(path: str) -> dict:

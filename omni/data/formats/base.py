@@ -40,6 +40,7 @@ class Format:
     ``fields``, or ``index`` and ``read`` instead of the last two."""
 
     name: ClassVar[str]
+    version: ClassVar[int] = 0  # raise it if the same file gives other rows
     rows_over_lines: ClassVar[bool] = False  # whether the log counts rows of several lines
 
     @classmethod

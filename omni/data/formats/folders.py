@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni.common.errors import UserError
+from omni.common.errors import BadRow, UserError
 from omni.common.media import quoted
 from omni.data.formats.columns import NO_TEXT
 from omni.data.formats.gathered import KEY, PICTURES, SOUNDS, TABLES, TEXTS, Gathered, MediaCopies
 from omni.data.records import other_encoding
 
 _NAMED, _SHOWN = 12, 5  # tables that a message lists, files
+_LISTED = (*TABLES, ".json", ".parquet", ".tar")
+_NO_ROWS = ("dataset_infos", "dataset_info", "dataset_dict", "state")  # facts of Hugging Face's data sets
 
 
 @dataclass
@@ -68,7 +70,7 @@ def _pairs(path: Path) -> dict[str, str]:
 class FilesBesideTexts(Gathered):
     """A folder, with its subfolders, of sounds or pictures that each have a text of the same name beside them."""
 
-    name = "files"
+    name, version = "files", 1
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
@@ -78,8 +80,10 @@ class FilesBesideTexts(Gathered):
         media = list(_media_files(path))
         texts = {text for file in media if (text := _text_of(file))}
         without = [file for file in media if _text_of(file) is None]
-        alone = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXTS and file not in texts]
-        tables = [file for file in sorted(path.iterdir()) if file.suffix in TABLES]
+        stems = {file.with_suffix("") for file in media}  # a.lab may lie beside a.txt
+        others = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXTS and file not in texts)
+        alone = [file for file in others if file.with_suffix("") not in stems]
+        tables = sorted(file for file in path.iterdir() if file.suffix in TABLES)
         counts = [f"{len(without):,} sounds or pictures have no text beside them{_first_of(without)}"] * bool(without)
         counts += [f"{len(alone):,} texts have no sound or picture and are not used{_first_of(alone)}"] * bool(alone)
         counts += [f"tables are not read{_first_of(tables)}; to read one, name it"] * bool(tables)
@@ -100,8 +104,15 @@ class FilesBesideTexts(Gathered):
         for file in found:
             name, text = str(file.relative_to(path)), _text_of(file)
             column = "wav" if file.suffix.lower() in SOUNDS else "image"
-            missing = {"text": "", NO_TEXT: f"expected a text beside it, {file.with_suffix('.txt').name}, found none"}
-            yield {KEY: name, column: name} | (_read_text(text) if text else missing)
+            yield {KEY: name, column: name} | (_read_text(text) if text else {"text": ""})
+
+    def read(self, data: bytes | None, columns: list[str] | tuple[str, ...]) -> dict:
+        try:
+            return super().read(data, columns)
+        except BadRow as error:
+            if not str(error).endswith(" is empty"):
+                raise
+            raise BadRow("no text beside it, or an empty one") from error
 
 
 def _read_text(path: Path) -> dict[str, str]:
@@ -125,10 +136,12 @@ def which_table(path: Path) -> str:
     the folder clips. "" if there is none."""
     media = {file.with_suffix("") for file in _media_files(path)}  # a.json may be about a.png
     for pattern in ("*", "*/*"):
-        tables = sorted(file for file in path.glob(pattern) if file.suffix in (*TABLES, ".json") and file.is_file())
-        if tables := [file for file in tables if file.with_suffix("") not in media]:
+        tables = sorted(file for file in path.glob(pattern) if file.suffix in _LISTED and file.is_file())
+        tables = [file for file in tables if file.with_suffix("") not in media and file.stem not in _NO_ROWS]
+        if tables:
             names = [str(table.relative_to(path)) for table in tables]
-            likely = next((t for word in ("train", "validated") for t in tables if t.stem == word), tables[0])
+            words = ((word, table) for word in ("train", "validated") for table in tables)
+            likely = next((table for word, table in words if word in (table.stem, table.parent.name)), tables[0])
             more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
             return f"found the tables {', '.join(map(quoted, names[:_NAMED]))}{more}. Name one of them: {likely}"
     return ""

@@ -226,10 +226,12 @@ def _is_coco(found) -> bool:
 
 
 def _list_of_rows(found: dict) -> str | None:
-    """The key of an object under which rows lie, not the turns of a conversation."""
+    """The key of an object under which rows lie; None if the object is a row itself."""
+    if ROW_COLUMNS & found.keys():
+        return None
     for key, value in found.items():
         several = isinstance(value, list) and len(value) > 1 and all(isinstance(one, dict) for one in value)
-        if several and ROW_COLUMNS & value[0].keys() and not {"role", "from"} & value[0].keys():
+        if several and ROW_COLUMNS & value[0].keys() and not {"role", "from", "speaker"} & value[0].keys():
             return key
     return None
 

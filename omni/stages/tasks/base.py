@@ -105,6 +105,10 @@ class SftTask(ManifestDataset):
         ``image_root``. Their manifest gets a column of cached features."""
         return [self] if kind in self.reads else []
 
+    def questions(self, rows: np.ndarray) -> list[str]:
+        """What these rows ask in validation, if few questions may be asked about many rows, else []."""
+        return []
+
     def depends_on(self) -> list:
         """Digests of other inputs of the rows' lengths than data and processor."""
         return [zlib.crc32(json.dumps(self.wordings).encode())]

@@ -3,6 +3,7 @@
 # B samples, T positions
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni.common.media import quoted
+from omni.data.manifest import spread
 from omni.data.order import permute
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.answering import answer_nats, greedy_answers
@@ -19,6 +22,8 @@ from omni.stages.tasks.base import SftTask
 from omni.stages.tasks.cider import DocumentFrequencies
 from omni.stages.tasks.measures import CANDIDATES, MEASURES, Points
 from omni.stages.tasks.processor import Processor
+
+_ASKED = 1_000  # rows whose questions are counted
 
 
 class TaskMixture:
@@ -218,11 +223,18 @@ class AnswerScore:
         return metrics
 
 
-def tell_unranked(tasks: dict[str, SftTask], log: Callable[[str], None]) -> None:
-    """Log which tasks have no other held-out row whose answer a true one could be ranked with, and so no score."""
+def tell_held_out(tasks: dict[str, SftTask], log: Callable[[str], None]) -> None:
+    """Log what a score of the held-out rows could not tell: tasks that have no other row whose answer a true one could
+    be ranked with; and how many different questions a task asks, of which one may be nearly all."""
     for name, task in tasks.items():
         if len(task) == 1 and MEASURES[task.measure].needs == "candidates":
             log(f"task {name}: 1 held-out row, too few to rank its answer among others ({task.measure}): no accuracy")
+        if asked := Counter(task.questions(spread(task.row_numbers, _ASKED))):
+            question, count = asked.most_common(1)[0]
+            log(
+                f"task {name}: held out are {len(asked):,} different questions for {asked.total():,} rows; "
+                f"{count / asked.total():.0%} are {quoted(question)}"
+            )
 
 
 def measures_by_task(totals: dict[str, float]) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """Pictures: captions, and written or spoken questions."""
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -154,12 +155,27 @@ class SpokenPictureQuestions(PictureQuestions):
     def depends_on(self) -> list:
         return [*super().depends_on(), hashlib.sha256(self.recordings.keys.tobytes()).hexdigest()]
 
-    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        pairs = question_pairs(row)
+    def questions(self, rows: np.ndarray) -> list[str]:
+        found = []
+        for number in rows:
+            with contextlib.suppress(BadRow):  # reported where it is an item
+                row = self.manifest[int(number)]
+                found.append(self.scored(row, self.recorded(row, question_pairs(row))).question)
+        return found
+
+    def recorded(self, row: dict, pairs: list[Question]) -> list[Question]:
+        """
+        Raises:
+            BadRow: none of the questions has a recording.
+        """
         recorded = [pair for pair in pairs if pair.question in self.recordings]
         if not recorded:
             raise BadRow("none of its questions has been recorded")
-        recorded = [pair for pair in recorded if self.has_room(row, pair)] or recorded[:1]
+        return [pair for pair in recorded if self.has_room(row, pair)] or recorded[:1]
+
+    def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
+        pairs = question_pairs(row)
+        recorded = self.recorded(row, pairs)
         if rng is None:
             return given_by(pair := self.scored(row, recorded), self.asked(row, pair, None))
         pair = one_of(recorded, rng)
