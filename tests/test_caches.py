@@ -109,7 +109,9 @@ class Made:
             for row in range(ROWS):
                 self.file(row).write_bytes(b"" if row == 40 else rng.bytes(int(rng.integers(3, 30))))
                 writer.writerow((self.file(row).name, f"text {row}"))
-        self.config = TextConfig(train_text="-", vocab_size=300, ctx_len=8, save_dir=str(folder / "run"), max_steps=1)
+        self.config = TextConfig(
+            train_text="-", vocab_size=300, ctx_len=8, save_dir=str(folder / "run"), max_steps=1, use_amp=False
+        )
 
     def file(self, row: int) -> Path:
         return self.folder / f"{row}.bin"
@@ -324,7 +326,9 @@ def test_measuring_where_nothing_can_be_written(tmp_path, monkeypatch):
 
 
 def test_damaged_json_is_made_again(tmp_path, capsys):
-    config = TextConfig(train_text="-", vocab_size=300, ctx_len=8, save_dir=str(tmp_path / "run"), max_steps=1)
+    config = TextConfig(
+        train_text="-", vocab_size=300, ctx_len=8, save_dir=str(tmp_path / "run"), max_steps=1, use_amp=False
+    )
     path = tmp_path / "run/some.json"
     with Run(config, Stage("text", "t", "t.pt", "", "loss"), [], "cpu") as run:
         changed = lambda path: path.write_bytes(path.read_bytes().replace(b"0.5", b"0.7"))  # noqa: E731
