@@ -34,7 +34,7 @@ def command(out: Path, *args) -> list[str]:
 
 
 def run_script(out: Path, *args, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(command(out, *args), capture_output=True, text=True, timeout=60, **kwargs)
+    return subprocess.run(command(out, *args), capture_output=True, text=True, timeout=200, **kwargs)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
