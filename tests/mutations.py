@@ -495,13 +495,36 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "of several tables in a folder one is read", "omni/data/open_manifest.py",
-        "if others := kinds[1:] + tables:", "if others := []:",
+        "if others := kinds[1:] + [[name] for name in names if name.endswith(TABLES) and name not in _METADATA]:",
+        "if others := []:",
         "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
     ),
     Mutation(
         "foreign formats", "the splits of a data set are read as one", "omni/data/open_manifest.py",
-        "if (found := _SPLIT.match(file.name))})) > 1:", "if (found := _SPLIT.match(file.name))})) > 9:",
+        "if (found := _SPLIT.search(name))})) > 1:", "if (found := _SPLIT.search(name))})) > 9:",
         "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
+    ),
+    Mutation(
+        "foreign formats", "rows below a key of one object are one row", "omni/data/formats/gathered.py",
+        "return _is_coco(found) or not text[len(line) :].strip() and bool(_list_of_rows(found))",
+        "return _is_coco(found)", "tests/test_formats.py::test_rows_below_a_key_of_one_object_are_not_one_row",
+    ),
+    Mutation(
+        "fair scores", "a held-out folder inside of the training's is not told", "omni/train/config.py",
+        'return trained == path or trained in path.parents and not (trained / "wav.scp").is_file()',
+        "return trained == path",
+        "tests/test_config.py::test_a_held_out_folder_inside_of_the_training_s_is_told",
+    ),
+    Mutation(
+        "speech", "a temperature changes no sample", "omni/stages/recognizer.py",
+        "self.speaker.codes(texts, references, temperature=at)", "self.speaker.codes(texts, references)",
+        "tests/test_talker.py::test_a_listener_counts_the_words_in_training_and_afterwards",
+    ),
+    Mutation(
+        "rows are accounted for", "lines of stage A that stand on both sides are not found", "scripts/check_data.py",
+        'sides = ({"": [(line, "") for line in lines]} if lines else {} for lines in (train, held_out))',
+        'sides = ({"": [(line, "") for line in lines]} if lines else {} for lines in (train[:0], held_out))',
+        "tests/test_check_data.py::test_lines_of_stage_a_are_compared",
     ),
     Mutation(
         "nothing is mixed", "two stages share a folder", "omni/train/run.py",
@@ -1538,7 +1561,8 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "a folder with tables is refused without their names", "omni/data/formats/folders.py",
-        "if tables := [file for file in tables if file.with_suffix(\"\") not in media]:", "if tables := []:",
+        'tables = [file for file in tables if file.with_suffix("") not in media and file.stem not in _NO_ROWS]',
+        "tables = []",
         "tests/test_formats.py::test_a_folder_of_common_voice_is_refused_with_its_tables",
     ),
     Mutation(

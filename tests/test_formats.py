@@ -525,6 +525,9 @@ def test_a_folder_with_several_tables_or_splits_is_refused(speech, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(keys))
         with pytest.raises(UserError, match='key "train_csv": .*several tables'):
             load_config(AudioEncoderConfig, str(tmp_path / "config.json"))
+        (tmp_path / "config.json").write_text(json.dumps(keys | {"train_csv": f"{tmp_path}/hu*"}))
+        with pytest.raises(UserError, match='key "train_csv": .*several tables'):
+            load_config(AudioEncoderConfig, str(tmp_path / "config.json"))
         (folder / name).unlink()
     for name in ("._metadata.csv", "~$mine.csv"):
         (folder / name).write_text("wav,text\n")

@@ -86,11 +86,16 @@ def _joined(parts: list[Manifest], cache_dir: str | None) -> Manifest:
     return JoinedManifest(parts, Path(cache_dir or first.parent) / f"{first.name}.index-{digest}")
 
 
+class NothingFound(UserError):
+    """A name or a pattern has no file."""
+
+
 def expand(files: str | Path | list[str] | list[Path]) -> list[Path]:
     """The files and folders that a config key or an argument names.
 
     Raises:
-        UserError: there is none for one of the names.
+        NothingFound: there is none for one of the names.
+        UserError: a file is named twice, or a folder has several tables or splits.
     """
     found: list[Path] = []
     names = files if isinstance(files, list) else [files]
@@ -103,7 +108,7 @@ def expand(files: str | Path | list[str] | list[Path]) -> list[Path]:
         matching = [match for match in matching if not _CACHE.search(match.name)]
         if not matching:
             kind = "files like it" if glob.has_magic(str(name)) or len(patterns) > 1 else "a file"
-            raise UserError(f"{name}: expected {kind}, found none")
+            raise NothingFound(f"{name}: expected {kind}, found none")
         found += (table for match in matching for table in _tables_of(match))
     if twice := next((path for path, count in Counter(found).items() if count > 1), None):
         raise UserError(f"{twice}: named twice, expected each file once")

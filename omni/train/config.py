@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from omni.common.errors import UserError
 from omni.common.media import quoted
-from omni.data.open_manifest import expand
+from omni.data.open_manifest import NothingFound, expand
 from omni.data.records import other_encoding
 from omni.data.text_rows import text_files
 
@@ -176,10 +176,10 @@ def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = 
                 expand(given)
                 continue
             found = "an empty name"
-        except UserError as error:
-            if os.path.exists(given):  # a folder that is no data set
-                raise UserError(f'key "{name}": {error}') from error
+        except NothingFound:
             found = f"none at {given}"
+        except UserError as error:
+            raise UserError(f'key "{name}": {error}') from error
         raise UserError(f'key "{name}": expected a file, found {found}{hint}')
     if not files:
         raise UserError(f'key "{name}": expected a file, found an empty list{hint}')

@@ -224,8 +224,8 @@ class AnswerScore:
 
 
 def tell_held_out(tasks: dict[str, SftTask], log: Callable[[str], None]) -> None:
-    """Log what a score of the held-out rows could not tell: tasks that have no other row whose answer a true one could
-    be ranked with; and how many different questions a task asks, of which one may be nearly all."""
+    """Log why a score may say little: a task with a single row has no answers to rank the true one among; and few
+    different questions may be asked about many rows."""
     for name, task in tasks.items():
         if len(task) == 1 and MEASURES[task.measure].needs == "candidates":
             log(f"task {name}: 1 held-out row, too few to rank its answer among others ({task.measure}): no accuracy")
