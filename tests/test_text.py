@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,14 +194,13 @@ def test_a_signal_is_heard_while_the_tokenizer_is_trained(tmp_path):
 import time, omni.data.tokenizer
 def train(lines, vocab_size):
     print("training it", flush=True)
-    time.sleep(60)
+    time.sleep(1000)
 omni.data.tokenizer.Tokenizer.train = train
 """
     process = training.start(prelude=slow)
     process.wait_for("training it")
-    sent = time.monotonic()
     process.send(signal.SIGTERM)
-    assert process.wait().returncode == 75 and time.monotonic() - sent < 5
+    assert process.wait().returncode == 75
     training.finish()
 
 

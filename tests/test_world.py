@@ -11,10 +11,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from harness import wait_until
 
 from omni.synthetic import facts, holdout, lexicon, scenes, stories, writing
 
@@ -372,12 +372,9 @@ def test_interrupted_script_leaves_no_partial_file(tmp_path):
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         growing = tmp_path / "text" / ".tiny_corpus.txt.tmp"
-        deadline = time.monotonic() + 20
-        while not (growing.exists() and growing.stat().st_size > 0):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.01)
+        wait_until(lambda: growing.stat().st_size > 0, "the corpus did not grow", process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 75 and len(errors.splitlines()) == 1

@@ -101,8 +101,10 @@ class Run(processes.Processes):
             raise
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_) -> None:
+        # A run that was stopped is saved, and ends with its own exit code, whatever is sent to it meanwhile.
+        stopped = isinstance(error, Interrupted)
         for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
         try:
             if isinstance(error, (UserError, RunError, Interrupted)):
                 self.logs.write(str(error))  # stderr may be closed
