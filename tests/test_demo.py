@@ -147,7 +147,7 @@ demo.train(commands, lambda stage, seconds, code: print(stage.name, code, file=s
     )
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=120) == EXIT_INTERRUPTED
+    assert process.wait(timeout=200) == EXIT_INTERRUPTED
     assert {line.split()[1] for line in process.stderr.read().splitlines()} <= {str(EXIT_INTERRUPTED), "-15"}
 
 

@@ -579,12 +579,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(folders, tmp_path):
 def test_two_exports_to_one_place_do_not_mix(folders, tmp_path):
     small = {"thinker": folders["thinker"]}
     slow = """
-import time, omni.export.bundle
+import os, time, omni.export.bundle
 _real = omni.export.bundle.write_weights
 def slow(path, weights):
     if path.parent.name != "thinker":
         print("writing", flush=True)
-        time.sleep(4)
+        while not os.path.exists("go_on"):
+            time.sleep(0.01)
     _real(path, weights)
 omni.export.bundle.write_weights = slow
 """
@@ -592,6 +593,7 @@ omni.export.bundle.write_weights = slow
     first.wait_for("writing")
     second = run(tmp_path, "export.py", *options(small, tmp_path / "merged"))
     assert second.returncode == 2 and f"already in use by process {first.pid}" in second.stderr
+    (tmp_path / "go_on").touch()
     assert first.wait().returncode == 0 and is_export(tmp_path / "merged")
 
 

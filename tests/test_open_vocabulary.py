@@ -124,7 +124,7 @@ def test_own_sentences_come_once_each_and_only_in_training():
 
 def run_script(out: Path, *args) -> subprocess.CompletedProcess:
     line = [sys.executable, str(SCRIPT), "--out", str(out), "--size", "smoke", "--only", "audio", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+    return subprocess.run(line, capture_output=True, text=True, timeout=200)
 
 
 def test_a_text_of_the_user_is_read_aloud_and_made_again_when_it_has_changed(tmp_path):

@@ -421,7 +421,7 @@ def test_thirty_processes_open_a_touched_manifest_at_once(tmp_path):
     for process in processes:
         process.start()
     start.set()
-    assert [results.get(timeout=60) for _ in processes] == [50] * 30
+    assert [results.get(timeout=200) for _ in processes] == [50] * 30
     for process in processes:
         process.join()
     assert json.loads((folder / "meta.json").read_text())["stat"]["mtime_ns"] == 1_000_000_000

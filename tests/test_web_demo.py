@@ -77,7 +77,7 @@ class Visitor:
 
     def ask(self, text: str, *files: str, **settings) -> list[str]:
         """What the page shows of the conversation then: texts, and names of files."""
-        return shown(self.submit(text, *files, **settings).result(timeout=60))
+        return shown(self.submit(text, *files, **settings).result(timeout=200))
 
     def refused(self, *arguments, api_name: str = "/chat", **settings) -> str:
         """The message that the page shows."""
@@ -111,7 +111,7 @@ def called(client, name: str, data: list) -> dict:
     httpx.post(
         f"{api}/queue/join", content=json.dumps(body), headers={"content-type": "application/json"}, trust_env=False
     ).raise_for_status()
-    with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", trust_env=False, timeout=60) as answer:
+    with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", trust_env=False, timeout=200) as answer:
         for line in answer.iter_lines():
             if line.startswith("data:") and (event := json.loads(line[5:]))["msg"] == "process_completed":
                 return event["output"]
@@ -206,7 +206,7 @@ def test_answers_are_those_of_infer_chat_piece_by_piece(site, merged, media, cap
         for name, value in settings.items():
             arguments += [f"--{name}", str(value)]
         job = site.visitor().submit(text, *files, **settings)
-        *asked, answer = shown(job.result(timeout=60))
+        *asked, answer = shown(job.result(timeout=200))
         assert answer == answered(capsys, merged, *arguments)
         assert asked == [Path(file).name for file in files] + [text] * bool(text)
         stages = [shown(outputs)[-1] for outputs in job.outputs()[1:]]
@@ -218,7 +218,7 @@ def test_answers_are_those_of_infer_chat_piece_by_piece(site, merged, media, cap
 @needs_gradio
 def test_what_it_says_is_what_infer_chat_says_and_comes_in_pieces(site, merged, tmp_path, capsys):
     job = site.visitor().client.submit("one two", 1.0, 3, api_name="/say")
-    heard, path = job.result(timeout=60)
+    heard, path = job.result(timeout=200)
     samples, rate = soundfile.read(path, dtype="int16")
     say = ["--say", "one two", "--temperature", "1", "--seed", "3", "--audio_out", str(tmp_path / "said.wav")]
     answered(capsys, merged, *say)
@@ -248,7 +248,7 @@ def test_two_visitors_at_once_have_each_their_own_conversation(site):
     visitors, turns = [site.visitor(), site.visitor()], [["red cat", "big"], ["blue dog", "small"]]
     for turn in range(2):
         jobs = [visitor.submit(texts[turn], **SAMPLED) for visitor, texts in zip(visitors, turns, strict=True)]
-        both = [shown(job.result(timeout=60)) for job in jobs]
+        both = [shown(job.result(timeout=200)) for job in jobs]
     for texts, found in zip(turns, both, strict=True):
         alone = site.visitor()
         expected = [alone.ask(text, **SAMPLED) for text in texts][-1]
@@ -263,7 +263,7 @@ def test_a_stopped_answer_ends_and_stays_and_a_new_chat_forgets(site):
     while len(job.outputs()) < 4:
         time.sleep(0.01)
     visitor.client.predict(api_name="/stop")
-    half = shown([outputs for outputs in [job.result(timeout=60), *job.outputs()] if isinstance(outputs[0], list)][-1])
+    half = shown([outputs for outputs in [job.result(timeout=200), *job.outputs()] if isinstance(outputs[0], list)][-1])
     whole = site.visitor().ask("red cat", max_new_tokens=50)
     assert half[0] == whole[0] and whole[1].startswith(half[1]) and len(half[1]) < len(whole[1])
     after = visitor.ask("dog")
@@ -623,7 +623,7 @@ def test_uploads_of_other_origins_are_refused_and_broken_ones_leave_nothing(site
     form = '--x\r\nContent-Disposition: form-data; name="files"%s\r\n\r\n'
     for kind, rest in (('; filename="a.png"', None), ("", b"z" * 90_000 + b"\r\n--x--\r\n")):
         body = (form % kind).encode() + (rest or b"z" * 5000)
-        with socket.create_connection(("127.0.0.1", int(site.url.rsplit(":", 1)[1])), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", int(site.url.rsplit(":", 1)[1])), timeout=200) as connection:
             head = (
                 "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x"
             )

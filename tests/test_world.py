@@ -327,7 +327,7 @@ def test_chat_format(train):
 
 def run_script(*args, **env) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=200)
 
 
 def snapshot(folder: Path) -> dict:
