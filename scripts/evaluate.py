@@ -29,6 +29,7 @@ import torch
 from omni.chat.text import without_controls
 from omni.common.errors import RunError, UserError
 from omni.common.media import visible
+from omni.data.open_manifest import expand
 from omni.export.folder import refuse_export
 from omni.stages import STAGES
 from omni.stages.evaluation import OMNI_TASKS
@@ -49,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = OneLineErrors(description=f"{__doc__}\n{measures}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=EVALUATED)
     parser.add_argument("--ckpt_dir", required=True, type=Path, help="the stage's save_dir")
-    parser.add_argument("--data", required=True, type=Path, help="a file or the folder of a data set, as in training")
+    parser.add_argument("--data", required=True, type=Path, help="a file, a folder or a quoted pattern, as in training")
     parser.add_argument("--task", choices=OMNI_TASKS, help="omni: task of the rows of --data")
     parser.add_argument("--image_root", help="folder of the pictures (default: that of --data)")
     parser.add_argument("--thinker_ckpt", help="vision: folder of the Thinker that encodes captions, if moved")
@@ -71,8 +72,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
     if args.num_workers:
         raise_open_file_limit()
-    if not args.data.exists():
-        raise UserError(f"--data {args.data}: expected a file or the folder of a data set, found none")
+    expand(args.data)  # found before a model is loaded
     if args.temperature is not None and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature: expected 0.01 to 100, found {args.temperature}")
     if args.stage == "talker" and args.temperature and not (args.audio_ckpt or args.save_speech):

@@ -56,6 +56,15 @@ def test_the_figures_are_those_of_validation(stage, trained):
     assert found["step"] == trained.final_file()["step"] and found["rows"] == 24
 
 
+def test_a_pattern_means_all_of_its_files(stage, trained):
+    first = Path(trained.config[stage.data_key])
+    (first.parent / f"again{first.suffix}").write_bytes(first.read_bytes())
+    pattern = first.parent / f"[{first.name[0]}a]*{first.suffix}"
+    assert len(list(first.parent.glob(pattern.name))) == 2
+    found = judged(trained, stage.name, "--data", str(pattern))
+    assert found["rows"] == 48 and found["data"] == str(pattern)
+
+
 def test_nothing_is_written_beside_the_data(stage, trained):
     before = sorted(trained.folder.rglob("*"))
     judged(trained, stage.name, "--data", trained.config[stage.data_key])
