@@ -1590,6 +1590,16 @@ MUTATIONS = [
         "tests/test_formats.py -k gathered_anew",
     ),
     Mutation(
+        "foreign formats", "what is gathered beside the data is gathered again", "omni/data/open_manifest.py",
+        "if beside != folder and why_stale(path, beside, **how) is None:", "if False:",
+        "tests/test_formats.py -k share_the_copies",
+    ),
+    Mutation(
+        "foreign formats", "pictures in an archive are looked for in image_root", "omni/data/manifest.py",
+        "if root is not None and not packed:", "if root is not None:",
+        "tests/test_formats.py -k 'foreign_format_of_pictures and Parquet'",
+    ),
+    Mutation(
         "foreign formats", "altered rows in the index are read", "omni/data/index.py",
         "if not is_as_written(folder / name, expected, always=name == ROWS):", "if False:",
         "tests/test_formats.py -k gathered_anew",

@@ -19,7 +19,7 @@ from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.host import Host
 from omni.common.media import Media, quoted
 from omni.data.formats import FORMATS
-from omni.data.formats.gathered import FOLDER, KEY, Gathered
+from omni.data.formats.gathered import FOLDER, KEY, MEDIA
 from omni.data.index import ROWS
 from omni.data.named_files import find_file
 from omni.data.records import MAX_ROW_BYTES, Record
@@ -40,18 +40,18 @@ class Manifest:
     Args:
         path: the file, or the folder of a data set.
         folder: its index, made by ``load_manifest``.
+        gathered: the folder with the rows, where ``path`` is a folder or an archive.
     """
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, gathered: Path | None = None) -> None:
         meta = json.loads((folder / "meta.json").read_text())
-        self.path, self.folder = path, folder
+        self.path, self.folder, self.gathered = path, folder, gathered
         self.sha256: str = meta["sha256"]
         self.columns: list[str] = meta["columns"]  # columns that every row must fill
         self.format = FORMATS[meta["format"]](**meta["reading"])
         self.arrays: list[str] = meta["arrays"]
         self.remark: str = meta.get("remark", "")  # a log line about what was read; older indexes have none
         self.base = path if path.is_dir() else path.parent  # folder of the files that rows name
-        self.gathered = isinstance(self.format, Gathered)
         self.facts: dict[tuple[str, str | None], np.ndarray] = {}  # see ``file_facts``
         self.left_out: dict[str, np.ndarray] = {}  # reason -> rows, see ``leave_out``
         self._open()
@@ -61,7 +61,7 @@ class Manifest:
         self.spans = arrays["spans"]  # (rows, 2) first byte, byte after the last
         self.keys = arrays["keys"]  # (rows,) CRC-32 of the key column
         self._numbers = arrays.get("numbers")  # (rows,) the row's number in messages, if not its position
-        self._file = os.open(self.folder / ROWS if self.gathered else self.path, os.O_RDONLY)
+        self._file = os.open(self.gathered / ROWS if self.gathered else self.path, os.O_RDONLY)
 
     def __getstate__(self) -> dict:
         opened = ("spans", "keys", "_numbers", "_file", "facts")
@@ -108,11 +108,13 @@ class Manifest:
 
     def file(self, row: dict, column: str, root: str | None = None) -> Media:
         """The file that a row names in a column, see ``find_file``: inside ``root``; without one, beside the manifest
-        or in the working directory. Or the bytes of a data URI."""
-        if root is not None:
+        or in the working directory. What an archive contains is there, whatever the ``root``. Or the bytes of a data
+        URI."""
+        packed = self.gathered and str(row[column]).startswith((f"{MEDIA}#", f"{self.path.name}#"))
+        if root is not None and not packed:
             return find_file(row[column], [Path(root)], root)
         own = [self.base / row[FOLDER]] if row.get(FOLDER) else []
-        return find_file(row[column], [*own, self.base, Path()] + [self.folder] * self.gathered)
+        return find_file(row[column], [*own, self.base, Path(), *filter(None, [self.gathered])])
 
     def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
         """``rows`` without those where the mask ``unusable`` is true; logs their number and the first of them."""

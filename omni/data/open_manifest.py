@@ -1,5 +1,6 @@
 """Opens the files that a config names as manifests, and makes their indexes."""
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -20,11 +21,12 @@ from omni.common.media import quoted
 from omni.data.formats import Format, Parquet, TarShard, format_of
 from omni.data.formats.folders import which_table
 from omni.data.formats.gathered import MEDIA, TABLES, Gathered, MediaCopies
-from omni.data.index import ROWS, copy_facts, prepare_index, save_array
+from omni.data.index import ROWS, copy_facts, prepare_index, save_array, why_stale
 from omni.data.manifest import JoinedManifest, Manifest
 from omni.data.records import other_encoding
 
-_VERSION = 4
+_VERSION = 5
+_CHANGED = "{}: changed while it was read. Run the same command again when it is complete"
 _MOST_SHARDS = 100_000
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # of Hugging Face, LJSpeech
 # of a shard, by its name
@@ -66,16 +68,22 @@ def load_manifest(
     parts = []
     for path in expand(files):
         form = kind() if kind else _format_of(path)
-        facts = [_VERSION, columns, key, str(path.resolve()), kind and kind.name] + [form.version] * bool(form.version)
-        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
-        folder = Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
-        make = functools.partial(_make_index, path, folder, form, columns, key, log, check_stop)
-        how = {"stat": lambda _, form=form: files_stat(form.files(_)), "sha256": None}
-        prepare_index(path, folder, make, log, check_stop, **(how if isinstance(form, Gathered) else {}))
-        parts.append(Manifest(path, folder))
+        gathered = _gathered(path, form, cache_dir, log, check_stop) if isinstance(form, Gathered) else None
+        rows = gathered / ROWS if gathered else path
+        version = [form.version] * bool(form.version)
+        folder = _cache_folder(path, cache_dir, [columns, key, kind and kind.name, *version])
+        make = functools.partial(_make_index, path, rows, folder, form, columns, key, log, check_stop)
+        prepare_index(rows, folder, make, log, check_stop)
+        parts.append(Manifest(path, folder, gathered))
         if parts[-1].remark:
             log(parts[-1].remark)
     return _joined(parts, cache_dir)
+
+
+def _cache_folder(path: Path, cache_dir: str | Path | None, facts: list) -> Path:
+    """The folder of what is made of a file, beside it or in ``cache_dir``; other ``facts`` have another one."""
+    digest = hashlib.sha256(json.dumps([_VERSION, str(path.resolve()), *facts]).encode()).hexdigest()[:12]
+    return Path(cache_dir or path.parent) / f"{path.name}.index-{digest}"
 
 
 def _joined(parts: list[Manifest], cache_dir: str | None) -> Manifest:
@@ -176,12 +184,13 @@ def _format_of(path: Path) -> Format:
     return form
 
 
-def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...], key: str, log, check_stop) -> None:
+def _make_index(
+    path: Path, source: Path, folder: Path, form: Format, columns: tuple[str, ...], key: str, log, check_stop
+) -> None:
     for old in (*folder.glob("*.np[yz]"), *folder.glob("*.json")):  # the index and measurements of earlier content
         old.unlink()
-    stat = files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)
-    source, copies = _gather(path, folder, form, check_stop) if isinstance(form, Gathered) else (path, {})
-    digest, size = hashlib.sha256(), source.stat().st_size
+    stat = file_stat(source)
+    digest, size = hashlib.sha256(), stat["size"]
     bar = tqdm(total=size, unit="B", unit_scale=True, desc=f"index {path.name}", disable=None)
 
     def chunks() -> Iterator[bytes]:
@@ -193,21 +202,33 @@ def _make_index(path: Path, folder: Path, form: Format, columns: tuple[str, ...]
 
     with bar:
         rows = form.index(path, chunks(), columns, key)
-    if (files_stat(form.files(path)) if isinstance(form, Gathered) else file_stat(path)) != stat:
-        raise UserError(f"{path}: changed while it was read. Run the same command again when it is complete")
+    if file_stat(source) != stat:
+        raise UserError(_CHANGED.format(path))
     assert rows.end in (size, None), "bytes after the last row"
     arrays = {"spans": rows.spans, "keys": rows.keys} | ({} if rows.numbers is None else {"numbers": rows.numbers})
     for name, values in arrays.items():
         save_array(folder / f"{name}.npy", values)
-    meta = {"stat": stat, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns, "copies": copies}
+    meta = {"stat": stat, "sha256": digest.hexdigest(), "arrays": list(arrays), "columns": columns, "copies": {}}
     meta["remark"] = form.remark(path)
     write_sealed_json(folder / "meta.json", meta | {"format": form.name, "reading": dataclasses.asdict(form)})
     log(f"indexed {path}: {rows.summary}")
 
 
-def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path, dict[str, int]]:
-    """Write the rows of several files as JSON lines into the index. Returns their file, and the sizes of what was
-    written."""
+def _gathered(path: Path, form: Gathered, cache_dir: str | None, log, check_stop) -> Path:
+    """The folder with the rows of several files, or of an archive, as JSON lines. All stages use the same one, and one
+    that lies beside the data serves wherever ``cache_dir`` is."""
+    beside, folder = (_cache_folder(path, where, ["rows", form.name, form.version]) for where in (None, cache_dir))
+    how = {"stat": lambda _: files_stat(form.files(path)), "sha256": None}
+    with contextlib.suppress(OSError):  # ``prepare_index`` says which file cannot be read
+        if beside != folder and why_stale(path, beside, **how) is None:
+            return beside
+    prepare_index(path, folder, functools.partial(_gather, path, folder, form, check_stop), log, check_stop, **how)
+    return folder
+
+
+def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> None:
+    (folder / "meta.json").unlink(missing_ok=True)
+    stat = files_stat(form.files(path))
     with open(folder / MEDIA, "wb") as file:  # not atomically: it counts only once meta.json has its digest
         media = MediaCopies(file)
 
@@ -219,4 +240,7 @@ def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> tuple[Path,
         replace_file(folder / ROWS, write)
     if not (folder / MEDIA).stat().st_size:
         (folder / MEDIA).unlink()
-    return folder / ROWS, {file.name: copy_facts(file) for file in (folder / ROWS, folder / MEDIA) if file.exists()}
+    if files_stat(form.files(path)) != stat:
+        raise UserError(_CHANGED.format(path))
+    copies = {file.name: copy_facts(file) for file in (folder / ROWS, folder / MEDIA) if file.exists()}
+    write_sealed_json(folder / "meta.json", {"stat": stat, "sha256": None, "arrays": [], "copies": copies})
