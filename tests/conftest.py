@@ -15,6 +15,7 @@ from stages import STAGES  # noqa: E402
 from omni.common import allocator  # noqa: E402
 
 os.environ |= allocator.settings()  # else each script that a test runs would start twice
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # most runs are so short that compiling our modules would take longer
 
 
 def pytest_addoption(parser):

@@ -1,8 +1,8 @@
 """Starts stage scripts without paying for ``import torch`` each time.
 
-Reads requests as JSON lines from stdin. For each it forks a process that has the heavy modules imported already and
-runs the real script as ``__main__``; that process can be signalled and killed like any other. This process itself
-computes nothing, so that the children start with fresh random state and no threads.
+Reads requests as JSON lines from stdin. For each it forks a process that has other people's modules imported already
+and runs the real script as ``__main__``, which imports ours; that process can be signalled and killed like any other.
+This process itself computes nothing, so that the children start with fresh random state and no threads.
 """
 
 import atexit
@@ -13,12 +13,17 @@ import runpy
 import sys
 import traceback
 
+import av  # noqa: F401
 import jiwer  # noqa: F401
 import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401
+import num2words  # noqa: F401
 import numpy  # noqa: F401
 import PIL.Image  # noqa: F401
+import pydantic.main  # noqa: F401
 import soundfile  # noqa: F401
+import soxr  # noqa: F401
+import tokenizers  # noqa: F401
 import torch
 import torch._dynamo
 import torch.utils.tensorboard
