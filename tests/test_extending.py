@@ -111,7 +111,7 @@ def test_a_new_stage(tree):
     whole, killed = tree.folder / config["save_dir"], tree.folder / "killed"
 
     tree.run(train, *longer)
-    other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=1")
+    other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=20")
     process = tree.start(train, *other)
     wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved", process)
     process.send_signal(signal.SIGKILL)
