@@ -1,7 +1,7 @@
 """The first steps of each ``configs/*_tiny.json``, on stand-ins for the public data: how its losses begin and fall.
 
-    python benchmarks/first_steps.py --out ../first_steps                # all stages, about 80 minutes of one core
-    python benchmarks/first_steps.py --out ../first_steps --stages A C   # E needs A to D before
+    python benchmarks/first_steps.py --out ../first_steps                # all stages, an hour of a quiet core
+    python benchmarks/first_steps.py --out ../first_steps --stages A C   # D needs B before, E needs A to D
 
 The stand-ins are made of the built-in data (``make demo`` leaves them in data/), in the layout in which the public data
 are published; ``scripts/prepare_data.py --from`` makes of them what the configs name. Each stage's own script trains
@@ -33,7 +33,7 @@ from omni.common.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserErro
 from omni.train.cli import OneLineErrors, launch
 
 CHANGES = {"use_compile": False, "num_workers": 0, "print_freq": 1}  # what a CPU forces, and a row for each step
-STEPS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 250, 300)  # of the tables
+STEPS = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)  # of the tables, and the last one
 NOT_A_LOSS = ("step", "epoch", "grad_norm", "skipped_updates", "bad_rows", "peak_memory_gb")
 
 
@@ -59,16 +59,16 @@ class StageRun:
 
 TRAININGS = {
     "A": StageRun("train_text.py", "thinker", {"batch_size": 2}, (Part("text", 100),), True),
-    "B": StageRun("train_audio_enc.py", "audio_enc", {"batch_size": 4}, (Part("audio_enc", 30),), True),
+    "B": StageRun("train_audio_enc.py", "audio_enc", {"batch_size": 4}, (Part("audio_enc", 75),), True),
     "C": StageRun("train_vision.py", "vision", {"batch_size": 8}, (Part("vision", 60),), True),
     "D": StageRun(
         "train_talker.py", "talker",
         {"codec_batch_size": 4, "aligner_batch_size": 8, "batch_size": 4, "val_sentences": 4, "val_samples": 1},
-        (Part("codec", 60, "codec_steps"), Part("aligner", 60, "aligner_steps"), Part("talker", 60)), True,
+        (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 100)), True,
     ),
     "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 40),)),
     "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 20),)),
-    "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 120),)),
+    "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 100),)),
 }  # fmt: skip
 PREPARED = {  # stage -> data sets of scripts/prepare_data.py
     "A": ("tinystories",), "B": ("librispeech",), "C": ("coco",), "D": ("ljspeech",), "F": ("ljspeech",),
@@ -165,9 +165,9 @@ def losses_of(rows: dict[int, dict]) -> list[str]:
 
 
 def tables(rows: dict[int, dict], n_steps: int) -> str:
-    """Markdown: losses at some steps, and means over the spans between them."""
-    steps = [step for step in STEPS if step <= n_steps and step in rows]
-    spans = [(a + 1, b) for a, b in itertools.pairwise([0, *(step for step in STEPS if 10 <= step <= n_steps)])]
+    """Markdown: losses at some of the first ``n_steps``, and means over the spans between them."""
+    steps = [step for step in STEPS if step < n_steps] + [n_steps]
+    spans = [(a + 1, b) for a, b in itertools.pairwise([0, *(step for step in steps if step >= 10)])]
     losses = losses_of(rows)
     lines = [f"| step | {' | '.join(map(str, steps))} |", "| --- " * (len(steps) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(f'{rows[step][name]:.4g}' for step in steps)} |" for name in losses]
@@ -175,7 +175,7 @@ def tables(rows: dict[int, dict], n_steps: int) -> str:
     whole = [(f"mean {name}", name, statistics.mean) for name in losses]
     whole += [(f"median {name}", name, statistics.median) for name in rows[min(rows)] if "grad_norm" in name]
     for label, name, of in whole:
-        values = ([rows[step][name] for step in range(a, b + 1) if step in rows] for a, b in spans)
+        values = ([rows[step][name] for step in range(a, b + 1)] for a, b in spans)
         lines.append(f"| {label} | {' | '.join(f'{of(span):.4g}' for span in values)} |")
     return "\n".join(lines)
 

@@ -63,8 +63,8 @@ def out(data, tmp_path_factory):
 def test_the_stand_ins_are_the_files_that_the_config_names(out, name, monkeypatch):
     monkeypatch.chdir(out)
     path = str(ROOT / f"configs/{STAGES[name].config_name}_tiny.json")
-    if name == "omni":  # its checkpoints are missing, which is found last
-        with pytest.raises(UserError, match="thinker_ckpt"):
+    if name in ("talker", "omni"):  # models of other stages are missing, which is found after the data
+        with pytest.raises(UserError, match="expected a folder with .*pt"):
             load_config(STAGES[name].config, path)
     else:
         load_config(STAGES[name].config, path)
@@ -93,10 +93,13 @@ def test_the_stand_ins_have_the_formats_of_the_public_data(out):
     ("letter", "case", "files"),
     [
         ("A", TEXT, {"train_text": "data/text/production_corpus.txt"}),
-        ("D", TALKER, {"tts_csv": "data/audio/production_tts.csv", "codec_steps": 9999, "aligner_steps": 9999}),
+        pytest.param(
+            "D", TALKER, {"tts_csv": "data/audio/production_tts.csv", "codec_steps": 9999, "aligner_steps": 9999},
+            marks=pytest.mark.torture,  # seven processes, a minute
+        ),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
+    ids=["A", "D"],
+)  # fmt: skip
 def test_a_training_is_killed_goes_on_and_leaves_losses_and_model(out, data, tmp_path, capsys, letter, case, files):
     stage = first_steps.TRAININGS[letter]
     config = case.config | files | {"max_epochs": None, "max_steps": 9999, "val_freq": 9999}
@@ -111,4 +114,3 @@ def test_a_training_is_killed_goes_on_and_leaves_losses_and_model(out, data, tmp
         assert sorted(rows) == list(range(1, max(rows) + 1)) and max(rows) >= 8
         assert f"| loss | {rows[1]['loss']:.4g} |" in printed
     assert (out / config["save_dir"] / case.final).exists()
-    assert "`batch_size` 2 -> 4" in printed or letter == "A"
