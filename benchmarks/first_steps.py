@@ -64,10 +64,10 @@ TRAININGS = {
     "D": StageRun(
         "train_talker.py", "talker",
         {"codec_batch_size": 4, "aligner_batch_size": 8, "batch_size": 4, "val_sentences": 4, "val_samples": 1},
-        (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 100)), True,
+        (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 60)), True,
     ),
-    "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 40),)),
-    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 20),)),
+    "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 80),)),
+    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 15),)),
     "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 100),)),
 }  # fmt: skip
 PREPARED = {  # stage -> data sets of scripts/prepare_data.py
@@ -166,6 +166,7 @@ def losses_of(rows: dict[int, dict]) -> list[str]:
 
 def tables(rows: dict[int, dict], n_steps: int) -> str:
     """Markdown: losses at some of the first ``n_steps``, and means over the spans between them."""
+    n_steps = min(n_steps, max(rows))  # someone else may have stopped it
     steps = [step for step in STEPS if step < n_steps] + [n_steps]
     spans = [(a + 1, b) for a, b in itertools.pairwise([0, *(step for step in steps if step >= 10)])]
     losses = losses_of(rows)

@@ -68,7 +68,7 @@ def by(column: str, rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def librispeech(data: Path, published: Path, n_rows: int) -> None:
-    """Recordings of 5 to 15 s, each by one voice; the transcripts in capitals, without marks."""
+    """Recordings of 5 to 16 s, each by one voice; the transcripts in capitals, without marks."""
     voices = by("voice", csv_rows(data / "audio/asr.csv"))
     for split, count in (("train-clean-100", n_rows), ("dev-clean", max(2, n_rows // HELD_OUT))):
         for speaker, voice in enumerate(sorted(voices), 19):
@@ -84,7 +84,7 @@ def librispeech(data: Path, published: Path, n_rows: int) -> None:
 
 
 def ljspeech(data: Path, published: Path, n_rows: int) -> None:
-    """Recordings of 1 to 10 s at 22,050 Hz by the voice with the most clips."""
+    """Recordings of 1 to 11 s at 22,050 Hz by the voice with the most clips."""
     speakers = by("speaker", csv_rows(data / "audio/tts.csv"))
     folder = published / "LJSpeech-1.1/wavs"
     folder.mkdir(parents=True, exist_ok=True)
