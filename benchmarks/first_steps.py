@@ -1,6 +1,6 @@
 """The first steps of each ``configs/*_tiny.json``, on stand-ins for the public data: how its losses begin and fall.
 
-    python benchmarks/first_steps.py --out ../first_steps                # all stages, an hour of a quiet core
+    python benchmarks/first_steps.py --out ../first_steps                # all stages, about 80 minutes of a busy core
     python benchmarks/first_steps.py --out ../first_steps --stages A C   # D needs B before, E needs A to D
 
 The stand-ins are made of the built-in data (``make demo`` leaves them in data/), in the layout in which the public data
@@ -34,7 +34,6 @@ from omni.train.cli import OneLineErrors, launch
 
 CHANGES = {"use_compile": False, "num_workers": 0, "print_freq": 1}  # what a CPU forces, and a row for each step
 STEPS = (1, 2, 5, 10, 20, 30, 40, 50, 75, 100, 150, 200, 250, 300)  # of the tables, and the last one
-NOT_A_LOSS = ("step", "epoch", "grad_norm", "skipped_updates", "bad_rows", "peak_memory_gb")
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ TRAININGS = {
         {"codec_batch_size": 4, "aligner_batch_size": 8, "batch_size": 4, "val_sentences": 4, "val_samples": 1},
         (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 60)), True,
     ),
-    "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 80),)),
-    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 15),)),
+    "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 60),)),
+    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 12),)),
     "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 100),)),
 }  # fmt: skip
 PREPARED = {  # stage -> data sets of scripts/prepare_data.py
@@ -160,8 +159,8 @@ def again(before: dict[int, dict], after: dict[int, dict]) -> str:
 
 def losses_of(rows: dict[int, dict]) -> list[str]:
     """The columns to show: numbers that are neither a speed nor a learning rate nor a count."""
-    return [name for name, value in rows[min(rows)].items() if isinstance(value, float) and name not in NOT_A_LOSS
-            and not name.endswith(("_per_s", "lr"))]  # fmt: skip
+    no_loss = ("_per_s", "lr", "grad_norm", "_gb")
+    return [name for name, value in rows[min(rows)].items() if isinstance(value, float) and not name.endswith(no_loss)]
 
 
 def tables(rows: dict[int, dict], n_steps: int) -> str:
