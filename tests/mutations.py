@@ -183,6 +183,10 @@ MUTATIONS = [
         "tests/test_signals.py::test_a_second_signal_leaves_no_partial_file -k text",
     ),
     Mutation(
+        "environment", "a recording that vanishes in mid-run ends it with a traceback", "omni/train/cli.py",
+        "except BadRow as error:", "except ZeroDivisionError as error:", "tests/test_talker.py -k vanish",
+    ),
+    Mutation(
         "signals", "a signal to a stopped run that is ending kills it", "omni/train/run.py",
         "signal.SIG_IGN if stopped else handler", "handler",
         "tests/test_signals.py::test_signals_while_a_stopped_run_ends_change_nothing -k text",

@@ -1,6 +1,7 @@
 """The talker: what it says hangs on the text, streams as it is written, and is judged by whoever listens."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -528,6 +529,28 @@ def test_recordings_of_which_none_can_be_read(tmp_path):
     rows = [line.split(",") for line in data.read_text().splitlines()]
     data.write_text("\n".join([",".join(rows[0]), *(f"{text},absent.wav" for text, _ in rows[1:])]) + "\n")
     only_error(training.run(), "row 24", "absent.wav", "Nor can 23 other rows")
+
+
+def test_recordings_that_vanish_in_mid_run(trained, tmp_path):
+    """Training needs their codes only, but validation shows some of them."""
+    keys = {"val_csv": trained.config["tts_csv"], "val_samples": 2, "val_freq": 4, "codec_ckpt": str(trained.save_dir)}
+    training = trained.changed(save_dir="vanished", **keys)
+    folder = Path(trained.config["tts_csv"]).parent
+    vanish = f"""
+import glob, os, omni.train.loop
+def vanish(run, step, rows):
+    if step == 1 and run.stage.name == "talker":
+        for file in glob.glob({str(folder)!r} + "/*.wav"):
+            os.rename(file, file + ".gone")
+omni.train.loop.STEP_HOOKS.append(vanish)
+"""
+    process = training.run(prelude=vanish)
+    try:
+        only_error(process, "expected a file, found none at", "Run the same command again")
+    finally:
+        for path in folder.glob("*.gone"):
+            path.rename(path.with_suffix(""))
+    assert "resumed at step" in training.finish().stdout
 
 
 def test_a_text_too_long_for_its_recording_is_a_bad_row_everywhere(trained, tmp_path):

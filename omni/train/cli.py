@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 from omni.common import allocator, streams
-from omni.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from omni.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, BadRow, Interrupted, RunError, UserError
 from omni.common.media import visible
 from omni.train.config import StageConfig, load_config
 
@@ -78,6 +78,10 @@ def _exit_code(main: Callable[[], None]) -> int:
         if isinstance(error, RunError) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{label}{visible(str(error))}", file=sys.stderr, flush=True)
         return error.exit_code
+    except BadRow as error:  # not in a loader, which counts and replaces such rows, but where one row is needed
+        when = "it could be read before. Run the same command again when it can"
+        print(f"error: {visible(str(error))}; {when}", file=sys.stderr, flush=True)
+        return EXIT_BAD_INPUT
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         reason = " ".join(str(error).split())
         if "does not have a deterministic implementation" in reason:
