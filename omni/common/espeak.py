@@ -4,6 +4,7 @@ Phonetic Alphabet."""
 import ctypes
 import importlib.metadata
 import re
+import threading
 from functools import cache, lru_cache
 
 import espeakng_loader
@@ -92,6 +93,7 @@ espeak_library = cache(EspeakLibrary)
 
 _ACCENT = "en-us"
 _LONGEST = 50  # letters of a word
+_TURN = threading.Lock()  # the library has one state, and ctypes lets other threads run
 _OTHER_LANGUAGE = re.compile(r"\([a-z-]+\)")  # espeak-ng's remark around a word that it reads as another language's
 
 
@@ -99,7 +101,8 @@ _OTHER_LANGUAGE = re.compile(r"\([a-z-]+\)")  # espeak-ng's remark around a word
 def word_in_ipa(word: str) -> str:
     """An English word by itself: "hello" is həlˈoʊ, and "FBI" is spelled. What is too long for a word, or has no
     phonemes, stays as it is."""
-    clauses = espeak_library().phonemes(word, _ACCENT) if len(word) <= _LONGEST else []
+    with _TURN:
+        clauses = espeak_library().phonemes(word, _ACCENT) if len(word) <= _LONGEST else []
     return _OTHER_LANGUAGE.sub("", "".join(ipa for ipa, _ in clauses)).strip() or word
 
 
