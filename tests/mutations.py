@@ -1419,7 +1419,22 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "digits between letters of other scripts become English words", "omni/common/spoken.py",
-        "        if _OTHER_SCRIPT.search(word[0]):\n", "        if False:\n", "tests/test_spoken.py -k other_scripts",
+        "        if _OTHER_SCRIPT.search(word[0]):\n            yield", "        if False:\n            yield",
+        "tests/test_spoken.py -k other_scripts",
+    ),
+    Mutation(
+        "spoken forms", "phonemes share a byte of two", "omni/stages/tasks/processor.py",
+        "alone = len(piece) == last - first and len(own)", "alone = len(own)",
+        "tests/test_spoken.py -k 'has_a_byte and ipa'",
+    ),
+    Mutation(
+        "spoken forms", "phonemes stand for the words before them", "omni/common/spoken.py",
+        "replace(\"’\", \"'\")), source(word.start()), source(word.end())",
+        "replace(\"’\", \"'\")), source(done), source(word.end())", "tests/test_spoken.py -k pieces",
+    ),
+    Mutation(
+        "spoken forms", "a recogniser is taught phonemes", "omni/stages/audio_encoder.py",
+        "text_language: Spelled | None", "text_language: Language | None", "tests/test_spoken.py -k recogniser",
     ),
     Mutation(
         "spoken forms", "a digit that was beside a letter leaves its word beside it", "omni/common/spoken.py",

@@ -1,5 +1,6 @@
 """Numbers, dates, times, money and abbreviations become words, the same in whatever stage a text is read."""
 
+import importlib.metadata
 import random
 import re
 
@@ -91,10 +92,42 @@ def test_without_a_language_no_digit_becomes_an_english_word():
     assert spoken_version(None) == {}
 
 
-def test_pieces_cover_the_text_and_make_its_spoken_form():
+PHONEMES = {
+    "The cat sat on 3 mats.": "ðə kˈæt sˈæt ˈɔn θɹˈiː mˈæts.",
+    "Hello, Dr. Lee!": "həlˈoʊ, dˈɑːktɚ lˈiː!",
+    "It's Anna’s well-known dog?": "ɪts ˈænəz wˈɛl-nˈoʊn dˈɑːɡ?",
+    "FBI": "ˌɛfbˌiːˈaɪ",
+    "東京 tea": "東京 tˈiː",
+}  # fmt: skip
+
+
+def test_words_are_read_as_phonemes_and_all_else_stays():
+    for text, phonemes in PHONEMES.items():
+        assert spoken_form(text, "en-ipa") == phonemes
+    assert spoken_form("a" * 51, "en-ipa") == "a" * 51
+    assert spoken_version("en-ipa") != spoken_version("en")
+    assert importlib.metadata.version("espeakng-loader") in spoken_version("en-ipa")["spoken forms"]
+
+
+def test_the_phonemes_of_a_word_have_the_bytes_of_that_word():
+    text = "red cats, 20"
+    symbols, at = text_symbols(text, "en-ipa")[:-1], speech_bytes(text, "en-ipa")
+    assert bytes(symbols).decode() == "ɹˈɛd kˈæts, twˈɛnti"
+    own = [text.encode()[byte] for byte in at]
+    spaces = [index for index, symbol in enumerate(symbols) if symbol == ord(" ")]
+    assert set(own[: spaces[0]]) <= set(b"red") and set(own[spaces[0] + 1 : spaces[1]]) <= set(b"cats,")
+    assert set(own[spaces[1] + 1 :]) <= set(b"20")
+
+
+def test_a_recogniser_writes_letters(tmp_path):
+    only_error(AUDIO_ENC.training(tmp_path, text_language="en-ipa").run(), 'key "text_language"', "'en'")
+
+
+@pytest.mark.parametrize("language", ["en", "en-ipa"])
+def test_pieces_cover_the_text_and_make_its_spoken_form(language):
     for text in [*SPOKEN, *random_texts(5_000)]:
-        pieces = spoken_pieces(text, "en")
-        assert "".join(piece for piece, *_ in pieces) == spoken_form(text)
+        pieces = spoken_pieces(text, language)
+        assert "".join(piece for piece, *_ in pieces) == spoken_form(text, language)
         assert [start for _, start, _ in pieces] == [0, *(end for *_, end in pieces[:-1])][: len(pieces)]
         assert not pieces or pieces[-1][2] == len(text)
 
@@ -116,10 +149,11 @@ def test_a_digit_and_its_word_are_one_target_in_stage_b_and_the_same_symbols_in_
         read_text({"text": "..."}, "en")
 
 
-def test_each_byte_that_is_spoken_has_a_byte_of_what_is_written():
+@pytest.mark.parametrize("language", ["en", "en-ipa"])
+def test_each_byte_that_is_spoken_has_a_byte_of_what_is_written(language):
     for text in [*SPOKEN, *random_texts(3_000)]:
-        at = speech_bytes(text, "en")
-        symbols = text_symbols(text, "en")[:-1]
+        at = speech_bytes(text, language)
+        symbols = text_symbols(text, language)[:-1]
         assert len(at) == len(symbols), text
         assert all(np.diff(at) >= 0)
         own = [text.encode()[byte] for byte in speech_bytes(text)]

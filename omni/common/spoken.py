@@ -12,9 +12,13 @@ from typing import Literal
 
 from num2words import num2words
 
-Language = Literal["en"]
-# the description of the config key by which a stage chooses
-TEXT_LANGUAGE = "language in which numbers and abbreviations are read as words; default: texts stay as they are"
+from omni.common.espeak import ipa_version, word_in_ipa
+
+Spelled = Literal["en"]
+Language = Literal["en", "en-ipa"]  # the second: words as phonemes
+# the descriptions of the config key by which a stage chooses
+SPELLED = "language in which numbers and abbreviations are read as words; default: texts stay as they are"
+TEXT_LANGUAGE = f"{SPELLED}; en-ipa: words as espeak-ng's phonemes"
 _VERSION = 2  # raise it with every change of what is written
 _LONGEST = 15  # digits of a number that is read as one; longer ones are read digit by digit
 _OTHER_SCRIPT = re.compile("[\u0370-\u1dff\u2c00-\ua71f\ua800-\uab2f\uab70-\ufaff\ufb07-\uffff\U00010000-\U0010ffff]")
@@ -32,7 +36,9 @@ def spoken_form(text: str, language: Language | None = "en") -> str:
 
 def spoken_pieces(text: str, language: Language | None) -> list[tuple[str, int, int]]:
     """The spoken form in pieces, each with the start and the end of the characters that it stands for. A piece of
-    another length is other words."""
+    another length is other words, or a word's phonemes."""
+    if language == "en-ipa":
+        return [word for piece in spoken_pieces(text, "en") for word in _in_phonemes(*piece)]
     if language is None or not _MAY_CHANGE.search(text):
         return [(text, 0, len(text))] if text else []
     pieces, done = [], 0
@@ -54,7 +60,29 @@ def spoken_version(language: Language | None) -> dict[str, str]:
     """What spoken forms depend on beside the text, for fingerprints of data; {} where texts stay as they are."""
     if language is None:
         return {}
-    return {"spoken forms": f"{language}-{_VERSION}-{importlib.metadata.version('num2words')}"}
+    version = f"{language}-{_VERSION}-{importlib.metadata.version('num2words')}"
+    return {"spoken forms": f"{version}-{ipa_version()}" if language == "en-ipa" else version}
+
+
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+
+
+def _in_phonemes(piece: str, first: int, last: int) -> Iterator[tuple[str, int, int]]:
+    """A piece of spoken form, its words as phonemes; what lies between them, and words of another script, as it is."""
+
+    def source(index: int) -> int:
+        return first + index * (last - first) // len(piece)
+
+    done = 0
+    for word in _WORD.finditer(piece):
+        if _OTHER_SCRIPT.search(word[0]):
+            continue
+        if word.start() > done:
+            yield piece[done : word.start()], source(done), source(word.start())
+        yield word_in_ipa(word[0].replace("’", "'")), source(word.start()), source(word.end())
+        done = word.end()
+    if done < len(piece):
+        yield piece[done:], source(done), last
 
 
 def _segments(text: str) -> Iterator[tuple[int, int]]:

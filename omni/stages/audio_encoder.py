@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
-from omni.common.spoken import TEXT_LANGUAGE, Language, spoken_form, spoken_version
+from omni.common.spoken import SPELLED, Language, Spelled, spoken_form, spoken_version
 from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
 from omni.data.manifest import Manifest, ManifestDataset
@@ -51,7 +51,7 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
     val_words_csv: Files | None = input_files(
         None, hint=ASR_HINT, description="another held-out manifest, with words that are not in training"
     )
-    text_language: Language | None = Field(None, description=TEXT_LANGUAGE)
+    text_language: Spelled | None = Field(None, description=SPELLED)
     max_mel_length: int = Field(
         2048,
         ge=8,

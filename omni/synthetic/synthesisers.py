@@ -13,15 +13,12 @@
 import ctypes
 import hashlib
 import json
-import re
 import unicodedata
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Protocol
 from xml.sax.saxutils import escape
 
-import espeakng_loader
 import hibari
 import hibari.dsp
 import hibari.g2p
@@ -31,6 +28,7 @@ import onnxruntime
 import soxr
 
 from omni.common.errors import UserError
+from omni.common.espeak import espeak_library
 
 
 @dataclass(frozen=True)
@@ -57,86 +55,6 @@ class Synthesiser(Protocol):
 
 
 # --- espeak-ng -------------------------------------------------------------------------------------------------------
-
-# Constants of espeak-ng's speak_lib.h.
-_AUDIO_OUTPUT_SYNCHRONOUS = 2  # the call returns when all is said, and hands the samples to a callback
-_RATE, _PITCH = 1, 3  # parameters
-_BUFFER_MS = 1000  # what one call of the callback gets: the library's default, 60 ms, costs a quarter more time
-_CHARS_UTF8 = 1
-_PHONEMES_IPA = 2
-_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
-
-# A punctuation mark at a clause's end. The library has read one letter of the next clause by then.
-_CLAUSE_END = re.compile(r"""([.,;:!?])["')\]]*\s*\w?$""")
-
-
-class EspeakLibrary:
-    """espeak-ng's C interface. One per process, `espeak_library()`, since the library has one state.
-
-    Raises:
-        RuntimeError: the library does not start, or does not know a voice.
-    """
-
-    def __init__(self) -> None:
-        library = ctypes.CDLL(espeakng_loader.get_library_path())
-        library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
-        library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
-        library.espeak_SetParameter.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int]
-        library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
-        library.espeak_Synth.argtypes = [
-            ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint,
-            ctypes.c_void_p, ctypes.c_void_p,
-        ]  # fmt: skip
-        library.espeak_TextToPhonemes.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, ctypes.c_int]
-        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        self.library = library
-        self._chunks: list[np.ndarray] = []
-        self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
-        data = espeakng_loader.get_data_path().encode()
-        self.sample_rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MS, data, 0)  # Hz: 22050
-        if self.sample_rate <= 0:
-            raise RuntimeError(f"espeak-ng does not start with the data in {data.decode()}")
-        library.espeak_SetSynthCallback(self._callback)
-
-    def _receive(self, samples, n_samples: int, events) -> int:
-        if samples and n_samples:
-            self._chunks.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
-        return 0
-
-    def _set_voice(self, voice: str) -> None:
-        if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
-            raise RuntimeError(f'espeak-ng has no voice "{voice}"')
-
-    def speak(self, text: str, voice: str, words_per_minute: int, pitch: int, seed: int) -> np.ndarray:
-        """Samples (n,), int16, at `sample_rate`. `pitch` is 0 to 99; `seed` is for the breath in some voices."""
-        self._chunks.clear()
-        self._set_voice(voice)
-        # choosing a voice sets both to its own
-        self.library.espeak_SetParameter(_RATE, words_per_minute, 0)
-        self.library.espeak_SetParameter(_PITCH, pitch, 0)
-        self.library.espeak_ng_SetRandSeed(seed)
-        data = text.encode()
-        self.library.espeak_Synth(data, len(data) + 1, 0, 1, 0, _CHARS_UTF8, None, None)
-        return np.concatenate(self._chunks)
-
-    def phonemes(self, text: str, voice: str) -> list[tuple[str, str]]:
-        """The clauses of a text, each as (phonemes in IPA, the punctuation mark at its end, "" for none)."""
-        self._set_voice(voice)
-        data = text.encode()
-        buffer = ctypes.create_string_buffer(data)
-        start = ctypes.addressof(buffer)
-        position = ctypes.c_void_p(start)
-        clauses = []
-        while position.value:  # the library sets it to NULL at the end
-            begin = position.value - start
-            ipa = self.library.espeak_TextToPhonemes(ctypes.byref(position), _CHARS_UTF8, _PHONEMES_IPA)
-            end = position.value - start if position.value else len(data)
-            mark = _CLAUSE_END.search(data[begin:end].decode(errors="replace"))
-            clauses.append((ipa.decode(), mark[1] if mark else ""))
-        return clauses
-
-
-espeak_library = cache(EspeakLibrary)
 
 
 class Espeak:

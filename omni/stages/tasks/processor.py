@@ -233,7 +233,7 @@ def _parts(message: dict) -> list[dict]:
 def speech_bytes(text: str, language: Language | None = None) -> list[int]:
     """Indices of the bytes that the talker reads (``text_symbols`` without the end); the last blank of several.
 
-    Words that are spoken for a number share its bytes: the first ones have its first digits.
+    Words that are spoken for a number share its bytes: the first ones have its first digits. So do a word's phonemes.
 
     Args:
         language: the talker's ``text_language``.
@@ -248,7 +248,8 @@ def speech_bytes(text: str, language: Language | None = None) -> list[int]:
         for index, character in enumerate(piece):
             own = written[first + index * (last - first) // len(piece)][1]
             n_bytes = len(character.encode())
-            characters.append((character, own if len(own) == n_bytes else [own[0]] * n_bytes))
+            alone = len(piece) == last - first and len(own) == n_bytes  # no other character has its bytes
+            characters.append((character, own if alone else [own[0]] * n_bytes))
     found: list[int] = []
     for word in re.finditer(r"\S+", "".join(character for character, _ in characters)):
         if found:
