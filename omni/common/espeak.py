@@ -43,6 +43,7 @@ class EspeakLibrary:
         library.espeak_TextToPhonemes.restype = ctypes.c_char_p
         self.library = library
         self._chunks: list[np.ndarray] = []
+        self._voice = ""
         self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
         data = espeakng_loader.get_data_path().encode()
         self.sample_rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MS, data, 0)  # Hz: 22050
@@ -56,6 +57,7 @@ class EspeakLibrary:
         return 0
 
     def _set_voice(self, voice: str) -> None:
+        self._voice = voice
         if self.library.espeak_SetVoiceByName(voice.encode()) != 0:
             raise RuntimeError(f'espeak-ng has no voice "{voice}"')
 
@@ -73,7 +75,8 @@ class EspeakLibrary:
 
     def phonemes(self, text: str, voice: str) -> list[tuple[str, str]]:
         """The clauses of a text, each as (phonemes in IPA, the punctuation mark at its end, "" for none)."""
-        self._set_voice(voice)
+        if voice != self._voice:  # its rules and dictionary are read from files
+            self._set_voice(voice)
         data = text.encode()
         buffer = ctypes.create_string_buffer(data)
         start = ctypes.addressof(buffer)
