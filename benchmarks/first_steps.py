@@ -1,6 +1,6 @@
 """The first steps of each ``configs/*_tiny.json``, on stand-ins for the public data: how its losses begin and fall.
 
-    python benchmarks/first_steps.py --out ../first_steps                # all stages, about 80 minutes of a busy core
+    python benchmarks/first_steps.py --out ../first_steps                # all stages, about 90 minutes of a busy core
     python benchmarks/first_steps.py --out ../first_steps --stages A C   # D needs B before, E needs A to D
 
 The stand-ins are made of the built-in data (``make demo`` leaves them in data/), in the layout in which the public data
@@ -66,8 +66,8 @@ TRAININGS = {
         (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 60)), True,
     ),
     "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 60),)),
-    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 12),)),
-    "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 100),)),
+    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 60),)),
+    "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 250),)),
 }  # fmt: skip
 PREPARED = {  # stage -> data sets of scripts/prepare_data.py
     "A": ("tinystories",), "B": ("librispeech",), "C": ("coco",), "D": ("ljspeech",), "F": ("ljspeech",),
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the built-in data (default: data)")
     parser.add_argument("--stages", nargs="+", choices=TRAININGS, default=[*TRAININGS], help="(default: all)")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="folder of the configs")
-    parser.add_argument("--steps", type=int, help="steps of each training (default: 60 to 200)")
+    parser.add_argument("--steps", type=int, help="steps of each training (default: 60 to 250)")
     parser.add_argument("--rows", type=int, help="rows of each data set, at most (default: 400 to 8,000)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
