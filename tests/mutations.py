@@ -1604,9 +1604,8 @@ MUTATIONS = [
         "block[max(0, first - begin) : None", "block[0 : None", "tests/test_formats.py -k compressed_recording",
     ),
     Mutation(
-        "foreign formats", "a changed folder is not gathered again", "omni/data/index.py",
-        "if saved != facts and (sha256 is None or", "if saved != facts and sha256 is not None and (",
-        "tests/test_formats.py -k gathered_anew",
+        "foreign formats", "a changed file is gathered where a running training reads", "omni/data/open_manifest.py",
+        'form.version, how["stat"](path)]', "form.version]", "tests/test_formats.py -k what_it_began_with",
     ),
     Mutation(
         "foreign formats", "what is gathered beside the data is gathered again", "omni/data/open_manifest.py",
@@ -1615,7 +1614,7 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "pictures in an archive are looked for in image_root", "omni/data/manifest.py",
-        "if root is not None and not packed:", "if root is not None:",
+        'if str(row[column]).startswith(f"{name}#"):', "if False:",
         "tests/test_formats.py -k 'foreign_format_of_pictures and Parquet'",
     ),
     Mutation(

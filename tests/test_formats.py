@@ -4,6 +4,7 @@ when it is killed."""
 import csv
 import io
 import json
+import pickle
 import re
 import shutil
 import tarfile
@@ -453,6 +454,34 @@ def test_rows_that_are_gathered_anew_when_a_file_changes(speech, tmp_path):
     log.clear()
     assert load_manifest(path, SOUND, "text", log=log.append)[0]["text"] == "changed"
     assert any("not what was written" in line for line in log)
+
+
+def test_a_training_that_runs_reads_what_it_began_with(speech, tmp_path, monkeypatch):
+    """Another stage finds the file changed, and gathers it anew: not where the running one reads."""
+    path = Path(parquet("audio")(tmp_path, speech[1])[0])
+    running = load_manifest(path, SOUND, "text", log=lambda line: None)
+    before = [(row["text"], running.file(row, "wav").read().data) for row in map(running.__getitem__, range(10))]
+    monkeypatch.chdir(tmp_path)
+    same = load_manifest(path.name, SOUND, "text", log=lambda line: None)
+    assert same.gathered.resolve() == running.gathered, "by another name"
+    table = pyarrow.parquet.read_table(path).slice(0, 10)
+    pyarrow.parquet.write_table(table.take(list(range(9, -1, -1))), path)
+    log = []
+    after = load_manifest(path, ("wav",), "wav", log=log.append)
+    again = pickle.loads(pickle.dumps(running))  # as a loader's worker gets it
+    assert after[0]["wav"] and load_manifest(path, SOUND, "text", log=log.append)[0]["text"] == before[9][0]
+    for manifest in (running, again):
+        found = [(row["text"], manifest.file(row, "wav").read().data) for row in map(manifest.__getitem__, range(10))]
+        assert found == before
+    assert any(str(running.gathered) in line and "Delete it" in line for line in log)
+
+
+def test_a_media_bin_of_the_user_s_hides_no_copy(speech, tmp_path):
+    path = Path(parquet("audio")(tmp_path, speech[1])[0])
+    manifest = load_manifest(path, SOUND, "text", log=lambda line: None)
+    found = manifest.file(manifest[0], "wav").read()
+    (tmp_path / "media.bin").write_bytes(b"x" * 100_000)
+    assert manifest.file(manifest[0], "wav").read() == found
 
 
 def test_two_pictures_in_a_sample_of_a_shard_are_a_bad_row(pictures, tmp_path):

@@ -3,9 +3,14 @@
 import importlib.metadata
 import random
 import re
+import shutil
+import subprocess
+import sys
 
+import espeakng_loader
 import numpy as np
 import pytest
+from harness import ROOT
 from stages import AUDIO_ENC
 from test_config import only_error
 
@@ -98,6 +103,8 @@ PHONEMES = {
     "It's Anna’s well-known dog?": "ɪts ˈænəz wˈɛl-nˈoʊn dˈɑːɡ?",
     "FBI": "ˌɛfbˌiːˈaɪ",
     "東京 tea": "東京 tˈiː",
+    "cafe\u0301, caf\u00e9": "kæfˈeɪ, kæfˈeɪ",
+    "don\u02bct Nguyễn": "dˈoʊnt nˈuːjɛn",
 }  # fmt: skip
 
 
@@ -107,6 +114,29 @@ def test_words_are_read_as_phonemes_and_all_else_stays():
     assert spoken_form("a" * 51, "en-ipa") == "a" * 51
     assert spoken_version("en-ipa") != spoken_version("en")
     assert importlib.metadata.version("espeakng-loader") in spoken_version("en-ipa")["spoken forms"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "removed", "words"),
+    [("data", "phontab", "does not start"), ("data", "en_dict", "dictionary"), ("x" * 160, None, "at most 159 bytes")],
+)
+def test_espeak_without_its_data_is_one_error(tmp_path, folder, removed, words):
+    data = tmp_path / folder
+    shutil.copytree(espeakng_loader.get_data_path(), data)
+    if removed:
+        (data / removed).unlink()
+    script = f"""
+import espeakng_loader
+espeakng_loader.get_data_path = lambda: {str(data)!r}
+from omni.common.errors import UserError
+from omni.common.spoken import spoken_form
+try:
+    print(spoken_form("hello", "en-ipa"))
+except UserError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 0 and words in found.stdout, found
 
 
 def test_the_phonemes_of_a_word_have_the_bytes_of_that_word():

@@ -546,7 +546,9 @@ omni.train.loop.STEP_HOOKS.append(vanish)
 """
     process = training.run(prelude=vanish)
     try:
-        only_error(process, "expected a file, found none at", "Run the same command again")
+        assert process.returncode == 1 and "expected a file, found none at" in process.stderr
+        assert process.stderr.count("\n") == 1 and "Run the same command again" in process.stderr
+        assert "expected a file, found none at" in (training.save_dir / "training.log").read_text()
     finally:
         for path in folder.glob("*.gone"):
             path.rename(path.with_suffix(""))

@@ -5,15 +5,20 @@ import ctypes
 import importlib.metadata
 import re
 import threading
+import unicodedata
 from functools import cache, lru_cache
 
 import espeakng_loader
 import numpy as np
 
+from omni.common.errors import UserError
+
 # Constants of espeak-ng's speak_lib.h.
 _AUDIO_OUTPUT_SYNCHRONOUS = 2  # the call returns when all is said, and hands the samples to a callback
 _RATE, _PITCH = 1, 3  # parameters
 _BUFFER_MS = 1000  # what one call of the callback gets: the library's default, 60 ms, costs a quarter more time
+_RETURN_ERRORS = 0x8000  # else the library ends the process
+_LONGEST_PATH = 159  # bytes, of its data
 _CHARS_UTF8 = 1
 _PHONEMES_IPA = 2
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
@@ -26,7 +31,8 @@ class EspeakLibrary:
     """espeak-ng's C interface. One per process, ``espeak_library()``, since the library has one state.
 
     Raises:
-        RuntimeError: the library does not start, or does not know a voice.
+        UserError: the library does not start: its data are missing, or have a long path.
+        RuntimeError: it does not know a voice.
     """
 
     def __init__(self) -> None:
@@ -46,9 +52,13 @@ class EspeakLibrary:
         self._voice = ""
         self._callback = _CALLBACK(self._receive)  # kept: the library holds only its address
         data = espeakng_loader.get_data_path().encode()
-        self.sample_rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MS, data, 0)  # Hz: 22050
+        # Hz: 22050
+        self.sample_rate = library.espeak_Initialize(_AUDIO_OUTPUT_SYNCHRONOUS, _BUFFER_MS, data, _RETURN_ERRORS)
         if self.sample_rate <= 0:
-            raise RuntimeError(f"espeak-ng does not start with the data in {data.decode()}")
+            raise UserError(
+                f"espeak-ng does not start with its data in {data.decode()} ({len(data)} bytes). Expected a path of at "
+                f"most {_LONGEST_PATH} bytes, and the files of the package espeakng-loader in it"
+            )
         library.espeak_SetSynthCallback(self._callback)
 
     def _receive(self, samples, n_samples: int, events) -> int:
@@ -96,6 +106,8 @@ espeak_library = cache(EspeakLibrary)
 
 _ACCENT = "en-us"
 _LONGEST = 50  # letters of a word
+_LAST_LETTER = "\u017f"  # of those that it knows; it names others by their codes
+_APOSTROPHES = {ord("’"): "'", ord("\u02bc"): "'"}
 _TURN = threading.Lock()  # the library has one state, and ctypes lets other threads run
 _OTHER_LANGUAGE = re.compile(r"\([a-z-]+\)")  # espeak-ng's remark around a word that it reads as another language's
 
@@ -103,10 +115,27 @@ _OTHER_LANGUAGE = re.compile(r"\([a-z-]+\)")  # espeak-ng's remark around a word
 @lru_cache(maxsize=100_000)
 def word_in_ipa(word: str) -> str:
     """An English word by itself: "hello" is həlˈoʊ, and "FBI" is spelled. What is too long for a word, or has no
-    phonemes, stays as it is."""
+    phonemes, stays as it is. Of a letter that English words do not have, the accents are left out.
+
+    Raises:
+        UserError: see ``EspeakLibrary``; or its dictionary is missing.
+    """
+    if len(word) > _LONGEST:
+        return word
+    plain = unicodedata.normalize("NFKC", word).translate(_APOSTROPHES)
+    if max(plain) > _LAST_LETTER:
+        plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
     with _TURN:
-        clauses = espeak_library().phonemes(word, _ACCENT) if len(word) <= _LONGEST else []
+        clauses = _english().phonemes(plain, _ACCENT)
     return _OTHER_LANGUAGE.sub("", "".join(ipa for ipa, _ in clauses)).strip() or word
+
+
+@cache
+def _english() -> EspeakLibrary:
+    library = espeak_library()
+    if (found := library.phonemes("hello", _ACCENT)) != [("həlˈoʊ", "")]:
+        raise UserError(f"espeak-ng reads hello as {found[0][0]}: its English dictionary is missing or another one")
+    return library
 
 
 def ipa_version() -> str:

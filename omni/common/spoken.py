@@ -64,7 +64,7 @@ def spoken_version(language: Language | None) -> dict[str, str]:
     return {"spoken forms": f"{version}-{ipa_version()}" if language == "en-ipa" else version}
 
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
+_WORD = re.compile("[^\\W\\d_](?:[^\\W\\d_]|[\u0300-\u036f])*(?:['’](?:[^\\W\\d_]|[\u0300-\u036f])+)*")
 
 
 def _in_phonemes(piece: str, first: int, last: int) -> Iterator[tuple[str, int, int]]:
@@ -79,7 +79,7 @@ def _in_phonemes(piece: str, first: int, last: int) -> Iterator[tuple[str, int, 
             continue
         if word.start() > done:
             yield piece[done : word.start()], source(done), source(word.start())
-        yield word_in_ipa(word[0].replace("’", "'")), source(word.start()), source(word.end())
+        yield word_in_ipa(word[0]), source(word.start()), source(word.end())
         done = word.end()
     if done < len(piece):
         yield piece[done:], source(done), last

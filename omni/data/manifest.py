@@ -110,11 +110,14 @@ class Manifest:
         """The file that a row names in a column, see ``find_file``: inside ``root``; without one, beside the manifest
         or in the working directory. What an archive contains is there, whatever the ``root``. Or the bytes of a data
         URI."""
-        packed = self.gathered and str(row[column]).startswith((f"{MEDIA}#", f"{self.path.name}#"))
-        if root is not None and not packed:
+        if self.gathered:
+            for name, folder in ((MEDIA, self.gathered), (self.path.name, self.base)):
+                if str(row[column]).startswith(f"{name}#"):
+                    return find_file(row[column], [folder])
+        if root is not None:
             return find_file(row[column], [Path(root)], root)
         own = [self.base / row[FOLDER]] if row.get(FOLDER) else []
-        return find_file(row[column], [*own, self.base, Path(), *filter(None, [self.gathered])])
+        return find_file(row[column], [*own, self.base, Path()])
 
     def leave_out(self, rows: np.ndarray, unusable: np.ndarray, reason: str, log: Callable[[str], None]) -> np.ndarray:
         """``rows`` without those where the mask ``unusable`` is true; logs their number and the first of them."""

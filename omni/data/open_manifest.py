@@ -1,6 +1,5 @@
 """Opens the files that a config names as manifests, and makes their indexes."""
 
-import contextlib
 import dataclasses
 import functools
 import glob
@@ -70,7 +69,7 @@ def load_manifest(
         form = kind() if kind else _format_of(path)
         gathered = _gathered(path, form, cache_dir, log, check_stop) if isinstance(form, Gathered) else None
         rows = gathered / ROWS if gathered else path
-        version = [form.version] * bool(form.version)
+        version = [form.version] * bool(form.version) + ([gathered.name] if gathered else [])
         folder = _cache_folder(path, cache_dir, [columns, key, kind and kind.name, *version])
         make = functools.partial(_make_index, path, rows, folder, form, columns, key, log, check_stop)
         prepare_index(rows, folder, make, log, check_stop)
@@ -216,19 +215,29 @@ def _make_index(
 
 def _gathered(path: Path, form: Gathered, cache_dir: str | None, log, check_stop) -> Path:
     """The folder with the rows of several files, or of an archive, as JSON lines. All stages use the same one, and one
-    that lies beside the data serves wherever ``cache_dir`` is."""
-    beside, folder = (_cache_folder(path, where, ["rows", form.name, form.version]) for where in (None, cache_dir))
-    how = {"stat": lambda _: files_stat(form.files(path)), "sha256": None}
-    with contextlib.suppress(OSError):  # ``prepare_index`` says which file cannot be read
+    that lies beside the data serves wherever ``cache_dir`` is. Files that have changed get another folder: a training
+    that is running reads what it began with."""
+    own = path.resolve()
+    how = {"stat": lambda _: files_stat(form.files(own)), "sha256": None}
+    try:
+        facts = ["rows", form.name, form.version, how["stat"](path)]
+        beside, folder = (_cache_folder(path, where, facts) for where in (None, cache_dir))
         if beside != folder and why_stale(path, beside, **how) is None:
-            return beside
-    prepare_index(path, folder, functools.partial(_gather, path, folder, form, check_stop), log, check_stop, **how)
+            folder = beside
+        else:
+            make = functools.partial(_gather, path, folder, form, how["stat"], check_stop)
+            prepare_index(path, folder, make, log, check_stop, **how)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    for old in sorted(folder.parent.glob(f"{glob.escape(path.name)}.index-*/{ROWS}")):
+        if old.parent != folder:
+            log(f"{old.parent}: rows of {path.name} as it was. Delete it when no training reads it any more")
     return folder
 
 
-def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> None:
+def _gather(path: Path, folder: Path, form: Gathered, stat_of: Callable[[Path], dict], check_stop) -> None:
     (folder / "meta.json").unlink(missing_ok=True)
-    stat = files_stat(form.files(path))
+    stat = stat_of(path)
     with open(folder / MEDIA, "wb") as file:  # not atomically: it counts only once meta.json has its digest
         media = MediaCopies(file)
 
@@ -240,7 +249,7 @@ def _gather(path: Path, folder: Path, form: Gathered, check_stop) -> None:
         replace_file(folder / ROWS, write)
     if not (folder / MEDIA).stat().st_size:
         (folder / MEDIA).unlink()
-    if files_stat(form.files(path)) != stat:
+    if stat_of(path) != stat:
         raise UserError(_CHANGED.format(path))
     copies = {file.name: copy_facts(file) for file in (folder / ROWS, folder / MEDIA) if file.exists()}
     write_sealed_json(folder / "meta.json", {"stat": stat, "sha256": None, "arrays": [], "copies": copies})

@@ -81,7 +81,7 @@ def _exit_code(main: Callable[[], None]) -> int:
     except BadRow as error:  # not in a loader, which counts and replaces such rows, but where one row is needed
         when = "it could be read before. Run the same command again when it can"
         print(f"error: {visible(str(error))}; {when}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT
+        return EXIT_FAILED
     except (RuntimeError, ConnectionResetError, ConnectionRefusedError, EOFError) as error:
         reason = " ".join(str(error).split())
         if "does not have a deterministic implementation" in reason:

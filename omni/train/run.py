@@ -14,7 +14,7 @@ from torch import nn
 
 from omni.common import files, streams
 from omni.common.caches import cached_json
-from omni.common.errors import EXIT_INTERRUPTED, Interrupted, RunError, UserError
+from omni.common.errors import EXIT_INTERRUPTED, BadRow, Interrupted, RunError, UserError
 from omni.common.files import file_sha256, read_sealed_json, replace_file
 from omni.common.host import STOP_SIGNALS
 from omni.common.lock import FolderLock
@@ -106,7 +106,7 @@ class Run(processes.Processes):
         for number, handler in self._old_handlers.items():
             signal.signal(number, signal.SIG_IGN if stopped else handler)
         try:
-            if isinstance(error, (UserError, RunError, Interrupted)):
+            if isinstance(error, (UserError, RunError, Interrupted, BadRow)):
                 self.logs.write(str(error))  # stderr may be closed
             self.logs.close()
         except OSError:
