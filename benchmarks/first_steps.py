@@ -66,7 +66,7 @@ TRAININGS = {
         (Part("codec", 200, "codec_steps"), Part("aligner", 150, "aligner_steps"), Part("talker", 60)), True,
     ),
     "E": StageRun("sft_omni.py", "omni_sft", {"batch_size": 2}, (Part("omni", 60),)),
-    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 60),)),
+    "F": StageRun("train_vocoder.py", "vocoder", {"batch_size": 2}, (Part("vocoder", 40),)),
     "G": StageRun("train_ocr.py", "ocr", {"batch_size": 16}, (Part("ocr", 250),)),
 }  # fmt: skip
 PREPARED = {  # stage -> data sets of scripts/prepare_data.py
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="folder of the built-in data (default: data)")
     parser.add_argument("--stages", nargs="+", choices=TRAININGS, default=[*TRAININGS], help="(default: all)")
     parser.add_argument("--configs", type=Path, default=ROOT / "configs", help="folder of the configs")
-    parser.add_argument("--steps", type=int, help="steps of each training (default: 60 to 250)")
+    parser.add_argument("--steps", type=int, help="steps of each training (default: 40 to 250)")
     parser.add_argument("--rows", type=int, help="rows of each data set, at most (default: 400 to 8,000)")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, interrupt)
