@@ -51,6 +51,13 @@ omni.data.order.time = types.SimpleNamespace(monotonic=lambda: {speed} * time.mo
 """
 
 
+# To take a loader apart, torch waits five seconds for each worker.
+TAKEN_APART = """
+from torch.utils.data import dataloader
+dataloader._MultiProcessingDataLoaderIter._shutdown_workers = lambda self: print("waits for workers", flush=True)
+"""
+
+
 def hung_worker(*, shuffle: bool = True, speed: int = 1) -> str:
     return HUNG_WORKER.format(shuffle=shuffle, speed=speed, index=2 if shuffle else 0)
 

@@ -1429,8 +1429,13 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "phonemes stand for the words before them", "omni/common/spoken.py",
-        "replace(\"’\", \"'\")), source(word.start()), source(word.end())",
-        "replace(\"’\", \"'\")), source(done), source(word.end())", "tests/test_spoken.py -k pieces",
+        "yield word_in_ipa(word[0]), source(word.start())", "yield word_in_ipa(word[0]), source(done)",
+        "tests/test_spoken.py -k pieces",
+    ),
+    Mutation(
+        "spoken forms", "phonemes without a dictionary are letters", "omni/common/espeak.py",
+        'if (found := library.phonemes("hello", _ACCENT)) != [("həlˈoʊ", "")]:', "if False:",
+        "tests/test_spoken.py -k without_its_data",
     ),
     Mutation(
         "spoken forms", "a recogniser is taught phonemes", "omni/stages/audio_encoder.py",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import SLOW, differences, kill_at, kill_at_step
+from harness import SLOW, TAKEN_APART, differences, kill_at, kill_at_step
 from test_config import only_error
 
 
@@ -87,13 +87,14 @@ def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_pat
 @pytest.mark.loop
 def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
-    process = training.start(prelude=SLOW)
+    process = training.start(prelude=SLOW + TAKEN_APART)
     process.wait_for("step 3/")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGKILL)
     process.wait()
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "DataLoader worker" in process.stderr and "Run the same command" in process.stderr
+    assert "waits for workers" not in process.stdout.partition("1 process(es)")[2]
     training.finish()
 
 

@@ -476,6 +476,17 @@ def test_a_training_that_runs_reads_what_it_began_with(speech, tmp_path, monkeyp
     assert any(str(running.gathered) in line and "Delete it" in line for line in log)
 
 
+def test_a_full_disk_while_rows_are_gathered_is_said_as_such(speech, tmp_path):
+    """And not as a file that cannot be read."""
+    (path, *_) = parquet("audio")(tmp_path, speech[1])
+    training = AUDIO_ENC.training(tmp_path, train_csv=path)
+    size = sum(row["file"].stat().st_size for row in speech[1][:10])
+    limit = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2}))\n"
+    process = training.run(prelude=f"import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n{limit}")
+    assert process.returncode == 1 and "Make room" in process.stderr and process.stderr.count("\n") == 1
+    training.finish()
+
+
 def test_a_media_bin_of_the_user_s_hides_no_copy(speech, tmp_path):
     path = Path(parquet("audio")(tmp_path, speech[1])[0])
     manifest = load_manifest(path, SOUND, "text", log=lambda line: None)

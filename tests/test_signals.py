@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import SLOW, differences, hung_worker, kill_at, wait_until
+from harness import SLOW, TAKEN_APART, differences, hung_worker, kill_at, wait_until
 from stages import TALKER
 
 # What a test has to interrupt waits for the signal, however slow the machine is.
@@ -93,12 +93,13 @@ def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):
     reference = stage.training(tmp_path, save_dir="reference", num_workers=2, **keys)
     reference.finish()
     stopped = reference.changed(save_dir="stopped")
-    process = stopped.start(prelude=prelude)
+    process = stopped.start(prelude=prelude + TAKEN_APART)
     process.wait_for(text)
     process.send(number)
     process.wait()
     assert process.returncode == 75
     assert "saved in" in process.stderr and "Traceback" not in process.stderr
+    assert "waits for workers" not in process.stdout.partition("1 process(es)")[2], "a user would, too"
     step = stopped.steps()[-1]
     assert f"stopped at step {step}" in process.stderr
     if text == "step 3/":
@@ -181,13 +182,6 @@ def test_no_worker_outlives_a_killed_run(stage, tmp_path, when):
     assert process.wait().returncode == -signal.SIGKILL
     workers = tmp_path / "workers"
     wait_until(lambda: bool(pids := workers.read_text().split()) and not any(map(alive, pids)), "not all workers ended")
-
-
-# To take a loader apart, torch waits five seconds for each worker.
-TAKEN_APART = """
-from torch.utils.data import dataloader
-dataloader._MultiProcessingDataLoaderIter._shutdown_workers = lambda self: print("waits for workers", flush=True)
-"""
 
 
 @pytest.mark.loop(phases=1)

@@ -105,6 +105,7 @@ PHONEMES = {
     "東京 tea": "東京 tˈiː",
     "cafe\u0301, caf\u00e9": "kæfˈeɪ, kæfˈeɪ",
     "don\u02bct Nguyễn": "dˈoʊnt nˈuːjɛn",
+    "hə, tea": "hə, tˈiː",
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import threading
 import unicodedata
 from functools import cache, lru_cache
 
-import espeakng_loader
 import numpy as np
 
 from omni.common.errors import UserError
@@ -31,11 +30,15 @@ class EspeakLibrary:
     """espeak-ng's C interface. One per process, ``espeak_library()``, since the library has one state.
 
     Raises:
-        UserError: the library does not start: its data are missing, or have a long path.
+        UserError: its package is missing; or it does not start, as its data are missing or have a long path.
         RuntimeError: it does not know a voice.
     """
 
     def __init__(self) -> None:
+        try:
+            import espeakng_loader  # here: letters are spoken without it
+        except ImportError as error:
+            raise UserError("phonemes need the package espeakng-loader, see requirements.txt") from error
         library = ctypes.CDLL(espeakng_loader.get_library_path())
         library.espeak_Initialize.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
         library.espeak_SetVoiceByName.argtypes = [ctypes.c_char_p]
@@ -114,8 +117,8 @@ _OTHER_LANGUAGE = re.compile(r"\([a-z-]+\)")  # espeak-ng's remark around a word
 
 @lru_cache(maxsize=100_000)
 def word_in_ipa(word: str) -> str:
-    """An English word by itself: "hello" is həlˈoʊ, and "FBI" is spelled. What is too long for a word, or has no
-    phonemes, stays as it is. Of a letter that English words do not have, the accents are left out.
+    """An English word by itself: "hello" is həlˈoʊ, and "FBI" is spelled. Letters that the library does not know lose
+    their accents. A word with others, one that is too long, and one without phonemes stay as they are.
 
     Raises:
         UserError: see ``EspeakLibrary``; or its dictionary is missing.
@@ -125,6 +128,8 @@ def word_in_ipa(word: str) -> str:
     plain = unicodedata.normalize("NFKC", word).translate(_APOSTROPHES)
     if max(plain) > _LAST_LETTER:
         plain = "".join(c for c in unicodedata.normalize("NFKD", plain) if not unicodedata.combining(c))
+        if max(plain) > _LAST_LETTER:
+            return word
     with _TURN:
         clauses = _english().phonemes(plain, _ACCENT)
     return _OTHER_LANGUAGE.sub("", "".join(ipa for ipa, _ in clauses)).strip() or word
@@ -139,5 +144,11 @@ def _english() -> EspeakLibrary:
 
 
 def ipa_version() -> str:
-    """What the phonemes depend on beside the word."""
+    """What the phonemes depend on beside the word.
+
+    Raises:
+        UserError: see ``word_in_ipa``; asked before training, this is not said of each row.
+    """
+    with _TURN:
+        _english()
     return f"{_ACCENT}-{importlib.metadata.version('espeakng-loader')}"

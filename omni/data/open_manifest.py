@@ -217,27 +217,27 @@ def _gathered(path: Path, form: Gathered, cache_dir: str | None, log, check_stop
     """The folder with the rows of several files, or of an archive, as JSON lines. All stages use the same one, and one
     that lies beside the data serves wherever ``cache_dir`` is. Files that have changed get another folder: a training
     that is running reads what it began with."""
-    own = path.resolve()
-    how = {"stat": lambda _: files_stat(form.files(own)), "sha256": None}
+    own = path.resolve()  # one folder, however the file is named
     try:
-        facts = ["rows", form.name, form.version, how["stat"](path)]
-        beside, folder = (_cache_folder(path, where, facts) for where in (None, cache_dir))
-        if beside != folder and why_stale(path, beside, **how) is None:
-            folder = beside
-        else:
-            make = functools.partial(_gather, path, folder, form, how["stat"], check_stop)
-            prepare_index(path, folder, make, log, check_stop, **how)
+        stat = files_stat(form.files(own))
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    facts = ["rows", form.name, form.version, stat]
+    beside, folder = (_cache_folder(path, where, facts) for where in (None, cache_dir))
+    how = {"stat": lambda _: stat, "sha256": None}
+    if beside != folder and why_stale(path, beside, **how) is None:
+        folder = beside
+    else:
+        make = functools.partial(_gather, path, folder, form, stat, check_stop)
+        prepare_index(path, folder, make, log, check_stop, **how)
     for old in sorted(folder.parent.glob(f"{glob.escape(path.name)}.index-*/{ROWS}")):
         if old.parent != folder:
             log(f"{old.parent}: rows of {path.name} as it was. Delete it when no training reads it any more")
     return folder
 
 
-def _gather(path: Path, folder: Path, form: Gathered, stat_of: Callable[[Path], dict], check_stop) -> None:
+def _gather(path: Path, folder: Path, form: Gathered, stat: dict, check_stop) -> None:
     (folder / "meta.json").unlink(missing_ok=True)
-    stat = stat_of(path)
     with open(folder / MEDIA, "wb") as file:  # not atomically: it counts only once meta.json has its digest
         media = MediaCopies(file)
 
@@ -249,7 +249,7 @@ def _gather(path: Path, folder: Path, form: Gathered, stat_of: Callable[[Path], 
         replace_file(folder / ROWS, write)
     if not (folder / MEDIA).stat().st_size:
         (folder / MEDIA).unlink()
-    if stat_of(path) != stat:
+    if files_stat(form.files(path.resolve())) != stat:
         raise UserError(_CHANGED.format(path))
     copies = {file.name: copy_facts(file) for file in (folder / ROWS, folder / MEDIA) if file.exists()}
     write_sealed_json(folder / "meta.json", {"stat": stat, "sha256": None, "arrays": [], "copies": copies})
