@@ -24,16 +24,8 @@ from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
 from omni.stages import STAGES
-from omni.stages.audio_encoder import (
-    AudioEncoderConfig,
-    EvalSets,
-    Utterances,
-    ctc_loss,
-    error_counts,
-    score_metrics,
-    score_sums,
-    transcribe,
-)
+from omni.stages.audio_encoder import AudioEncoderConfig, EvalSets, Utterances, ctc_loss
+from omni.stages.transcripts import error_counts, score_metrics, score_sums, transcribe
 from omni.train.optim import build_adamw
 from omni.train.stage import load
 
