@@ -719,12 +719,17 @@ MUTATIONS = [
     ),
     Mutation(
         "the weights in use", "other weights at a freed address are taken for the former", "omni/models/decoding.py",
-        "[parameter.detach() for parameter in thinker.parameters()]", "None",
+        "[parameter.detach() for parameter in model.parameters()]", "None",
         "tests/test_decoding.py -k before_a_change",
     ),
     Mutation(
-        "the weights in use", "a copy of a model reads with the weights of the first", "omni/models/thinker.py",
+        "the weights in use", "a copy of a model reads with the weights of the first", "omni/models/decoding.py",
         'self.__dict__ | {"decode_weights": None}', "self.__dict__", "tests/test_decoding.py -k no_part",
+    ),
+    Mutation(
+        "the weights in use", "the talker's last norm is left out of its heads", "omni/models/decoding.py",
+        "(depth.heads.float() * last_norm[:, None])", "depth.heads.float()",
+        "tests/test_talker.py -k 'weights_of_now and norms'",
     ),
     Mutation(
         "the weights in use", "the weights are copied for each answer", "omni/models/decoding.py",
@@ -1623,7 +1628,7 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "a changed file is gathered where a running training reads", "omni/data/open_manifest.py",
-        'form.version, how["stat"](path)]', "form.version]", "tests/test_formats.py -k what_it_began_with",
+        "form.version, stat]", "form.version]", "tests/test_formats.py -k what_it_began_with",
     ),
     Mutation(
         "foreign formats", "what is gathered beside the data is gathered again", "omni/data/open_manifest.py",

@@ -13,6 +13,7 @@ from test_config import only_error
 
 from omni.models.aligner import TEXT_END, text_symbols
 from omni.models.codec import Codec
+from omni.models.layers import RMSNorm
 from omni.models.speaker import Speaker
 from omni.models.speech_architectures import CodecArchitecture, TalkerArchitecture, VocoderArchitecture
 from omni.models.talker import IGNORE_INDEX, Talker, draw, duration_nats, frame_targets, talker_loss
@@ -221,6 +222,36 @@ def test_generating_step_by_step_equals_the_whole_forward(states):
         likeliest = logits[0, :-1].argmax(dim=-1)
         going_on = (likeliest[:, 0] != 16).cumprod(dim=0).bool()
         assert torch.equal(likeliest[going_on], written[row][going_on])
+
+
+CHANGES = {
+    "nothing": lambda talker: None,
+    "the norms": lambda talker: [norm.weight.normal_(1.0) for norm in norms_of(talker)],
+    "the depth decoder's MLPs": lambda talker: [mlp.up_proj.weight.mul_(-1) for mlp in talker.depth.mlps],
+    "its heads": lambda talker: talker.depth.heads.copy_(talker.depth.heads.flip(2)),
+    "its embedding of levels": lambda talker: talker.depth.embed_levels.weight.add_(1.0),
+    "its embedding of codes": lambda talker: talker.depth.embed_codes.weight.mul_(-3),
+}
+
+
+def norms_of(talker: Talker) -> list[RMSNorm]:
+    return [module for module in talker.modules() if isinstance(module, RMSNorm)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_frames_are_written_with_the_weights_of_now(change):
+    """The talker keeps its weights in another form from one utterance to the next."""
+    talker, line = small(), text_symbols(TEXTS[0])
+    before = torch.stack([codes for codes, _ in talker.generate([line], max_frames=7)], dim=1)
+    CHANGES[change](talker)
+    written = torch.stack([codes for codes, _ in talker.generate([line], max_frames=7)], dim=1)[0]
+    assert (change == "nothing") == (written.shape == before[0].shape and torch.equal(written, before[0]))
+    line, length = torch.tensor([line]), torch.tensor([len(line)])
+    durations = talker.choose_durations(talker.encode_text(line, length), length)
+    likeliest = talker(line, length, written[None], durations)[0][0, :-1].argmax(dim=-1)
+    going_on = (likeliest[:, 0] != 16).cumprod(dim=0).bool()
+    assert going_on.any() and torch.equal(likeliest[going_on], written[going_on])
 
 
 def test_one_seed_one_utterance():

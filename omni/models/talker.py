@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.aligner import TEXT_SYMBOLS
+from omni.models.decoding import FrameWeights, ReadsOneByOne, blocks_step, write_frame
 from omni.models.layers import ConvNeXtBlock, KVCache, RMSNorm, SwiGLU, rope_tables
 from omni.models.ops import rows_at
 from omni.models.speech_architectures import TalkerArchitecture
@@ -64,13 +65,6 @@ class DepthDecoder(nn.Module):
         """Index of each codebook's first code in a table of all codes, (Q,)."""
         return torch.arange(self.codebooks, device=device) * self.codebook_size
 
-    def step(self, state: Tensor, before: Tensor, level: int) -> Tensor:
-        """Logits (B, V + 1) of one codebook, from ``state`` (B, W), which is already projected, and the sum of the
-        embeddings of the codes before it (B, W)."""
-        x = self._mix(state + before + self.embed_levels.weight[level])
-        logits = x @ self.heads[level].to(x.dtype)
-        return logits if level == 0 else logits[..., :-1]
-
     def _mix(self, x: Tensor) -> Tensor:
         for norm, mlp in zip(self.norms, self.mlps, strict=True):
             x = x + mlp(norm(x))
@@ -82,7 +76,7 @@ class DepthDecoder(nn.Module):
         return logits.masked_fill(no_end, -torch.inf)
 
 
-class Talker(nn.Module):
+class Talker(ReadsOneByOne):
     """Text -> durations of its bytes, and codes of speech, one frame of all codebooks a step.
 
     A decoder that attends to the whole text has to learn its position in the text. It learns much sooner to continue
@@ -283,18 +277,16 @@ class Talker(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else self.start.dtype
         cache = KVCache(self.blocks_arch, len(symbols), n_frames, device, dtype)
-        before, going_on = self.start.expand(len(symbols), 1, -1), torch.ones(len(symbols), dtype=bool, device=device)
+        weights = FrameWeights.of(self, self.blocks_arch, dtype)
+        read = blocks_step(weights, self.blocks_arch, cache, cos, sin)
+        before, going_on = self.start, torch.ones(len(symbols), dtype=bool, device=device)
         for t in range(n_frames):
-            x = before + spoken[:, t : t + 1]
-            for layer in self.layers:
-                x, _ = layer(x, cos[t : t + 1], sin[t : t + 1], cache, None)
-            cache.advance(1)
-            codes, ended = self._draw_frame(self.norm(x)[:, 0], temperature, top_k, generator)
+            codes, ended = self._draw_frame(weights, read(before + spoken[:, t]), temperature, top_k, generator)
             going_on = going_on & ~ended & (t < limits)
             if not going_on.any():
                 return
             yield codes, going_on
-            before = self.embed_frames(codes[:, None])
+            before = self.embed_frames(codes[:, None])[:, 0]
 
     def choose_durations(self, text: Tensor, lengths: Tensor) -> Tensor:
         """(B, L) whole alignment frames, at least one per byte; rounding errors carry over to the next byte."""
@@ -303,20 +295,20 @@ class Talker(nn.Module):
         return durations.cumsum(dim=1).round().long().diff(dim=1, prepend=lengths.new_zeros(len(text), 1))
 
     def _draw_frame(
-        self, state: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
+        self, weights: FrameWeights, state: Tensor, temperature: float, top_k: int | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """State (B, D) -> codes (B, Q), and (B,) whether the utterance ends before this frame."""
-        depth = self.depth
-        projected = depth.state_proj(state)
-        before, codes = torch.zeros_like(projected), []
-        for level in range(self.codebooks):
-            code = draw(depth.step(projected, before, level).float(), temperature, top_k, generator)  # (B,)
-            if level == 0:
-                ended = code == self.codebook_size
-                code = code.masked_fill(ended, 0)
-            before = before + depth.embed_codes(code + level * self.codebook_size)
-            codes.append(code)
-        return torch.stack(codes, dim=-1), ended
+        ended = None
+
+        def choose(logits: Tensor, level: int) -> Tensor:
+            nonlocal ended
+            if level:  # only the first codebook has an end
+                return draw(logits[:, :-1].float(), temperature, top_k, generator)
+            code = draw(logits.float(), temperature, top_k, generator)
+            ended = code == self.codebook_size
+            return code.masked_fill(ended, 0)
+
+        return write_frame(weights, state, choose), ended
 
 
 def pad_references(references: Sequence[Tensor], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from omni.data.tokenizer import IGNORE_INDEX
 from omni.models.architectures import ThinkerArchitecture
-from omni.models.decoding import DecodeWeights, decode_step
+from omni.models.decoding import ReadsOneByOne, decode_step
 from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
 from omni.models.ops import RMS_EPS, round_up
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
         return x + F.dropout(y, self.dropout, self.training), router_stats
 
 
-class Thinker(nn.Module):
+class Thinker(ReadsOneByOne):
     """Qwen3 (technical report, 2025): pre-norm blocks, then a norm and the output head. No biases.
 
     Departures: none in evaluation. In training, dropout on the two residual branches of a block, off by default.
@@ -65,16 +65,7 @@ class Thinker(nn.Module):
         cos, sin = rope_tables(arch.ctx_len, arch.d_head, arch.rope_theta)
         self.register_buffer("rope_cos", cos, persistent=False)  # (ctx_len, K)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.decode_weights: DecodeWeights | None = None  # kept from one answer to the next
         self._initialise()
-
-    def train(self, mode: bool = True) -> "Thinker":
-        if mode:
-            self.decode_weights = None  # every step would make them stale
-        return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"decode_weights": None}  # a copy has weights of its own
 
     def _initialise(self) -> None:
         """Normal with std 0.02, divided by sqrt(2 n_layers) for weights that write into the residual stream, so that
