@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.common.errors import UserError
+from omni.common.spoken import spoken_version
 from omni.data.manifest import account_for_rows, split_rows
 from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
@@ -28,10 +29,10 @@ from omni.stages.audio_encoder import (
     ctc_loss,
     prepare_tokenizer,
     report_unknown_characters,
-    two_ctc_losses,
+    score_metrics,
+    score_sums,
     usable_rows,
 )
-from omni.stages.transcripts import score_metrics, score_sums
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -68,8 +69,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         model = run.prepare(AudioEncoder(architecture, use_flash=use_flash))
 
         def loss(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            if config.phoneme_weight:
-                return two_ctc_losses(model, batch, config.phoneme_weight)
             return ctc_loss(model, batch), {}
 
         # --- Validation: word error rate, on sentences, voices and words not trained on ----------------
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
                 "train": manifest.sha256,
                 **{name: source.sha256 for name, (source, _) in held_out.items()},
                 "tokenizer": tokenizer.fingerprint,
-                **config.versions,
+                **spoken_version(config.text_language),
             },
             files={"tokenizer.json": tokenizer.sha256},
             validation=validation,

@@ -17,7 +17,7 @@ import numpy as np
 
 from omni.common.errors import BadRow, UserError, reading_row
 from omni.data.audio import load_audio
-from omni.stages.transcripts import error_counts
+from omni.stages.audio_encoder import error_counts
 
 SAMPLE_RATE = 16_000
 MEND = "pip install --force-reinstall --no-deps --require-hashes -r requirements-judges.txt"

@@ -1443,19 +1443,6 @@ MUTATIONS = [
         "tests/test_spoken.py -k without_its_data",
     ),
     Mutation(
-        "phonemes in stage B", "sounds that do not fit their recording are learnt", "omni/stages/audio_encoder.py",
-        "return found if frames_needed(found) <= PHONEME_FRAMES * self._output_frames(frames) else []", "return found",
-        "tests/test_audio_encoder.py -k 'phonemes and too_short'",
-    ),
-    Mutation(
-        "phonemes in stage B", "their head stays in the model that is used", "omni/models/audio_encoder.py",
-        "    model.phoneme_head = None\n", "", "tests/test_audio_encoder.py -k training_alone",
-    ),
-    Mutation(
-        "phonemes in stage B", "two words are one", "omni/common/espeak.py",
-        '[_PHONEME[" "]] * bool(indices) + ', "", "tests/test_audio_encoder.py -k 'phonemes and too_short'",
-    ),
-    Mutation(
         "spoken forms", "a recogniser is taught phonemes", "omni/stages/audio_encoder.py",
         "text_language: Spelled | None", "text_language: Language | None", "tests/test_spoken.py -k recogniser",
     ),
@@ -1465,7 +1452,7 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "a run goes on with words of another version", "train_audio_enc.py",
-        "                **config.versions,\n", "",
+        "                **spoken_version(config.text_language),\n", "",
         "tests/test_spoken.py -k another_version",
     ),
     Mutation(

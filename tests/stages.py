@@ -206,7 +206,7 @@ AUDIO_ENC = StageCase(
     config=SHORT
     | {
         "ctc_vocab_size": 48, "subsampling_channels": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32,
-        "lr": 1e-3, "phoneme_weight": 0.3, "text_language": "en",
+        "lr": 1e-3,
     },
     make_data=make_speech,
     size_key="d_ff",

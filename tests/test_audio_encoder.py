@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +17,23 @@ from test_config import only_error
 from torch import Tensor
 
 from omni.common.errors import BadRow, UserError
-from omni.common.espeak import PHONEMES, phonemes
 from omni.data.open_manifest import load_manifest
 from omni.data.recordings import static_lengths
 from omni.models import audio_encoder, ctc
 from omni.models.architectures import AudioEncoderArchitecture
-from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict, without_phonemes
+from omni.models.audio_encoder import AudioEncoder, parakeet_config, to_parakeet_state_dict
 from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
 from omni.stages import STAGES
-from omni.stages.audio_encoder import AudioEncoderConfig, EvalSets, Utterances, ctc_loss, two_ctc_losses
-from omni.stages.transcripts import error_counts, score_metrics, score_sums, transcribe
+from omni.stages.audio_encoder import (
+    AudioEncoderConfig,
+    EvalSets,
+    Utterances,
+    ctc_loss,
+    error_counts,
+    score_metrics,
+    score_sums,
+    transcribe,
+)
 from omni.train.optim import build_adamw
 from omni.train.stage import load
 
@@ -327,65 +333,6 @@ def test_held_out_sources_are_scored_apart_however_they_fall_into_batches(tmp_pa
     for other in totals[1:]:
         assert other == pytest.approx(totals[0], rel=1e-5)
     assert set(score_metrics(totals[0])) == {"loss", "wer", "cer", "wer_unseen_voices"}
-
-
-# --- phonemes --------------------------------------------------------------------------------------------------------
-
-WITH_PHONEMES = {"phoneme_weight": 0.3, "text_language": "en"}
-
-
-def test_phonemes_are_those_of_the_words_and_none_where_the_recording_is_too_short(tmp_path):
-    rows = [(0.9, "one cat"), (0.3, "the big red round square"), (0.9, "дом")]
-    assert "".join(PHONEMES[index] for index in phonemes("one cat")) == "wʌn kæt"
-    for keys in ({}, {"use_compile": True, "max_mel_length": 96}):
-        training = source(tmp_path, rows, training=True, **WITH_PHONEMES, **keys)
-        samples = [training.read(training.manifest[row], None) for row in range(3)]
-        counts = [len(training._phonemes(sample.text, len(sample.features))) for sample in samples]
-        assert counts == [7, 0, 0]  # 24 sounds do not fit into twelve frames; Cyrillic letters have none
-        batch = training.collate([replace(sample, phonemes=[3] * n) for sample, n in zip(samples, counts, strict=True)])
-        assert batch["phoneme_lengths"].tolist() == [7, 0, 0] + [0] * bool(keys)
-        model = AudioEncoder(training.config.model_copy(update={"ctc_vocab_size": 60}).architecture)
-        loss, parts = two_ctc_losses(model, batch | {"target_lengths": batch["target_lengths"].clamp(max=1)}, 0.3)
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters()) and torch.isfinite(parts["phoneme_loss"])
-    assert "phonemes" not in source(tmp_path, rows, **WITH_PHONEMES).batch(np.arange(3), 0)  # of validation
-
-
-def test_phonemes_are_learnt_and_belong_to_training_alone(tmp_path):
-    keys = AUDIO_ENC.make_data(tmp_path)
-    manifest = load_manifest(keys["train_csv"], ("wav", "text"), "text", log=lambda _: None)
-    tokenizer = CtcTokenizer.train((manifest[row]["text"] for row in range(6)), 48)
-    sizes = config(d_model=48, n_layers=2, dropout=0.0, ctc_vocab_size=tokenizer.vocab_size, **WITH_PHONEMES)
-    masks = {"spec_time_masks": 0, "spec_freq_masks": 0}
-    data = Utterances(manifest, np.arange(6), sizes.model_copy(update=masks), tokenizer, seed=0, training=True)
-    batch = data.batch(np.arange(6), 0)
-    torch.manual_seed(0)
-    model = AudioEncoder(sizes.architecture)
-    optimizer = build_adamw(model, lr=3e-3, wd=0.0)
-    for _ in range(100):
-        optimizer.zero_grad()
-        loss, parts = two_ctc_losses(model, batch, 0.3)
-        loss.backward()
-        optimizer.step()
-    assert parts["phoneme_loss"] < 0.2
-    logits, frames, sounds = model.eval()(batch["features"], batch["lengths"], with_phonemes=True)
-    heard = [collapse(row[: 3 * n], len(PHONEMES)) for row, n in zip(sounds.argmax(-1).tolist(), frames, strict=True)]
-    assert heard == [phonemes(text) for text in batch["texts"]]
-    loss, parts = two_ctc_losses(model, batch, 0.3)
-    share = batch["phoneme_lengths"].sum() / batch["target_lengths"].sum()
-    torch.testing.assert_close(loss, ctc_loss(model, batch) + 0.3 * share * parts["phoneme_loss"])
-    weights = model.state_dict()
-    used = without_phonemes(model)
-    assert used.architecture.phoneme_weight == 0 and set(weights) - set(used.state_dict()) == {
-        "phoneme_head.weight", "phoneme_head.bias",
-    }  # fmt: skip
-    assert set(to_parakeet_state_dict(build())) == set(to_parakeet_state_dict(build(phoneme_weight=0.3)))
-    assert torch.equal(used(batch["features"], batch["lengths"])[0], logits)
-
-
-def test_phonemes_want_english_texts():
-    with pytest.raises(ValueError, match='"phoneme_weight": expected text_language "en" beside it, found None'):
-        config(phoneme_weight=0.3)
 
 
 # --- the stage -------------------------------------------------------------------------------------------------------

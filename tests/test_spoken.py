@@ -194,9 +194,12 @@ def test_each_byte_that_is_spoken_has_a_byte_of_what_is_written(language):
 
 
 def test_another_language_or_another_version_in_the_same_folder_is_refused(tmp_path):
-    training = AUDIO_ENC.training(tmp_path, max_steps=2, phoneme_weight=0.0)
+    training = AUDIO_ENC.training(tmp_path, max_steps=2, text_language="en")
     training.finish()
     only_error(training.changed(max_steps=4, text_language=None).run(), 'text_language: "en" -> null')
     newer = "import omni.common.spoken\nomni.common.spoken._VERSION = 99\n"
     only_error(training.changed(max_steps=4).run(prelude=newer), "data (spoken forms): en-", "-> en-99")
+    longer = "import importlib.metadata as packages\nversion = packages.version\n"
+    longer += "packages.version = lambda name: version(name) + '.1' * (name == 'num2words')\n"
+    only_error(training.changed(max_steps=4).run(prelude=longer), ".1. Use")  # whole: its end tells the two apart
     training.changed(max_steps=4).finish()

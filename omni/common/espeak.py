@@ -135,28 +135,6 @@ def word_in_ipa(word: str) -> str:
     return _OTHER_LANGUAGE.sub("", "".join(ipa for ipa, _ in clauses)).strip() or word
 
 
-# What phonemes of English words are written with, and the blank between words, without marks of stress and length.
-PHONEMES = " abdefhijklmnoprstuvwxzæðŋɐɑɒɔəɚɛɜɡɪɬɹɾʃʊʌʒʔθᵻ"
-_PHONEME = {letter: index for index, letter in enumerate(PHONEMES)}
-
-
-@lru_cache(maxsize=100_000)
-def _word_in_phonemes(word: str) -> list[int]:
-    return [_PHONEME[letter] for letter in word_in_ipa(word) if letter in _PHONEME]
-
-
-def phonemes(words: str) -> list[int]:
-    """Words between blanks as indices into ``PHONEMES``; letters of other alphabets have none.
-
-    Raises:
-        UserError: see ``word_in_ipa``.
-    """
-    indices: list[int] = []
-    for word in words.split():
-        indices += [_PHONEME[" "]] * bool(indices) + _word_in_phonemes(word)
-    return indices
-
-
 @cache
 def _english() -> EspeakLibrary:
     library = espeak_library()

@@ -86,12 +86,6 @@ class AudioEncoderArchitecture(Architecture):
     ctc_vocab_size: int = Field(
         512, ge=2, le=1_048_576, description="upper bound of the BPE vocabulary; few texts may fill less"
     )
-    phoneme_weight: float = Field(
-        0.0,
-        ge=0,
-        le=100,
-        description="weight of a second CTC loss in training, of espeak-ng's phonemes, after half of the layers",
-    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -13,13 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni.common.espeak import PHONEMES
 from omni.data.audio import MelSpec
 from omni.models.architectures import AudioEncoderArchitecture
 from omni.models.ops import attention, linear
 
 BATCH_NORM_EPS = 1e-5
-PHONEME_FRAMES = 3  # frames of the second CTC loss in one output frame
 # rms of a * sigmoid(b) for independent standard normals: the factor by which a gated linear unit scales its input
 _GLU_RMS = 0.5415
 
@@ -230,9 +228,7 @@ class AudioEncoder(nn.Module):
         use_flash: fused attention; False: the plain maths.
 
     Rekesh et al. 2023, "Fast Conformer with Linearly Scalable Attention". Departures: ``ChannelScale`` instead of a
-    batch norm; no factor sqrt(D) after the subsampling, whose linear layer is initialised to the right scale. With
-    ``phoneme_weight``, a second head in the middle, as in Lee & Watanabe 2021, "Intermediate Loss Regularization for
-    CTC-based Speech Recognition", whose targets are the sounds of the text.
+    batch norm; no factor sqrt(D) after the subsampling, whose linear layer is initialised to the right scale.
     """
 
     def __init__(self, architecture: AudioEncoderArchitecture, *, use_flash: bool = True):
@@ -241,9 +237,6 @@ class AudioEncoder(nn.Module):
         self.subsampling = Subsampling(arch)
         self.layers = nn.ModuleList(Block(arch, use_flash) for _ in range(arch.n_layers))
         self.ctc_head = nn.Linear(arch.d_model, arch.ctc_vocab_size + 1)
-        self.phoneme_head = None  # for training alone, see ``without_phonemes``
-        if arch.phoneme_weight:
-            self.phoneme_head = nn.Linear(arch.d_model, PHONEME_FRAMES * (len(PHONEMES) + 1))
         self.dropout = nn.Dropout(arch.dropout)
         for module in self.modules():
             if isinstance(module, nn.Linear):  # the output's variance is the input's
@@ -260,43 +253,18 @@ class AudioEncoder(nn.Module):
         Returns:
             Frames (B, U, D) and the number of valid ones (B,). Padding changes no valid frame.
         """
-        _, x, lengths = self._encode(features, lengths)
-        return x, lengths
-
-    def _encode(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As ``encode``; first the frames (B, U, D) after half of the layers."""
         x = self.dropout(self.subsampling(features, lengths))
         lengths = output_frames(lengths, self.architecture.downsample_time)
         mask = frame_mask(lengths, x.shape[1])
         positions = relative_positions(x.shape[1], self.architecture.d_model, x.device).to(x.dtype)
-        middle = x
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             x = layer(x, positions, mask)
-            if index < len(self.layers) // 2:
-                middle = x
-        return middle, x, lengths
+        return x, lengths
 
-    def forward(
-        self, features: Tensor, lengths: Tensor, with_phonemes: bool = False
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]:
-        """As ``encode``, but returns logits (B, U, V) of the tokens and, last, the blank.
-
-        Args:
-            with_phonemes: return third the logits (B, PHONEME_FRAMES * U, len(PHONEMES) + 1) of each sound and, last,
-                the blank. Three times as many frames, since a second has about as many sounds as frames.
-        """
-        middle, x, lengths = self._encode(features, lengths)
-        if not with_phonemes:
-            return self.ctc_head(x), lengths
-        phonemes = self.phoneme_head(middle).unflatten(2, (PHONEME_FRAMES, -1)).flatten(1, 2)
-        return self.ctc_head(x), lengths, phonemes
-
-
-def without_phonemes(model: AudioEncoder) -> AudioEncoder:
-    """The encoder as it is used after its training, which alone needs the phonemes."""
-    model.phoneme_head = None
-    model.architecture = model.architecture.model_copy(update={"phoneme_weight": 0.0})
-    return model
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``encode``, but returns logits (B, U, V) of the tokens and, last, the blank."""
+        x, lengths = self.encode(features, lengths)
+        return self.ctc_head(x), lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -338,8 +306,6 @@ def to_parakeet_state_dict(model: AudioEncoder) -> dict[str, Tensor]:
     """
     exported = {}
     for name, weight in model.state_dict().items():
-        if name.startswith("phoneme_head."):
-            continue
         prefix = "" if name.startswith("ctc_head.") else "encoder."
         if name == "ctc_head.weight" or (".pointwise_conv" in name and name.endswith(".weight")):
             weight = weight.unsqueeze(-1)  # a linear layer is a convolution of width 1

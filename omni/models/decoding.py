@@ -166,7 +166,8 @@ def write_frame(weights: FrameWeights, state: Tensor, choose: Callable[[Tensor, 
 
     Args:
         state: (B, D), the last, normalised hidden state.
-        choose: (logits (B, V + 1), level) -> codes (B,) in 0 ... V - 1.
+        choose: (logits (B, V + 1), level) -> codes (B,) in 0 ... V - 1. The last logit is of the utterance's end at
+            level 0, and means nothing at the others.
     """
     # (B, W) of each codebook: the frame's state, to which the codes before it are added
     projected = torch.mm(state.to(weights.dtype), weights.state_proj).float()

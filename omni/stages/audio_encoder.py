@@ -1,19 +1,19 @@
-"""Stage B: config, rows, loss and tokenizer."""
+"""Stage B: config, rows, loss, tokenizer, loading, and the word error rates of validation and evaluation."""
 
 # B batch, T mel frames, M mel channels, U output frames, V tokens and blank, L tokens of a target
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
+import jiwer
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
-from omni.common.espeak import phonemes
 from omni.common.spoken import SPELLED, Language, Spelled, spoken_form, spoken_version
 from omni.common.text import audible
 from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
@@ -21,8 +21,8 @@ from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import measure_rows
 from omni.data.recordings import measure_samples, static_lengths
 from omni.models.architectures import AudioEncoderArchitecture
-from omni.models.audio_encoder import PHONEME_FRAMES, AudioEncoder, mel_spec, output_frames, without_phonemes
-from omni.models.ctc import CtcTokenizer, ctc_nll, frames_needed, normalise_text
+from omni.models.audio_encoder import AudioEncoder, mel_spec, output_frames
+from omni.models.ctc import CtcTokenizer, collapse, ctc_nll, frames_needed, normalise_text
 from omni.models.ops import round_up
 from omni.train.config import ASR_HINT, Files, StageConfig, input_files
 from omni.train.run import Run
@@ -69,21 +69,10 @@ class AudioEncoderConfig(AudioEncoderArchitecture, StageConfig):
         return AudioEncoderArchitecture.of(self)
 
     @property
-    def versions(self) -> dict[str, str]:
-        """What targets depend on beside the texts, for the fingerprint of the data."""
-        return spoken_version("en-ipa" if self.phoneme_weight else self.text_language)
-
-    @property
     def held_out_files(self) -> dict[str, str]:
         """Held-out manifests by the name of their rows in the metrics."""
         files = {"val": self.val_csv, "unseen_voices": self.val_voices_csv, "unseen_words": self.val_words_csv}
         return {name: path for name, path in files.items() if path}
-
-    @model_validator(mode="after")
-    def _phonemes_are_english(self) -> Self:
-        if self.phoneme_weight and self.text_language != "en":
-            raise ValueError(f'key "phoneme_weight": expected text_language "en" beside it, found {self.text_language}')
-        return self
 
     @model_validator(mode="after")
     def _others_need_a_comparison(self) -> Self:
@@ -114,7 +103,6 @@ STAGE = Stage(
     architecture=AudioEncoderArchitecture,
     model=AudioEncoder,
     switches=("use_flash",),
-    prepare=without_phonemes,
     tokenizer=CtcTokenizer,
     vocab_size=lambda architecture: architecture.ctc_vocab_size,
     evaluate="omni.stages.evaluation:evaluate_audio_enc",
@@ -179,7 +167,6 @@ class Utterance:
     features: Tensor  # (T, M) normalised log-mels
     tokens: list[int]
     text: str  # normalised
-    phonemes: Sequence[int] = ()  # in training with ``phoneme_weight``; none if they are too many for the recording
 
 
 class Utterances(ManifestDataset):
@@ -219,20 +206,13 @@ class Utterances(ManifestDataset):
             freq_masks=config.spec_freq_masks,
             freq_width=config.spec_freq_width,
         )
-        return Utterance(features, tokens, text, self._phonemes(text, len(features)) if config.phoneme_weight else ())
-
-    def _phonemes(self, text: str, frames: int) -> list[int]:
-        found = phonemes(text)
-        return found if frames_needed(found) <= PHONEME_FRAMES * self._output_frames(frames) else []
+        return Utterance(features, tokens, text)
 
     def _features(self, waveform: np.ndarray) -> Tensor:
         return normalise_features(log_mel(torch.from_numpy(waveform), self.mel))
 
     def _frames(self, waveform: np.ndarray) -> int:
-        return self._output_frames(self.mel.frames(len(waveform)))
-
-    def _output_frames(self, frames: int) -> int:
-        return output_frames(frames, self.config.downsample_time)
+        return output_frames(self.mel.frames(len(waveform)), self.config.downsample_time)
 
     def _fits(self, tokens: list[int], waveform: np.ndarray) -> bool:
         short_enough = self.mel.frames(len(waveform)) <= self.config.max_mel_length
@@ -240,8 +220,7 @@ class Utterances(ManifestDataset):
 
     def collate(self, samples: list[Utterance]) -> dict:
         """``features`` (B, T, M) and ``targets`` (B, L), zero beyond ``lengths`` (B,) and ``target_lengths`` (B,);
-        ``texts``, a list; in training with ``phoneme_weight`` also ``phonemes``, like the targets. Under
-        ``use_compile`` B is always the batch size: utterances of silence fill it."""
+        ``texts``, a list. Under ``use_compile`` B is always the batch size: utterances of silence fill it."""
         lengths = [len(sample.features) for sample in samples]
         target_lengths = [len(sample.tokens) for sample in samples]
         missing, frames = 0, round_up(max(lengths), 32)
@@ -250,29 +229,18 @@ class Utterances(ManifestDataset):
             frames = next(length for length in static_lengths(self.config.max_mel_length) if length >= max(lengths))
         size = len(samples) + missing
         features = torch.zeros(size, frames, self.mel.n_mels)
+        targets = torch.zeros(size, max(target_lengths), dtype=torch.int64)
         for index, sample in enumerate(samples):
             features[index, : lengths[index]] = sample.features
-        targets, target_counts = padded([sample.tokens for sample in samples], size)
-        batch = {
+            targets[index, : target_lengths[index]] = torch.tensor(sample.tokens)
+        return {
             "features": features,
             "lengths": torch.tensor(lengths + [frames] * missing),
             "targets": targets,
-            "target_lengths": target_counts,
+            "target_lengths": torch.tensor(target_lengths + [0] * missing),
             "texts": [sample.text for sample in samples],
             "n_targets": sum(target_lengths),
         }
-        if self.training and self.config.phoneme_weight:
-            batch["phonemes"], batch["phoneme_lengths"] = padded([sample.phonemes for sample in samples], size)
-        return batch
-
-
-def padded(rows: Sequence[Sequence[int]], size: int) -> tuple[Tensor, Tensor]:
-    """Rows of numbers as (size, L) int64, zero beyond their lengths; and the lengths (size,), 0 for missing rows."""
-    lengths = [len(row) for row in rows] + [0] * (size - len(rows))
-    table = torch.zeros(size, max(lengths), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        table[index, : lengths[index]] = torch.tensor(row, dtype=torch.int64)
-    return table, torch.tensor(lengths)
 
 
 class EvalSets:
@@ -297,33 +265,78 @@ class EvalSets:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Loss
+# Loss and score
 
 
 def ctc_loss(model: nn.Module, batch: dict) -> Tensor:
     """Nats per target token of a batch of ``Utterances.collate``."""
     logits, frames = model(batch["features"], batch["lengths"])
-    nats = target_nats(logits, frames, batch["targets"], batch["target_lengths"])
-    return nats / batch["target_lengths"].sum()
+    nll = ctc_nll(logits, frames, batch["targets"], batch["target_lengths"])
+    real = batch["target_lengths"] > 0
+    return torch.where(real, nll, 0.0).sum() / batch["target_lengths"].sum()
 
 
-def target_nats(logits: Tensor, frames: Tensor, targets: Tensor, lengths: Tensor) -> Tensor:
-    """``ctc_nll`` summed over the rows that have a target, ()."""
-    return torch.where(lengths > 0, ctc_nll(logits, frames, targets, lengths), 0.0).sum()
+def score_sums(model: nn.Module, batch: dict, tokenizer: CtcTokenizer) -> dict[str, Tensor]:
+    """Sums over a batch of ``EvalSets``, for each source: nats and tokens, word and character errors.
 
-
-def two_ctc_losses(model: nn.Module, batch: dict, phoneme_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """``ctc_loss`` and that of the phonemes: sounds are learnt from fewer recordings than spelling, and spelling sooner
-    from sounds. A text has about five times as many phonemes as tokens.
-
-    Returns:
-        The sum, both over the number of tokens, by which the loop weights micro-batches; and nats per phoneme.
+    Greedy decoding. A text without an alignment has no likelihood, so only its errors count.
     """
-    logits, frames, sounds = model(batch["features"], batch["lengths"], with_phonemes=True)
-    tokens = target_nats(logits, frames, batch["targets"], batch["target_lengths"])
-    phonemes = target_nats(sounds, PHONEME_FRAMES * frames, batch["phonemes"], batch["phoneme_lengths"])
-    per_phoneme = phonemes / batch["phoneme_lengths"].sum().clamp(min=1)
-    return (tokens + phoneme_weight * phonemes) / batch["target_lengths"].sum(), {"phoneme_loss": per_phoneme}
+    totals: dict[str, Tensor] = {}
+    for name in sorted({key.rpartition("/")[0] for key in batch if "/" in key}):
+        texts, lengths = batch[f"{name}/texts"], batch[f"{name}/target_lengths"]
+        logits, frames = model(batch[f"{name}/features"], batch[f"{name}/lengths"])
+        nll = ctc_nll(logits, frames, batch[f"{name}/targets"], lengths)
+        known = torch.isfinite(nll) & (lengths > 0)
+        words, characters = error_counts(texts, greedy_texts(logits, frames, tokenizer)[: len(texts)])
+        counts = {
+            "nats": torch.where(known, nll, 0.0).sum(),
+            "tokens": torch.where(known, lengths, 0).sum(),
+            "word_errors": torch.tensor(words[0]),
+            "words": torch.tensor(words[1]),
+            "character_errors": torch.tensor(characters[0]),
+            "characters": torch.tensor(characters[1]),
+        }
+        totals |= {f"{name}/{key}": value for key, value in counts.items()}
+    return totals
+
+
+@torch.no_grad()
+def transcribe(model: AudioEncoder, tokenizer: CtcTokenizer, features: Tensor, lengths: Tensor) -> list[str]:
+    """Transcripts of (B, T, M) features with ``lengths`` (B,) frames, by greedy decoding."""
+    return greedy_texts(*model(features, lengths), tokenizer)
+
+
+def greedy_texts(logits: Tensor, frames: Tensor, tokenizer: CtcTokenizer) -> list[str]:
+    """The best token of each frame of (B, U, V), repeats and blanks removed, as text."""
+    best = logits.argmax(dim=-1).tolist()
+    blank = logits.shape[-1] - 1
+    rows = zip(best, frames.tolist(), strict=True)
+    return [tokenizer.decode(collapse(row[:count], blank)) for row, count in rows]
+
+
+def error_counts(references: list[str], hypotheses: list[str]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(errors, length) in words and in characters: substitutions, deletions and insertions of the best alignment."""
+    words = jiwer.process_words(references, hypotheses)
+    characters = jiwer.process_characters(references, hypotheses)
+    counts = []
+    for result in (words, characters):
+        misses = result.substitutions + result.deletions
+        counts.append((misses + result.insertions, result.hits + misses))
+    return counts[0], counts[1]
+
+
+def score_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """From the totals of ``score_sums``: loss (nats per token), wer and cer of the first source, ``val``; and, if
+    they are there, wer_unseen_voices and wer_unseen_words of the sources of these names."""
+    metrics = {}
+    if "val/words" in totals:
+        metrics["loss"] = totals["val/nats"] / totals["val/tokens"] if totals["val/tokens"] else math.nan
+        metrics["wer"] = totals["val/word_errors"] / totals["val/words"]
+        metrics["cer"] = totals["val/character_errors"] / totals["val/characters"]
+    for name in ("unseen_voices", "unseen_words"):
+        if f"{name}/words" in totals:
+            metrics[f"wer_{name}"] = totals[f"{name}/word_errors"] / totals[f"{name}/words"]
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from omni.models.omni_model import OmniModel
 from omni.models.speaker import Speaker
 from omni.models.thinker import Thinker
 from omni.stages import STAGES
-from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, Utterances
+from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, Utterances, error_counts, transcribe
 from omni.stages.captions import GROUP, CaptionRanking, CaptionRows, Classes, check_candidates, in_distinct_groups
 from omni.stages.codec import CodecConfig, SpeechClips, codec_metrics, codec_sums
 from omni.stages.ocr import OcrConfig, OcrRows, ocr_metrics, ocr_sums
@@ -42,7 +42,6 @@ from omni.stages.talker import Utterance, collate_utterances, speakers_in, talke
 from omni.stages.tasks import TASKS
 from omni.stages.tasks.mixture import AnswerScore, EvalItems, measures_by_task
 from omni.stages.text import text_metrics, text_sums
-from omni.stages.transcripts import error_counts, transcribe
 from omni.stages.vision import VisionConfig, attach_thinker
 from omni.stages.vocoder import Clips, VocoderConfig, VocoderScore, load_codec_of, load_vocoder_for
 from omni.stages.voices import speaker_of, voice_of

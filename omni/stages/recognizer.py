@@ -17,9 +17,8 @@ from omni.data.measure import files_digest
 from omni.models.audio_encoder import mel_spec
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.talker import Talker
-from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, written_words
+from omni.stages.audio_encoder import STAGE, AudioEncoderConfig, error_counts, transcribe, written_words
 from omni.stages.talker import TalkerConfig, speakers_in, talker_metrics, talker_sums
-from omni.stages.transcripts import error_counts, transcribe
 from omni.train.run import Run
 from omni.train.samples import save_samples
 from omni.train.stage import load

@@ -1,5 +1,6 @@
 """Save a training, resume it, refuse an incompatible one, and write the final file."""
 
+import re
 from pathlib import Path
 
 from torch import nn
@@ -162,7 +163,7 @@ class Checkpoints:
             refused = [line for line in refused if not line.startswith(dealt)]
         for key, value in payload.get("data", training.fingerprint).items():
             if training.fingerprint.get(key) != value:
-                refused.append(f"data ({key}): {value[:12]} -> {training.fingerprint.get(key, 'absent')[:12]}")
+                refused.append(f"data ({key}): {_shown(value)} -> {_shown(training.fingerprint.get(key, 'absent'))}")
         if refused:
             raise UserError(
                 f"{path} is of another training: {'; '.join(refused)}. Use a new save_dir, or put these back"
@@ -242,3 +243,8 @@ class Checkpoints:
 def _architecture(module: nn.Module) -> dict:
     """The module's architecture as plain data."""
     return module.architecture.model_dump()
+
+
+def _shown(version: str) -> str:
+    """A SHA-256 by its first digits, and a version whole, as its end may be what has changed."""
+    return version[:12] if re.fullmatch("[0-9a-f]{64}", version) else version

@@ -1,6 +1,7 @@
 """Folder, device, signals, logs and processes of a training, the same in all stages."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -143,7 +144,7 @@ class Run(processes.Processes):
             raise UserError(f"{source}: expected the final file of a finished training, found step files only")
         for key in sizes.model_fields:
             if saved["config"].get(key) != getattr(self.config, key):
-                found, wanted = saved["config"].get(key, "missing"), getattr(self.config, key)
+                found, wanted = (json.dumps(value) for value in (saved["config"].get(key), getattr(self.config, key)))
                 raise UserError(f"{source}: {key} is {found}, this config has {wanted}")
         with self.main_process_first():
             if target.exists() and file_sha256(target) != file_sha256(source):

@@ -49,7 +49,7 @@ class Stage:
     architecture: type[BaseModel] | None = None
     model: Callable[..., nn.Module] | None = None  # from its architecture, and its switches
     switches: tuple[str, ...] = ()  # keys of the config that choose how it computes, and change no weight: use_flash
-    prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # for use: drops what only training needs
+    prepare: Callable[[nn.Module], nn.Module] = lambda model: model  # the trained model, made ready to run
     tokenizer: type[Tokenizer] | type[CtcTokenizer] | None = None  # class of the tokenizer.json beside the model
     vocab_size: Callable[[BaseModel], int] | None = None  # entries of that tokenizer, by the model's architecture
     parts: tuple[str, ...] = ()  # prefixes of the models that the same script trains before, in the same folder
@@ -125,5 +125,5 @@ def load(stage: Stage, source: str | Path, device: torch.device | str = "cpu") -
     model = checkpoint.build(lambda: stage.model(architecture, **switches), saved["model"], saved["path"])
     model = stage.prepare(model).to(device).eval().requires_grad_(False)
     return Loaded(
-        model, model.architecture, saved["config"], saved["step"], saved["metrics"], saved["path"], tokenizer=tokenizer
+        model, architecture, saved["config"], saved["step"], saved["metrics"], saved["path"], tokenizer=tokenizer
     )
