@@ -1443,6 +1443,15 @@ MUTATIONS = [
         "tests/test_spoken.py -k without_its_data",
     ),
     Mutation(
+        "exact resume", "a version is cut off before what has changed", "omni/train/resume.py",
+        'return version[:12] if re.fullmatch("[0-9a-f]{64}", version) else version', "return version[:12]",
+        "tests/test_spoken.py -k another_version",
+    ),
+    Mutation(
+        "speed", "channels are last in memory for float32 too", "omni/models/vocoder.py",
+        "return x if channels_last else x.contiguous()", "return x", "tests/test_vocoder.py -k channels_are_last",
+    ),
+    Mutation(
         "spoken forms", "a recogniser is taught phonemes", "omni/stages/audio_encoder.py",
         "text_language: Spelled | None", "text_language: Language | None", "tests/test_spoken.py -k recogniser",
     ),

@@ -513,6 +513,8 @@ def test_another_stages_file_is_refused(trained, tmp_path):
 def test_a_given_codec_must_have_the_config_s_sizes(tmp_path):
     training = TALKER.training(tmp_path, codebook_size=4)
     only_error(training.run(), "rvq_codec.pt", "codebook_size is 8, this config has 4")
+    spoken = training.changed(codebook_size=8, text_language="en-ipa", save_dir=str(tmp_path / "spoken"))
+    only_error(spoken.run(), "aligner.pt", 'text_language is null, this config has "en-ipa"')  # as JSON has it
 
 
 def test_another_codec_is_another_training(trained, tmp_path):

@@ -21,6 +21,7 @@ from omni.models.speech_architectures import DiscriminatorArchitecture
 from omni.models.vocoder import (
     Discriminators,
     Generator,
+    as_rows,
     fold_weight_norm,
     frozen,
     mel_spec,
@@ -127,6 +128,16 @@ def test_the_waveform_is_float32_under_autocast():
 
 
 # --- Discriminators and losses ---------------------------------------------------------------------------------------
+
+
+def test_channels_are_last_where_that_is_faster():
+    """In bf16 on a CPU; the kernels of float32 are faster with channels first."""
+    x = torch.randn(2, 7, 5)
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            rows = as_rows(x)
+        assert torch.equal(rows[:, :, 0], x.transpose(1, 2))
+        assert rows.is_contiguous() != bf16 and rows.is_contiguous(memory_format=torch.channels_last) == bf16
 
 
 def test_losses_by_hand():
