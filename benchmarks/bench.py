@@ -48,7 +48,7 @@ from omni.models.speaker import Speaker
 from omni.models.talker import Talker
 from omni.models.vocoder import Generator, fold_weight_norm
 from omni.train import checkpoint
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import StageConfig
 from omni.train.device import pick_amp_dtype
 from omni.train.optim import build_adamw
@@ -571,7 +571,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of: {', '.join(PARTS)}; default: all")
     parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/bench.json", metavar="FILE", help="figures")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="file for a table of figures and targets")
+    parser.add_argument("--page", type=output_file, metavar="FILE.md", help="file for a table of figures and targets")
     parser.add_argument(
         "--configs", type=Path, default=ROOT / "configs", metavar="DIR", help="folder of the *_demo.json"
     )
@@ -589,7 +589,9 @@ def main(argv: list[str] | None = None) -> None:
         write_figures(args.json, bench.figures)
     if args.page is not None:
         command = " ".join(["python benchmarks/bench.py", *sys.argv[1:]])
-        args.page.write_text(page(json.loads(args.json.read_text()), command), encoding="utf-8")
+        _, heading, rest = (args.page.read_text(encoding="utf-8") if args.page.exists() else "").partition("\n## ")
+        text = page(json.loads(args.json.read_text()), command) + heading + rest  # further sections stay
+        args.page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

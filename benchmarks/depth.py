@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omni.common.errors import UserError
 from omni.stages import STAGES
 from omni.train.checkpoint import load
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--depth", type=int, nargs="+", default=[2, 4, 6], metavar="L", help="default: 2 4 6")
     parser.add_argument("--omni", action="store_true", help="train stage E on each")
     parser.add_argument("--out", type=Path, default=ROOT / "checkpoints/depth", metavar="DIR", help="for the runs")
-    parser.add_argument("--page", type=Path, metavar="FILE.md", help="file for the table; the curve lies beside it")
+    parser.add_argument(
+        "--page", type=output_file, metavar="FILE.md", help="file for the table; the curve lies beside it"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of stage A; repeatable"
     )

@@ -41,7 +41,7 @@ from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.stages import STAGES
 from omni.stages.text import TextConfig
 from omni.train.checkpoint import load
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import load_config
 from omni.train.device import computes_in_bf16
 
@@ -154,7 +154,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of each training (default: 10)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/thinker_demo.json", metavar="FILE", help="ours")
-    parser.add_argument("--json", type=Path, default=ROOT / "checkpoints/nanogpt.json", metavar="FILE", help="figures")
+    parser.add_argument(
+        "--json", type=output_file, default=ROOT / "checkpoints/nanogpt.json", metavar="FILE", help="figures"
+    )
     args = parser.parse_args(argv)
     config, _ = load_config(TextConfig, str(args.config))
     if config.val_text is None:

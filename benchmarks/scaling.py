@@ -36,7 +36,7 @@ from omni.common.errors import UserError
 from omni.data.corpus import PackedTokens
 from omni.data.manifest import Manifest
 from omni.data.order import ResumableDataset, build_loader, permute
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,7 +169,9 @@ def main(argv: list[str] | None = None) -> None:
         "--rows", type=int, default=1_000_000, metavar="N", help="rows of a manifest; default: a million"
     )
     parser.add_argument("--repeats", type=int, default=9, metavar="N", help="timings of the first batch; default: 9")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the page there; default: print it only")
+    parser.add_argument(
+        "--out", type=output_file, metavar="FILE.md", help="write the page there; default: print it only"
+    )
     args = parser.parse_args(argv)
     if args.lines < 10_000 or args.rows < 1000 or args.repeats < 1:  # a tenth of the rows must fill a step
         raise UserError("expected at least --lines 10000, --rows 1000 and --repeats 1")

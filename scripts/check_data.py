@@ -43,7 +43,7 @@ from omni.data.tokenizer import Tokenizer
 from omni.stages import STAGES
 from omni.stages.text import TextConfig
 from omni.train import loop
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import Files, read_keys
 from omni.train.stage import TOKENIZER, Stage
 from omni.train.training import Training
@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, metavar="FILE", help="config of any stage")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    parser.add_argument("--page", metavar="FILE.html", help="write a page with pictures and thirty samples")
+    parser.add_argument(
+        "--page", metavar="FILE.html", type=output_file, help="write a page with pictures and thirty samples"
+    )
     parser.add_argument("--read", default="500", metavar="N", help="rows of each file to read as training does, or all")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="steps to measure; 0: none")
     args = parser.parse_args(argv)
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         check(seen, found, None if args.read == "all" else int(args.read), args.steps, tokenizer)
         if args.page:
             found.samples = list(samples_of(seen.training, stage, tokenizer if tokenizer.exists() else None))
-            write_page(Path(args.page), args.config, found.lines, found.lengths, found.samples)
+            write_page(args.page, args.config, found.lines, found.lengths, found.samples)
             print(f"written: {args.page}")
 
 

@@ -31,7 +31,7 @@ from omni.models.audio_encoder import output_frames
 from omni.models.ctc import CtcTokenizer, frames_needed
 from omni.stages.audio_encoder import COLUMNS, AudioEncoderConfig, read_text
 from omni.stages.talker import TalkerConfig
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import load_config, read_keys
 
 _NAMED = 5  # rows to print; all are counted
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--csv", metavar="FILE", help="manifest with the columns wav and text; default: the config's")
     parser.add_argument("--config", metavar="FILE", help="config of the audio encoder or of the talker")
     parser.add_argument("--max_mel_length", type=int, metavar="N", help="try this bound instead of the config's")
-    parser.add_argument("--plot", metavar="FILE.png", help="write a histogram of the lengths")
+    parser.add_argument("--plot", metavar="FILE.png", type=output_file, help="write a histogram of the lengths")
     args = parser.parse_args(argv)
     if not args.csv and not args.config:
         raise UserError("expected --csv FILE or --config FILE")
@@ -107,7 +107,7 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
     """
     keys = read_keys(config_path) if config_path else {}
     if "tts_csv" in keys or "frame_ms" in keys:
-        others = ("codec_ckpt", "audio_ckpt", "vocoder_ckpt")  # stages that need not be there yet
+        others = ("codec_ckpt", "audio_ckpt", "vocoder_ckpt", "val_csv")  # these need not be there yet
         overrides = [f"{key}=null" for key in others] + ([f"tts_csv={csv}"] if csv else [])
         talker, _ = load_config(TalkerConfig, config_path, overrides)
         return Frames(
@@ -122,7 +122,8 @@ def read_frames(csv: str | None, config_path: str | None) -> Frames:
             tokenizer=None,
         )
     if config_path:
-        config, _ = load_config(AudioEncoderConfig, config_path, [f"train_csv={csv}"] if csv else [])
+        overrides = [f"{key}=null" for key in ("val_csv", "val_voices_csv", "val_words_csv")]
+        config, _ = load_config(AudioEncoderConfig, config_path, overrides + ([f"train_csv={csv}"] if csv else []))
     else:
         config = AudioEncoderConfig(save_dir="-", train_csv=csv, max_steps=1)
     return Frames(
@@ -172,7 +173,7 @@ def report_texts(manifest: Manifest, lengths: np.ndarray, frames: Frames) -> Non
         print("  Tokens are several characters long: check again with --config, once training has made its tokenizer")
 
 
-def plot(lengths: np.ndarray, frames: Frames, limit: int, path: str) -> None:
+def plot(lengths: np.ndarray, frames: Frames, limit: int, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and rarely asked for
 
     figure = Figure(figsize=(8, 4), layout="constrained")

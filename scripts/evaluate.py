@@ -28,7 +28,6 @@ import torch
 
 from omni.chat.text import without_controls
 from omni.common.errors import RunError, UserError
-from omni.common.media import visible
 from omni.data.open_manifest import expand
 from omni.export.folder import refuse_export
 from omni.stages import STAGES
@@ -36,11 +35,17 @@ from omni.stages.evaluation import OMNI_TASKS
 from omni.stages.tasks.measures import MEASURES
 from omni.train.cli import OneLineErrors, launch, raise_open_file_limit
 from omni.train.device import pick_device
-from omni.train.evaluation import to_stderr
 from omni.train.stage import load
 
-NAMED = 100  # omitted rows to print; all are counted
 EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
+# Option -> the stages that it has an effect on; the others refuse it
+STAGES_OF = {
+    "task": ("omni",),
+    "image_root": ("vision", "ocr", "omni"),
+    "thinker_ckpt": ("vision",),
+    **dict.fromkeys(("audio_ckpt", "vocoder_ckpt", "save_speech", "voice", "voice_from", "temperature"), ("talker",)),
+    "show": tuple(name for name in EVALUATED if name not in ("text", "codec")),
+}
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
@@ -61,7 +66,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--voice_from", metavar="FILE", help="talker: speak in the voice of this recording, 1 to 60 s")
     parser.add_argument("--temperature", type=float, metavar="T", help="talker: speak each text a second time, sampled")
     parser.add_argument("--limit", type=int, help="evaluate the first N rows only")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N items beside the model's answers")
+    parser.add_argument(
+        "--show",
+        type=int,
+        default=0,
+        metavar="N",
+        help="print N items beside the model's output; not for text and codec",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--num_workers", type=int, default=0)
@@ -70,16 +81,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
+    for name, stages in STAGES_OF.items():
+        if getattr(args, name) not in (None, 0) and args.stage not in stages:
+            raise UserError(f"--{name}: has no effect on {args.stage}, only on {', '.join(stages)}")
     if args.num_workers:
         raise_open_file_limit()
     expand(args.data)  # found before a model is loaded
     if args.temperature is not None and not 0.01 <= args.temperature <= 100:
         raise UserError(f"--temperature: expected 0.01 to 100, found {args.temperature}")
-    if args.stage == "talker" and args.temperature and not (args.audio_ckpt or args.save_speech):
-        raise UserError("--temperature: has no effect without --audio_ckpt or --save_speech")
-    for name in ("save_speech", "voice", "voice_from", "temperature"):
-        if getattr(args, name) is not None and args.stage != "talker":
-            raise UserError(f"--{name}: has no effect on {args.stage}")
+    for name in ("temperature", "vocoder_ckpt"):
+        if getattr(args, name) is not None and not (args.audio_ckpt or args.save_speech):
+            raise UserError(f"--{name}: has no effect without --audio_ckpt or --save_speech")
     if args.save_speech is not None:
         if not args.save_speech or Path(args.save_speech).exists() and not Path(args.save_speech).is_dir():
             raise UserError(f"--save_speech {args.save_speech!r}: expected a folder, or a name for a new one")
@@ -100,10 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in result.metrics.items():
         if not math.isfinite(value):
             raise RunError(f"{args.ckpt_dir} on {args.data}: {name} is {value}, expected a finite number")
-    for where, why in list(result.left_out.items())[:NAMED]:
-        to_stderr(visible(f"{where}: {why}. Left out"))
-    if (more := len(result.left_out) - NAMED) > 0:
-        to_stderr(f"and {more:,} more rows left out")
+    result.name_left_out()
     if args.json:
         facts = {"stage": args.stage, "ckpt_dir": str(args.ckpt_dir), "step": opened.step, "data": str(args.data)}
         counts = {"rows": result.rows, "rows_left_out": len(result.left_out)}

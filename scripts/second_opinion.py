@@ -29,7 +29,7 @@ from omni.data.open_manifest import load_manifest
 from omni.models.ctc import normalise_text
 from omni.stages.audio_encoder import COLUMNS
 from omni.stages.voices import speaker_of
-from omni.train.cli import OneLineErrors, launch
+from omni.train.cli import OneLineErrors, launch, output_file
 from scripts.judges import JUDGES, Clip, Judge, References, VoiceJudge, installed
 from scripts.listening_page import Version, write_page, write_picture
 
@@ -155,9 +155,11 @@ def main(argv: list[str] | None = None) -> None:
         help="WAV files of a voice; repeat, and resemblyzer counts which one each clip is nearest to",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="judge the first N clips of each folder only")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures and transcripts")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write an HTML page to listen to the sources")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw spectrograms of three sentences, a PNG")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write figures and transcripts")
+    parser.add_argument("--page", type=output_file, metavar="FILE", help="write an HTML page to listen to the sources")
+    parser.add_argument(
+        "--picture", type=output_file, metavar="FILE", help="draw spectrograms of three sentences, a PNG"
+    )
     args = parser.parse_args(argv)
     names = args.judge or [name for name in JUDGES if installed(JUDGES[name])]
     if not names:
@@ -172,9 +174,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--voice: has no effect without a judge of voices, such as resemblyzer")
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit: expected at least 1, found {args.limit}")
-    for path in filter(None, (args.json, args.page, args.picture)):
-        if not path.parent.is_dir() or path.is_dir():
-            raise UserError(f"{path}: expected the name of a file in a folder that is there")
     sources = {name: read_source(folder, args.limit) for name, folder in args.sources}
     references = References(sources.get(RECORDINGS, []), {name: read_voice(folder) for name, folder in args.voice})
     verdicts = {name: judge_sources(JUDGES[name](references), name, sources) for name in names}

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -22,13 +22,13 @@ import jiwer
 import numpy as np
 from PIL import Image, ImageOps
 
-from omni.common.errors import RunError, UserError
+from omni.common.errors import BadRow, RunError, UserError, reading_row
 from omni.common.files import write_json
 from omni.common.text import clean_text
 from omni.data.images import decoding, to_rgb
 from omni.data.open_manifest import load_manifest
-from omni.train.cli import OneLineErrors, launch
-from omni.train.evaluation import to_stderr
+from omni.train.cli import OneLineErrors, launch, output_file
+from omni.train.evaluation import EvalResult, to_stderr
 
 LANGUAGE = "eng"
 QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
@@ -63,6 +63,8 @@ def read(pictures: Iterable[Image.Image]) -> list[str]:
         for i, picture in enumerate(pictures):
             files.append(f"{folder}/{i:06}.png")
             prepared(picture).save(files[-1], compress_level=1)
+        if not files:
+            return []
         Path(folder, "list.txt").write_text("\n".join(files))
         # one process for all pictures; a form feed stands between their texts
         command = ["tesseract", f"{folder}/list.txt", "stdout", "--psm", "7", "-l", LANGUAGE]
@@ -83,20 +85,38 @@ def character_error_rate(texts: list[str], found: list[str]) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path, help="CSV with the columns image and text")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the figures there")
+    parser.add_argument("--json", metavar="FILE", type=output_file, help="write the figures there")
     args = parser.parse_args(argv)
     if not installed():
         raise UserError("tesseract: expected to be installed, with English. To have it: apt-get install tesseract-ocr")
     with tempfile.TemporaryDirectory(prefix="omni_tesseract_") as cache:
         manifest = load_manifest(args.data, ("image", "text"), "text", cache_dir=cache, log=to_stderr)
-        rows = [manifest[row] for row in range(len(manifest))]
-    texts = [clean_text(row["text"]) for row in rows]
-    found = read(open_picture(manifest.file(row, "image")) for row in rows)
+        result, texts = EvalResult(), []
+
+        def pictures() -> Iterator[Image.Image]:
+            for row in range(len(manifest)):
+                try:
+                    with reading_row():
+                        sign = manifest[row]
+                        text, picture = clean_text(sign["text"]), open_picture(manifest.file(sign, "image"))
+                        if not text:
+                            raise BadRow("no text")
+                except BadRow as error:
+                    result.left_out[manifest.where(row)] = str(error)
+                    continue
+                texts.append(text)
+                yield picture
+
+        found = read(pictures())
+    result.rows = len(texts)
+    result.check_rows(args)
+    result.name_left_out()
     exact = sum(ours == text for ours, text in zip(found, texts, strict=True)) / len(texts)
     figures = {"cer": character_error_rate(texts, found), "exact": exact}
     if args.json:
         write_json(args.json, figures)
-    print(f"tesseract on {args.data}: {len(texts):,} rows")
+    left_out = f", {len(result.left_out)} left out" if result.left_out else ""
+    print(f"tesseract on {args.data}: {len(texts):,} rows{left_out}")
     for name, value in figures.items():
         print(f"  {name:<23} {value:.4f}")
 

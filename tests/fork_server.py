@@ -1,8 +1,8 @@
 """Starts stage scripts without paying for ``import torch`` each time.
 
-Reads requests as JSON lines from stdin. For each it forks a process that has other people's modules imported already
-and runs the real script as ``__main__``, which imports ours; that process can be signalled and killed like any other.
-This process itself computes nothing, so that the children start with fresh random state and no threads.
+Reads requests as JSON lines from stdin. For each it forks a process that has all modules imported already and runs the
+real script as ``__main__``; that process can be signalled and killed like any other. This process itself computes
+nothing, so that the children start with fresh random state and no threads.
 """
 
 import atexit
@@ -28,6 +28,11 @@ import torch
 import torch._dynamo
 import torch.utils.tensorboard
 import torchaudio.functional  # noqa: F401
+
+import omni.export.bundle
+import omni.stages
+import omni.train.cli
+import omni.train.loop  # noqa: F401
 
 
 def child(request: dict) -> None:

@@ -104,6 +104,17 @@ def test_the_page_tells_what_was_missed():
     ]
 
 
+def test_a_new_page_keeps_the_sections_below_its_table(tmp_path, monkeypatch):
+    page, sections = tmp_path / "speed.md", "\n## Beside another\n\nTwice as fast.\n\n## More\n"
+    monkeypatch.setattr(bench, "PARTS", {"train": lambda it: it.add("train/A/thinker", next(values), "x", "")})
+    values = iter((1.5, 2.5))
+    arguments = ["train", "--json", str(tmp_path / "bench.json"), "--page", str(page)]
+    bench.main(arguments)
+    page.write_text(page.read_text() + sections)
+    bench.main(arguments)
+    assert page.read_text().endswith(f"| train/A/thinker | 2.50 | at least 1.3 |  |\n{sections}")
+
+
 def test_a_stage_without_data_is_left_out_and_says_so(configs, tmp_path, monkeypatch, capsys):
     keys = json.loads((configs / "thinker_demo.json").read_text())
     (tmp_path / "thinker_demo.json").write_text(json.dumps(keys | {"train_text": "absent.txt"}))

@@ -639,3 +639,25 @@ def test_rows_without_a_text_and_long_ones_are_bad_rows(speech, tmp_path):
         with pytest.raises(BadRow, match=message):
             manifest[row]
     assert manifest.where(3).endswith("row 4 (clip03.wav)")
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "rows.JSONL", "rows.ndjson", "rows.json", "rows.Json", "manifest", "rows.dat"]
+)
+@pytest.mark.parametrize("array", [False, True])
+def test_json_is_known_whatever_its_name(tmp_path, name, array):
+    rows = [{"wav": f"{i}.wav", "text": f"row {i}"} for i in range(3)]
+    if array and name.lower().endswith(("jsonl", "ndjson")):
+        pytest.skip("the name says that each line is an object")
+    written = json.dumps(rows) if array else "\n".join(map(json.dumps, rows)) + "\n"
+    (tmp_path / name).write_text(written)
+    manifest = load_manifest(tmp_path / name, SOUND, "text")
+    assert [manifest[row]["text"] for row in range(len(manifest))] == ["row 0", "row 1", "row 2"]
+
+
+def test_a_table_may_begin_as_json_does(tmp_path):
+    (tmp_path / "rows.csv").write_text("[id],wav,text\n1,a.wav,one\n")
+    (tmp_path / "list.txt").write_text("[1]/a.wav|one\n[1]/b.wav|two\n")
+    for name, count in (("rows.csv", 1), ("list.txt", 2)):
+        manifest = load_manifest(tmp_path / name, SOUND, "text")
+        assert len(manifest) == count and manifest[0]["text"] == "one"

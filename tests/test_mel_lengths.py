@@ -83,6 +83,16 @@ def test_the_talker_s_frames(folder):
     assert (folder / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_held_out_files_of_the_config_need_not_be_there(folder):
+    for number, keys in enumerate((
+        AUDIO_ENC.config | {"save_dir": "run", "train_csv": "absent", "val_csv": "none", "val_voices_csv": "none",
+                            "val_words_csv": "none"},
+        TALKER_KEYS | {"tts_csv": "absent", "val_csv": "none"},
+    )):  # fmt: skip
+        (folder / f"{number}.json").write_text(json.dumps(keys))
+        assert "longest" in figures(check(folder, "--csv", "a.csv", "--config", f"{number}.json"))
+
+
 def test_no_sample_is_read(folder):
     path = folder / "19.wav"
     header = path.read_bytes()[:44]
@@ -104,7 +114,7 @@ def test_no_sample_is_read(folder):
         (["--csv", "absent.csv"], ("absent.csv",)),
         (["--config", "absent.json"], ("absent.json", "cannot read the config")),
         (["--csv", "a.csv", "--max_mel_length", "0"], ("--max_mel_length 0", "at least 1")),
-        (["--csv", "a.csv", "--plot", "no/such.png"], ("--plot no/such.png",)),
+        (["--csv", "a.csv", "--plot", "no/such.png"], ("--plot", "no/such.png", "folder that is there")),
         (["--config", "talker.json"], ("talker.json", '"tts_csv"', "is missing")),
         (["--config", "wrong.json"], ("wrong.json", "frame_ms")),
     ],

@@ -76,6 +76,21 @@ def test_the_rate_counts_edits_and_straightens_quotation_marks(fake, signs, tmp_
     assert "cer                     0.0714" in capsys.readouterr().out
 
 
+def test_rows_that_cannot_be_used_are_left_out_and_named(fake, signs, tmp_path, capsys):
+    signs.write_text(signs.read_text() + "signs.csv,never read\n,no picture\nabsent.png,no file\n")
+    fake("OPEN", "Room 1", "It's")
+    tesseract.main(["--data", str(signs), "--json", str(tmp_path / "figures.json")])
+    out, err = capsys.readouterr()
+    assert "3 rows, 3 left out" in out and json.loads((tmp_path / "figures.json").read_text())["exact"] == 2 / 3
+    for row in (4, 5, 6):
+        assert f"{signs}: row {row}: " in err
+    signs.write_text("image,text\nsigns.csv,never read\n")
+    with pytest.raises(UserError, match="not one of its 1 rows can be used"):
+        tesseract.main(["--data", str(signs)])
+    with pytest.raises(UserError, match="--json: .*nowhere.*folder that is there"):
+        tesseract.main(["--data", str(signs), "--json", str(tmp_path / "nowhere" / "figures.json")])
+
+
 @pytest.mark.parametrize(("lines", "code"), [(("OPEN", "Room 7"), 0), (("OPEN", "Room 7", "It's"), 1)])
 def test_a_text_too_few_or_a_failure_ends_it_in_one_line(fake, signs, lines, code):
     fake(*lines, code=code)

@@ -147,7 +147,7 @@ def _tables_of(path: Path) -> list[Path]:
     kinds = [*metadata, *filter(None, (tars, parquet))]
     if not kinds:
         return [path]
-    if others := kinds[1:] + [[name] for name in names if name.endswith(TABLES) and name not in _METADATA]:
+    if others := kinds[1:] + [[name] for name in names if name.lower().endswith(TABLES) and name not in _METADATA]:
         found = ", ".join(quoted(files[0]) for files in kinds[:1] + others)
         first = path / (kinds[0][0] if len(kinds[0]) == 1 else f"*{Path(kinds[0][0]).suffix}")
         raise UserError(f"{path}: has several tables ({found}). Name those to read, such as {first}")

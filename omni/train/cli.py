@@ -12,6 +12,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -149,6 +150,14 @@ class OneLineErrors(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise UserError(message)
+
+
+def output_file(text: str) -> Path:
+    """The ``type`` of an option that names a file to write, so that a wrong name is found before any work."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected the name of a file in a folder that is there")
+    return path
 
 
 def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] | None = None):

@@ -11,11 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from omni.common.errors import RunError, UserError
+from omni.common.media import visible
 from omni.data.manifest import ManifestDataset
 from omni.data.order import NO_BATCH, ResumableDataset, arriving, build_loader
 from omni.train.config import StageConfig
 from omni.train.device import to_device
 
+_NAMED = 100  # omitted rows to print; all are counted
 _TIMEOUT_S = StageConfig.model_fields["loader_timeout_s"].default
 
 
@@ -37,6 +39,13 @@ class EvalResult:
         if not self.rows:
             where, why = next(iter(self.left_out.items()))
             raise UserError(f"{args.data}: not one of its {len(self.left_out)} rows can be used. {where}: {why}")
+
+    def name_left_out(self) -> None:
+        """Name the rows that could not be used on stderr."""
+        for where, why in list(self.left_out.items())[:_NAMED]:
+            to_stderr(visible(f"{where}: {why}. Left out"))
+        if (more := len(self.left_out) - _NAMED) > 0:
+            to_stderr(f"and {more:,} more rows left out")
 
 
 def evaluate_rows(

@@ -83,7 +83,7 @@ class FilesBesideTexts(Gathered):
         stems = {file.with_suffix("") for file in media}  # a.lab may lie beside a.txt
         others = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in TEXTS and file not in texts)
         alone = [file for file in others if file.with_suffix("") not in stems]
-        tables = sorted(file for file in path.iterdir() if file.suffix in TABLES)
+        tables = sorted(file for file in path.iterdir() if file.suffix.lower() in TABLES)
         counts = [f"{len(without):,} sounds or pictures have no text beside them{_first_of(without)}"] * bool(without)
         counts += [f"{len(alone):,} texts have no sound or picture and are not used{_first_of(alone)}"] * bool(alone)
         counts += [f"tables are not read{_first_of(tables)}; to read one, name it"] * bool(tables)
@@ -136,7 +136,7 @@ def which_table(path: Path) -> str:
     the folder clips. "" if there is none."""
     media = {file.with_suffix("") for file in _media_files(path)}  # a.json may be about a.png
     for pattern in ("*", "*/*"):
-        tables = sorted(file for file in path.glob(pattern) if file.suffix in _LISTED and file.is_file())
+        tables = sorted(file for file in path.glob(pattern) if file.suffix.lower() in _LISTED and file.is_file())
         tables = [file for file in tables if file.with_suffix("") not in media and file.stem not in _NO_ROWS]
         if tables:
             names = [str(table.relative_to(path)) for table in tables]

@@ -26,7 +26,12 @@ MEDIA = "media.bin"  # file in the index with copies of sounds and pictures
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXTS = (".txt", ".lab", ".caption")
-TABLES = (".tsv", ".csv", ".jsonl")  # of rows; in a folder with sounds or pictures, .json may be about one of these
+TABLES = (
+    ".tsv",
+    ".csv",
+    ".jsonl",
+    ".ndjson",
+)  # of rows; in a folder with sounds or pictures, .json may be about one of these
 
 
 @dataclass
@@ -197,7 +202,7 @@ class JsonObject(Gathered):
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
         text = head.decode("utf-8-sig", "replace").lstrip()
-        if path.suffix != ".json" or not text.startswith("{"):
+        if path.suffix.lower() != ".json" or not text.startswith("{"):
             return False
         line = text.splitlines()[0]
         try:

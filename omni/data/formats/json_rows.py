@@ -11,20 +11,27 @@ from omni.common.media import quoted
 from omni.data.formats.base import Format, Found
 from omni.data.records import Record, json_records, line_of, line_records
 
+LINES = (".jsonl", ".ndjson")
+COLUMNS = (".csv", ".tsv", ".txt", ".list")
+
+
+def first_byte(path: Path, head: bytes) -> bytes:
+    """The first byte that is no white space; of a table of columns, by its name, none: its header may begin so."""
+    return b"" if path.suffix.lower() in COLUMNS else head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+
 
 @dataclass
 class JsonLines(Format):
-    """``.jsonl`` files, and ``.json`` files that begin with an object."""
+    """``.jsonl`` and ``.ndjson`` files, and files of other names that begin with an object."""
 
     name = "jsonl"
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        begins_with_object = head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{"
-        return path.suffix == ".jsonl" or path.suffix == ".json" and begins_with_object
+        return path.suffix.lower() in LINES or first_byte(path, head) == b"{"
 
     def remark(self, path: Path) -> str:
-        if path.suffix != ".json":
+        if path.suffix.lower() != ".json":
             return ""
         return f"{path}: begins with an object, not with an array of them: read as JSONL, an object a line"
 
@@ -51,7 +58,7 @@ class JsonArray(JsonLines):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        return path.suffix == ".json"  # JSONL is asked first
+        return path.suffix.lower() == ".json" or first_byte(path, head) == b"["  # JSONL is asked first
 
     def remark(self, path: Path) -> str:
         return ""
