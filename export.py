@@ -19,6 +19,7 @@ import torch
 
 from omni.common.errors import UserError
 from omni.common.files import file_sha256, write_json
+from omni.common.numerics import weights_sha256
 from omni.data.tokenizer import chat_template
 from omni.export.bundle import PARTS, STAGE_OF, buffers_of, rounded, write_weights
 from omni.export.folder import (
@@ -96,7 +97,12 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {name: part.sizes for name, part in parts.items()}
         omni = None
         if sft is not None:
-            omni = {"architecture": architecture.model_dump(), "prompt": sft.prompt, "origins": sft.origins}
+            origins = dict(sft.origins)
+            if "codec" in origins and "rvq" in parts:  # of the codec as it is written: speech compares it
+                codec = parts["rvq"].module
+                codec.load_state_dict(rounded(codec.state_dict(), dtype, exact=buffers_of(codec)))
+                origins["codec"] = weights_sha256(codec)
+            omni = {"architecture": architecture.model_dump(), "prompt": sft.prompt, "origins": origins}
         write_json(folder / CONFIG, about | {"parts": sizes, "omni": omni}, indent=2)
         write_json(folder / "preprocessor_config.json", preprocessing(parts), indent=2)
         write_language(folder, thinker.architecture, tokenizer, template)

@@ -379,6 +379,8 @@ def speaking_parts(bench: Bench) -> tuple[Talker, Codec, str]:
         talker, codec = (open_model(part, bench.talker_ckpt).model for part in ("talker", "rvq"))
         return talker, codec, f"talker of {bench.talker_ckpt}"
     config = read_config("D", bench.configs)
+    if config.voice_layers:
+        config = config.model_copy(update={"speakers": ["any"]})  # the script takes the names from the data
     talker, codec = Talker(config.architecture).eval(), Codec(config.codec.architecture).eval()
     with torch.no_grad():
         talker.depth.heads[0, :, -1] = 0.0  # random weights might end the sentence at its first frame

@@ -34,6 +34,7 @@ from omni.stages import STAGES as TABLE
 from omni.stages.audio_encoder import ctc_loss
 from omni.stages.ocr import OcrConfig, encode_texts, ocr_loss
 from omni.stages.vocoder import mel_loss
+from omni.stages.voices import REFERENCE_CODES
 from omni.train.config import StageConfig
 
 # The reference is the faster one, which on a CPU depends on dtype and sizes.
@@ -226,6 +227,9 @@ def talker_alone(configs: Path) -> Pair:
         "codes": torch.randint(config.codebook_size, (B, T, config.codebooks)),
         "lengths": torch.full((B,), T),
     }
+    if config.voice_layers:
+        batch["references"] = torch.randint(config.codebook_size, (B, REFERENCE_CODES, config.codebooks))
+        batch["reference_lengths"] = torch.full((B,), REFERENCE_CODES)
     weights = {"frame_dropout": config.frame_dropout, "duration_weight": config.duration_weight}
     talker = Talker(config.architecture, use_flash=config.use_flash)
     return Pair("D", "whole_step", config, talker, lambda model: talker_loss(model, batch, **weights)[0])

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from omni.common import allocator
-from omni.common.errors import EXIT_INTERRUPTED
+from omni.common.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from omni.common.files import write_json
 from omni.stages import STAGES as TABLE
 from omni.train.checkpoint import load
@@ -233,12 +233,19 @@ def demo() -> int:
     minutes = results.setdefault("minutes", {})
     finished = {stage.name for stage in STAGES if (stage.folder / stage.stage.final).exists()}
 
+    def note_time() -> None:  # of a demo in several parts it is their sum; of one that is finished it stays
+        nonlocal started
+        if len(finished) < len(STAGES):
+            minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
+        started = time.monotonic()
+
     def ended(stage: DemoStage, seconds: float, code: int) -> None:
         if stage.name not in finished:  # the time of a run in several parts is their sum
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
         if not code:
             metrics = load(stage.folder / stage.stage.final)["metrics"]
             results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
+        note_time()
         write_json(RESULTS, results, indent=2)
 
     train({stage.name: [stage.stage.script, "--config", stage.config] for stage in STAGES}, ended)
@@ -255,7 +262,7 @@ def demo() -> int:
     else:
         print("\nTesseract, to compare stage G with, is not installed. To have it: apt-get install tesseract-ocr")
     results.pop("judged", None)  # of other models
-    minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
+    note_time()
     write_json(RESULTS, results, indent=2)
     missing = sorted({name for names in JUDGES_OF.values() for name in names if not installed(JUDGES[name])})
     if missing:
@@ -354,6 +361,12 @@ def run(*command: str) -> None:
 
 
 def give_up(code: int) -> None:
+    """Exit with a child's code; one that a signal ended, unasked, as if it had run out of memory, has failed."""
+    if code < 0 and not _asked.is_set():
+        print(
+            f"error: a script was ended by {signal.Signals(-code).name}. Run the same command to go on", file=sys.stderr
+        )
+        code = EXIT_FAILED
     sys.exit(code if code > 0 else EXIT_INTERRUPTED)
 
 

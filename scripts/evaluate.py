@@ -96,6 +96,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not args.save_speech or Path(args.save_speech).exists() and not Path(args.save_speech).is_dir():
             raise UserError(f"--save_speech {args.save_speech!r}: expected a folder, or a name for a new one")
         args.save_speech = Path(args.save_speech)
+        if args.save_speech.resolve() in args.data.resolve().parents:  # whose sounds would be replaced
+            raise UserError(f"--save_speech {args.save_speech}: expected another folder than that of --data")
     return args
 
 

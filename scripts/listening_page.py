@@ -40,19 +40,24 @@ class Version:
     source: str
     path: Path
     heard: dict[str, str] = field(default_factory=dict)  # recogniser -> transcript
+    speaker: str = ""
+
+    @property
+    def title(self) -> str:
+        return f"{self.source}, {self.speaker}" if self.speaker else self.source
 
 
-def write_page(path: Path, sentences: dict[str, list[Version]], table: list[list[str]]) -> None:
+def write_page(path: Path, sentences: list[tuple[str, list[Version]]], table: list[list[str]]) -> None:
     """One HTML file that loads nothing: sounds and pictures stand in it.
 
     Args:
-        sentences: text -> its versions; the first MOST_SENTENCES are shown.
+        sentences: texts with their versions; the first MOST_SENTENCES are shown.
         table: rows of cells that stand above them.
     """
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table)
     shown = "".join(
         f"<h2>{html.escape(text)}</h2><div>{''.join(map(figure, versions))}</div>"
-        for text, versions in list(sentences.items())[:MOST_SENTENCES]
+        for text, versions in sentences[:MOST_SENTENCES]
     )
     page = PAGE.format(table=rows, sentences=shown)
     replace_file(path, lambda file: file.write(page.encode()))
@@ -62,7 +67,7 @@ def figure(version: Version) -> str:
     heard = "".join(f"<p><b>{name}</b> {html.escape(text)}</p>" for name, text in version.heard.items())
     picture = draw_log_mel(load_audio(version.path, MelSpec.sample_rate))
     return (
-        f"<figure><figcaption>{html.escape(version.source)}</figcaption>"
+        f"<figure><figcaption>{html.escape(version.title)}</figcaption>"
         f'<img alt="spectrogram" src="{data_uri(picture, "image/png")}">'
         f'<audio controls src="{data_uri(version.path.read_bytes(), "audio/wav")}"></audio>{heard}</figure>'
     )
@@ -72,15 +77,15 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
-def write_picture(path: Path, sentences: dict[str, list[Version]]) -> None:
+def write_picture(path: Path, sentences: list[tuple[str, list[Version]]]) -> None:
     """A PNG with the spectrograms of the first MOST_DRAWN sentences: a row for each sentence, a column for each source.
 
     Args:
-        sentences: text -> its versions.
+        sentences: texts with their versions.
     """
     from matplotlib.figure import Figure  # not pyplot: no window, and nothing that is left open
 
-    shown = list(sentences.items())[:MOST_DRAWN]
+    shown = sentences[:MOST_DRAWN]
     sources = list(dict.fromkeys(version.source for _, versions in shown for version in versions))
     drawing = Figure(figsize=(3 * len(sources), 1.9 * len(shown)), layout="constrained", dpi=80)
     for axes, (text, versions) in zip(drawing.subplots(len(shown), len(sources), squeeze=False), shown, strict=True):
@@ -92,7 +97,7 @@ def write_picture(path: Path, sentences: dict[str, list[Version]]) -> None:
             mel = log_mel(torch.from_numpy(load_audio(version.path, MelSpec.sample_rate)), MelSpec()).numpy()
             seconds = len(mel) * MelSpec.hop_length / MelSpec.sample_rate
             axis.imshow(mel.T, origin="lower", aspect="auto", cmap="magma", extent=(0, seconds, 0, mel.shape[1]))
-            axis.set_title(version.source, fontsize=8, parse_math=False)
+            axis.set_title(version.title, fontsize=8, parse_math=False)
             axis.set_yticks([])
             axis.tick_params(labelsize=6)
         first = axes[sources.index(versions[0].source)]

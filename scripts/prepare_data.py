@@ -25,6 +25,7 @@ import wave
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import filterfalse
 from pathlib import Path
 from typing import BinaryIO
 from xml.etree import ElementTree
@@ -160,7 +161,7 @@ def g722_to_wav(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
 def coco_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     outputs = {"train2017": "production_annotations.json", "val2017": "production_annotations.val.json"}
     return {
-        output: caption_rows(coco_captions(folder, split), items[f"{split}.zip"])
+        output: caption_rows(coco_captions(folder, split), list(filterfalse(of_held_out_talk, items[f"{split}.zip"])))
         for split, output in outputs.items()
         if f"{split}.zip" in items
     }
@@ -185,7 +186,7 @@ def vqa_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     splits = {"train2017": "production_vqa.json", "val2017": "production_vqa.val.json"}
     files = {int(Path(name).stem): name for split in splits for name in items.get(f"{split}.zip", ())}
     asked: dict[str, list[tuple[int, list]]] = {}  # name of a picture -> number of a question, the question
-    n_questions = n_blank = 0
+    n_questions = n_blank = n_held_out = 0
     for split in ("train2014", "val2014"):
         answers = vqa_answers(folder / f"vqa/v2_mscoco_{split}_annotations.json")
         with as_published(folder / f"vqa/v2_OpenEnded_mscoco_{split}_questions.json") as path:
@@ -193,7 +194,9 @@ def vqa_rows(folder: Path, items: Items) -> dict[str, TableRows]:
                 n_questions += 1
                 number, (answer, of_people) = question["question_id"], answers[question["question_id"]]
                 text, name = in_words(question["question"]), files.get(question["image_id"])
-                if name and not (text and answer):
+                if name and of_held_out_talk(name):
+                    n_held_out += 1
+                elif name and not (text and answer):
                     n_blank += 1
                 elif name:
                     asked.setdefault(name, []).append((number, [text, answer, of_people]))
@@ -212,10 +215,10 @@ def vqa_rows(folder: Path, items: Items) -> dict[str, TableRows]:
                     for name in names
                 ]
             counts.append(f"{sum(len(asked[name]) for name in names):,} about {len(names):,} pictures of {split}")
-    n_without = n_questions - n_blank - sum(map(len, asked.values()))
+    n_without = n_questions - n_blank - n_held_out - sum(map(len, asked.values()))
     log(
         f"VQA v2: {n_questions:,} questions = {' + '.join(counts)} + {n_without:,} left out (picture not unpacked) "
-        f"+ {n_blank:,} left out (blank)"
+        f"+ {n_blank:,} left out (blank) + {n_held_out:,} left out (conversations about the picture are held out)"
     )
     return rows
 
@@ -245,7 +248,7 @@ def llava_rows(folder: Path, items: Items) -> dict[str, TableRows]:
             name = f"train2017/{row['image']}"
             if name in present:
                 conversations = [{"from": turn["from"], "value": turn["value"]} for turn in row["conversations"]]
-                side = held_out if is_held_out(name, HELD_OUT) else train
+                side = held_out if of_held_out_talk(name) else train
                 rows[side].append({"image": name, "conversations": conversations})
     n_train, n_held_out = len(rows[train]), len(rows[held_out])
     log(
@@ -260,6 +263,12 @@ HELD_OUT = 0.005  # share of the pictures or words of a data set that is publish
 
 def is_held_out(key: str, share: float) -> bool:
     return zlib.crc32(key.encode()) < share * 2**32
+
+
+def of_held_out_talk(name: str) -> bool:
+    """Whether LLaVA's conversations about a picture of COCO are held out. They are made of its captions, so that no
+    other file to train on has the picture, either."""
+    return name.startswith("train2017/") and is_held_out(name, HELD_OUT)
 
 
 def flickr8k_rows(folder: Path, items: Items) -> dict[str, TableRows]:

@@ -16,6 +16,7 @@ to.
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -125,15 +126,20 @@ def make_table(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Ver
     return rows
 
 
-def page_rows(sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Verdict]]) -> dict[str, list[Version]]:
-    """Text -> its clip in each source, with what the judges transcribe."""
-    rows: dict[str, list[Version]] = {}
+def page_rows(
+    sources: dict[str, list[Clip]], verdicts: dict[str, dict[str, Verdict]]
+) -> list[tuple[str, list[Version]]]:
+    """Each text with its clip in each source, and what the judges transcribe. A text that a source has twice, perhaps
+    by two speakers, comes twice."""
+    rows: dict[tuple[str, int], list[Version]] = {}
     for source, clips in sources.items():
+        times: Counter[str] = Counter()
         for index, clip in enumerate(clips):
             heard = {judge: said[source].transcripts for judge, said in verdicts.items()}
             heard = {judge: transcripts[index] for judge, transcripts in heard.items() if transcripts}
-            rows.setdefault(clip.text, []).append(Version(source, clip.path, heard))
-    return rows
+            rows.setdefault((clip.text, times[clip.text]), []).append(Version(source, clip.path, heard, clip.speaker))
+            times[clip.text] += 1
+    return [(text, versions) for (text, _), versions in rows.items()]
 
 
 # --- command line ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import demo
 
-from omni.common.errors import EXIT_INTERRUPTED
+from omni.common.errors import EXIT_FAILED, EXIT_INTERRUPTED
 from omni.synthetic import speech
 
 # notes in a file when it begins and ends; a SIGTERM ends it as it ends a stage: it saves, and a second one stops that
@@ -149,6 +149,14 @@ demo.train(commands, lambda stage, seconds, code: print(stage.name, code, file=s
     process.stdout.close()
     assert process.wait(timeout=200) == EXIT_INTERRUPTED
     assert {line.split()[1] for line in process.stderr.read().splitlines()} <= {str(EXIT_INTERRUPTED), "-15"}
+
+
+@pytest.mark.usefixtures("train")
+def test_one_that_a_signal_ends_unasked_has_failed(capfd):
+    """As the kernel ends a process when memory is out."""
+    with pytest.raises(SystemExit) as ended:
+        demo.run("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert ended.value.code == EXIT_FAILED and "ended by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_ctrl_c_in_the_terminal_reaches_the_stages_through_the_demo_only():

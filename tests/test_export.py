@@ -373,6 +373,7 @@ def test_bfloat16_halves_the_size_and_says_what_it_costs(folders, merged, tmp_pa
     assert model.dtype == torch.bfloat16
     assistant = Assistant.load(output, CPU)
     assert assistant.thinker.embed_tokens.weight.dtype == torch.float32
+    assert load_speaker(output, None, None, CPU, assistant)[0].uses_thinker_states, "its codec is rounded, too"
     rounded = fine["thinker.norm.weight"].bfloat16().float()
     assert torch.equal(assistant.thinker.norm.weight, rounded)
 

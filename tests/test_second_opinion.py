@@ -307,6 +307,30 @@ def test_a_real_judge_prefers_speech_to_noise(name, tmp_path, capsys):
     assert clear < 50 < drowned if name.startswith("whisper") else clear > drowned + 0.1
 
 
+def test_a_sound_of_nothing_is_saved_as_silence(speech, tmp_path):
+    """A talker may end at its first frame."""
+    save_speech(tmp_path, {"talker": [torch.zeros(0), clip(2)]}, TEXTS[:2], 0, SAMPLE_RATE)
+    clips = second_opinion.read_source(tmp_path / "talker", None)
+    assert not clips[0].waveform().any() and len(clips[0].waveform()) == SAMPLE_RATE // 10
+
+
+def test_speech_that_is_saved_again_replaces_what_was_there(speech, tmp_path):
+    save_speech(tmp_path, {"talker": [clip(1), clip(2), clip(3)]}, TEXTS, 0, SAMPLE_RATE)
+    save_speech(tmp_path, {"talker": [clip(3)]}, TEXTS[:1], 0, SAMPLE_RATE)
+    save_speech(tmp_path, {"talker": [clip(2)]}, TEXTS[1:2], 1, SAMPLE_RATE)
+    assert [len(one.waveform()) for one in second_opinion.read_source(tmp_path / "talker", None)] == [4800, 3200]
+
+
+def test_one_text_by_two_speakers_stands_twice(speech, tmp_path):
+    for kind in ("recordings", "talker"):
+        save_speech(tmp_path / "two", {kind: [clip(1), clip(2)]}, [TEXTS[0]] * 2, 0, SAMPLE_RATE, ["ann", "joe"])
+    second_opinion.main([*both(tmp_path / "two"), "--page", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<h2>") == 2
+    for title in ("recordings, ann", "talker, ann", "recordings, joe", "talker, joe"):
+        assert page.count(f"<figcaption>{title}<") == 1
+
+
 def test_silence_is_judged_too(tmp_path):
     present = [name for name in JUDGES if installed(JUDGES[name])]
     if not present:

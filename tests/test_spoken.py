@@ -109,6 +109,14 @@ PHONEMES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u2009", "\n", "\t"])
+@pytest.mark.parametrize("language", ["en", "en-ipa"])
+def test_any_white_space_is_a_blank(blank, language):
+    for text in ("5 kg", "May 3", "at 5 p.m. or so", "3 1/2 cups"):
+        assert spoken_form(text.replace(" ", blank), language) == spoken_form(text, language)
+        assert speech_bytes(text.replace(" ", "\t"), language) == speech_bytes(text, language)
+
+
 def test_words_are_read_as_phonemes_and_all_else_stays():
     for text, phonemes in PHONEMES.items():
         assert spoken_form(text, "en-ipa") == phonemes

@@ -10,7 +10,8 @@ import pytest
 import soundfile
 import torch
 from harness import Training, differences, kill_at_step, run_script
-from stages import AUDIO_ENC, OMNI, TALKER, VOICES, make_voices
+from stages import AUDIO_ENC, OMNI, TALKER, VOICES, make_voices, write_csv
+from test_bad_rows import read_rows
 from test_config import only_error
 from test_export import altered
 from test_export import run as run_anywhere
@@ -19,6 +20,7 @@ from test_web_demo import Site, needs_gradio, start
 
 import omni.stages.voices
 from omni.chat.speech import load_speaker
+from omni.common.errors import BadRow
 from omni.export.bundle import open_model
 from omni.models.aligner import text_symbols
 from omni.models.codec import Codec
@@ -27,7 +29,7 @@ from omni.models.speech_architectures import CodecArchitecture, TalkerArchitectu
 from omni.models.talker import Talker, pad_references, references_in, talker_loss
 from omni.models.voices import VOICE_CODES
 from omni.stages.talker import CodedSpeech, Utterance, collate_utterances
-from omni.stages.voices import REFERENCE_CODES, Voices, in_turns, speaker_key, with_references
+from omni.stages.voices import REFERENCE_CODES, Voices, in_turns, speaker_key, speaker_of, with_references
 from omni.train.precompute import ManifestWithColumns, RaggedArray
 
 NAMES = ["ann", "joe", "ann", "ann", "lee", "joe", "ann", ""]  # the only lee has no other clip
@@ -303,10 +305,27 @@ def test_voices_without_speakers_are_refused_before_anything_is_trained(tmp_path
 def test_a_name_that_is_none_is_a_bad_row(tmp_path):
     training = VOICES.training(tmp_path, max_steps=9, max_epochs=None)
     path = tmp_path / "tts.csv"
-    path.write_text(path.read_text().replace(",ann", "," + "x" * 65, 1))
+    path.write_text(path.read_text().replace(",ann", "," + "x" * 129, 1))
     training.finish()
-    assert "expected a name of at most 64 characters" in (training.save_dir / "training.log").read_text()
+    assert "expected a name of at most 128 characters" in (training.save_dir / "training.log").read_text()
     assert training.final_file()["architecture"]["speakers"] == ["ann", "joe", ""]
+
+
+def test_names_as_other_data_sets_have_them():
+    common_voice = "0123456789abcdef" * 8
+    for value, name in ((common_voice, common_voice), (19, "19"), (0, "0"), (None, ""), ("", ""), (" ann ", "ann")):
+        assert speaker_of({"speaker": value}) == name
+    for value in (True, 1.5, ["ann"], "x" * 129, "a\nb"):
+        with pytest.raises(BadRow, match="expected a name"):
+            speaker_of({"speaker": value})
+
+
+def test_too_many_speakers_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+    few = {"codec_ckpt": None, "codec_steps": 4, "aligner_steps": 4, "max_steps": 4, "max_epochs": None}
+    training = VOICES.training(tmp_path, **few)
+    process = training.run(prelude="import omni.stages.voices\nomni.stages.voices.MAX_SPEAKERS = 2\n")
+    only_error(process, "tts.csv", 'at most 2 names in the column "speaker", found 3')
+    assert not list(training.save_dir.glob("*.pt"))
 
 
 def test_one_line_for_a_voice_that_there_is_not(trained, tmp_path):
@@ -338,11 +357,20 @@ def test_one_line_for_a_voice_that_there_is_not(trained, tmp_path):
     process = run_script(trained, "scripts/evaluate.py", "talker", *data, "--voice", "ann", "--save_speech", str(saved))
     assert process.returncode == 0 and len(list((saved / "talker").glob("*.wav"))) == 3, process.stderr
     assert "code_perplexity_of_ann" not in process.stdout, "all rows are spoken as ann"
+    speakers = {kind: [row["speaker"] for row in read_rows(saved / f"{kind}.csv")] for kind in ("recordings", "talker")}
+    assert speakers["talker"] == ["ann"] * 3 and len(set(speakers["recordings"])) > 1
+    inside = ("--data", str(saved / "recordings.csv"), "--save_speech", str(saved))
+    only_error(run_script(trained, "scripts/evaluate.py", "talker", *inside), "--save_speech", "another folder")
 
 
 def test_a_talker_of_one_voice_takes_no_voice(tmp_path):
     training = TALKER.training(tmp_path, max_steps=3, max_epochs=None)
     training.finish()
+    rows = [row | {"speaker": "x" * 999} for row in read_rows(Path(training.config["tts_csv"]))]
+    write_csv(tmp_path / "named.csv", rows)
+    data = ("--data", str(tmp_path / "named.csv"), "--limit", "2")
+    process = run_script(training, "scripts/evaluate.py", "talker", *data)
+    assert process.returncode == 0 and "2 rows\n" in process.stdout, "names have no effect on it"
     say = ("--say", "one", "--audio_out", "said.wav")
     only_error(run_script(training, "infer_chat.py", *say, "--voice", "ann"), "one voice", "voice_layers")
     only_error(run_script(training, "infer_chat.py", *say, "--voice_from", "a.wav"), "one voice", "voice_layers")

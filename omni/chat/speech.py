@@ -22,6 +22,7 @@ from omni.export.bundle import Export, open_model, source_of
 from omni.export.folder import is_export
 from omni.models.speaker import MAX_SECONDS, Speaker
 from omni.models.vocoder import refuse_other_mels
+from omni.stages.omni_parts import began_with
 
 MAX_SPOKEN_BYTES = 1 << 15  # of a text: about half an hour of speech
 UTTERANCE_BYTES = 240  # what a talker learns from is hardly longer
@@ -41,7 +42,7 @@ def load_speaker(
     Args:
         vocoder_ckpt: stage F; None: the export's own, else Griffin-Lim.
         assistant: gives the answers to speak; if it comes from stage E with a talker, that talker is used, with the
-            codec found here.
+            codec found here. Not if ``talker_ckpt`` has another codec or another talker than stage E began with.
 
     Returns:
         The speaker, and a line with its origin and its measured quality.
@@ -55,7 +56,10 @@ def load_speaker(
     opened, codec = (open_model(part, source, device) for part in ("talker", "rvq"))
     speaker = Speaker(opened.model, codec.model)
     own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
-    if own is not None and assistant.origins.get("codec") == weights_sha256(codec.model):
+    same = own is not None and assistant.origins.get("codec") == weights_sha256(codec.model)
+    if same and talker_ckpt is not None and not isinstance(source, Export):
+        same = began_with(assistant.origins, talker_ckpt, own)
+    if same:
         speaker = Speaker(own, codec.model, uses_thinker_states=True)
     if vocoder_ckpt is not None:
         speaker.vocoder = open_model("vocoder", vocoder_ckpt, device).model

@@ -85,6 +85,11 @@ class Talk:
         self.messages, self.shown = [], []
 
 
+def given(seed: int | None) -> int | None:
+    """A visitor's seed; None if the field is empty or negative."""
+    return None if seed is None or seed < 0 else seed
+
+
 class Page:
     """The functions of the page's buttons. Their computations take turns.
 
@@ -126,7 +131,7 @@ class Page:
                 messages, max_new_tokens = [*talk.messages, message(attached, text)], int(max_new_tokens)
                 answer_states = AnswerStates()
                 sampling = {
-                    "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": None if seed < 0 else seed,
+                    "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": given(seed),
                     "top_p": top_p if temperature and top_p < 1 else None,
                 }  # fmt: skip
                 pieces = await self.turns.compute(self.answer, messages, answer_states, sampling)
@@ -178,7 +183,8 @@ class Page:
             text = clean(text or "")
             if not text.strip():
                 raise UserError("expected a text to say")
-            sampling = {"temperature": temperature, "seed": random.getrandbits(53) if seed < 0 else seed}
+            seed = random.getrandbits(53) if given(seed) is None else seed
+            sampling = {"temperature": temperature, "seed": seed}
             async with session.turn:
                 sampling["reference"] = await chosen_voice(self.turns, self.speaker, voice, voice_file)
                 spoken = speak(self.speaker, [text], "the text", warn_of_cut, **sampling)

@@ -19,9 +19,10 @@ Language = Literal["en", "en-ipa"]  # the second: words as phonemes
 # the descriptions of the config key by which a stage chooses
 SPELLED = "language in which numbers and abbreviations are read as words; default: texts stay as they are"
 TEXT_LANGUAGE = f"{SPELLED}; en-ipa: words as espeak-ng's phonemes"
-_VERSION = 2  # raise it with every change of what is written
+_VERSION = 3  # raise it with every change of what is written
 _LONGEST = 15  # digits of a number that is read as one; longer ones are read digit by digit
 _OTHER_SCRIPT = re.compile("[\u0370-\u1dff\u2c00-\ua71f\ua800-\uab2f\uab70-\ufaff\ufb07-\uffff\U00010000-\U0010ffff]")
+_OTHER_BLANKS = re.compile(r"[^\S ]")
 
 
 def spoken_form(text: str, language: Language | None = "en") -> str:
@@ -39,6 +40,7 @@ def spoken_pieces(text: str, language: Language | None) -> list[tuple[str, int, 
     another length is other words, or a word's phonemes."""
     if language == "en-ipa":
         return [word for piece in spoken_pieces(text, "en") for word in _in_phonemes(*piece)]
+    text = _OTHER_BLANKS.sub(" ", text)  # as many characters: "5 kg" may have a no-break space
     if language is None or not _MAY_CHANGE.search(text):
         return [(text, 0, len(text))] if text else []
     pieces, done = [], 0

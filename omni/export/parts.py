@@ -13,6 +13,7 @@ from omni.models.omni_architecture import OmniArchitecture
 from omni.models.vocoder import refuse_other_mels
 from omni.stages import STAGES
 from omni.stages.omni import SftConfig
+from omni.stages.omni_parts import began_with
 from omni.train.stage import Loaded, Stage
 
 MAY_DIFFER = ("dropout",)  # of encoders
@@ -131,6 +132,11 @@ def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig 
             raise UserError(
                 f"{args.omni_ckpt}: its talker predicts the codes of another codec than that of {args.talker_ckpt}. "
                 "Give the folder that stage E used"
+            )
+        if not began_with(sft.origins, args.talker_ckpt, parts["talker"].module):
+            raise UserError(
+                f"{args.omni_ckpt}: its talker is not the one of {args.talker_ckpt}, though their codec is the same. "
+                "Give the folder that stage E used, or train stage E with this one"
             )
         parts["talker"].notes.append(f"from {talker.file}, step {talker.step}: {figures('talker', talker.metrics)}")
         parts["talker"].notes.append("conditioned in stage E on the Thinker's states of the answer")

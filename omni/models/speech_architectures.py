@@ -9,6 +9,7 @@ from omni.common.spoken import TEXT_LANGUAGE, Language
 from omni.models.architectures import Architecture, ThinkerArchitecture
 
 ListedSize = Annotated[int, Field(le=65_536)]
+MAX_SPEAKERS = 10_000
 
 
 class SpeechFrames(Architecture):
@@ -110,7 +111,7 @@ class TalkerArchitecture(ReadTexts, SpeechCodes):
     voice_layers: int = Field(
         0, ge=0, le=1000, description="blocks of the voice encoder, for data with the column speaker; 0: one voice"
     )
-    speakers: list[str] = Field([], max_length=10_000, description="names of the voices, set by the script")
+    speakers: list[str] = Field([], max_length=MAX_SPEAKERS, description="names of the voices, set by the script")
 
     @property
     def blocks(self) -> ThinkerArchitecture:

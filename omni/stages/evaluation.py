@@ -52,6 +52,7 @@ from omni.train.stage import Loaded, load
 
 # tasks that need neither a second file nor the folder of another stage
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
+SHORTEST_S = 0.1  # of a saved sound
 SHOWN_CHARACTERS = 300  # of the accepted answers of an item
 
 
@@ -221,27 +222,29 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
     vocoder = load_vocoder_for(args.ckpt_dir, mel_spec(codec.architecture), args.vocoder_ckpt, device)
     speaker = Speaker(opened.model, codec, vocoder)
     voice = speaker.voice(args.voice, args.voice_from)
+    several = opened.model.voice_encoder is not None
     recognizer = Recognizer(args.audio_ckpt, device) if args.audio_ckpt else None
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     result, totals, counts = EvalResult(), {}, {}
     rows = first_rows(len(manifest), args)
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], result.left_out)
-        utterances, recordings, spoken_rows = [], [], []
+        utterances, recordings, names = [], [], []
         for row, text, recording in read:
             try:
                 with reading_row():
                     symbols = text_symbols(text, speaker.text_language)
                     log_mels = log_mel(recording, speaker.spec)
                     durations, codes = aligner.align_one(symbols, log_mels), speaker.encode(recording)
-                    name = speaker_of(manifest[row]) if voice is None else ""
+                    name = speaker_of(manifest[row]) if several else ""
             except BadRow as error:
                 result.left_out[manifest.where(row)] = str(error)
                 continue
             reference = voice_of(speaker.talker, name, codes) if voice is None else voice
-            utterances.append(Utterance(text, symbols, codes, durations, reference=reference, speaker=name))
+            scored_as = name if voice is None else ""
+            utterances.append(Utterance(text, symbols, codes, durations, reference=reference, speaker=scored_as))
             recordings.append(recording)
-            spoken_rows.append(row)
+            names.append(name)
         if not utterances:
             continue
         texts, references = zip(*((utterance.text, utterance.reference) for utterance in utterances), strict=True)
@@ -265,9 +268,11 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             saved = dict(sounds)
             if vocoder is not None:  # what it is compared with
                 saved["griffin_lim"] = [griffin_lim(log_mel(one, speaker.spec), speaker.spec) for one in recordings]
-            names = [speaker_of(manifest[row]) for row in spoken_rows]
-            first = result.rows - len(texts)
-            save_speech(args.save_speech, saved, texts, first, speaker.spec.sample_rate, speakers=names)
+            where = (texts, result.rows - len(texts), speaker.spec.sample_rate)
+            spoken = {way: saved.pop(way) for way in ways}
+            save_speech(args.save_speech, saved, *where, speakers=names)
+            voices = names if voice is None else [args.voice or ""] * len(names)
+            save_speech(args.save_speech, spoken, *where, speakers=voices)
         if recognizer is None:
             continue
         for kind, waveforms in sounds.items():
@@ -294,22 +299,29 @@ def save_speech(
     speakers: Sequence[str] | None = None,
 ) -> None:
     """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv``. Files are written whole, and
-    a manifest after its sounds.
+    a manifest after its sounds. With the first sounds of a kind, those of an earlier evaluation go.
 
     Args:
+        sounds: kind -> waveforms (S,); one of less than SHORTEST_S ends with silence, as a file without samples is
+            taken for a damaged one.
+        first: number of sounds of each kind before these.
         speakers: of the texts; default: no names.
     """
+    shortest = round(SHORTEST_S * sample_rate)
     for kind, waveforms in sounds.items():
         (folder / kind).mkdir(parents=True, exist_ok=True)
         table = io.StringIO(newline="")
         rows = csv.writer(table)
         if not first:
             rows.writerow([*COLUMNS, "speaker"])
+            for earlier in (folder / kind).glob(f"{'[0-9]' * 6}.wav"):
+                earlier.unlink()
         rows_of_kind = zip(texts, speakers or [""] * len(texts), waveforms, strict=True)
-        for number, (text, name_of_speaker, waveform) in enumerate(rows_of_kind, start=first):
+        for number, (text, speaker, waveform) in enumerate(rows_of_kind, start=first):
             name = f"{kind}/{number:06d}.wav"
-            write_sound(folder / name, waveform.clamp(-1, 1), sample_rate)
-            rows.writerow([name, text, name_of_speaker])
+            silence = waveform.new_zeros(max(0, shortest - len(waveform)))
+            write_sound(folder / name, torch.cat((waveform.clamp(-1, 1), silence)), sample_rate)
+            rows.writerow([name, text, speaker])
         path = folder / f"{kind}.csv"
         content = (path.read_bytes() if first else b"") + table.getvalue().encode()
         replace_file(path, lambda file, content=content: file.write(content))

@@ -127,6 +127,12 @@ def talker_with_states(folder: str, d_model: int) -> tuple[TalkerConfig, Talker]
     return trained, talker
 
 
+def began_with(origins: dict[str, str], folder: Path | str, talker: Talker) -> bool:
+    """Whether stage E's ``talker`` began as stage D's talker of ``folder``."""
+    _, trained = talker_with_states(str(folder), talker.architecture.thinker_d_model)
+    return origins["talker"] == weights_sha256(trained)
+
+
 def below(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from omni.common.errors import BadRow, reading_row
 from omni.common.host import Host
 from omni.common.numerics import weights_sha256
-from omni.common.spoken import Language
+from omni.common.spoken import Language, spoken_version
 from omni.data.audio import load_audio, log_mel, normalise_features, resample
 from omni.data.manifest import Manifest
 from omni.data.measure import files_digest
@@ -115,6 +115,7 @@ def prepare_references(
     models = {"codec": speaker.codec, "vocoder": speaker.vocoder, "recognizer": recognizer.model}
     belongs_to = {name: weights_sha256(model) for name, model in models.items() if model is not None}
     belongs_to |= {"data": manifest.sha256, "rows": len(rows), "files": files_digest(manifest, rows, "wav")}
+    belongs_to |= spoken_version(recognizer.text_language)
     return run.cached_json("references.json", belongs_to, make)
 
 

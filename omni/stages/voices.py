@@ -13,12 +13,13 @@ from omni.common.errors import BadRow, UserError, reading_row
 from omni.common.host import Host
 from omni.data.manifest import Manifest, spread
 from omni.data.measure import measure_rows
+from omni.models.speech_architectures import MAX_SPEAKERS
 from omni.models.talker import Talker
 from omni.models.voices import VOICE_CODES
 from omni.train.precompute import ManifestWithColumns
 
 REFERENCE_CODES = 50  # length of the longest reference in training: 4 s, if a code lasts 80 ms
-MAX_NAME = 64  # characters of a speaker's name
+MAX_NAME = 128  # characters of a speaker's name; Common Voice has hashes of 128
 _LOOKED_AT = 100  # rows, for a hint
 
 
@@ -27,12 +28,14 @@ _LOOKED_AT = 100  # rows, for a hint
 
 
 def speaker_of(row: dict) -> str:
-    """The name in a row's column ``speaker``; "" if it is blank or absent.
+    """The name in a row's column ``speaker``, which may be an integer; "" if it is blank or absent.
 
     Raises:
         BadRow: too long, or no name.
     """
-    name = row.get("speaker") or ""
+    name = row.get("speaker")
+    if name is None or isinstance(name, int) and not isinstance(name, bool):
+        name = "" if name is None else str(name)
     if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
         raise BadRow(f'expected a name of at most {MAX_NAME} characters in "speaker", found {ascii(name)[:60]}')
     return name.strip()
@@ -46,7 +49,7 @@ def speaker_key(name: str) -> int:
 def speaker_keys(run: Host, manifest: Manifest) -> np.ndarray:
     """(rows,) uint64 ``speaker_key`` of each row, kept beside the index; 0 for a row that cannot be read."""
     return measure_rows(
-        run, manifest, "speakers", lambda manifest, row: speaker_key(speaker_of(manifest[row])), np.uint64
+        run, manifest, "speaker_keys", lambda manifest, row: speaker_key(speaker_of(manifest[row])), np.uint64
     )
 
 
@@ -54,12 +57,18 @@ def check_speakers(run: Host, manifest: Manifest, voice_layers: int) -> None:
     """Log that a column ``speaker`` has no effect on a talker of one voice.
 
     Raises:
-        UserError: the talker has several voices, and no row names a speaker.
+        UserError: the talker has several voices, and no row names a speaker, or the rows name too many.
     """
     if voice_layers:
-        if np.isin(speaker_keys(run, manifest), (0, speaker_key(""))).all():
+        found = np.unique(speaker_keys(run, manifest))
+        if np.isin(found, (0, speaker_key(""))).all():
             raise UserError(
                 f'{manifest.path}: expected names in a column "speaker", for key "voice_layers"; found none'
+            )
+        if (count := np.count_nonzero(found)) > MAX_SPEAKERS:
+            raise UserError(
+                f'{manifest.path}: expected at most {MAX_SPEAKERS:,} names in the column "speaker", found {count:,}: '
+                f"leave some out, or the names of those with few recordings"
             )
     elif any(named(manifest, int(row)) for row in spread(np.arange(len(manifest)), _LOOKED_AT)):
         run.log(f'{manifest.path}: its column "speaker" has no effect, as voice_layers is 0: all rows train one voice')
