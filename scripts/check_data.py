@@ -52,6 +52,11 @@ from scripts.data_page import Sample, sample_of, write_page
 _NAMED = 5  # rows to print for each kind; all are counted
 _MOST_TEXTS = 200_000  # rows whose texts are compared
 _WARM_UP = 3  # steps before the measured ones
+# Stage -> what its measured steps do not tell
+BEYOND = {
+    "codec": " of the codec; aligner, coding and talker come after it",
+    "omni": " without cached features (cache_features saves the encoders' share)",
+}
 _SHOWN, _MEASURED_LINES, _READ_BYTES = 30, 5_000, 64 << 20
 # of a batch of one sample: its key -> what it counts
 _LENGTHS = {
@@ -349,7 +354,9 @@ def report_cost(seen: Seen, found: Findings, steps: int) -> None:
         hours = seconds * training.total_steps / 3600
         peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else peak_of_process_gb()
         whose = "on the device" if device.type == "cuda" else "of the whole process"
-        found.say(f"measured on {where}: {seconds:.3g} s a step, so {hours:.2g} h for {training.total_steps:,} steps")
+        beyond = BEYOND.get(training.run.stage.name, "")
+        hours_for = f"{hours:.2g} h for {training.total_steps:,} steps{beyond}"
+        found.say(f"measured on {where}: {seconds:.3g} s a step, so {hours_for}")
         found.say(f"  peak memory {whose}: {peak:.2f} GB")
     elif steps:
         found.say("the training ended before a step could be measured")

@@ -470,6 +470,15 @@ def test_stages_that_do_not_fit_together_are_refused(folders, tmp_path):
     def low(payload):
         payload["config"]["win_length"] = payload["architecture"]["win_length"] = 320
 
+    def other_talker(payload: dict) -> None:
+        payload["model"]["norm.weight"].mul_(0.5)
+
+    other = altered(folders["talker"], tmp_path / "later", "talker.pt", other_talker)
+    check({"talker": other}, "its talker is not the one of", "later", "their codec")
+    stage = Assistant.load(folders["omni"], CPU)
+    for given, uses_states in ((other, False), (folders["talker"], True)):
+        speaker, _ = load_speaker(folders["omni"], given, None, CPU, stage)
+        assert speaker.uses_thinker_states == uses_states, "the talker that was given speaks"
     other = altered(folders["vocoder"], tmp_path / "low", "hifigan.pt", low)
     check({"vocoder": other}, str(other), str(folders["talker"]), "log-mels", "win_length 320 here, 640 there")
     check({"vocoder": folders["ocr"]}, "hifigan.pt")

@@ -277,9 +277,23 @@ def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
     assert "positions" in too_many and "64" in too_many
 
 
+def test_an_unknown_command_is_no_question(merged, chat):
+    _, err = chat(merged, "--max_new_tokens", "3", lines=["/help", "/images cat.png", "/reset now", "red /cat"])
+    assert err.count(": expected one of /image FILE, ") == 3 and len(chat.prompts) == 1
+
+
+def test_an_answer_that_is_cut_says_so(merged, chat):
+    for count in ("3", "5"):
+        _, err = chat(merged, "--max_new_tokens", count, "--text", "red")
+        assert f"the answer was cut by --max_new_tokens {count}\n" in err
+    _, err = chat(merged, "--max_new_tokens", "3", "--text", "red", "--complete")
+    assert "cut" not in err, "a text has no end to be reached"
+
+
 def test_old_turns_make_room_for_new_ones(merged, media, chat):
     lines = [line for i in range(8) for line in (f"/image {media['plain']}", f"cat {i}")]
-    chat(merged, "--max_new_tokens", "3", "--system", "big", lines=lines)
+    _, err = chat(merged, "--max_new_tokens", "3", "--system", "big", lines=lines)
+    assert "of the oldest questions are forgotten" in err
     tokenizer, ctx_len = Assistant.load(merged, CPU).tokenizer, 64
     assert len(chat.prompts) == 8 and all(len(prompt.ids) <= ctx_len - 3 for prompt in chat.prompts)
     last = tokenizer.decode(chat.prompts[-1].ids)

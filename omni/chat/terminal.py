@@ -1,14 +1,18 @@
 """A conversation in the terminal: answers on stdout, everything else on stderr."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, message
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, length, message
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
 from omni.common.media import quoted, visible
+from omni.stages.tasks.processor import Encoded
+
+COMMANDS = ("/image FILE", "/audio FILE", "/video FILE", "/drop", "/reset", "/quit")
 
 
 class Conversation:
@@ -81,11 +85,23 @@ class Conversation:
             self.assistant.check_room(prompt)
             return printed(self.assistant.answer(prompt, answer_states, **self.sampling), answer), answer_states
         messages = [*self.messages, message(self.attached, text)]
+        before = len(messages)
         prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"])
+        if forgotten := (before - len(messages)) // 2:
+            print(f"the context is full: {forgotten} of the oldest questions are forgotten", file=sys.stderr)
         pieces = self.assistant.answer(prompt, answer_states, **self.sampling)
         self.messages = [*messages, answer]
         self.drop()
-        return printed(pieces, answer), answer_states
+        return self.watched(printed(pieces, answer), prompt, answer_states), answer_states
+
+    def watched(self, pieces: Iterator[str], prompt: list[int] | Encoded, states: AnswerStates) -> Iterator[str]:
+        """The pieces of an answer, and on stderr a line if it ends for lack of room."""
+        with contextlib.closing(pieces):
+            yield from pieces
+        room, most = self.assistant.ctx_len - length(prompt), self.sampling["max_new_tokens"]
+        if len(states.ids) >= min(room, most):
+            bound = f"--max_new_tokens {most}" if most <= room else f"the context of {self.assistant.ctx_len} tokens"
+            print(f"the answer was cut by {bound}", file=sys.stderr)
 
 
 def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
@@ -112,6 +128,8 @@ def converse(conversation: Conversation, answer: Callable[[str], None]) -> None:
                 conversation.reset() if command == "/reset" else conversation.drop()
             elif command in ("/image", "/audio", "/video") and not conversation.complete:
                 conversation.attach(command, "".join(name).strip())
+            elif re.fullmatch("/[a-z]+", command) and not conversation.complete:
+                raise UserError(f"{command}: expected one of {', '.join(COMMANDS)}, or a question")
             elif line.strip() or conversation.has_recording:
                 with contextlib.suppress(KeyboardInterrupt):
                     answer(line)

@@ -50,7 +50,7 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
     lr_g: float = resumable(2e-4, gt=0, description="peak learning rate of the generator")
     lr_d: float = resumable(2e-4, gt=0, description="peak learning rate of the discriminators")
     wd: float = resumable(0.01, ge=0, description="weight decay")
-    max_grad_norm: float = resumable(1000.0, gt=0)
+    max_grad_norm: float = resumable(1000.0, gt=0, description="norm to which gradients are clipped")
     mel_loss_windows: list[Annotated[int, Field(ge=16, multiple_of=8)]] = resumable(
         [],
         max_length=16,

@@ -191,6 +191,8 @@ def parse_stage_args(cls: type[StageConfig], description: str, argv: list[str] |
 def _describe_keys(cls: type[StageConfig]) -> str:
     lines = []
     for name, field in cls.model_fields.items():
+        if name in cls.OBSOLETE:
+            continue
         default = "required" if field.is_required() else json.dumps(field.default)
         lines.append(f"  {name} ({default})" + (f": {field.description}" if field.description else ""))
     return "\n".join(lines)

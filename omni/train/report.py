@@ -33,6 +33,14 @@ class Report:
             f"epoch of {dataset.samples_per_step} samples; {self.training.total_steps} steps on {run.device} in "
             f"{str(run.amp_dtype or torch.float32).removeprefix('torch.')}, {run.world} process(es)"
         )
+        for phase in self.training.phases:
+            steps = self.training.total_steps - phase.first_step
+            if run.config.warmup_steps >= steps:
+                run.log(
+                    f"{phase.name}: warmup_steps {run.config.warmup_steps}, and only {steps} steps: the learning rate "
+                    f"rises to the end, to {self.training.learning_rate(phase, self.training.total_steps - 1):.2g} of "
+                    f"{phase.peak_lr:.2g}"
+                )
         if step:
             start_epoch, start_batch_idx = divmod(step, dataset.steps_per_epoch)
             run.log(f"resumed at step {step}: epoch {start_epoch}, batch {start_batch_idx}")
