@@ -7,6 +7,7 @@ times as much for trained models (forward, and twice that backward) and once for
 card's matrix rate in bf16 and the share of it that such small models reach, so they are no measurements.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker
 from omni.models.thinker import Thinker
 from omni.models.vocoder import Discriminators, Generator
-from omni.train.cli import launch
+from omni.train.cli import OneLineErrors, launch
 
 TFLOPS = {"RTX 4070": 58.3, "RTX 3060": 25.6}  # NVIDIA's data sheets: dense bf16, sums in float32
 SHARE = 0.25  # of the matrix rate; bench.py measures 7 to 16 % on CPUs
@@ -94,7 +95,8 @@ def samples() -> dict[str, tuple[float, int]]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    OneLineErrors(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     torch.manual_seed(0)
     print(f"| part | GFLOP a sample | samples | EFLOP | {' | '.join(f'{card}, h' for card in TFLOPS)} |")
     print(f"| --- | --- | --- | --- | {' | '.join('---' for _ in TFLOPS)} |")

@@ -1,6 +1,6 @@
 """Make μOmni's built-in data: no download, the same files for the same settings.
 
-    python scripts/make_synthetic_datasets.py                  # what the demo configs train on, about five minutes
+    python scripts/make_synthetic_datasets.py                  # the data of the demo configs, about eight minutes
     python scripts/make_synthetic_datasets.py --size smoke     # a few MB, to try things out
     python scripts/make_synthetic_datasets.py --only audio     # one part
     python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json \\

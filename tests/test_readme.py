@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from harness import ROOT
 
+from scripts.demo import STAGES, TASKS
+
 PAGES = [
     ROOT / name
     for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "checkpoints/README.md", "tests/README.md")
@@ -73,6 +75,16 @@ def test_the_figures_are_those_of_the_run():
         sign, bound = target.removesuffix(", missed").split(maxsplit=1)
         reached = {"<": float.__lt__, ">": float.__gt__}[sign](figure(path), number(bound.replace(" ", "")))
         assert reached != target.endswith(", missed"), name
+
+
+def test_the_targets_are_those_of_the_demo():
+    rows, of_task = rows_of_the_results(), {f"sft/by_task/{task}": f"accuracy_{task}" for task in TASKS}
+    metrics = {f"{stage.name}/{name}": target for stage in STAGES for name, target in stage.metrics.items()}
+    for name, (path, *_) in FIGURES.items():
+        target = metrics[f"sft/{of_task[path]}" if path in of_task else path]
+        if re.fullmatch(r"[<>] [\d.]+", target) and path != "ocr/cer":  # others depend on another figure
+            sign, bound = rows[name][1].removesuffix(", missed").split(maxsplit=1)
+            assert (sign, number(bound.replace(" ", ""))) == (target[0], float(target[2:])), name
 
 
 def test_what_the_run_was_measured_against():

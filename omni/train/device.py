@@ -6,17 +6,25 @@ import os
 import random
 import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from omni.common.errors import UserError
 
+NVIDIA = Path("/proc/driver/nvidia/version")  # there if the driver is
+
 
 def pick_device(name: str = "auto") -> torch.device:
     """``auto`` is the first GPU (under torchrun, this process's own), else the CPU."""
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and NVIDIA.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            print(
+                f"PyTorch {torch.__version__} finds no usable GPU beside this machine's NVIDIA driver "
+                f"(nvidia-smi tells its CUDA version, too old perhaps): computing on the CPU", file=sys.stderr,
+            )  # fmt: skip
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
