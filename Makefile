@@ -1,3 +1,4 @@
+# make install  the environment alone
 # make demo   everything from nothing: environment, data, training, a table of results
 # make test   the test suite
 # make torture  the tests that repeat what is shared, for every stage; the counts go to docs/reliability.md
@@ -16,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: demo smoke test torture fuzz golden rooms mutations lint format bench web judges clean
+.PHONY: install demo smoke test torture fuzz golden rooms mutations lint format bench web judges clean
 .DEFAULT_GOAL := demo
 
 # A pip that was killed half-way leaves no stamp, so the next make goes on with it.
@@ -39,6 +40,8 @@ BIN := .venv/bin
 .venv/.installed-judges: .venv/.installed requirements-judges.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-judges.txt
 	@touch $@
+
+install: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/python scripts/demo.py

@@ -504,8 +504,7 @@ MUTATIONS = [
     ),
     Mutation(
         "foreign formats", "of several tables in a folder one is read", "omni/data/open_manifest.py",
-        "if others := kinds[1:] + [[name] for name in names if name.endswith(TABLES) and name not in _METADATA]:",
-        "if others := []:",
+        "if others := kinds[1:]", "if others := [] and kinds[1:]",
         "tests/test_formats.py::test_a_folder_with_several_tables_or_splits_is_refused",
     ),
     Mutation(
@@ -1404,7 +1403,7 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "digits stay in what the talker reads", "omni/models/aligner.py",
-        "spoken_form(audible(text), language).split()", "audible(text).split()",
+        "spoken_form(composed, language).split()", "audible(text).split()",
         "tests/test_spoken.py -k one_target",
     ),
     Mutation(
