@@ -618,6 +618,42 @@ def test_all_conversations_about_a_picture_are_on_one_side(tmp_path):
     assert not set(train) & set(held_out)
 
 
+def test_pictures_of_held_out_conversations_are_trained_on_nowhere(tmp_path, monkeypatch):
+    """LLaVA's conversations are made of the captions."""
+    script, numbers = load_script(), range(40)
+    monkeypatch.setattr(script, "HELD_OUT", 0.5)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "vqa").mkdir()
+    files = {
+        "llava_instruct_150k.json": [conversation(i) for i in numbers],
+        "annotations/captions_train2017.json": {
+            "images": [{"id": i, "file_name": f"{i:012}.jpg"} for i in numbers],
+            "annotations": [{"image_id": i, "id": i, "caption": f"Picture {i}."} for i in numbers],
+        },
+    }
+    for split, asked_about in (("train2014", numbers), ("val2014", ())):
+        answers = [{"answer": "yes", "answer_confidence": "yes"}] * 10
+        files |= {
+            f"vqa/v2_mscoco_{split}_annotations.json": {
+                "annotations": [
+                    {"question_id": i, "multiple_choice_answer": "yes", "answers": answers} for i in asked_about
+                ]
+            },
+            f"vqa/v2_OpenEnded_mscoco_{split}_questions.json": {
+                "questions": [{"question_id": i, "image_id": i, "question": "Is it?"} for i in asked_about]
+            },
+        }
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    items = {"train2017.zip": [f"train2017/{i:012}.jpg" for i in numbers]}
+    rows = script.coco_rows(tmp_path, items) | script.vqa_rows(tmp_path, items) | script.llava_rows(tmp_path, items)
+    seen = {name: {row["image"] for row in found} for name, found in rows.items()}
+    held_out = seen["production_conversations.val.json"]
+    assert 5 < len(held_out) < 35
+    for name in ("production_annotations.json", "production_vqa.json", "production_conversations.json"):
+        assert seen[name] == set(items["train2017.zip"]) - held_out
+
+
 def test_words_of_photos(preparation):
     """Each box is cut out; one that reaches beyond its photo ends there, one outside of it is counted."""
     printed = preparation.finish("svt").stdout
