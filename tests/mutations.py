@@ -1398,7 +1398,7 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "digits stay in transcripts", "omni/stages/audio_encoder.py",
-        "normalise_text(spoken_form(audible(text), language))", "normalise_text(audible(text))",
+        "normalise_text(spoken_form(single_blanks(audible(text)), language))", "normalise_text(audible(text))",
         "tests/test_spoken.py -k one_target",
     ),
     Mutation(

@@ -115,6 +115,10 @@ def test_any_white_space_is_a_blank(blank, language):
     for text in ("5 kg", "May 3", "at 5 p.m. or so", "3 1/2 cups"):
         assert spoken_form(text.replace(" ", blank), language) == spoken_form(text, language)
         assert speech_bytes(text.replace(" ", "\t"), language) == speech_bytes(text, language)
+        several = text.replace(" ", f" {blank} ")
+        assert text_symbols(several, language) == text_symbols(text, language)
+        assert len(speech_bytes(several, language)) == len(text_symbols(text, language)) - 1
+        assert read_text({"text": several}, "en") == read_text({"text": text}, "en")
 
 
 def test_words_are_read_as_phonemes_and_all_else_stays():

@@ -70,6 +70,11 @@ def audible(text: str) -> str:
     return text.translate(_NO_JOINERS)
 
 
+def single_blanks(text: str) -> str:
+    """A text with one blank for each stretch of white space."""
+    return re.sub(r"\s+", " ", text)
+
+
 def clean_text(text: str) -> str:
     """The ``visible`` text with single blanks as white space, and none at the ends."""
     return " ".join(visible(text).split())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow
 from omni.common.spoken import Language, spoken_form
-from omni.common.text import audible
+from omni.common.text import audible, single_blanks
 from omni.models.ctc import ctc_nll
 from omni.models.layers import ConvNeXtBlock
 from omni.models.speech_architectures import AlignerArchitecture
@@ -35,7 +35,7 @@ def text_symbols(text: str, language: Language | None = None) -> list[int]:
     Args:
         language: the architecture's ``text_language``.
     """
-    composed = unicodedata.normalize("NFC", audible(text))
+    composed = single_blanks(unicodedata.normalize("NFC", audible(text)))
     return [*" ".join(spoken_form(composed, language).split()).encode(), TEXT_END]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from omni.common.errors import BadRow, UserError
 from omni.common.spoken import SPELLED, Language, Spelled, spoken_form, spoken_version
-from omni.common.text import audible
+from omni.common.text import audible, single_blanks
 from omni.data.audio import load_speech, log_mel, normalise_features, perturb_speed, spec_augment
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.data.measure import measure_rows
@@ -115,7 +115,7 @@ STAGE = Stage(
 
 def written_words(text: str, language: Language | None) -> str:
     """A text as the recogniser writes it: the ``normalise_text`` of its ``spoken_form``."""
-    return normalise_text(spoken_form(audible(text), language))
+    return normalise_text(spoken_form(single_blanks(audible(text)), language))
 
 
 def read_text(row: dict, language: Language | None) -> str:

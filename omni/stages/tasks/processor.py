@@ -241,7 +241,7 @@ def speech_bytes(text: str, language: Language | None = None) -> list[int]:
     written, end = [], 0  # each audible character, with its byte range in the text
     for character in text:
         start, end = end, end + len(character.encode())
-        if audible(character):
+        if audible(character) and not (character.isspace() and written and written[-1][0].isspace()):
             written.append((character, range(start, end)))
     characters = []
     for piece, first, last in spoken_pieces("".join(character for character, _ in written), language):
