@@ -98,10 +98,10 @@ def main(argv: list[str] | None = None) -> None:
         omni = None
         if sft is not None:
             origins = dict(sft.origins)
-            if "codec" in origins and "rvq" in parts:  # of the codec as it is written: speech compares it
+            if "codec" in origins and "rvq" in parts:  # as it is written here: speech compares it
                 codec = parts["rvq"].module
                 codec.load_state_dict(rounded(codec.state_dict(), dtype, exact=buffers_of(codec)))
-                origins["codec"] = weights_sha256(codec)
+                origins["exported_codec"] = weights_sha256(codec)
             omni = {"architecture": architecture.model_dump(), "prompt": sft.prompt, "origins": origins}
         write_json(folder / CONFIG, about | {"parts": sizes, "omni": omni}, indent=2)
         write_json(folder / "preprocessor_config.json", preprocessing(parts), indent=2)

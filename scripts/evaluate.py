@@ -38,14 +38,10 @@ from omni.train.device import pick_device
 from omni.train.stage import load
 
 EVALUATED = [name for name, stage in STAGES.items() if stage.evaluate]
-# Option -> the stages that it has an effect on; the others refuse it
-STAGES_OF = {
-    "task": ("omni",),
-    "image_root": ("vision", "ocr", "omni"),
-    "thinker_ckpt": ("vision",),
-    **dict.fromkeys(("audio_ckpt", "vocoder_ckpt", "save_speech", "voice", "voice_from", "temperature"), ("talker",)),
-    "show": tuple(name for name in EVALUATED if name not in ("text", "codec")),
-}
+OPTIONS = (  # that not all stages heed, see ``Stage.options``
+    "task", "image_root", "thinker_ckpt", "audio_ckpt", "vocoder_ckpt", "save_speech", "voice", "voice_from",
+    "temperature", "show", "num_workers",
+)  # fmt: skip
 
 # --- command line ---------------------------------------------------------------------------------------------------
 
@@ -81,9 +77,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, least in (("limit", 1), ("show", 0), ("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name}: expected at least {least}, found {getattr(args, name)}")
-    for name, stages in STAGES_OF.items():
-        if getattr(args, name) not in (None, 0) and args.stage not in stages:
-            raise UserError(f"--{name}: has no effect on {args.stage}, only on {', '.join(stages)}")
+    for name in OPTIONS:
+        if getattr(args, name) not in (None, 0) and name not in STAGES[args.stage].options:
+            others = [other for other in EVALUATED if name in STAGES[other].options]
+            raise UserError(f"--{name}: has no effect on {args.stage}, only on {', '.join(others)}")
     if args.num_workers:
         raise_open_file_limit()
     expand(args.data)  # found before a model is loaded
@@ -96,7 +93,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if not args.save_speech or Path(args.save_speech).exists() and not Path(args.save_speech).is_dir():
             raise UserError(f"--save_speech {args.save_speech!r}: expected a folder, or a name for a new one")
         args.save_speech = Path(args.save_speech)
-        if args.save_speech.resolve() in args.data.resolve().parents:  # whose sounds would be replaced
+        data = args.data.resolve()
+        if args.save_speech.resolve() in (data, *data.parents):  # whose sounds would be replaced
             raise UserError(f"--save_speech {args.save_speech}: expected another folder than that of --data")
     return args
 

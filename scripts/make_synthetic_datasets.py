@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 from omni.common.errors import BadRow, Interrupted, RunError, UserError, reading_row
 from omni.common.files import read_text
+from omni.common.spoken import spoken_version
 from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writing
 
 TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
@@ -133,7 +134,8 @@ def audio_settings(args: argparse.Namespace) -> dict:
     settings = {"seed": args.seed, "clips": CLIPS[args.size]}
     if args.speech_text:
         digest = hashlib.sha256(read_text(args.speech_text, "text").encode()).hexdigest()
-        settings["speech_text"] = {"file": str(Path(args.speech_text).resolve()), "sha256": digest}
+        read_as = spoken_version("en")
+        settings["speech_text"] = {"file": str(Path(args.speech_text).resolve()), "sha256": digest} | read_as
     return settings
 
 

@@ -160,6 +160,8 @@ def g722_to_wav(file: BinaryIO, limit: int | None) -> Iterator[bytes]:
 
 def coco_rows(folder: Path, items: Items) -> dict[str, TableRows]:
     outputs = {"train2017": "production_annotations.json", "val2017": "production_annotations.val.json"}
+    held_out = sum(map(of_held_out_talk, items.get("train2017.zip", ())))
+    log(f"COCO: {held_out:,} pictures of train2017 left out, as LLaVA's conversations about them are held out")
     return {
         output: caption_rows(coco_captions(folder, split), list(filterfalse(of_held_out_talk, items[f"{split}.zip"])))
         for split, output in outputs.items()

@@ -112,13 +112,13 @@ def test_bad_arguments(stage, trained, tmp_path):
 
 
 @pytest.mark.parametrize("stage", evaluate_script.EVALUATED)
-@pytest.mark.parametrize("option", evaluate_script.STAGES_OF)
+@pytest.mark.parametrize("option", evaluate_script.OPTIONS)
 def test_an_option_without_effect_is_refused(tmp_path, stage, option):
     (tmp_path / "a.csv").touch()
-    values = {"task": "text", "show": "2", "temperature": "0.5"}
+    values = {"task": "text", "show": "2", "temperature": "0.5", "num_workers": "1"}
     arguments = [stage, "--ckpt_dir", "x", "--data", str(tmp_path / "a.csv"), f"--{option}", values.get(option, "y")]
     arguments += ["--audio_ckpt", "z"] if stage == "talker" else []
-    if stage in evaluate_script.STAGES_OF[option]:
+    if option in TABLE[stage].options:
         assert str(getattr(evaluate_script.parse_args(arguments), option)) not in ("None", "0")
     else:
         with pytest.raises(UserError, match=f"--{option}: has no effect on {stage}"):

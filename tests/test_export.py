@@ -373,7 +373,8 @@ def test_bfloat16_halves_the_size_and_says_what_it_costs(folders, merged, tmp_pa
     assert model.dtype == torch.bfloat16
     assistant = Assistant.load(output, CPU)
     assert assistant.thinker.embed_tokens.weight.dtype == torch.float32
-    assert load_speaker(output, None, None, CPU, assistant)[0].uses_thinker_states, "its codec is rounded, too"
+    for talker in (None, folders["talker"]):
+        assert load_speaker(output, talker, None, CPU, assistant)[0].uses_thinker_states, "its codec is rounded, too"
     rounded = fine["thinker.norm.weight"].bfloat16().float()
     assert torch.equal(assistant.thinker.norm.weight, rounded)
 
@@ -474,11 +475,14 @@ def test_stages_that_do_not_fit_together_are_refused(folders, tmp_path):
         payload["model"]["norm.weight"].mul_(0.5)
 
     other = altered(folders["talker"], tmp_path / "later", "talker.pt", other_talker)
-    check({"talker": other}, "its talker is not the one of", "later", "their codec")
+    export.main(options(folders | {"talker": other}, tmp_path / "with_e_s"))
+    theirs, ours = (Export(tmp_path / "with_e_s").weights("talker"), checkpoint.load(folders["omni"] / "omni_final.pt"))
+    assert all(torch.equal(theirs[name], ours["model"][name]) for name in theirs), "stage E's talker is exported"
     stage = Assistant.load(folders["omni"], CPU)
     for given, uses_states in ((other, False), (folders["talker"], True)):
-        speaker, _ = load_speaker(folders["omni"], given, None, CPU, stage)
+        speaker, origin = load_speaker(folders["omni"], given, None, CPU, stage)
         assert speaker.uses_thinker_states == uses_states, "the talker that was given speaks"
+        assert ("not the one of stage E" in origin) != uses_states
     other = altered(folders["vocoder"], tmp_path / "low", "hifigan.pt", low)
     check({"vocoder": other}, str(other), str(folders["talker"]), "log-mels", "win_length 320 here, 640 there")
     check({"vocoder": folders["ocr"]}, "hifigan.pt")

@@ -657,7 +657,16 @@ def test_json_is_known_whatever_its_name(tmp_path, name, array):
 
 def test_a_table_may_begin_as_json_does(tmp_path):
     (tmp_path / "rows.csv").write_text("[id],wav,text\n1,a.wav,one\n")
-    (tmp_path / "list.txt").write_text("[1]/a.wav|one\n[1]/b.wav|two\n")
-    for name, count in (("rows.csv", 1), ("list.txt", 2)):
+    for name in ("list.txt", "wav.lst", "list"):
+        (tmp_path / name).write_text("[1]/a.wav|one\n{1}/b.wav|two\n")
+    for name, count in (("rows.csv", 1), ("list.txt", 2), ("wav.lst", 2), ("list", 2)):
         manifest = load_manifest(tmp_path / name, SOUND, "text")
         assert len(manifest) == count and manifest[0]["text"] == "one"
+
+
+@pytest.mark.parametrize("name", ["captions.json", "captions.JSON", "captions"])
+def test_captions_of_coco_whatever_their_name(tmp_path, name):
+    captions = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat."}]}
+    (tmp_path / name).write_text(json.dumps(captions))
+    manifest = load_manifest(tmp_path / name, ("image", "caption"), "image")
+    assert len(manifest) == 1 and manifest[0]["caption"] == "A cat."

@@ -278,8 +278,10 @@ def test_a_message_too_long_for_the_context_costs_nothing(merged, media, chat):
 
 
 def test_an_unknown_command_is_no_question(merged, chat):
-    _, err = chat(merged, "--max_new_tokens", "3", lines=["/help", "/images cat.png", "/reset now", "red /cat"])
-    assert err.count(": expected one of /image FILE, ") == 3 and len(chat.prompts) == 1
+    _, err = chat(
+        merged, "--max_new_tokens", "3", lines=["/help", "/Images cat.png", "/reset now", "red /cat", "/etc is red"]
+    )
+    assert err.count(": expected one of /image FILE, ") == 3 and len(chat.prompts) == 2
 
 
 def test_an_answer_that_is_cut_says_so(merged, chat):

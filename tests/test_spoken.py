@@ -109,7 +109,14 @@ PHONEMES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u2009", "\n", "\t"])
+def test_a_line_break_is_no_blank():
+    assert spoken_form("Meet in May\n3 dogs came.") == "Meet in May\nthree dogs came."
+    for text in ("Chapter 3\n1/2 cup", "May \n 3 dogs", "a\n\n 5 kg"):
+        assert len(speech_bytes(text, "en")) == len(text_symbols(text, "en")) - 1
+    assert spoken_form("a\tb\u00a0c\nd", None) == "a\tb\u00a0c\nd"
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u202f", "\u2009", "\t"])
 @pytest.mark.parametrize("language", ["en", "en-ipa"])
 def test_any_white_space_is_a_blank(blank, language):
     for text in ("5 kg", "May 3", "at 5 p.m. or so", "3 1/2 cups"):

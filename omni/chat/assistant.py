@@ -1,6 +1,5 @@
 """The assistant: a Thinker in conversation, opened from a folder of stage A, of stage E or of export.py."""
 
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -196,7 +195,7 @@ class AnswerStates:
 
     def of(self, sentence: str, language: Language | None = None) -> torch.Tensor | None:
         """For the answer's next sentence, the state for each byte that the talker reads, (L, D); None if the bytes up
-        to its end are not UTF-8, or the sentence is not composed (NFC): the talker then reads other bytes.
+        to its end are not UTF-8, since they then differ from those of the text.
 
         Args:
             sentence: the next of the answer's ``sentences``; there are states of all of its tokens, unless the answer
@@ -208,7 +207,7 @@ class AnswerStates:
         answer = self.tokenizer.decode(self.ids, skip_special=True)
         start = answer.index(sentence, self._end)
         self._end = start + len(sentence)
-        if "\ufffd" in answer[: self._end] or not unicodedata.is_normalized("NFC", sentence):
+        if "\ufffd" in answer[: self._end]:
             return None
         nothing = torch.zeros_like(self.states[0])
         counts = self.tokenizer.byte_counts(self.ids)

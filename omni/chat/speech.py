@@ -56,9 +56,15 @@ def load_speaker(
     opened, codec = (open_model(part, source, device) for part in ("talker", "rvq"))
     speaker = Speaker(opened.model, codec.model)
     own = assistant.omni.talker if assistant is not None and assistant.omni is not None else None
-    same = own is not None and assistant.origins.get("codec") == weights_sha256(codec.model)
-    if same and talker_ckpt is not None and not isinstance(source, Export):
-        same = began_with(assistant.origins, talker_ckpt, own)
+    known = () if own is None else (assistant.origins.get("codec"), assistant.origins.get("exported_codec"))
+    same = weights_sha256(codec.model) in known
+    if same and talker_ckpt is not None and talker_ckpt.resolve() != assistant.folder.resolve():
+        other = isinstance(source, Export)
+        same = (
+            weights_sha256(opened.model) == weights_sha256(own)
+            if other
+            else began_with(assistant.origins, talker_ckpt, own)
+        )
     if same:
         speaker = Speaker(own, codec.model, uses_thinker_states=True)
     if vocoder_ckpt is not None:
@@ -68,7 +74,8 @@ def load_speaker(
         speaker.vocoder = source.open("vocoder", device).model
     perplexity = opened.metrics.get("code_perplexity")
     judged = "not validated" if perplexity is None else f"code perplexity {perplexity:.3g}"
-    return speaker, f"{opened.path.parent}: talker of step {opened.step}, {judged}"
+    apart = "" if same or own is None else "; not the one of stage E, so without the Thinker's states"
+    return speaker, f"{opened.path.parent}: talker of step {opened.step}, {judged}{apart}"
 
 
 def sentences(text: str) -> list[str]:

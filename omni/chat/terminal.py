@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from typing import BinaryIO
 
 from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, length, message
@@ -98,10 +99,12 @@ class Conversation:
         """The pieces of an answer, and on stderr a line if it ends for lack of room."""
         with contextlib.closing(pieces):
             yield from pieces
-        room, most = self.assistant.ctx_len - length(prompt), self.sampling["max_new_tokens"]
-        if len(states.ids) >= min(room, most):
-            bound = f"--max_new_tokens {most}" if most <= room else f"the context of {self.assistant.ctx_len} tokens"
-            print(f"the answer was cut by {bound}", file=sys.stderr)
+        most, ctx_len = self.sampling["max_new_tokens"], self.assistant.ctx_len
+        heard = isinstance(prompt, Encoded) and prompt.recordings  # their blank frames take no room
+        if len(states.ids) >= most:
+            print(f"the answer was cut by --max_new_tokens {most}", file=sys.stderr)
+        elif not heard and length(prompt) + len(states.ids) >= ctx_len:
+            print(f"the answer was cut by the context of {ctx_len} tokens", file=sys.stderr)
 
 
 def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
@@ -118,6 +121,12 @@ def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
         print("" if streaming else without_controls(answer["content"]), flush=True)
 
 
+def looks_like_a_command(word: str) -> bool:
+    """Whether a line's first word is a command misspelt, or a wish for help; "/etc" is not."""
+    names = [*(command.split()[0] for command in COMMANDS), "/help", "/exit", "/clear"]
+    return bool(re.fullmatch("/[A-Za-z]+", word)) and bool(get_close_matches(word.lower(), names, cutoff=0.75))
+
+
 def converse(conversation: Conversation, answer: Callable[[str], None]) -> None:
     """Call ``answer`` with each question of the input, a line each. An error ends its line only, Ctrl-C its answer."""
     longest = conversation.assistant.ctx_len * CHARACTERS_PER_TOKEN
@@ -128,7 +137,7 @@ def converse(conversation: Conversation, answer: Callable[[str], None]) -> None:
                 conversation.reset() if command == "/reset" else conversation.drop()
             elif command in ("/image", "/audio", "/video") and not conversation.complete:
                 conversation.attach(command, "".join(name).strip())
-            elif re.fullmatch("/[a-z]+", command) and not conversation.complete:
+            elif looks_like_a_command(command) and not conversation.complete:
                 raise UserError(f"{command}: expected one of {', '.join(COMMANDS)}, or a question")
             elif line.strip() or conversation.has_recording:
                 with contextlib.suppress(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from typing import Literal
 from num2words import num2words
 
 from omni.common.espeak import ipa_version, word_in_ipa
+from omni.common.text import BLANK
 
 Spelled = Literal["en"]
 Language = Literal["en", "en-ipa"]  # the second: words as phonemes
@@ -22,7 +23,6 @@ TEXT_LANGUAGE = f"{SPELLED}; en-ipa: words as espeak-ng's phonemes"
 _VERSION = 3  # raise it with every change of what is written
 _LONGEST = 15  # digits of a number that is read as one; longer ones are read digit by digit
 _OTHER_SCRIPT = re.compile("[\u0370-\u1dff\u2c00-\ua71f\ua800-\uab2f\uab70-\ufaff\ufb07-\uffff\U00010000-\U0010ffff]")
-_OTHER_BLANKS = re.compile(r"[^\S ]")
 
 
 def spoken_form(text: str, language: Language | None = "en") -> str:
@@ -40,8 +40,10 @@ def spoken_pieces(text: str, language: Language | None) -> list[tuple[str, int, 
     another length is other words, or a word's phonemes."""
     if language == "en-ipa":
         return [word for piece in spoken_pieces(text, "en") for word in _in_phonemes(*piece)]
-    text = _OTHER_BLANKS.sub(" ", text)  # as many characters: "5 kg" may have a no-break space
-    if language is None or not _MAY_CHANGE.search(text):
+    if language is None:
+        return [(text, 0, len(text))] if text else []
+    text = BLANK.sub(" ", text)  # as many characters: "5 kg" may have a no-break space
+    if not _MAY_CHANGE.search(text):
         return [(text, 0, len(text))] if text else []
     pieces, done = [], 0
     for start, end in _segments(text):

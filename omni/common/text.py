@@ -70,9 +70,12 @@ def audible(text: str) -> str:
     return text.translate(_NO_JOINERS)
 
 
+BLANK = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # white space that ends no line
+
+
 def single_blanks(text: str) -> str:
-    """A text with one blank for each stretch of white space."""
-    return re.sub(r"\s+", " ", text)
+    """A text with one blank for each stretch of white space within a line."""
+    return re.sub(f"{BLANK.pattern}+", " ", text)
 
 
 def clean_text(text: str) -> str:

@@ -140,14 +140,16 @@ def _tables_of(path: Path) -> list[Path]:
     if not path.is_dir() or (path / "wav.scp").is_file():
         return [path]
     names = sorted(name for name in os.listdir(path) if not name.startswith((".", "~$")))
-    metadata = [[name] for name in _METADATA if name in names]  # Hugging Face, LJSpeech
-    tars = [name for name in names if name.endswith(".tar")]
-    beside = {f"{name.removesuffix('.tar')}.parquet" for name in tars} | set(_METADATA)  # what img2dataset notes
-    parquet = [name for name in names if name.endswith(".parquet") and name not in beside]
+    metadata = [[name] for wanted in _METADATA for name in names if name.lower() == wanted]  # Hugging Face, LJSpeech
+    tars = [name for name in names if name.lower().endswith(".tar")]
+    beside = {f"{name[:-4].lower()}.parquet" for name in tars} | set(_METADATA)  # what img2dataset notes
+    parquet = [name for name in names if name.lower().endswith(".parquet") and name.lower() not in beside]
     kinds = [*metadata, *filter(None, (tars, parquet))]
     if not kinds:
         return [path]
-    if others := kinds[1:] + [[name] for name in names if name.lower().endswith(TABLES) and name not in _METADATA]:
+    if others := kinds[1:] + [
+        [name] for name in names if name.lower().endswith(TABLES) and name.lower() not in _METADATA
+    ]:
         found = ", ".join(quoted(files[0]) for files in kinds[:1] + others)
         first = path / (kinds[0][0] if len(kinds[0]) == 1 else f"*{Path(kinds[0][0]).suffix}")
         raise UserError(f"{path}: has several tables ({found}). Name those to read, such as {first}")

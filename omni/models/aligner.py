@@ -7,8 +7,6 @@ et al. 2021, "One TTS Alignment To Rule Them All"); the likeliest alignment give
 
 # B utterances, T mel frames, M mel channels, S alignment frames of speech, L text bytes, W model width
 
-import unicodedata
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -29,14 +27,13 @@ _EXCLUDED = -1e4  # score of a byte beyond the text's end
 
 
 def text_symbols(text: str, language: Language | None = None) -> list[int]:
-    """The symbols of a text: the UTF-8 bytes of the ``spoken_form`` of its ``audible`` characters, composed (NFC) and
-    with single blanks, and ``TEXT_END``.
+    """The symbols of a text: the UTF-8 bytes of the ``spoken_form`` of its ``audible`` characters, with single blanks,
+    and ``TEXT_END``.
 
     Args:
         language: the architecture's ``text_language``.
     """
-    composed = single_blanks(unicodedata.normalize("NFC", audible(text)))
-    return [*" ".join(spoken_form(composed, language).split()).encode(), TEXT_END]
+    return [*" ".join(spoken_form(single_blanks(audible(text)), language).split()).encode(), TEXT_END]
 
 
 def check_fits(symbols: list[int], alignment_frames: int, seconds: float) -> None:

@@ -80,6 +80,7 @@ STAGE = Stage(
             figures=("reconstruction_mse",),
         ),
     ),
+    options=("num_workers",),
     evaluate="omni.stages.evaluation:evaluate_codec",
 )
 

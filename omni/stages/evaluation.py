@@ -4,9 +4,11 @@
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from omni.common.files import replace_file
 from omni.data.audio import griffin_lim, log_mel
 from omni.data.images import normalise
 from omni.data.lines import count_lines, read_chunks, split_samples
+from omni.data.manifest import Manifest
 from omni.data.open_manifest import load_manifest
 from omni.data.text_rows import text_files
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
@@ -227,6 +230,8 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
     manifest = load_manifest(args.data, ("text", "wav"), "text", cache_dir=args.cache_dir, log=to_stderr)
     result, totals, counts = EvalResult(), {}, {}
     rows = first_rows(len(manifest), args)
+    if args.save_speech:
+        refuse_to_replace(args.save_speech, manifest, rows)
     for start in tqdm(range(0, len(rows), args.batch_size), disable=None):
         read = read_recordings(speaker, manifest, rows[start : start + args.batch_size], result.left_out)
         utterances, recordings, names = [], [], []
@@ -236,12 +241,12 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
                     symbols = text_symbols(text, speaker.text_language)
                     log_mels = log_mel(recording, speaker.spec)
                     durations, codes = aligner.align_one(symbols, log_mels), speaker.encode(recording)
-                    name = speaker_of(manifest[row]) if several else ""
+                    name = speaker_of(manifest[row]) if several else name_or_none(manifest[row])
             except BadRow as error:
                 result.left_out[manifest.where(row)] = str(error)
                 continue
             reference = voice_of(speaker.talker, name, codes) if voice is None else voice
-            scored_as = name if voice is None else ""
+            scored_as = name if several and voice is None else ""
             utterances.append(Utterance(text, symbols, codes, durations, reference=reference, speaker=scored_as))
             recordings.append(recording)
             names.append(name)
@@ -290,6 +295,14 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
     return result
 
 
+def name_or_none(row: dict) -> str:
+    """The speaker of a row, who has no effect on a talker of one voice; "" if the name is none."""
+    try:
+        return speaker_of(row)
+    except BadRow:
+        return ""
+
+
 def save_speech(
     folder: Path,
     sounds: dict[str, list[Tensor]],
@@ -299,7 +312,7 @@ def save_speech(
     speakers: Sequence[str] | None = None,
 ) -> None:
     """Add sounds to ``folder``: WAV files, and for each kind a manifest ``<kind>.csv``. Files are written whole, and
-    a manifest after its sounds. With the first sounds of a kind, those of an earlier evaluation go.
+    a manifest after its sounds. With the first sounds of a kind, those that an earlier manifest lists go.
 
     Args:
         sounds: kind -> waveforms (S,); one of less than SHORTEST_S ends with silence, as a file without samples is
@@ -312,10 +325,9 @@ def save_speech(
         (folder / kind).mkdir(parents=True, exist_ok=True)
         table = io.StringIO(newline="")
         rows = csv.writer(table)
+        earlier = [] if first else sounds_of(folder, kind)
         if not first:
             rows.writerow([*COLUMNS, "speaker"])
-            for earlier in (folder / kind).glob(f"{'[0-9]' * 6}.wav"):
-                earlier.unlink()
         rows_of_kind = zip(texts, speakers or [""] * len(texts), waveforms, strict=True)
         for number, (text, speaker, waveform) in enumerate(rows_of_kind, start=first):
             name = f"{kind}/{number:06d}.wav"
@@ -325,3 +337,27 @@ def save_speech(
         path = folder / f"{kind}.csv"
         content = (path.read_bytes() if first else b"") + table.getvalue().encode()
         replace_file(path, lambda file, content=content: file.write(content))
+        for number in earlier:
+            if number >= len(texts):
+                (folder / kind / f"{number:06d}.wav").unlink(missing_ok=True)
+
+
+def sounds_of(folder: Path, kind: str) -> list[int]:
+    """The numbers of the WAV files that ``save_speech`` has listed in a manifest."""
+    path = folder / f"{kind}.csv"
+    written = re.findall(
+        rf"^{re.escape(kind)}/([0-9]{{6}})\.wav,", path.read_text("utf-8") if path.exists() else "", re.M
+    )
+    return [int(number) for number in written]
+
+
+def refuse_to_replace(folder: Path, manifest: Manifest, rows: Sequence[int]) -> None:
+    """
+    Raises:
+        UserError: a row's recording lies in the folder, where speech is to be saved.
+    """
+    for row in rows:
+        with contextlib.suppress(BadRow):
+            path = manifest.file(manifest[row], "wav")
+            if isinstance(path, Path) and folder.resolve() in path.resolve().parents:
+                raise UserError(f"--save_speech {folder}: expected another folder than that of {manifest.where(row)}")

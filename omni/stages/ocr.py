@@ -73,6 +73,7 @@ STAGE = Stage(
     config=OcrConfig,
     architecture=OcrArchitecture,
     model=OcrModel,
+    options=("show", "num_workers", "image_root"),
     evaluate="omni.stages.evaluation:evaluate_ocr",
 )
 

@@ -226,5 +226,6 @@ STAGE = Stage(
     letter="E",
     script="sft_omni.py",
     config=SftConfig,
+    options=("show", "num_workers", "task", "image_root"),
     evaluate="omni.stages.evaluation:evaluate_omni",
 )

@@ -115,6 +115,7 @@ STAGE = Stage(
             command='python infer_chat.py --ckpt_dir merged_model --text "What is your name?" --audio_out answer.wav',
         ),
     ),
+    options=("show", "audio_ckpt", "vocoder_ckpt", "save_speech", "voice", "voice_from", "temperature"),
     evaluate="omni.stages.evaluation:evaluate_talker",
 )
 

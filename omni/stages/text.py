@@ -64,6 +64,7 @@ STAGE = Stage(
     switches=("use_flash",),
     tokenizer=Tokenizer,
     vocab_size=lambda architecture: architecture.vocab_size,
+    options=(),
     evaluate="omni.stages.evaluation:evaluate_text",
 )
 

@@ -140,6 +140,7 @@ STAGE = Stage(
     switches=("use_flash",),
     tokenizer=Tokenizer,
     vocab_size=lambda architecture: architecture.text.vocab_size,
+    options=("show", "num_workers", "image_root", "thinker_ckpt"),
     evaluate="omni.stages.evaluation:evaluate_vision",
 )
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from omni.common import allocator, streams
 from omni.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, BadRow, Interrupted, RunError, UserError
-from omni.common.media import visible
+from omni.common.media import quoted, visible
 from omni.train.config import StageConfig, load_config
 
 _DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -155,8 +155,14 @@ class OneLineErrors(argparse.ArgumentParser):
 def output_file(text: str) -> Path:
     """The ``type`` of an option that names a file to write, so that a wrong name is found before any work."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: expected the name of a file in a folder that is there")
+    try:
+        usable = bool(text) and not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+    except (OSError, ValueError):  # too long, or with a NUL
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)}: expected the name of a file in a folder that is there, and that can be written"
+        )
     return path
 
 

@@ -21,10 +21,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and NVIDIA.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
-            print(
-                f"PyTorch {torch.__version__} finds no usable GPU beside this machine's NVIDIA driver "
-                f"(nvidia-smi tells its CUDA version, too old perhaps): computing on the CPU", file=sys.stderr,
-            )  # fmt: skip
+            tell_of_unused_gpu()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -33,6 +30,17 @@ def pick_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise UserError(f"--device {name}: expected a device of this machine: {str(error).splitlines()[0]}") from error
     return device
+
+
+@functools.cache  # once a process
+def tell_of_unused_gpu() -> None:
+    why = f"PyTorch {torch.__version__} is built without CUDA"
+    if torch.version.cuda:
+        why = f"PyTorch needs a driver for CUDA {torch.version.cuda}, nvidia-smi tells which there is"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"this machine has an NVIDIA driver, but no GPU that PyTorch can use ({why}): on the CPU", file=sys.stderr
+        )
 
 
 def pick_amp_dtype(use_amp: bool, device: torch.device) -> torch.dtype | None:

@@ -35,7 +35,7 @@ class Report:
         )
         for phase in self.training.phases:
             steps = self.training.total_steps - phase.first_step
-            if run.config.warmup_steps >= steps:
+            if 0 < steps <= run.config.warmup_steps:
                 run.log(
                     f"{phase.name}: warmup_steps {run.config.warmup_steps}, and only {steps} steps: the learning rate "
                     f"rises to the end, to {self.training.learning_rate(phase, self.training.total_steps - 1):.2g} of "

@@ -7,6 +7,7 @@ compressed there, as in Parquet: then the index has a copy.
 import hashlib
 import json
 import math
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import BinaryIO
 from omni.common.errors import UserError
 from omni.common.media import quoted
 from omni.data.formats.columns import NAMES
-from omni.data.formats.json_rows import JsonLines
+from omni.data.formats.json_rows import LINES, OBJECT, JsonLines
 from omni.data.records import MAX_ROW_BYTES
 
 ROW_COLUMNS = NAMES | {"messages", "conversations", "conversation", "images", "instruction"}
@@ -202,7 +203,7 @@ class JsonObject(Gathered):
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
         text = head.decode("utf-8-sig", "replace").lstrip()
-        if path.suffix.lower() != ".json" or not text.startswith("{"):
+        if path.suffix.lower() in LINES or not re.match(r"\{" if path.suffix.lower() == ".json" else OBJECT, text):
             return False
         line = text.splitlines()[0]
         try:

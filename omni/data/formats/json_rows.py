@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,12 @@ from omni.data.formats.base import Format, Found
 from omni.data.records import Record, json_records, line_of, line_records
 
 LINES = (".jsonl", ".ndjson")
-COLUMNS = (".csv", ".tsv", ".txt", ".list")
+OBJECT = r"\{\s*[\"}]"  # the beginning of one
 
 
-def first_byte(path: Path, head: bytes) -> bytes:
-    """The first byte that is no white space; of a table of columns, by its name, none: its header may begin so."""
-    return b"" if path.suffix.lower() in COLUMNS else head.removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+def begins_with(head: bytes, pattern: str) -> bool:
+    """Whether a file's first bytes, without white space, match: so that "[id],wav" is no array."""
+    return bool(re.match(pattern.encode(), head.removeprefix(codecs.BOM_UTF8).lstrip()))
 
 
 @dataclass
@@ -28,7 +29,7 @@ class JsonLines(Format):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        return path.suffix.lower() in LINES or first_byte(path, head) == b"{"
+        return path.suffix.lower() in LINES or begins_with(head, r"\{" if path.suffix.lower() == ".json" else OBJECT)
 
     def remark(self, path: Path) -> str:
         if path.suffix.lower() != ".json":
@@ -58,7 +59,7 @@ class JsonArray(JsonLines):
 
     @classmethod
     def recognises(cls, path: Path, head: bytes) -> bool:
-        return path.suffix.lower() == ".json" or first_byte(path, head) == b"["  # JSONL is asked first
+        return path.suffix.lower() == ".json" or begins_with(head, r"\[\s*(\{|\]\s*$)")  # JSONL is asked first
 
     def remark(self, path: Path) -> str:
         return ""

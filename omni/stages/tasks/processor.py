@@ -17,7 +17,7 @@ from torch import Tensor
 from omni.common.errors import BadRow, TooLong
 from omni.common.media import Media, quoted
 from omni.common.spoken import Language, spoken_pieces
-from omni.common.text import audible
+from omni.common.text import BLANK, audible
 from omni.data.audio import load_speech, log_mel, normalise_features
 from omni.data.images import load_image
 from omni.data.tokenizer import IGNORE_INDEX, ROLES, Tokenizer
@@ -241,7 +241,8 @@ def speech_bytes(text: str, language: Language | None = None) -> list[int]:
     written, end = [], 0  # each audible character, with its byte range in the text
     for character in text:
         start, end = end, end + len(character.encode())
-        if audible(character) and not (character.isspace() and written and written[-1][0].isspace()):
+        again = BLANK.fullmatch(character) and written and BLANK.fullmatch(written[-1][0])  # see single_blanks
+        if audible(character) and not again:
             written.append((character, range(start, end)))
     characters = []
     for piece, first, last in spoken_pieces("".join(character for character, _ in written), language):

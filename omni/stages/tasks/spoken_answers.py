@@ -1,6 +1,5 @@
 """Spoken answers: the talker learns to use the Thinker's states."""
 
-import unicodedata
 from typing import Any
 
 import numpy as np
@@ -55,7 +54,7 @@ class SpokenAnswers(SftTask):
         return coded, rows, {}
 
     def messages(self, row: dict, rng: np.random.Generator | None) -> list[dict]:
-        text = unicodedata.normalize("NFC", audible(row["text"])).strip()  # as the talker reads it
+        text = audible(row["text"]).strip()  # as the talker reads it
         questions = listed_texts(row, "question") or [wording.format(text) for wording in self.wordings]
         return turn(text, one_of(questions, rng))
 
