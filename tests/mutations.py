@@ -1418,7 +1418,7 @@ MUTATIONS = [
     ),
     Mutation(
         "spoken forms", "English is spoken where no language is chosen", "omni/common/spoken.py",
-        "    if language is None:\n        return [(text, 0, len(text))]", "    if False:\n        return [(text, 0, len(text))]",
+        "    if language is None:\n        return [(text", "    if False:\n        return [(text",
         "tests/test_spoken.py -k without_a_language",
     ),
     Mutation(

@@ -130,7 +130,7 @@ def test_a_new_stage(tree):
     assert "language.pt, step 300" in tree.run(export)
     step_file = max(killed.glob("language_step_*.pt"), key=lambda path: int(path.stem.split("_")[-1]))
     opened = "from omni.export.bundle import open_model; from omni.common.numerics import weights_sha256"
-    sources = [str(path) for path in ("merged_model", killed, step_file)]
+    sources = [str(path) for path in ("my_export", killed, step_file)]
     digests = tree.run(
         ["python", "-c", f"{opened}\nfor s in {sources}: print(weights_sha256(open_model('language', s).model))"]
     )
