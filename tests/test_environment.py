@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from harness import SLOW, TAKEN_APART, differences, kill_at, kill_at_step
+from stages import TEXT, VOCODER
 from test_config import only_error
+
+from omni.train import device
 
 
 def snapshot(folder) -> dict:
@@ -209,3 +212,35 @@ def test_fp16_with_a_scaler_resumes_exactly(stage, tmp_path):
     killed.finish()
     assert killed.newest()["scaler"]["scale"] > 1
     assert differences(killed.state(), reference.state()) == []
+
+
+def test_a_rate_that_only_rises_is_said(tmp_path):
+    rising = TEXT.training(tmp_path, save_dir="rising", max_steps=6, warmup_steps=9)
+    rising.finish()
+    said = "thinker: warmup_steps 9, and only 6 steps: the learning rate rises to the end, to 0.0067 of 0.01"
+    assert said in (rising.save_dir / "training.log").read_text()
+    enough = TEXT.training(tmp_path, save_dir="enough", max_steps=6, warmup_steps=3)
+    enough.finish()
+    assert "rises to the end" not in (enough.save_dir / "training.log").read_text()
+
+
+def test_a_phase_that_never_begins_has_no_rate_to_tell_of(tmp_path):
+    training = VOCODER.training(tmp_path, max_steps=4, adv_start_step=99)
+    training.finish()
+    log = (training.save_dir / "training.log").read_text()
+    assert "discriminator: warmup_steps" not in log and "only -" not in log
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_said_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "version").touch()
+    monkeypatch.setattr(device, "NVIDIA", tmp_path / "version")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    device.tell_of_unused_gpu.cache_clear()
+    device.pick_device()
+    assert capsys.readouterr().err == "", "hidden on purpose"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [device.pick_device().type for _ in range(2)] == ["cpu"] * 2
+    assert capsys.readouterr().err.count("NVIDIA driver") == 1
+    device.pick_device("cpu")
+    assert capsys.readouterr().err == ""
