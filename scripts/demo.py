@@ -233,9 +233,9 @@ def demo() -> int:
     minutes = results.setdefault("minutes", {})
     finished = {stage.name for stage in STAGES if (stage.folder / stage.stage.final).exists()}
 
-    def note_time() -> None:  # of a demo in several parts it is their sum; of one that is finished it stays
+    def note_time() -> None:  # of a demo in several parts it is their sum; of one that is finished it stays, if known
         nonlocal started
-        if len(finished) < len(STAGES):
+        if len(finished) < len(STAGES) or "all" not in minutes:
             minutes["all"] = round(minutes.get("all", 0.0) + (time.monotonic() - started) / 60, 2)
         started = time.monotonic()
 

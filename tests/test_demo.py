@@ -1,5 +1,6 @@
 """The demo's trainings: side by side, in the order of what they build on; and when one of them ends badly."""
 
+import json
 import os
 import signal
 import subprocess
@@ -157,6 +158,20 @@ def test_one_that_a_signal_ends_unasked_has_failed(capfd):
     with pytest.raises(SystemExit) as ended:
         demo.run("-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert ended.value.code == EXIT_FAILED and "ended by SIGKILL" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("known", "expected"), [({"all": 50.0}, 50.0), ({}, 0.0)])
+def test_a_finished_demo_adds_no_minutes_and_needs_none(tmp_path, monkeypatch, known, expected):
+    """Its results may have been deleted, while the models are there."""
+    (tmp_path / "results.json").write_text(json.dumps({"ocr": {}, "minutes": known}))
+    monkeypatch.setattr(demo, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(demo, "STAGES", [])
+    for name in ("run", "ask", "export", "ask_exported", "print_table"):
+        monkeypatch.setattr(demo, name, lambda *_: None)
+    monkeypatch.setattr(demo.tesseract, "installed", lambda: False)
+    monkeypatch.setattr(demo, "installed", lambda judge: False)
+    demo.demo()
+    assert json.loads((tmp_path / "results.json").read_text())["minutes"]["all"] == pytest.approx(expected, abs=0.1)
 
 
 def test_a_ctrl_c_in_the_terminal_reaches_the_stages_through_the_demo_only():

@@ -320,7 +320,7 @@ def test_names_as_other_data_sets_have_them():
             speaker_of({"speaker": value})
 
 
-def test_too_many_speakers_are_refused_before_anything_is_trained(tmp_path, monkeypatch):
+def test_too_many_speakers_are_refused_before_anything_is_trained(tmp_path):
     few = {"codec_ckpt": None, "codec_steps": 4, "aligner_steps": 4, "max_steps": 4, "max_epochs": None}
     training = VOICES.training(tmp_path, **few)
     process = training.run(prelude="import omni.stages.voices\nomni.stages.voices.MAX_SPEAKERS = 2\n")

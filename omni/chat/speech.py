@@ -59,12 +59,10 @@ def load_speaker(
     known = () if own is None else (assistant.origins.get("codec"), assistant.origins.get("exported_codec"))
     same = weights_sha256(codec.model) in known
     if same and talker_ckpt is not None and talker_ckpt.resolve() != assistant.folder.resolve():
-        other = isinstance(source, Export)
-        same = (
-            weights_sha256(opened.model) == weights_sha256(own)
-            if other
-            else began_with(assistant.origins, talker_ckpt, own)
-        )
+        if isinstance(source, Export):
+            same = weights_sha256(opened.model) == weights_sha256(own)
+        else:
+            same = began_with(assistant.origins, talker_ckpt, own)
     if same:
         speaker = Speaker(own, codec.model, uses_thinker_states=True)
     if vocoder_ckpt is not None:

@@ -356,8 +356,9 @@ def refuse_to_replace(folder: Path, manifest: Manifest, rows: Sequence[int]) -> 
     Raises:
         UserError: a row's recording lies in the folder, where speech is to be saved.
     """
+    resolved = folder.resolve()
     for row in rows:
         with contextlib.suppress(BadRow):
             path = manifest.file(manifest[row], "wav")
-            if isinstance(path, Path) and folder.resolve() in path.resolve().parents:
+            if isinstance(path, Path) and resolved in path.resolve().parents:
                 raise UserError(f"--save_speech {folder}: expected another folder than that of {manifest.where(row)}")

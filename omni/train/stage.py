@@ -53,10 +53,7 @@ class Stage:
     tokenizer: type[Tokenizer] | type[CtcTokenizer] | None = None  # class of the tokenizer.json beside the model
     vocab_size: Callable[[BaseModel], int] | None = None  # entries of that tokenizer, by the model's architecture
     parts: tuple[str, ...] = ()  # prefixes of the models that the same script trains before, in the same folder
-    options: tuple[str, ...] = (
-        "show",
-        "num_workers",
-    )  # of scripts/evaluate.py that ``evaluate`` heeds; all heed others
+    options: tuple[str, ...] = ("show", "num_workers")  # those of evaluate.py's OPTIONS that ``evaluate`` heeds
     evaluate: str = ""  # "module:function" by which scripts/evaluate.py evaluates it; imported when it is called
 
     def evaluation(self) -> Callable[..., EvalResult]:

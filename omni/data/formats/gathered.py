@@ -27,12 +27,8 @@ MEDIA = "media.bin"  # file in the index with copies of sounds and pictures
 SOUNDS = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aiff", ".webm")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXTS = (".txt", ".lab", ".caption")
-TABLES = (
-    ".tsv",
-    ".csv",
-    ".jsonl",
-    ".ndjson",
-)  # of rows; in a folder with sounds or pictures, .json may be about one of these
+# of rows; in a folder with sounds or pictures, .json may be about one of these
+TABLES = (".tsv", ".csv", ".jsonl", ".ndjson")
 
 
 @dataclass
