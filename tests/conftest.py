@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import reliability  # noqa: E402
 from stages import STAGES  # noqa: E402
 
 from omni.common import allocator  # noqa: E402
+from omni.common.host import STOP_SIGNALS  # noqa: E402
 
 os.environ |= allocator.settings()  # else each script that a test runs would start twice
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # most runs are so short that compiling our modules would take longer
@@ -25,6 +27,16 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     if path := config.getoption("--reliability"):
         reliability.write(path, terminalreporter.stats)
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals():
+    """A script whose ``main`` a test calls leaves its handlers in the test process, and all processes forked from it
+    later would not end by SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGQUIT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(params=STAGES, ids=lambda stage: stage.name)

@@ -48,8 +48,6 @@ class Fake:
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """Train fake stages on so many cores: the notes that they left, and what ``ended`` was told."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-    handlers = {number: signal.getsignal(number) for number in numbers}
     monkeypatch.setattr(demo, "_asked", threading.Event())
     monkeypatch.setattr(demo, "_children", [])
     demo.heed_signals()
@@ -66,9 +64,7 @@ def train(tmp_path, monkeypatch):
             code = error.code
         return notes.read_text().splitlines(), ends, code
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def test_a_stage_waits_for_those_it_builds_on_and_for_no_other(train, capfd):

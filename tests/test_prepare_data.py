@@ -1317,7 +1317,6 @@ def test_too_little_disk_is_known_before_the_download(preparation, monkeypatch):
     argv += ["--checksums", str(preparation.checksums)]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *argv])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     size = len(ARCHIVES["dev-clean.tar.gz"])
     usage = shutil.disk_usage(preparation.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * size))
