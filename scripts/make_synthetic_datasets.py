@@ -67,7 +67,7 @@ HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
     "demo": {"asr": 16_000, "tts": 8_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
-    "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "large": {"asr": 80_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
 SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "large": (150_000, 1_000)}

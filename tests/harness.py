@@ -1,6 +1,7 @@
 """Run the real stage scripts as processes: start, signal, kill, wait, and compare what they leave behind."""
 
 import atexit
+import itertools
 import json
 import os
 import random
@@ -184,6 +185,35 @@ class Process:
         wait_until(lambda: text in printed.read_text(), f"{text!r} was not printed")
 
 
+_NUMBERS = itertools.count(1)
+
+
+def start(
+    *line: object,
+    cwd: Path,
+    env: dict[str, str] | None = None,
+    prelude: str = "",
+    output: Path | None = None,
+    root: Path = ROOT,
+) -> Process:
+    """Start ``python *line``, a script or ``-c`` and a program, as from a shell in ``cwd``.
+
+    Args:
+        env: variables beside the test's own.
+        prelude: code that the process executes first.
+        output: what the process prints goes to files of this name, .out and .err; default: a new one.
+        root: the copy of the repository whose modules it imports.
+    """
+    output = output or cwd / f"process_{next(_NUMBERS)}"
+    for suffix in (".out", ".err"):  # a kill may come before the child has opened them
+        output.with_suffix(suffix).write_text("")
+    request = {
+        "argv": [str(word) for word in line], "cwd": str(cwd), "env": env or {}, "prelude": prelude, "root": str(root),
+        "stdout": str(output.with_suffix(".out")), "stderr": str(output.with_suffix(".err")),
+    }  # fmt: skip
+    return Process(ForkServer.get().ask(request), output)
+
+
 @dataclass
 class Training:
     """A stage with its config, in a folder of its own. Each ``start`` is the shell line of a user."""
@@ -214,18 +244,9 @@ class Training:
         stem = f"{self.save_dir.name}_{self._count}"
         config_path = self.folder / f"{stem}.json"
         config_path.write_text(json.dumps(self.config))
-        output = self.folder / stem
-        for suffix in (".out", ".err"):  # a kill may come before the child has opened them
-            output.with_suffix(suffix).write_text("")
-        request = {
-            "argv": [str(ROOT / self.script), "--config", str(config_path), "--device", "cpu", *arguments],
-            "cwd": str(self.folder),
-            "env": {"TRACE": str(self.trace_path)} | (env or {}),
-            "prelude": self.prelude + prelude,
-            "stdout": str(output.with_suffix(".out")),
-            "stderr": str(output.with_suffix(".err")),
-        }
-        return Process(ForkServer.get().ask(request), output)
+        line = (ROOT / self.script, "--config", config_path, "--device", "cpu", *arguments)
+        env = {"TRACE": str(self.trace_path)} | (env or {})
+        return start(*line, cwd=self.folder, env=env, prelude=self.prelude + prelude, output=self.folder / stem)
 
     def run(self, prelude: str = "", env: dict | None = None, arguments: tuple[str, ...] = ()) -> Process:
         return self.start(prelude, env, arguments).wait()
@@ -348,16 +369,8 @@ def small_disk(size: int) -> Iterator[Path]:
 
 def run_script(training: Training, script: str, *arguments: str) -> Process:
     """Run another script of the repository on the files of a training."""
-    output = training.folder / f"script{len(list(training.folder.glob('script*.out')))}"
-    request = {
-        "argv": [str(ROOT / script), *arguments, "--ckpt_dir", str(training.save_dir), "--device", "cpu"],
-        "cwd": str(training.folder),
-        "env": {},
-        "prelude": "",
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    return Process(ForkServer.get().ask(request), output).wait()
+    line = (ROOT / script, *arguments, "--ckpt_dir", training.save_dir, "--device", "cpu")
+    return start(*line, cwd=training.folder).wait()
 
 
 def trained_weights(training: Training) -> dict:

@@ -1,9 +1,12 @@
 """benchmarks/bench.py: what it compares is the same computation, and every part runs and leaves its figures."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
+from harness import start
 from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, VOICES
 
 from omni.common.errors import UserError
@@ -69,7 +72,12 @@ def test_both_sides_compute_the_same(configs, make):
             assert flops == pytest.approx(bench.count_flops(pair.ours, pair.our_loss), rel=0.05)
 
 
-@pytest.mark.parametrize("part", bench.PARTS)
+STARTS = ("resume", "startup")  # start Python anew several times, without which there is nothing to measure
+
+
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.torture] if part in STARTS else []) for part in bench.PARTS]
+)
 def test_every_part_leaves_its_figures(configs, tmp_path, capsys, part):
     path, expected = tmp_path / "new" / "bench.json", {name for name in FIGURES if name.startswith(f"{part}/")}
     bench.main([part, "--smoke", "--configs", str(configs), "--json", str(path)])
@@ -143,7 +151,18 @@ def test_the_dial_of_size_is_the_demo_at_four():
         assert read_config("A", ROOT / "configs", **depth.keys_of(layers)).architecture.n_layers == layers
 
 
-def test_the_dial_trains_and_draws_a_curve(tmp_path):
+@pytest.fixture
+def quick_starts(tmp_path, monkeypatch):
+    """What runs a command gets a process that has PyTorch imported."""
+
+    def run(command: list, check: bool, cwd: Path = tmp_path, stdout: int | None = None) -> None:
+        process = start(*command[1:], cwd=cwd, output=tmp_path / "process").wait()
+        assert process.returncode == 0, process.stderr
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+def test_the_dial_trains_and_draws_a_curve(tmp_path, quick_starts):
     lines = "".join(f"{word} comes after {i}\n" for i in range(300) for word in ("one", "two"))
     for name in ("train.txt", "val.txt"):
         (tmp_path / name).write_text(lines)
@@ -158,7 +177,7 @@ def test_the_dial_trains_and_draws_a_curve(tmp_path):
         depth.main(["--depth", "0"])
 
 
-def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatch):
+def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatch, quick_starts):
     lines = [f"{word} comes after {i}\n" for i in range(300) for word in ("one", "two")]
     (tmp_path / "train.txt").write_text("".join(lines))
     (tmp_path / "val.txt").write_text("".join(lines[:40]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, ForkServer, Process, kill_at
+from harness import ROOT, Process, kill_at, start
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -67,18 +67,7 @@ def options(folders: dict[str, Path], output: Path, *more: str) -> list[str]:
 
 
 def run(cwd: Path, script: str, *arguments: str, prelude: str = "", wait: bool = True) -> Process:
-    output = cwd / f"{Path(script).stem}{len(list(cwd.glob('*.out')))}"
-    for suffix in (".out", ".err"):
-        output.with_suffix(suffix).write_text("")
-    request = {
-        "argv": [str(ROOT / script), *arguments],
-        "cwd": str(cwd),
-        "env": {},
-        "prelude": prelude,
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    process = Process(ForkServer.get().ask(request), output)
+    process = start(ROOT / script, *arguments, cwd=cwd, prelude=prelude)
     return process.wait() if wait else process
 
 

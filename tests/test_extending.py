@@ -1,13 +1,10 @@
 """docs/extending.md is carried out: its files are written into a copy of the tree, and its commands are run."""
 
 import json
-import os
 import re
 import shlex
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import ROOT, wait_until
+from harness import ROOT, Process, start, wait_until
 
 PAGE = ROOT / "docs" / "extending.md"
 # a fenced block, with the name of its file in the line before it if it has one
@@ -71,23 +68,15 @@ class Tree:
             path = self.folder / name
             path.write_text(patched(path.read_text(), diff))
 
-    def start(self, command: list[str], *more: str) -> subprocess.Popen:
+    def start(self, command: list[str], *more: str) -> Process:
         python, *rest = command
         assert python == "python", command
-        return subprocess.Popen(
-            [sys.executable, *rest, *more],
-            cwd=self.folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        return start(*rest, *more, cwd=self.folder, root=self.folder)
 
     def run(self, command: list[str], *more: str) -> str:
-        process = self.start(command, *more)
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, output
-        return output
+        process = self.start(command, *more).wait()
+        assert process.returncode == 0, process.stderr
+        return process.stdout + process.stderr
 
 
 @pytest.fixture
@@ -113,10 +102,8 @@ def test_a_new_stage(tree):
     tree.run(train, *longer)
     other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=20")
     process = tree.start(train, *other)
-    wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved")
+    assert process.kill().returncode == -signal.SIGKILL
     assert "resumed at step" in tree.run(train, *other)
     weights = [torch.load(folder / "language.pt", weights_only=True)["model"] for folder in (whole, killed)]
     assert weights[0].keys() == weights[1].keys()

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
-from harness import ROOT, ForkServer, Process
+from harness import ROOT, Process, start
 from stages import AUDIO_ENC, write_csv
 from test_config import only_error
 
@@ -31,16 +31,7 @@ def folder(tmp_path):
 
 
 def check(folder, *arguments: str) -> Process:
-    output = folder / "check"
-    request = {
-        "argv": [str(ROOT / "scripts/check_mel_lengths.py"), *arguments],
-        "cwd": str(folder),
-        "env": {},
-        "prelude": "",
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    return Process(ForkServer.get().ask(request), output).wait()
+    return start(ROOT / "scripts/check_mel_lengths.py", *arguments, cwd=folder).wait()
 
 
 def figures(process: Process) -> dict[str, list[str]]:

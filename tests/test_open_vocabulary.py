@@ -1,14 +1,15 @@
 """Sentences beyond the small world: made of words that can be read, and held-out words that training never says."""
 
 import re
-import subprocess
-import sys
 from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from harness import Process
 from lemminflect import getAllLemmas
+from test_synthetic_data import ONE_FAMILY
+from test_synthetic_data import run_script as run_quickly
 
 from omni.common.errors import UserError
 from omni.common.spoken import spoken_form
@@ -122,25 +123,24 @@ def test_own_sentences_come_once_each_and_only_in_training():
         assert speech.sentences(name, 0, 150, OWN) == texts[:150]
 
 
-def run_script(out: Path, *args) -> subprocess.CompletedProcess:
-    line = [sys.executable, str(SCRIPT), "--out", str(out), "--size", "smoke", "--only", "audio", *map(str, args)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=200)
+def run_script(out: Path, *args) -> Process:
+    return run_quickly(out, "--size", "smoke", "--only", "audio", *args, prelude=ONE_FAMILY)
 
 
 def test_a_text_of_the_user_is_read_aloud_and_made_again_when_it_has_changed(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("\n".join(OWN))
-    first = run_script(tmp_path / "out", "--speech_text", own)
+    first = run_script(tmp_path, "--speech_text", own)
     assert first.returncode == 0 and "10 of 10 sentences" in first.stdout, first.stderr
-    manifest = tmp_path / "out" / "audio" / "tts.csv"
+    manifest = tmp_path / "audio" / "tts.csv"
     assert any(text in manifest.read_text() for text in OWN)
-    assert "up to date" in run_script(tmp_path / "out", "--speech_text", own).stdout
+    assert "up to date" in run_script(tmp_path, "--speech_text", own).stdout
     own.write_text("Nothing else is said here today.\n12345678901234567890\n")
-    assert "1 of 2 sentences" in run_script(tmp_path / "out", "--speech_text", own).stdout
+    assert "1 of 2 sentences" in run_script(tmp_path, "--speech_text", own).stdout
     assert not any(text in manifest.read_text() for text in OWN)
     for content, reason in (("1", "none among its 1"), (None, "cannot read the text")):
         own.write_text(content) if content else own.unlink()
-        refused = run_script(tmp_path / "out", "--speech_text", own)
+        refused = run_script(tmp_path, "--speech_text", own)
         assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 

@@ -24,7 +24,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
-from harness import ROOT, ForkServer, Process, kill_at, wait_until
+from harness import ROOT, Process, kill_at, start, wait_until
 from PIL import Image
 
 from omni.common.errors import RunError
@@ -364,7 +364,7 @@ class Preparation:
     """The script in a folder of its own, with the server as mirror."""
 
     def __init__(self, folder: Path, server: Server) -> None:
-        self.folder, self.server, self.out, self.runs = folder, server, folder / "data", 0
+        self.folder, self.server, self.out = folder, server, folder / "data"
         # as in a private mirror: the archives in miniature have other digests than the published ones
         checksums = {name: hashlib.sha256(content).hexdigest() for name, content in ARCHIVES.items()}
         self.checksums = folder / "checksums.txt"
@@ -376,17 +376,7 @@ class Preparation:
         argv = [str(SCRIPT), "--out", str(self.out), "--retry_wait", "0.01", "--checksums", str(self.checksums), *args]
         if "--from" not in args and "--mirror" not in args:
             argv += ["--mirror", self.server.url]
-        self.runs += 1
-        output = self.folder / f"run_{self.runs}"
-        request = {
-            "argv": argv,
-            "cwd": str(self.folder),
-            "env": {"no_proxy": "127.0.0.1"},
-            "prelude": prelude,
-            "stdout": str(output.with_suffix(".out")),
-            "stderr": str(output.with_suffix(".err")),
-        }
-        return Process(ForkServer.get().ask(request), output)
+        return start(*argv, cwd=self.folder, env={"no_proxy": "127.0.0.1"}, prelude=prelude)
 
     def run(self, *args: str, prelude: str = "") -> Process:
         return self.start(*args, prelude=prelude).wait()

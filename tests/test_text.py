@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness import ROOT, ForkServer, Process, differences, kill_at_step
+from harness import ROOT, Process, differences, kill_at_step, start
 from stages import TEXT
 from test_config import only_error
 
@@ -115,16 +115,7 @@ def test_a_given_tokenizer_is_used_and_must_fit(tmp_path):
 
 
 def chat(folder, *arguments: str) -> Process:
-    output = folder / "chat"
-    request = {
-        "argv": [str(ROOT / "infer_chat.py"), *arguments],
-        "cwd": str(folder),
-        "env": {},
-        "prelude": "",
-        "stdout": str(output.with_suffix(".out")),
-        "stderr": str(output.with_suffix(".err")),
-    }
-    return Process(ForkServer.get().ask(request), output).wait()
+    return start(ROOT / "infer_chat.py", *arguments, cwd=folder).wait()
 
 
 def test_chat_with_a_finished_and_with_a_half_trained_stage(tmp_path):
