@@ -50,7 +50,7 @@ smoke: .venv/.installed
 	$(BIN)/python scripts/demo.py --smoke
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest -n 4 -m "not torture"
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m "not torture"
 
 torture: .venv/.installed-dev
 	$(BIN)/python -m pytest -n 4 -m torture --timeout 900 --reliability=docs/reliability.md
