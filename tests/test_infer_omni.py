@@ -69,9 +69,9 @@ class Chat:
         self.monkeypatch, self.capsys, self.prompts = monkeypatch, capsys, []
         real = Assistant.answer
 
-        def spy(assistant, prompt, answer_states, **sampling):
+        def spy(assistant, prompt, answer_states, *more, **sampling):
             self.prompts.append(prompt)
-            yield from real(assistant, prompt, answer_states, **sampling)
+            yield from real(assistant, prompt, answer_states, *more, **sampling)
 
         monkeypatch.setattr(Assistant, "answer", spy)
 
@@ -122,7 +122,7 @@ def test_the_script_itself_answers_on_stdout_and_only_there(merged, media, tmp_p
     line = ("--ckpt_dir", str(merged), "--device", "cpu", "--max_new_tokens", "8")
     process = run(tmp_path, "infer_chat.py", *line, "--image", media["picture"], "--text", "red")
     assert process.returncode == 0 and process.stdout.count("\n") == 1
-    assert process.stderr == "the answer was cut by --max_new_tokens 8\n"
+    assert process.stderr == "the answer was cut by max_new_tokens 8\n"
     process = run(tmp_path, "infer_chat.py", *line, "--image", str(tmp_path / "absent.png"), "--text", "red")
     only_error(process, "absent.png")
 
@@ -288,7 +288,7 @@ def test_an_unknown_command_is_no_question(merged, chat):
 def test_an_answer_that_is_cut_says_so(merged, chat):
     for count in ("3", "5"):
         _, err = chat(merged, "--max_new_tokens", count, "--text", "red")
-        assert f"the answer was cut by --max_new_tokens {count}\n" in err
+        assert f"the answer was cut by max_new_tokens {count}\n" in err
     _, err = chat(merged, "--max_new_tokens", "3", "--text", "red", "--complete")
     assert "cut" not in err, "a text has no end to be reached"
 

@@ -476,7 +476,7 @@ def test_chat_prints_the_answer_only(stage_a):
         tokenizer.chat_prompt([{"role": "user", "content": "the cat"}]), max_new_tokens=9, stop_ids=(0, 4)
     )
     assert done.stdout == tokenizer.decode(list(ids), skip_special=True) + "\n"
-    assert done.stderr == "the answer was cut by --max_new_tokens 9\n"
+    assert done.stderr == "the answer was cut by max_new_tokens 9\n"
     bad = subprocess.run([*line, "--top_p", "1.5"], cwd=root, capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.count("\n") == 1 and "--top_p" in bad.stderr
 
@@ -513,9 +513,9 @@ def test_a_conversation_keeps_its_turns_until_the_context_is_full(stage_a, monke
 
     prompts, real = [], Assistant.answer
 
-    def spy(assistant, ids, answer_states, **sampling):
+    def spy(assistant, ids, answer_states, *more, **sampling):
         prompts.append(assistant.tokenizer.decode(ids))
-        yield from real(assistant, ids, answer_states, **sampling)
+        yield from real(assistant, ids, answer_states, *more, **sampling)
 
     monkeypatch.setattr(Assistant, "answer", spy)
     flags = ["--ckpt_dir", str(stage_a), "--max_new_tokens", "6", "--system", "sys"]

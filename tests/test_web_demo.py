@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,13 +99,13 @@ def shown(outputs: tuple) -> list[str]:
     return [content["text"] if content["type"] == "text" else Path(content["file"]).name for content in contents]
 
 
-def called(client, name: str, data: list) -> dict:
-    """What an event ends with: JSON is sent as it is, so that it may be wrong."""
+def events(client, name: str, data: list, session: str | None = None) -> Iterator[dict]:
+    """What the page is told, up to what an event ends with: JSON is sent as it is, so that it may be wrong."""
     import httpx
 
     api = f"{client.src}gradio_api" if client.src.endswith("/") else f"{client.src}/gradio_api"
     (fn_index,) = [fn["id"] for fn in client.config["dependencies"] if fn["api_name"] == name]
-    session = secrets.token_hex(8)
+    session = session or secrets.token_hex(8)
     body = {"data": data, "fn_index": fn_index, "session_hash": session}
     inputs = [fn["inputs"] for fn in client.config["dependencies"] if fn["id"] == fn_index][0]
     body["data"] = [None] * (len(inputs) - len(data)) + data  # the visitor's state comes first
@@ -113,9 +114,17 @@ def called(client, name: str, data: list) -> dict:
     ).raise_for_status()
     with httpx.stream("GET", f"{api}/queue/data?session_hash={session}", trust_env=False, timeout=200) as answer:
         for line in answer.iter_lines():
-            if line.startswith("data:") and (event := json.loads(line[5:]))["msg"] == "process_completed":
-                return event["output"]
+            if line.startswith("data:"):
+                yield (event := json.loads(line[5:]))
+                if event["msg"] == "process_completed":
+                    return
     raise AssertionError("the answer ended early")
+
+
+def called(client, name: str, data: list) -> dict:
+    """What an event ends with."""
+    *_, last = events(client, name, data)
+    return last["output"]
 
 
 def start(cwd: Path, folder: Path, *more: str, prelude: str = "") -> Process:
@@ -607,6 +616,19 @@ def test_texts_that_are_no_unicode_are_answered(site):
         found = called(visitor.client, "chat", [asked, False, temperature, 1, 8, -1])["error"]
         assert shows in found and "\n" not in found and str(ROOT) not in found
     assert visitor.ask("red cat")[0] == "red cat"
+
+
+@needs_gradio
+def test_the_page_says_what_is_cut_and_forgotten(site):
+    client, session = site.visitor().client, secrets.token_hex(8)
+
+    def told() -> list[str]:
+        asked = [{"text": "red cat " * 4, "files": []}, False, 0, 1, 3, -1]
+        return [event["log"] for event in events(client, "chat", asked, session) if event["msg"] == "log"]
+
+    first, *later = [told() for _ in range(8)]
+    assert first == ["the answer was cut by max_new_tokens 3"]
+    assert any("of the oldest questions are forgotten" in line for lines in later for line in lines)
 
 
 @needs_gradio

@@ -1,6 +1,6 @@
 """The assistant: a Thinker in conversation, opened from a folder of stage A, of stage E or of export.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -115,10 +115,15 @@ class Assistant:
 
     # Conversations
 
-    def prompt(self, messages: list[dict], max_new_tokens: int) -> list[int] | Encoded:
+    def prompt(
+        self, messages: list[dict], max_new_tokens: int, tell: Callable[[str], None] = lambda line: None
+    ) -> list[int] | Encoded:
         """Encode a conversation that ends with a question.
 
         The oldest turns are deleted from the list, in place, until there is room for an answer.
+
+        Args:
+            tell: gets a line for the user if turns are deleted.
 
         Raises:
             UserError: the question with its attachments is too long; the list stays as it was.
@@ -137,6 +142,8 @@ class Assistant:
             if length(prompt) <= room:
                 break
         self.check_room(prompt)
+        if oldest > first:
+            tell(f"the context is full: {(oldest - first) // 2} of the oldest questions are forgotten")
         del messages[first:oldest]
         return prompt
 
@@ -163,17 +170,31 @@ class Assistant:
         return self.thinker.generate(prompt, **sampling)
 
     def answer(
-        self, prompt: list[int] | Encoded, answer_states: "AnswerStates | None" = None, **sampling
+        self,
+        prompt: list[int] | Encoded,
+        answer_states: "AnswerStates | None" = None,
+        tell: Callable[[str], None] = lambda line: None,
+        **sampling,
     ) -> Iterator[str]:
         """The text that follows ``prompt``, in pieces, each as soon as it is known; as ``generate``.
 
         Args:
             answer_states: collects the ids and the Thinker's states.
+            tell: gets a line for the user if the text ends for lack of room.
         """
-        if answer_states is None:
-            return self._decoded(self.generate(prompt, **sampling), [])
-        answer_states.tokenizer = self.tokenizer
-        return self._decoded(self.generate(prompt, states=answer_states.states, **sampling), answer_states.ids)
+        states = AnswerStates() if answer_states is None else answer_states
+        states.tokenizer = self.tokenizer
+        ids = self.generate(prompt, states=None if answer_states is None else states.states, **sampling)
+
+        def pieces() -> Iterator[str]:
+            yield from self._decoded(ids, states.ids)
+            heard = isinstance(prompt, Encoded) and prompt.recordings  # their blank frames take no room
+            if len(states.ids) >= sampling["max_new_tokens"]:
+                tell(f"the answer was cut by max_new_tokens {sampling['max_new_tokens']}")
+            elif not heard and length(prompt) + len(states.ids) >= self.ctx_len:
+                tell(f"the answer was cut by the context of {self.ctx_len} tokens")
+
+        return pieces()
 
     def _decoded(self, ids: Iterator[int], seen: list[int]) -> Iterator[str]:
         decoder = StreamDecoder(self.tokenizer, skip_special=True)

@@ -3,15 +3,14 @@
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import BinaryIO
 
-from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, length, message
+from omni.chat.assistant import CHARACTERS_PER_TOKEN, AnswerStates, Assistant, check_text_length, message
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
 from omni.common.media import quoted, visible
-from omni.stages.tasks.processor import Encoded
 
 COMMANDS = ("/image FILE", "/audio FILE", "/video FILE", "/drop", "/reset", "/quit")
 
@@ -86,30 +85,17 @@ class Conversation:
             self.assistant.check_room(prompt)
             return printed(self.assistant.answer(prompt, answer_states, **self.sampling), answer), answer_states
         messages = [*self.messages, message(self.attached, text)]
-        before = len(messages)
-        prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"])
-        if forgotten := (before - len(messages)) // 2:
-            print(f"the context is full: {forgotten} of the oldest questions are forgotten", file=sys.stderr)
-        pieces = self.assistant.answer(prompt, answer_states, **self.sampling)
+        notes: list[str] = []
+        prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"], notes.append)
+        pieces = self.assistant.answer(prompt, answer_states, notes.append, **self.sampling)
         self.messages = [*messages, answer]
         self.drop()
-        return self.watched(printed(pieces, answer), prompt, answer_states), answer_states
-
-    def watched(self, pieces: Iterator[str], prompt: list[int] | Encoded, states: AnswerStates) -> Iterator[str]:
-        """The pieces of an answer, and on stderr a line if it ends for lack of room."""
-        with contextlib.closing(pieces):
-            yield from pieces
-        most, ctx_len = self.sampling["max_new_tokens"], self.assistant.ctx_len
-        heard = isinstance(prompt, Encoded) and prompt.recordings  # their blank frames take no room
-        if len(states.ids) >= most:
-            print(f"the answer was cut by --max_new_tokens {most}", file=sys.stderr)
-        elif not heard and length(prompt) + len(states.ids) >= ctx_len:
-            print(f"the answer was cut by the context of {ctx_len} tokens", file=sys.stderr)
+        return printed(pieces, answer, notes), answer_states
 
 
-def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
+def printed(pieces: Iterator[str], answer: dict, notes: Sequence[str] = ()) -> Iterator[str]:
     """The pieces of an answer, added to its content, and printed: on a terminal each as it comes, else all at the
-    end."""
+    end. Then the notes, on stderr."""
     streaming = sys.stdout.isatty()
     try:
         for piece in pieces:
@@ -119,6 +105,8 @@ def printed(pieces: Iterator[str], answer: dict) -> Iterator[str]:
             yield piece
     finally:  # also of an answer that is stopped
         print("" if streaming else without_controls(answer["content"]), flush=True)
+        for note in notes:
+            print(note, file=sys.stderr)
 
 
 def looks_like_a_command(word: str) -> bool:

@@ -167,8 +167,8 @@ class Page:
 
     def answer(self, messages: list[dict], answer_states: AnswerStates, sampling: dict) -> Iterator[str]:
         """Pieces of the answer; ``messages`` loses the turns that no longer fit."""
-        prompt = self.assistant.prompt(messages, sampling["max_new_tokens"])
-        return self.assistant.answer(prompt, answer_states, **sampling)
+        prompt = self.assistant.prompt(messages, sampling["max_new_tokens"], warn)
+        return self.assistant.answer(prompt, answer_states, warn, **sampling)
 
     async def say(
         self, session: Session, text: str, temperature: float, seed: int, request: gr.Request,
