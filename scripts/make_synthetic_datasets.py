@@ -61,16 +61,22 @@ from omni.common.files import read_text
 from omni.common.spoken import spoken_version
 from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writing
 
-TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "large": 1_000_000}
+TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "hour": 70_000, "large": 1_000_000}
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
 HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_voices", "tts.val_open")
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
     "demo": {"asr": 16_000, "tts": 8_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
-    "large": {"asr": 80_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "hour": {"asr": 16_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
-PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "large": (100_000, 1_000)}  # training, held out
-SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "large": (150_000, 1_000)}
+PICTURES = {
+    "smoke": (96, 32),
+    "demo": (18_000, 1_000),
+    "hour": (18_000, 1_000),
+    "large": (100_000, 1_000),
+}  # training, held out
+SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "hour": (64_000, 1_000), "large": (150_000, 1_000)}
 HELD_OUT_QUESTIONS = 0.01  # share of the written questions that are read, val_split of configs/omni_sft_tiny.json
 IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
 
