@@ -26,7 +26,12 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from omni.train.device import pick_amp_dtype
+
 ROOT = Path(__file__).resolve().parent.parent
+
 REFERENCE = ROOT / "dev" / "golden.json"
 STEPS = 40
 # script, demo config, overrides; a folder in braces is that of another of these stages
@@ -184,10 +189,11 @@ def figures(row: dict) -> Iterable[str]:
 
 
 def processor() -> str:
-    """Processor and torch version, on which the bits depend."""
+    """Processor, its arithmetic and torch version, on which the bits depend."""
     names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     name = names[0].partition(":")[2].strip() if names else platform.processor()
-    return f"{name}, torch {torch.__version__}"
+    bf16 = ", bf16" if pick_amp_dtype(True, torch.device("cpu")) else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{bf16}, torch {torch.__version__}"
 
 
 if __name__ == "__main__":
