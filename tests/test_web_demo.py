@@ -293,10 +293,10 @@ class Stub:
     def lacks(self, encoder: str) -> None:
         return None
 
-    def prompt(self, messages: list, max_new_tokens: int) -> list:
+    def prompt(self, messages: list, max_new_tokens: int, tell=None) -> list:
         return messages
 
-    def answer(self, prompt: list, answer_states, **sampling):
+    def answer(self, prompt: list, answer_states, tell=None, **sampling):
         self.events.append("answered")
         yield "yes"
 
