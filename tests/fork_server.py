@@ -68,6 +68,9 @@ def child(request: dict) -> None:
         code = 0
     except SystemExit as end:
         code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -86,8 +89,8 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+            ended, status = os.waitpid(request["wait"], request["options"])
+            print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
             continue
         pid = os.fork()
         if pid == 0:

@@ -103,7 +103,9 @@ def count_calls(call: str) -> str:
     return kill_at(call, 0) + 'import atexit\natexit.register(lambda: print(_calls[0], "calls"))\n'
 
 
-def wait_until(condition: Callable[[], bool], otherwise: str = "", process: subprocess.Popen | None = None) -> None:
+def wait_until(
+    condition: Callable[[], bool], otherwise: str = "", process: "subprocess.Popen | Process | None" = None
+) -> None:
     """Wait until ``condition()``, in which a file may be missing. How long is the machine's affair, not a test's: only
     what would not come at all fails, or an end of ``process``."""
     deadline = time.monotonic() + PATIENCE_S
@@ -160,16 +162,26 @@ class Process:
     started: float = field(default_factory=time.monotonic)
 
     def wait(self) -> "Process":
-        if self.returncode is None:
-            try:
-                self.returncode = ForkServer.get().ask({"wait": self.pid})
-            except BaseException:  # the test took too long
-                with suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-                raise
+        self._ask(0)
+        return self
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs."""
+        self._ask(os.WNOHANG)
+        return self.returncode
+
+    def _ask(self, options: int) -> None:
+        if self.returncode is not None:
+            return
+        try:
+            self.returncode = ForkServer.get().ask({"wait": self.pid, "options": options})
+        except BaseException:  # the test took too long
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            raise
+        if self.returncode is not None:
             self.stdout = self.output.with_suffix(".out").read_text()
             self.stderr = self.output.with_suffix(".err").read_text()
-        return self
 
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
@@ -182,7 +194,7 @@ class Process:
     def wait_for(self, text: str, stream: str = ".out") -> None:
         """Wait until the process has printed ``text``."""
         printed = self.output.with_suffix(stream)
-        wait_until(lambda: text in printed.read_text(), f"{text!r} was not printed")
+        wait_until(lambda: text in printed.read_text(), f"{text!r} was not printed", self)
 
 
 _NUMBERS = itertools.count(1)
@@ -199,7 +211,7 @@ def start(
     """Start ``python *line``, a script or ``-c`` and a program, as from a shell in ``cwd``.
 
     Args:
-        env: variables beside the test's own.
+        env: variables beside those of the test process, as they were when it first started something.
         prelude: code that the process executes first.
         output: what the process prints goes to files of this name, .out and .err; default: a new one.
         root: the copy of the repository whose modules it imports.

@@ -702,6 +702,14 @@ MUTATIONS = [
         "self._end = start + len(sentence)", "pass", "tests/test_infer_omni.py -k whole_answer",
     ),
     Mutation(
+        "a conversation", "turns are forgotten without a word", "omni/chat/assistant.py",
+        "        if oldest > first:\n", "        if False:\n", "tests/test_infer_omni.py -k old_turns",
+    ),
+    Mutation(
+        "a conversation", "an answer is cut without a word", "omni/chat/assistant.py",
+        'if len(states.ids) >= sampling["max_new_tokens"]:', "if False:", "tests/test_infer_omni.py -k cut_says_so",
+    ),
+    Mutation(
         "speech", "the time to the first sound begins with the talker", "omni/chat/speech.py",
         "first_s = time.perf_counter() - start_s", "first_s = 0.1",
         "tests/test_infer_omni.py -k timed_from",

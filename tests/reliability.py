@@ -22,6 +22,7 @@ PROMISES = {
     "configs: wrong ones, changed ones": ("test_config.py",),
     "awkward folders, finished runs, losses not finite": ("test_environment.py",),
     "several processes": ("test_distributed.py",),
+    "the tools that measure": ("test_bench.py", "test_first_steps.py"),
 }
 PARTS = ("tests", "fuzz")  # of the page: by `make torture`, by `make fuzz`
 OUTCOMES = ("passed", "failed", "skipped")

@@ -75,8 +75,9 @@ def test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it(path
     with pytest.raises(UserError) as failure:
         load_config(CONFIGS[path.stem.rsplit("_", 1)[0]], str(path))
     script = "make_synthetic_datasets" if "none at data/text/tiny_corpus" in str(failure.value) else "prepare_data"
-    script = "make_synthetic_datasets" if path.stem.endswith("_demo") else script
+    script = "make_synthetic_datasets" if path.stem.endswith(("_demo", "_hour")) else script
     assert f"(python scripts/{script}.py " in str(failure.value)
+    assert ("--size hour" in str(failure.value)) == path.stem.endswith("_hour")
 
 
 def test_impossible_sizes(tmp_path):

@@ -102,7 +102,7 @@ def test_a_new_stage(tree):
     tree.run(train, *longer)
     other = (*longer, "--set", f"save_dir={killed}", "--set", "checkpoint_freq=20")
     process = tree.start(train, *other)
-    wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved")
+    wait_until(lambda: any(killed.glob("language_step_*.pt")), "no checkpoint was saved", process)
     assert process.kill().returncode == -signal.SIGKILL
     assert "resumed at step" in tree.run(train, *other)
     weights = [torch.load(folder / "language.pt", weights_only=True)["model"] for folder in (whole, killed)]

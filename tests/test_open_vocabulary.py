@@ -130,17 +130,17 @@ def run_script(out: Path, *args) -> Process:
 def test_a_text_of_the_user_is_read_aloud_and_made_again_when_it_has_changed(tmp_path):
     own = tmp_path / "own.txt"
     own.write_text("\n".join(OWN))
-    first = run_script(tmp_path, "--speech_text", own)
+    first = run_script(tmp_path / "out", "--speech_text", own)
     assert first.returncode == 0 and "10 of 10 sentences" in first.stdout, first.stderr
-    manifest = tmp_path / "audio" / "tts.csv"
+    manifest = tmp_path / "out" / "audio" / "tts.csv"
     assert any(text in manifest.read_text() for text in OWN)
-    assert "up to date" in run_script(tmp_path, "--speech_text", own).stdout
+    assert "up to date" in run_script(tmp_path / "out", "--speech_text", own).stdout
     own.write_text("Nothing else is said here today.\n12345678901234567890\n")
-    assert "1 of 2 sentences" in run_script(tmp_path, "--speech_text", own).stdout
+    assert "1 of 2 sentences" in run_script(tmp_path / "out", "--speech_text", own).stdout
     assert not any(text in manifest.read_text() for text in OWN)
     for content, reason in (("1", "none among its 1"), (None, "cannot read the text")):
         own.write_text(content) if content else own.unlink()
-        refused = run_script(tmp_path, "--speech_text", own)
+        refused = run_script(tmp_path / "out", "--speech_text", own)
         assert refused.returncode == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 

@@ -85,12 +85,16 @@ class Conversation:
             self.assistant.check_room(prompt)
             return printed(self.assistant.answer(prompt, answer_states, **self.sampling), answer), answer_states
         messages = [*self.messages, message(self.attached, text)]
-        notes: list[str] = []
-        prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"], notes.append)
+        prompt = self.assistant.prompt(messages, self.sampling["max_new_tokens"], tell)
+        notes: list[str] = []  # for below the answer
         pieces = self.assistant.answer(prompt, answer_states, notes.append, **self.sampling)
         self.messages = [*messages, answer]
         self.drop()
         return printed(pieces, answer, notes), answer_states
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def printed(pieces: Iterator[str], answer: dict, notes: Sequence[str] = ()) -> Iterator[str]:
@@ -106,7 +110,7 @@ def printed(pieces: Iterator[str], answer: dict, notes: Sequence[str] = ()) -> I
     finally:  # also of an answer that is stopped
         print("" if streaming else without_controls(answer["content"]), flush=True)
         for note in notes:
-            print(note, file=sys.stderr)
+            tell(note)
 
 
 def looks_like_a_command(word: str) -> bool:

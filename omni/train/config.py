@@ -27,6 +27,7 @@ ASR_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/asr.csv"
 PICTURES_HINT = "python scripts/make_synthetic_datasets.py writes data/images/annotations.json"
 TTS_HINT = "python scripts/make_synthetic_datasets.py writes data/audio/tts.csv"
 OCR_HINT = "python scripts/make_synthetic_datasets.py writes data/ocr/ocr.csv"
+HOUR = "python scripts/make_synthetic_datasets.py --size hour --only audio --out data/hour"
 PREPARED_BY = {  # name of a file of public data up to its first dot -> what writes it
     "production_corpus": "python scripts/prepare_data.py tinystories",
     "production_asr": "python scripts/prepare_data.py librispeech",
@@ -158,7 +159,9 @@ class StageConfig(BaseModel):
 
 
 def hint_of(files: Files | None, otherwise: str) -> str:
-    """What writes the file, if it is one of the public data."""
+    """What writes the file, if it is one of the public data or of those for the configs of an hour."""
+    if isinstance(files, str) and files.startswith("data/hour/"):
+        return f"{HOUR} writes it"
     name = Path(files).name.partition(".")[0] if isinstance(files, str) else ""
     if name in PREPARED_BY:
         return f"{PREPARED_BY[name]} writes it"
