@@ -3,6 +3,7 @@
     python scripts/make_synthetic_datasets.py                  # the data of the demo configs, about eight minutes
     python scripts/make_synthetic_datasets.py --size smoke     # a few MB, to try things out
     python scripts/make_synthetic_datasets.py --only audio     # one part
+    python scripts/make_synthetic_datasets.py --size hour --only audio --out data/hour   # for configs/*_hour.json
     python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json \\
         --read_questions data/images/production_vqa.val.json   # written questions about pictures, read aloud
 

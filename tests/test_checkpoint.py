@@ -124,7 +124,7 @@ def test_order_and_retention_are_numeric(tmp_path):
 # The run -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_falls_back(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
@@ -206,7 +206,7 @@ def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_final(stage
     assert differences(list(newest["phases"].values())[-1]["module"], final["model"]) == []
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
     training = stage.training(tmp_path)
     assert training.run(prelude=kill_at_step(14)).returncode == -9
@@ -219,7 +219,7 @@ def test_all_checkpoints_damaged_stops_the_run_every_time(stage, tmp_path):
         assert training.steps() == []
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_malicious_checkpoint_is_refused_by_the_run(stage, tmp_path):
     training, marker = stage.training(tmp_path), tmp_path / "marker"
     training.save_dir.mkdir()
@@ -228,7 +228,7 @@ def test_a_malicious_checkpoint_is_refused_by_the_run(stage, tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_disk_full_during_a_save(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference")
     reference.finish()
@@ -319,7 +319,7 @@ omni.train.checkpoint.verify = noted(omni.train.checkpoint.verify, lambda path: 
 """
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk(stage, tmp_path):
     training = stage.training(tmp_path, checkpoint_freq=2)
     training.finish(prelude=EVENTS, env={"EVENTS": str(tmp_path / "events")})
@@ -335,7 +335,7 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_safely_on_disk(stage,
         assert event == "verify" or len(newer) >= 2, f"step {step} went when {newer} were on disk"
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_new_file_that_does_not_verify_costs_no_older_one(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", checkpoint_freq=1)
     reference.finish()

@@ -51,7 +51,7 @@ def only_error(process, *fragments: str) -> None:
         assert fragment in process.stderr, process.stderr
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 @pytest.mark.parametrize(("keys", "fragments"), BAD.values(), ids=BAD.keys())
 def test_bad_keys(stage, tmp_path, keys, fragments):
     training = stage.training(tmp_path, **keys)

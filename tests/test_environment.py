@@ -37,7 +37,7 @@ def test_paths_with_spaces_and_non_ascii_letters(stage, tmp_path):
     training.finish()
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for where in ("/proc/omni", str(tmp_path / "file" / "below")):
@@ -47,7 +47,7 @@ def test_an_unwritable_save_dir_is_refused_before_the_first_step(stage, tmp_path
         assert "step" not in process.stdout
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_file_times_do_not_decide_which_checkpoint_is_newest(stage, tmp_path):
     training = stage.training(tmp_path)
     assert training.run(prelude=kill_at_step(14)).returncode == -9
@@ -78,7 +78,7 @@ omni.data.order.ResumableDataset.__iter__ = fail
 """
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 @pytest.mark.parametrize("error", ["KeyError", "RuntimeError", "EOFError"])
 def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_path, error):
     process = stage.training(tmp_path, num_workers=2).run(prelude=WORKERS_FAIL.format(error=error))  # it once hung
@@ -87,7 +87,7 @@ def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_pat
     assert "a fault in a worker" in process.stderr.rstrip().splitlines()[-1], process.stderr
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
     process = training.start(prelude=SLOW + TAKEN_APART)
@@ -101,7 +101,7 @@ def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training.finish()
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 def test_a_reader_that_leaves_does_not_end_the_run(stage, tmp_path):
     training = stage.training(tmp_path)
     closed = "import os\nread, write = os.pipe()\nos.close(read)\nos.dup2(write, 1)\n"

@@ -124,7 +124,7 @@ BOUNDARIES = {
 }
 
 
-@pytest.mark.loop
+@pytest.mark.loop(phases=1)
 @pytest.mark.parametrize("kills", BOUNDARIES.values(), ids=BOUNDARIES.keys())
 def test_kills_at_boundaries(stage, tmp_path, kills):
     reference = stage.training(tmp_path, save_dir="reference", checkpoint_freq=2)
