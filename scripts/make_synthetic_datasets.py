@@ -71,12 +71,8 @@ CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
     "hour": {"asr": 16_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
     "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
-PICTURES = {
-    "smoke": (96, 32),
-    "demo": (18_000, 1_000),
-    "hour": (18_000, 1_000),
-    "large": (100_000, 1_000),
-}  # training, held out
+# training, held out
+PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "hour": (18_000, 1_000), "large": (100_000, 1_000)}
 SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "hour": (64_000, 1_000), "large": (150_000, 1_000)}
 HELD_OUT_QUESTIONS = 0.01  # share of the written questions that are read, val_split of configs/omni_sft_tiny.json
 IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two

@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from omni.train.device import pick_amp_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
-
 REFERENCE = ROOT / "dev" / "golden.json"
 STEPS = 40
 # script, demo config, overrides; a folder in braces is that of another of these stages

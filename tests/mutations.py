@@ -707,7 +707,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a conversation", "an answer is cut without a word", "omni/chat/assistant.py",
-        'if len(states.ids) >= sampling["max_new_tokens"]:', "if False:", "tests/test_infer_omni.py -k cut_says_so",
+        'if len(answer_states.ids) >= sampling["max_new_tokens"]:', "if False:",
+        "tests/test_infer_omni.py -k cut_says_so",
     ),
     Mutation(
         "speech", "the time to the first sound begins with the talker", "omni/chat/speech.py",

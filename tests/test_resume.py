@@ -50,7 +50,7 @@ def check_random_kills(stage, tmp_path, keys) -> None:
     reference.prelude = TRACE + SLOW
     finish_in_the_dtype_asked_for(reference)
     assert reference.metrics()[-1]["epoch"] >= 2, "three epochs"
-    for killed in kill_at_random_instants(reference, 8 if stage.name == "text" else 2):  # the loop is shared
+    for killed in kill_at_random_instants(reference, 8 if stage.name == "text" else 4):  # the loop is shared
         assert killed.trace() == reference.trace()
         assert differences(killed.state(), reference.state()) == []
 

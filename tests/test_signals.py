@@ -83,7 +83,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.loop(phases=1)
+@pytest.mark.loop
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
 def test_a_signal_saves_and_stops(stage, tmp_path, moment, number):

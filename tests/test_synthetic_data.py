@@ -413,9 +413,13 @@ def interrupted(out: Path, number: int) -> tuple[Path, int, str]:
     work = out / "audio" / ".speech.part"
     journal = work / "journal.jsonl"
     process = start_script(out, *AUDIO, "--processes", 1, prelude=QUICKLY)
-    wait_until(lambda: journal.read_bytes().count(b"\n") >= 3, "three groups were not finished", process)
-    process.send(number)
-    process.wait()
+    try:
+        wait_until(lambda: journal.read_bytes().count(b"\n") >= 3, "three groups were not finished", process)
+        process.send(number)
+        process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
     assert not list((out / "audio").glob("*.csv")), process.stderr
     return work, process.returncode, process.stderr
 
@@ -453,10 +457,10 @@ def test_what_is_missing_or_changed_is_made_again_and_what_is_foreign_spared(mad
     assert contents(tmp_path / "audio") == contents(made_quickly / "audio") | {"my_own.csv": b"wav,text\n"}
 
     (tmp_path / "audio" / "speech.json").unlink()
-    before = contents(tmp_path / "audio")
+    before = contents(tmp_path)
     refused = run_script(tmp_path, *AUDIO)
     assert refused.returncode == 2 and "--force" in refused.stderr and len(refused.stderr.splitlines()) == 1
-    assert contents(tmp_path / "audio") == before
+    assert contents(tmp_path) == before
 
 
 def test_a_second_process_is_kept_out(tmp_path):

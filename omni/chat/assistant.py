@@ -172,7 +172,7 @@ class Assistant:
     def answer(
         self,
         prompt: list[int] | Encoded,
-        answer_states: "AnswerStates | None" = None,
+        answer_states: "AnswerStates",
         tell: Callable[[str], None] = lambda line: None,
         **sampling,
     ) -> Iterator[str]:
@@ -182,16 +182,15 @@ class Assistant:
             answer_states: collects the ids and the Thinker's states.
             tell: gets a line for the user if the text ends for lack of room.
         """
-        states = AnswerStates() if answer_states is None else answer_states
-        states.tokenizer = self.tokenizer
-        ids = self.generate(prompt, states=None if answer_states is None else states.states, **sampling)
+        answer_states.tokenizer = self.tokenizer
+        ids = self.generate(prompt, states=answer_states.states, **sampling)
 
         def pieces() -> Iterator[str]:
-            yield from self._decoded(ids, states.ids)
+            yield from self._decoded(ids, answer_states.ids)
             heard = isinstance(prompt, Encoded) and prompt.recordings  # their blank frames take no room
-            if len(states.ids) >= sampling["max_new_tokens"]:
+            if len(answer_states.ids) >= sampling["max_new_tokens"]:
                 tell(f"the answer was cut by max_new_tokens {sampling['max_new_tokens']}")
-            elif not heard and length(prompt) + len(states.ids) >= self.ctx_len:
+            elif not heard and length(prompt) + len(answer_states.ids) >= self.ctx_len:
                 tell(f"the answer was cut by the context of {self.ctx_len} tokens")
 
         return pieces()
