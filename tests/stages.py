@@ -253,7 +253,7 @@ VOCODER = StageCase(
     config={key: value for key, value in SHORT.items() if key not in ("lr", "dropout")}
     | {
         "n_mels": 20, "upsample_rates": [16, 10], "upsample_initial_channel": 16, "resblock_kernel_sizes": [3],
-        "resblock_dilation_sizes": [[1]], "mpd_periods": [2], "msd_num_scales": 1, "disc_channels": 4,
+        "resblock_dilation_sizes": [[1]], "mpd_periods": [2], "msd_num_scales": 0, "disc_channels": 4,
         "segment_samples": 800, "val_samples": 0, "lr_g": 1e-3, "lr_d": 1e-3, "adv_start_step": 4,
     },
     make_data=make_clips,

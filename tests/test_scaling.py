@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from harness import ROOT
+from harness import ROOT, start
 
 pytest.importorskip("transformers")  # of benchmarks/bench.py
 
@@ -55,7 +55,6 @@ def test_the_page_has_a_figure_in_every_place(page):
     assert "{" not in page and "nan" not in page
 
 
-def test_too_little_data_is_refused():
-    command = [sys.executable, str(ROOT / "benchmarks/scaling.py"), "--lines", "10"]
-    result = subprocess.run(command, capture_output=True, text=True)
+def test_too_little_data_is_refused(tmp_path):
+    result = start(ROOT / "benchmarks/scaling.py", "--lines", 10, cwd=tmp_path).wait()
     assert result.returncode == 2 and "at least --lines 10000" in result.stderr and result.stderr.count("\n") == 1

@@ -8,15 +8,13 @@ import importlib.util
 import io
 import json
 import re
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from harness import ROOT
+from harness import ROOT, start
 from packaging.requirements import Requirement
 from PIL import Image
 from test_config import only_error
@@ -218,9 +216,8 @@ def test_arguments_without_a_meaning(speech, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["talker"], ["talker=/nowhere", "--limit", "0"]], ids=["no name", "no clip"])
-def test_a_refusal_is_one_line_and_exit_code_2(arguments):
-    script = [sys.executable, ROOT / "scripts/second_opinion.py", *arguments]
-    only_error(subprocess.run(script, capture_output=True, text=True))
+def test_a_refusal_is_one_line_and_exit_code_2(arguments, tmp_path):
+    only_error(start(ROOT / "scripts/second_opinion.py", *arguments, cwd=tmp_path).wait())
 
 
 def test_weights_are_compared_with_their_digests(tmp_path, monkeypatch):

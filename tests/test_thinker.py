@@ -3,13 +3,12 @@
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import ROOT, start
 from torch import Tensor
 
 from omni.models import layers, ops, thinker
@@ -462,12 +461,11 @@ def chat(monkeypatch, capsys, arguments: list[str], lines: list[str] = ()) -> tu
     return capsys.readouterr()
 
 
-def test_chat_prints_the_answer_only(stage_a):
+def test_chat_prints_the_answer_only(stage_a, tmp_path):
     from omni.data.tokenizer import Tokenizer
 
-    line = [sys.executable, "infer_chat.py", "--ckpt_dir", str(stage_a), "--max_new_tokens", "9", "--device", "cpu"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run([*line, "--text", "the cat"], cwd=root, capture_output=True, text=True, check=True)
+    line = [ROOT / "infer_chat.py", "--ckpt_dir", stage_a, "--max_new_tokens", 9, "--device", "cpu"]
+    done = start(*line, "--text", "the cat", cwd=tmp_path).wait()
     tokenizer = Tokenizer.load(stage_a / "tokenizer.json")
     model = Thinker(ThinkerArchitecture(vocab_size=tokenizer.vocab_size, ctx_len=64, n_layers=2, d_model=32,
                                         n_heads=4, d_ff=64))  # fmt: skip
@@ -475,9 +473,10 @@ def test_chat_prints_the_answer_only(stage_a):
     ids = model.generate(
         tokenizer.chat_prompt([{"role": "user", "content": "the cat"}]), max_new_tokens=9, stop_ids=(0, 4)
     )
+    assert done.returncode == 0
     assert done.stdout == tokenizer.decode(list(ids), skip_special=True) + "\n"
     assert done.stderr == "the answer was cut by max_new_tokens 9\n"
-    bad = subprocess.run([*line, "--top_p", "1.5"], cwd=root, capture_output=True, text=True)
+    bad = start(*line, "--top_p", 1.5, cwd=tmp_path).wait()
     assert (bad.returncode, bad.stdout) == (2, "") and bad.stderr.count("\n") == 1 and "--top_p" in bad.stderr
 
 

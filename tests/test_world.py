@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import wait_until
+from harness import ROOT, Process, start, wait_until
 
 from omni.synthetic import facts, holdout, lexicon, scenes, stories, writing
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
+SCRIPT = ROOT / "scripts" / "make_synthetic_datasets.py"
 
 COLOUR = "(?:" + "|".join(lexicon.COLOURS) + ")"
 RELATION = "(left of|right of|above|below)"
@@ -325,9 +325,14 @@ def test_chat_format(train):
 # --- the script -----------------------------------------------------------------------------------------------------
 
 
-def run_script(*args, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=200)
+def run_script(out: Path, *args) -> Process:
+    return start(SCRIPT, "--out", out, *args, cwd=out.parent).wait()
+
+
+def run_with_hash_seed(seed: str, out: Path, *args) -> subprocess.CompletedProcess:
+    """In a Python of its own, in which sets have another order."""
+    command, env = [sys.executable, SCRIPT, "--out", out, *map(str, args)], os.environ | {"PYTHONHASHSEED": seed}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
 
 
 def snapshot(folder: Path) -> dict:
@@ -335,22 +340,22 @@ def snapshot(folder: Path) -> dict:
 
 
 def test_script_twice_changes_nothing_and_force_gives_the_same_bytes(tmp_path):
-    args = ("--out", tmp_path, "--text_samples", 300, "--only", "text")
-    assert run_script(*args, PYTHONHASHSEED="1").returncode == 0
+    args = (tmp_path, "--text_samples", 300, "--only", "text")
+    assert run_with_hash_seed("1", *args).returncode == 0
     first = snapshot(tmp_path)
     assert set(first) == {"tiny_corpus.txt", "tiny_corpus.val.txt", "tiny_corpus.json"}
     assert first["tiny_corpus.txt"][1].count(b"\n") == 300
     again = run_script(*args)
     assert again.returncode == 0 and "up to date" in again.stdout
     assert snapshot(tmp_path) == first
-    assert run_script(*args, "--force", PYTHONHASHSEED="2").returncode == 0
+    assert run_with_hash_seed("2", *args, "--force").returncode == 0
     forced = snapshot(tmp_path)
     assert {name: data for name, (_, data) in forced.items()} == {name: data for name, (_, data) in first.items()}
     assert forced["tiny_corpus.txt"][0] != first["tiny_corpus.txt"][0]
 
 
 def test_script_repairs_its_own_files_and_spares_those_of_others(tmp_path):
-    args = ("--out", tmp_path, "--text_samples", 50, "--only", "text")
+    args = (tmp_path, "--text_samples", 50, "--only", "text")
     corpus = tmp_path / "text" / "tiny_corpus.txt"
     corpus.parent.mkdir()
     corpus.write_text("my own text\n")
@@ -362,7 +367,7 @@ def test_script_repairs_its_own_files_and_spares_those_of_others(tmp_path):
     corpus.write_bytes(made[:1000])
     assert run_script(*args).returncode == 0
     assert corpus.read_bytes() == made
-    assert run_script("--out", tmp_path, "--text_samples", 20, "--only", "text").returncode == 0
+    assert run_script(tmp_path, "--text_samples", 20, "--only", "text").returncode == 0
     assert json.loads((tmp_path / "text" / "tiny_corpus.json").read_text())["settings"]["lines"] == 20
     assert made.startswith(corpus.read_bytes())  # a smaller corpus is the beginning of a larger one
 
@@ -383,6 +388,6 @@ def test_interrupted_script_leaves_no_partial_file(tmp_path):
 
 def test_bad_arguments_are_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "file").write_text("")
-    refused = run_script("--out", tmp_path / "file")
+    refused = run_script(tmp_path / "file")
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1, refused.stderr
-    assert run_script("--out", tmp_path, "--text_samples", 0).returncode == 2
+    assert run_script(tmp_path, "--text_samples", 0).returncode == 2
