@@ -41,7 +41,8 @@ def keys_of(depth: int) -> dict[str, float]:
 
 
 def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple[float, dict]:
-    """Run a stage's script with the demo's config and other ``keys``. Returns minutes of training and the metrics."""
+    """Run a stage's script with the demo's config and other ``keys``. Returns minutes of training, at the median of the
+    rates that it noted, and the metrics."""
     config = f"configs/{stage.config_name}_demo.json"
     given = [f"{key}={value}" for key, value in (keys | {"save_dir": folder.resolve()}).items()] + overrides
     options = [word for key in given for word in ("--set", key)]
@@ -49,7 +50,8 @@ def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row["samples_per_s"] for row in rows if "samples_per_s" in row}
     final = load(folder / stage.final)
-    seconds = max(steps) * samples_per_step(final["config"]) / statistics.harmonic_mean(steps.values())
+    # the median: what else ran on the machine for some of these hours is no cost of the model
+    seconds = max(steps) * samples_per_step(final["config"]) / statistics.median(steps.values())
     return seconds / 60, final["metrics"]
 
 
@@ -68,6 +70,9 @@ def draw(path: Path, figures: list[dict]) -> None:
         place = row["minutes"], row["bits_per_byte"]
         axes.annotate(f"depth {row['depth']}", place, xytext=(5, 5), textcoords="offset points")
     axes.set(xlabel="minutes of stage A", ylabel="bits per byte, held out", xscale="log")
+    axes.set_xticks([], minor=True)
+    axes.set_xticks([row["minutes"] for row in figures], [f"{row['minutes']:.2g}" for row in figures])
+    axes.margins(0.2)
     if "accuracy" in figures[0]:
         right = axes.twinx()
         right.plot([row["minutes"] for row in figures], [row["accuracy"] for row in figures], "s--", color="#c0522d")
