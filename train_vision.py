@@ -27,6 +27,7 @@ from omni.stages.captions import (
 )
 from omni.stages.text import STAGE as THINKER
 from omni.stages.vision import STAGE, VisionConfig, prepare_tokenizer, train_tokenizer
+from omni.train.average import average_of
 from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
@@ -103,6 +104,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             validation = Validation(split, ranking.sums, ranking.metrics)
 
         # --- Train -----------------------------------------------------------------------------------------------
+        average = average_of(model, config.ema_decay)
+        phase = Phase("vision", model, build_optimizer(model, config), loss, peak_lr=config.lr, average=average)
         fingerprint = {
             "train": manifest.sha256,
             "validation": held_out.sha256,
@@ -115,7 +118,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             fingerprint["Thinker"] = bytes(model.thinker_sha256.tolist()).hex()
         return train(
             run,
-            [Phase("vision", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
+            [phase],
             train_set,
             fingerprint=fingerprint,
             files={"tokenizer.json": tokenizer.sha256},

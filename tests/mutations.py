@@ -242,6 +242,27 @@ MUTATIONS = [
         "tests/test_resume.py::test_validation_changes_nothing_in_training[text]",
     ),
     Mutation(
+        "the running mean of the weights", "the last weights are judged", "omni/train/validation.py",
+        "        nullcontext() if phase.average is None else phase.average.in_place(),\n", "",
+        "tests/test_average.py -k judged_and_kept",
+    ),
+    Mutation(
+        "the running mean of the weights", "it stays in the model after a validation", "omni/train/average.py",
+        "            self._write(own)", "            pass", "tests/test_average.py -k changes_nothing",
+    ),
+    Mutation(
+        "the running mean of the weights", "a resumed run begins it anew", "omni/train/resume.py",
+        'phase.average.load(saved.get("average"), path)', "pass", "tests/test_average.py -k killed",
+    ),
+    Mutation(
+        "the running mean of the weights", "it keeps a part of the first weights", "omni/train/average.py",
+        "(1 - self.decay) / (1 - self.decay**steps)", "1 - self.decay", "tests/test_average.py -k weighted_mean",
+    ),
+    Mutation(
+        "the running mean of the weights", "the last weights are kept", "omni/train/resume.py",
+        "            average.install()", "            pass", "tests/test_average.py -k judged_and_kept",
+    ),
+    Mutation(
         "progress", "the bar of a resumed run begins at 0", "omni/train/loop.py",
         "run.logs.start_bar(training.total_steps, progress.step)", "run.logs.start_bar(training.total_steps, 0)",
         "tests/test_resume.py::test_progress_of_a_resumed_run[text]",

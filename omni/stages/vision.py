@@ -59,6 +59,9 @@ class VisionConfig(VisionArchitecture, StageConfig):
         1.0, gt=0, le=1, description="smallest share of a picture that a random crop keeps; 1: no crops"
     )
     mirror: bool = Field(False, description="mirror half of the pictures; left and right change places in captions")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="decay of a running mean of the weights, which is kept in place of the last ones"
+    )
 
     @model_validator(mode="after")
     def _text_tower_fits(self) -> Self:

@@ -154,6 +154,8 @@ class Loop:
             norm, made = self._update(phase, loss_sum)
             if phase.after_update is not None:
                 phase.after_update(made)
+            if phase.average is not None:
+                phase.average.update(step + 1 - phase.first_step)
             finite = finite * made
             # a skipped update does not count in the averages either
             logged.append(({"loss": loss_sum / run.world, "grad_norm": norm / run.world}, 1.0))

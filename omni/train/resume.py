@@ -45,6 +45,7 @@ class Checkpoints:
                             "lr": training.learning_rate(phase, progress.step),
                         },
                     }
+                    | ({} if phase.average is None else {"average": phase.average.state_dict()})
                     for phase in training.phases
                 },
                 "scaler": training.scaler.state_dict(),
@@ -75,6 +76,8 @@ class Checkpoints:
             saved = payload["phases"][phase.name]
             checkpoint.load_weights(phase.module, saved["module"], path)
             load_optimizer(phase.optimizer, saved["optimizer"], path)
+            if phase.average is not None:
+                phase.average.load(saved.get("average"), path)
         training.scaler.load_state_dict(payload["scaler"])
         for name in vars(progress):
             setattr(progress, name, payload[name])
@@ -204,8 +207,10 @@ class Checkpoints:
 
     def write_final(self) -> dict[str, float]:
         """Write the final file, with the weights of the best validated step. Returns its metrics."""
-        training, run = self.training, self.run
+        training, run, average = self.training, self.run, self.training.phases[-1].average
         step, metrics = run.from_main(self._take_best)
+        if average is not None:
+            average.install()
         metrics = metrics | training.summary | {"trained_steps": training.progress.step}
         if run.is_main:
             model = {"step": step, "metrics": metrics, "model": training.phases[-1].module.state_dict()}
@@ -227,6 +232,8 @@ class Checkpoints:
             run.log(f"{path}: the best checkpoint cannot be read ({error}); keeping the last step's weights")
             return progress.step, progress.metrics
         phase.module.load_state_dict(best["phases"][phase.name]["module"])
+        if phase.average is not None:
+            phase.average.load(best["phases"][phase.name].get("average"), path)
         return progress.best_step, progress.best_metrics
 
     def _facts(self) -> dict:

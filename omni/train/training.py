@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omni.data.order import ResumableDataset
+from omni.train.average import WeightAverage
 from omni.train.config import StageConfig
 from omni.train.meter import Meter
 from omni.train.optim import Muon, warmup_cosine
@@ -28,6 +29,7 @@ class Phase:
     phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
     averages; it gets 1.0 on the device, or 0.0 if the step's update was not made. Before ``first_step`` the phase does
     not run, so that not even weight decay touches the module; its learning rate begins there, with its own warm-up.
+    With an ``average``, that is what is validated and goes into the final file.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Phase:
     peak_lr: float
     after_update: Callable[[Tensor], None] | None = None
     first_step: int = 0
+    average: WeightAverage | None = None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NoReturn
 
 import torch
@@ -48,12 +49,14 @@ def validate(
 def _totals_of_this_process(
     training: Training, report: Report, give_up: Callable[[float], bool], stop: Callable[[], NoReturn]
 ) -> dict[str, Tensor]:
-    run, validation, module = training.run, training.validation, training.phases[-1].module
+    run, validation, phase = training.run, training.validation, training.phases[-1]
+    module = phase.module
     totals: dict[str, Tensor] = {}
     stopping = False
     module.eval()
     with (
         from_the_start(validation.dataset) as dataset,
+        nullcontext() if phase.average is None else phase.average.in_place(),
         untouched_rng(run.device),
         torch.no_grad(),
         # compiling the shapes of validation would make signals wait
