@@ -344,6 +344,9 @@ def report_cost(seen: Seen, found: Findings, steps: int) -> None:
     trained = [one for module in modules for one in module.parameters() if one.requires_grad]
     # a gradient and, for AdamW, two averages for each trained weight, in float32
     state = sum(one.numel() * one.element_size() for one in tensors) + 12 * sum(one.numel() for one in trained)
+    state += sum(
+        mean.nbytes for phase in training.phases if phase.average for mean in phase.average.state_dict().values()
+    )
     found.say(
         f"memory: {sum(one.numel() for one in trained) / 1e6:.2f} M weights to train; with gradients and AdamW's two "
         f"averages {state / 1e9:.2f} GB, before any activation"

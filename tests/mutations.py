@@ -255,6 +255,15 @@ MUTATIONS = [
         'phase.average.load(saved.get("average"), path)', "pass", "tests/test_average.py -k killed",
     ),
     Mutation(
+        "the running mean of the weights", "the last step's is kept under the best step's number",
+        "omni/train/resume.py", 'phase.average.load(best["phases"][phase.name].get("average"), path)', "pass",
+        "tests/test_average.py -k best_step",
+    ),
+    Mutation(
+        "the running mean of the weights", "a training is opened with its last weights", "omni/train/checkpoint.py",
+        ' | phase.get("average", {})', "", "tests/test_average.py -k opened",
+    ),
+    Mutation(
         "the running mean of the weights", "it keeps a part of the first weights", "omni/train/average.py",
         "(1 - self.decay) / (1 - self.decay**steps)", "1 - self.decay", "tests/test_average.py -k weighted_mean",
     ),

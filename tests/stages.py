@@ -4,7 +4,7 @@ import csv
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,7 @@ class StageCase:
     size_key: str  # a key that sets the model's size
     data_key: str  # the key that names the data file
     contrastive: bool = False  # the loss of a micro-batch is not the mean over its samples
+    whole: dict = field(default_factory=dict)  # parts that take as long as all else, for tests that may depend on them
     draws: bool = True  # training draws random numbers, beside those that are keyed by the row
 
     def training(self, folder: Path, *, save_dir: str = "run", **keys) -> Training:
@@ -221,7 +222,7 @@ VISION = StageCase(
     config=SHORT
     | {
         "img_size": 16, "patch": 8, "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 32, "embed_dim": 16,
-        "vocab_size": 300, "ctx_len": 16, "optimizer": "muon", "lr": 1e-3,
+        "vocab_size": 300, "ctx_len": 16, "optimizer": "muon", "lr": 1e-3, "ema_decay": 0.8,
         "text_d_model": 16, "text_layers": 1, "text_heads": 2, "text_d_ff": 32,
     },
     make_data=make_images,
@@ -259,6 +260,7 @@ VOCODER = StageCase(
     make_data=make_clips,
     size_key="upsample_initial_channel",
     data_key="train_csv",
+    whole={"msd_num_scales": 1},
     draws=False,
 )  # fmt: skip
 

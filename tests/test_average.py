@@ -1,6 +1,7 @@
 """The running mean of the weights: what it is, that it trains nothing, and that it is what is judged and kept."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from harness import differences, kill_at
 from stages import VISION
 from test_config import only_error
 
+from omni.stages.vision import STAGE
 from omni.train import checkpoint
 from omni.train.average import WeightAverage
+from omni.train.stage import load
 
-DECAY = 0.8
+DECAY = VISION.config["ema_decay"]
 KEYS = {"max_steps": 9, "max_epochs": None, "checkpoint_freq": 1, "keep_checkpoints": 20, "val_freq": 3}
 
 
@@ -23,8 +26,8 @@ def step_file(training, step: int) -> dict:
 def trained(tmp_path_factory):
     """The same training with a mean and without."""
     folder = tmp_path_factory.mktemp("average")
-    plain = VISION.training(folder, save_dir="plain", **KEYS)
-    averaged = VISION.training(folder, save_dir="averaged", ema_decay=DECAY, **KEYS)
+    averaged = VISION.training(folder, save_dir="averaged", **KEYS)
+    plain = averaged.changed(save_dir="plain", ema_decay=None)
     plain.finish()
     averaged.finish()
     return plain, averaged
@@ -59,13 +62,55 @@ def test_it_is_what_is_judged_and_kept(trained):
     assert final["metrics"]["loss"] == min(row["loss"] for row in other)
 
 
+# Prelude: the first validation is the best.
+WORSE = """
+import omni.train.validation
+_found = omni.train.validation._metrics
+def worse(training, totals):
+    found = _found(training, totals)
+    return found | {"loss": found["loss"] + training.progress.step}
+omni.train.validation._metrics = worse
+"""
+
+
+def test_the_mean_of_the_best_step_is_kept(trained):
+    _, averaged = trained
+    first = averaged.changed(save_dir="first")
+    assert "running mean of the weights of step 3" in first.finish(prelude=WORSE).stdout
+    final, best, last = first.final_file(), step_file(first, 3), step_file(first, 9)
+    assert final["step"] == 3 and differences(best["average"], last["average"])
+    assert differences(best["average"], {name: final["model"][name] for name in best["average"]}) == []
+
+
+def test_a_training_is_opened_with_the_mean_that_was_judged(trained):
+    _, averaged = trained
+    opened = load(STAGE, averaged.step_path(6), "cpu").model.state_dict()
+    mean = step_file(averaged, 6)["average"]
+    assert differences(mean, {name: opened[name] for name in mean}) == []
+    done = load(STAGE, averaged.save_dir, "cpu").model.state_dict()
+    assert differences(done, averaged.final_file()["model"]) == []
+
+
+@pytest.mark.parametrize("damage", [{}, 5, {"logit_scale": torch.zeros(7)}], ids=["empty", "a number", "a shape"])
+def test_a_mean_of_something_else_is_one_line(trained, damage):
+    _, averaged = trained
+    other = averaged.changed(save_dir="other", max_steps=2)
+    other.finish()
+    payload = other.newest()
+    payload["phases"]["vision"]["average"] = damage
+    checkpoint.save(other.step_path(2), payload)
+    only_error(other.changed(max_steps=3).run(), str(other.step_path(2)))
+    shutil.rmtree(other.save_dir)
+
+
 def test_a_killed_run_ends_with_the_same_mean(trained, tmp_path):
     _, averaged = trained
-    killed = averaged.changed(save_dir="killed")
+    killed = averaged.changed(save_dir="killed", checkpoint_freq=4)
     for call, count in (("omni.train.loop:Loop.train_step", 5), ("omni.train.validation:_metrics", 1)):
         assert killed.run(kill_at(call, count)).returncode == -9
     killed.finish()
-    assert differences(killed.state(), averaged.state()) == []
+    assert differences(step_file(killed, 9), step_file(averaged, 9)) == []
+    assert differences(killed.final_file()["model"], averaged.final_file()["model"]) == []
 
 
 def test_the_models_own_weights_return_whatever_happens():

@@ -56,7 +56,7 @@ def test_two_processes_agree_with_one(stage, tmp_path):
 @pytest.mark.loop
 def test_two_processes_resume_exactly(stage, tmp_path):
     halves = {"batch_size": 2, "gradient_accumulation_steps": 1} if stage.contrastive else {"batch_size": 1}
-    keys = {"gradient_accumulation_steps": 2, "num_workers": 2} | halves
+    keys = {"gradient_accumulation_steps": 2, "num_workers": 2} | halves | stage.whole
     reference = stage.training(tmp_path, save_dir="reference", **keys)
     reference.prelude = TRACE
     finish_pair(reference)
@@ -158,7 +158,7 @@ omni.train.loop.validate = watched
 
 @pytest.mark.loop
 def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
-    plain = stage.training(tmp_path, max_steps=12)
+    plain = stage.training(tmp_path, max_steps=12, **stage.whole)
     assert plain.run(prelude=kill_at_step(9)).returncode == -9
     keys = plain.newest()["phases"]
     compiled = plain.changed(use_compile=True)
@@ -174,7 +174,7 @@ def test_a_missing_or_extra_weight_is_an_error(stage, tmp_path):
     from omni.train import checkpoint
 
     for change in ("missing", "extra"):
-        training = stage.training(tmp_path, save_dir=change)
+        training = stage.training(tmp_path, save_dir=change, **stage.whole)
         assert training.run(prelude=kill_at_step(9)).returncode == -9
         for step in training.steps():
             payload = checkpoint.load(training.step_path(step))

@@ -46,9 +46,7 @@ def test_sigkill_at_random_instants_of_the_whole_grid(stage, tmp_path, keys):
 
 
 def check_random_kills(stage, tmp_path, keys) -> None:
-    if stage.name == "vocoder":
-        keys = keys | {"msd_num_scales": 1}  # discriminators of both kinds, which take as long as all else
-    reference = stage.training(tmp_path, save_dir="reference", max_steps=30, **keys)
+    reference = stage.training(tmp_path, save_dir="reference", max_steps=30, **keys, **stage.whole)
     reference.prelude = TRACE + SLOW
     finish_in_the_dtype_asked_for(reference)
     assert reference.metrics()[-1]["epoch"] >= 2, "three epochs"
@@ -203,9 +201,9 @@ omni.train.validation.to_device = to_device
 
 
 def test_validation_changes_nothing_in_training(stage, tmp_path):
-    often = stage.training(tmp_path, save_dir="often", val_freq=1)
+    often = stage.training(tmp_path, save_dir="often", val_freq=1, **stage.whole)
     often.prelude = DRAWING_VALIDATION
-    never = stage.training(tmp_path, save_dir="never", val_freq=10_000)
+    never = stage.training(tmp_path, save_dir="never", val_freq=10_000, **stage.whole)
     for training in (often, never):
         training.finish()
     assert len(often.metrics("val")) > len(never.metrics("val"))

@@ -238,7 +238,8 @@ def load_stage(source: str | Path, stage: str, prefix: str, final: str) -> dict:
         raise UserError(f"{path}: expected a checkpoint of stage {stage}, found {found}")
     with understood(path):
         if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
-            payload["model"] = list(payload["phases"].values())[-1]["module"]
+            phase = list(payload["phases"].values())[-1]
+            payload["model"] = phase["module"] | phase.get("average", {})  # a mean is of the trained weights only
             payload |= read_validated(folder, prefix, stated_digest(path))
         saved = _Saved.model_validate(payload)
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in saved.model.values()):

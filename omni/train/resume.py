@@ -77,7 +77,8 @@ class Checkpoints:
             checkpoint.load_weights(phase.module, saved["module"], path)
             load_optimizer(phase.optimizer, saved["optimizer"], path)
             if phase.average is not None:
-                phase.average.load(saved.get("average"), path)
+                with checkpoint.understood(path):
+                    phase.average.load(saved.get("average"), path)
         training.scaler.load_state_dict(payload["scaler"])
         for name in vars(progress):
             setattr(progress, name, payload[name])
@@ -217,7 +218,8 @@ class Checkpoints:
             checkpoint.save(self.final_path, self._facts() | model)
         run.barrier()
         bad = f"; {count:,} rows could not be used" if (count := len(training.progress.bad_rows)) else ""
-        run.log(f"finished: {self.final_path} holds the weights of step {step}{bad}")
+        what = "weights" if average is None else "running mean of the weights"
+        run.log(f"finished: {self.final_path} holds the {what} of step {step}{bad}")
         return metrics
 
     def _take_best(self) -> tuple[int, dict[str, float]]:
