@@ -394,6 +394,12 @@ def trained_weights(training: Training) -> dict:
     return {k: v for k, v in training.final_file()["model"].items() if not k.endswith("k_proj.bias")}
 
 
+def model_of(step_file: dict) -> dict:
+    """What a step's checkpoint has for the final file: the last phase's model, with the running mean if there is one."""
+    phase = list(step_file["phases"].values())[-1]
+    return phase["module"] | phase.get("average", {})
+
+
 def losses(row: dict) -> dict:
     """The loss in a row of metrics, or the losses of the phases."""
     return {name: value for name, value in row.items() if name == "loss" or name.endswith("_loss")}

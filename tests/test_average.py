@@ -76,7 +76,7 @@ omni.train.validation._metrics = worse
 def test_the_mean_of_the_best_step_is_kept(trained):
     _, averaged = trained
     first = averaged.changed(save_dir="first")
-    assert "running mean of the weights of step 3" in first.finish(prelude=WORSE).stdout
+    assert "holds the weights of step 3, their running mean" in first.finish(prelude=WORSE).stdout
     final, best, last = first.final_file(), step_file(first, 3), step_file(first, 9)
     assert final["step"] == 3 and differences(best["average"], last["average"])
     assert differences(best["average"], {name: final["model"][name] for name in best["average"]}) == []

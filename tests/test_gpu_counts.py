@@ -1,6 +1,5 @@
 """The steps on a GPU, counted without one (benchmarks/gpu_counts.py): no wait, no large sort, few kernels for CTC."""
 
-import functools
 import math
 from unittest import mock
 
@@ -22,7 +21,6 @@ KERNELS_A_FRAME = 4  # of CTC
 BATCH = {"D codec": "codec_batch_size", "D aligner": "aligner_batch_size"}
 
 
-@functools.cache
 def small(name: str) -> dict[str, gpu_counts.Counts]:
     """Counts of a step at the demo's sizes, two samples a batch (eight in stage E, for all kinds of samples)."""
     return count(name, "demo", **{BATCH.get(name, "batch_size"): 16 if name == "E" else 2})

@@ -56,8 +56,8 @@ class WeightAverage:
             UserError: the checkpoint has no mean of these weights.
         """
         if saved is None:
-            raise UserError(f'{path} has no running mean of the weights: it was trained without "ema_decay". Leave it '
-                            "out, or use a new save_dir")  # fmt: skip
+            advice = "Leave it out, or use a new save_dir"
+            raise UserError(f'{path} has no running mean, as it was trained without "ema_decay". {advice}')
         shapes, found = ({name: tuple(value.shape) for name, value in of.items()} for of in (self._means, saved))
         if shapes != found:
             name = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))[0]

@@ -218,8 +218,8 @@ class Checkpoints:
             checkpoint.save(self.final_path, self._facts() | model)
         run.barrier()
         bad = f"; {count:,} rows could not be used" if (count := len(training.progress.bad_rows)) else ""
-        what = "weights" if average is None else "running mean of the weights"
-        run.log(f"finished: {self.final_path} holds the {what} of step {step}{bad}")
+        mean = "" if average is None else ", their running mean"
+        run.log(f"finished: {self.final_path} holds the weights of step {step}{mean}{bad}")
         return metrics
 
     def _take_best(self) -> tuple[int, dict[str, float]]:
