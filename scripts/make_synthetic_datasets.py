@@ -19,8 +19,9 @@ ocr:    data/ocr/ocr.csv (image,text)
 Beside each stands a held-out file (tiny_corpus.val.txt, asr.val.csv, ...) whose every sentence or picture shows a
 combination that training never shows (omni/synthetic/holdout.py lists them). asr.val_voices.csv has voices that asr.csv
 has not, tts.val_voices.csv some that tts.csv has not, ocr.val.csv words and fonts that ocr.csv has not. Some of the
-sentences of asr.csv and tts.csv are beyond the small world; asr.val_open.csv (the voices of asr.val_voices.csv) and
-tts.val_open.csv have sentences with words that neither has. File names are relative to the folder they stand in.
+sentences of asr.csv and tts.csv are beyond the small world, and all of asr_open.csv, which --size hour has beside
+asr.csv, in the same voices; asr.val_open.csv (the voices of asr.val_voices.csv) and tts.val_open.csv have sentences
+with words that none of them has. File names are relative to the folder they stand in.
 
 --read_questions makes nothing but data/audio/production_questions.csv (wav,text,voice), question_csv of stage E: the
 most frequent questions of these manifests, in the voices of asr.csv; production_questions.val.csv has other questions,
@@ -66,9 +67,9 @@ TEXT_LINES = {"smoke": 2_000, "demo": 70_000, "hour": 70_000, "large": 1_000_000
 HELD_OUT_LINES = 2_000  # at most, and never more than a tenth of the training lines
 HELD_OUT_SPEECH = ("asr.val", "asr.val_voices", "asr.val_open", "tts.val", "tts.val_voices", "tts.val_open")
 CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
-    "smoke": {"asr": 48, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
-    "demo": {"asr": 16_000, "tts": 8_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
-    "hour": {"asr": 16_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "smoke": {"asr": 48, "asr_open": 16, "tts": 48} | dict.fromkeys(HELD_OUT_SPEECH, 16),
+    "demo": {"asr": 16_000, "tts": 12_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
+    "hour": {"asr": 16_000, "asr_open": 24_000, "tts": 24_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
     "large": {"asr": 80_000, "tts": 36_000} | dict.fromkeys(HELD_OUT_SPEECH, 300),
 }
 # training, held out
@@ -321,7 +322,7 @@ def examples(settings: dict) -> list[Lines]:
 
 PARTS = {
     "text": Part(1, "text/tiny_corpus.json", text_settings, text_files),
-    "audio": Part(7, "audio/speech.json", audio_settings, audio_collections),
+    "audio": Part(8, "audio/speech.json", audio_settings, audio_collections),
     "images": Part(3, "images/pictures.json", partial(image_settings, PICTURES), picture_collections),
     "ocr": Part(2, "ocr/signs.json", partial(image_settings, SIGNS), sign_collections),
     "examples": Part(1, "examples/made.json", example_settings, examples),

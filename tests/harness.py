@@ -395,7 +395,7 @@ def trained_weights(training: Training) -> dict:
 
 
 def model_of(step_file: dict) -> dict:
-    """What a step's checkpoint has for the final file: the last phase's model, with the running mean if there is one."""
+    """The model that a step file has for the final file: the last phase's, with the running mean if there is one."""
     phase = list(step_file["phases"].values())[-1]
     return phase["module"] | phase.get("average", {})
 

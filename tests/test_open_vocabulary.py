@@ -19,7 +19,7 @@ from omni.synthetic.vocabulary import vocabulary
 from scripts import make_synthetic_datasets
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "make_synthetic_datasets.py"
-TRAINED, OPEN = ("asr", "tts"), ("asr.val_open", "tts.val_open")
+TRAINED, OPEN = ("asr", "asr_open", "tts"), ("asr.val_open", "tts.val_open")
 OWN = [f"The {'very ' * (n % 4)}quiet river passes house number {one}." for n, one in enumerate("abcdefghij")]
 
 

@@ -76,20 +76,25 @@ READERS = {
 }
 
 
-def other_reader(number: int) -> Speaking:
-    """Speaker "other-NUMBER" of tts.csv, so that a talker sees more than a few voices: Hibari's heart, at a pitch and
-    size of its own."""
-    rng = random.Random(f"reader {number}")
-    return Speaking(
-        HEART, Delivery(pitch=math.exp(rng.uniform(math.log(0.55), math.log(1.35)))), rng.uniform(0.84, 1.18)
-    )
-
-
 NEW = {  # never trained on: for `--voice_from`
     "new-espeak": Speaking("espeak/en-us+m3"),
     "new-hibari": Speaking(HEART, Delivery(pitch=0.75), size=1.05),
     "new-pico": Speaking("pico/en-GB"),
 }
+
+
+def other_reader(number: int) -> Speaking:
+    """Speaker "other-NUMBER" of tts.csv, so that a talker sees more than a few voices, by two synthesisers in turn:
+    Hibari's heart or a voice of espeak-ng, at a pitch and size of its own."""
+    rng = random.Random(f"reader {number}")
+    voice, (lowest, highest) = HEART, (0.55, 1.35)
+    if number % 2 == 0:
+        voices = [voice for voice in ESPEAK_VOICES if voice != NEW["new-espeak"].voice]
+        voice, (lowest, highest) = voices[number // 2 % len(voices)], FAMILIES["espeak"].pitches
+    pitch = math.exp(rng.uniform(math.log(lowest), math.log(highest)))
+    return Speaking(voice, Delivery(pitch=pitch), size=rng.uniform(0.84, 1.18))
+
+
 READERS |= NEW | {f"other-{number:02d}": other_reader(number) for number in range(1, N_OTHERS + 1)}
 
 
@@ -116,6 +121,10 @@ OWN = 0.5  # of these, where the user gives a text
 COLLECTIONS = {
     "asr": Collection(
         unseen=False, different=False, voices=VOICES, varied=True, open_vocabulary=0.25, picture_questions=0.3,
+        noisy=0.4, in_rooms=0.3, narrow=0.15,
+    ),
+    "asr_open": Collection(
+        unseen=False, different=True, voices=VOICES, varied=True, open_vocabulary=1.0,
         noisy=0.4, in_rooms=0.3, narrow=0.15,
     ),
     "asr.val": Collection(unseen=True, different=True, voices=VOICES, varied=True),
