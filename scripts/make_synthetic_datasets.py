@@ -370,6 +370,12 @@ def read_stamp(path: Path) -> dict | None:
     return stamp
 
 
+def names_in(stamp: dict | None) -> set[str]:
+    """The files and folders that a stamp lists, all of which stand beside it."""
+    listed = [] if stamp is None else [*stamp["files"], *stamp.get("folders", ())]
+    return {name for name in listed if Path(name).name == name}
+
+
 def make(part: Part, args: argparse.Namespace) -> None:
     """Make one part, or find it made already.
 
@@ -402,7 +408,7 @@ def make(part: Part, args: argparse.Namespace) -> None:
         if isinstance(outputs[0], Lines):
             stamp = make_lines(outputs, stamp_path, header)
         else:
-            stamp = make_collections(outputs, stamp_path, work, header, args.processes)
+            stamp = make_collections(outputs, stamp_path, work, header, args.processes, names_in(stamp))
     except OSError as error:
         raise RunError(f"{folder}: {error.strerror}. The files that were there before are as they were") from error
     for name, made in stamp["files"].items():
@@ -457,8 +463,11 @@ def write_lines(path: Path, lines: Iterable[str]) -> dict:
 # --- wavs and images ------------------------------------------------------------------------------------------------
 
 
-def make_collections(outputs: list[Collection], stamp_path: Path, work: Path, header: dict, n_processes: int) -> dict:
-    """Write collections and their stamp, going on where an interrupted run with the same settings stopped."""
+def make_collections(
+    outputs: list[Collection], stamp_path: Path, work: Path, header: dict, n_processes: int, former: set[str]
+) -> dict:
+    """Write collections and their stamp in the place of the ``former`` files and folders, going on where an interrupted
+    run with the same settings stopped."""
     folder = stamp_path.parent
     make_folder(work)
     with Journal(work, header) as journal:
@@ -488,6 +497,9 @@ def make_collections(outputs: list[Collection], stamp_path: Path, work: Path, he
             if output.beside:
                 stamp["files"][output.beside.name] = write_lines(work / output.beside.name, output.beside.lines)
         write_lines(work / stamp_path.name, [json.dumps(stamp, indent=2)])
+        for name in former - names_in(stamp):  # of another --size: they would look like a part of these data
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(folder / name, work / f"{name}.old")
         for name in (stamp_path.name, *stamp["folders"], *stamp["files"]):
             if (folder / name).is_dir():
                 os.replace(folder / name, work / f"{name}.old")

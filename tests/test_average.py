@@ -9,6 +9,7 @@ from harness import differences, kill_at
 from stages import VISION
 from test_config import only_error
 
+from omni.common.errors import UserError
 from omni.stages.vision import STAGE
 from omni.train import checkpoint
 from omni.train.average import WeightAverage
@@ -100,7 +101,20 @@ def test_a_mean_of_something_else_is_one_line(trained, damage):
     payload["phases"]["vision"]["average"] = damage
     checkpoint.save(other.step_path(2), payload)
     only_error(other.changed(max_steps=3).run(), str(other.step_path(2)))
+    with pytest.raises(UserError, match=str(other.step_path(2))):
+        load(STAGE, other.step_path(2), "cpu")
     shutil.rmtree(other.save_dir)
+
+
+def test_a_damaged_mean_of_the_best_step_is_one_line(trained):
+    _, averaged = trained
+    first = averaged.changed(save_dir="damaged")
+    first.finish(prelude=WORSE)
+    payload = torch.load(first.step_path(3), weights_only=True)
+    payload["phases"]["vision"]["average"] = 5
+    checkpoint.save(first.step_path(3), payload)
+    (first.save_dir / first.final).unlink()
+    only_error(first.run(prelude=WORSE), str(first.step_path(3)))
 
 
 def test_a_killed_run_ends_with_the_same_mean(trained, tmp_path):

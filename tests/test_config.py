@@ -80,6 +80,14 @@ def test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it(path
     assert ("--size hour" in str(failure.value)) == path.stem.endswith("_hour")
 
 
+def test_of_several_files_the_missing_one_is_named_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").touch()
+    files = json.dumps(["mine.csv", "data/hour/audio/asr_open.csv"])
+    with pytest.raises(UserError, match=r"none at data/hour/audio/asr_open.csv \(python .* --size hour "):
+        load_config(CONFIGS["audio_enc"], str(ROOT / "configs/audio_enc_demo.json"), [f"train_csv={files}"])
+
+
 def test_impossible_sizes(tmp_path):
     text = next(case for case in STAGES if case.name == "text")
     for keys, fragments in (

@@ -464,6 +464,23 @@ def test_what_is_missing_or_changed_is_made_again_and_what_is_foreign_spared(mad
     assert contents(tmp_path) == before
 
 
+def test_what_another_size_alone_has_is_gone_after_it_and_what_is_foreign_spared(made_quickly, tmp_path):
+    audio = tmp_path / "audio"
+    shutil.copytree(made_quickly / "audio", audio)
+    shutil.copytree(audio / "asr", audio / "larger")
+    shutil.copy(audio / "asr.csv", audio / "larger.csv")
+    for spared in (tmp_path / "outside.csv", audio / "my_own.csv"):
+        spared.write_text("wav,text\n")
+    stamp = json.loads((audio / "speech.json").read_text())
+    stamp["settings"]["clips"]["larger"] = 48
+    stamp["files"] |= {"larger.csv": stamp["files"]["asr.csv"], "../outside.csv": stamp["files"]["asr.csv"]}
+    stamp["folders"]["larger"] = stamp["folders"]["asr"]
+    (audio / "speech.json").write_text(json.dumps(stamp))
+    assert run_script(tmp_path, *AUDIO, prelude=QUICKLY).returncode == 0
+    assert contents(audio) == contents(made_quickly / "audio") | {"my_own.csv": b"wav,text\n"}
+    assert (tmp_path / "outside.csv").exists()
+
+
 def test_a_second_process_is_kept_out(tmp_path):
     work = tmp_path / "audio" / ".speech.part"
     work.mkdir(parents=True)

@@ -15,7 +15,7 @@ class WeightAverage:
 
     Late in training the weights wander about a point that is better than any of them (Polyak & Juditsky 1992). The
     mean begins at zero and is divided by the sum of its coefficients, as Adam's moments are (Kingma & Ba 2015), so that
-    the initial weights have no part in it, but for a first update that was skipped. It changes nothing in training.
+    the initial weights have no part in it, but for first updates that were skipped. It changes nothing in training.
     """
 
     def __init__(self, module: nn.Module, decay: float):

@@ -239,7 +239,10 @@ def load_stage(source: str | Path, stage: str, prefix: str, final: str) -> dict:
     with understood(path):
         if "phases" in payload:  # a step file: the last phase holds the model that the final file would hold
             phase = list(payload["phases"].values())[-1]
-            payload["model"] = phase["module"] | phase.get("average", {})  # a mean is of the trained weights only
+            mean = phase.get("average", phase["module"])  # a running mean is of the trained weights only
+            if not mean or not mean.keys() <= phase["module"].keys():
+                raise ValueError("the running mean does not fit the model")
+            payload["model"] = phase["module"] | mean
             payload |= read_validated(folder, prefix, stated_digest(path))
         saved = _Saved.model_validate(payload)
         if any(tensor.nbytes > tensor.untyped_storage().nbytes() for tensor in saved.model.values()):

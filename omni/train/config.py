@@ -149,23 +149,27 @@ class StageConfig(BaseModel):
         """
         for name, field in type(self).model_fields.items():
             extra, path = field.json_schema_extra or {}, getattr(self, name)
+            if path is None or not (extra.get("files") or extra.get("file")):
+                continue
             hints = [hint_of(path, extra.get("hint", "")), "null is for no file" if field.default is None else ""]
             hint = f" ({'; '.join(filter(None, hints))})" if any(hints) else ""
-            if extra.get("files") and path is not None:
+            if extra.get("files"):
                 check_given(name, path, hint, extra["files"])
-            if extra.get("file") and path is not None and not os.path.isfile(path):
+            elif not os.path.isfile(path):
                 found = f"none at {path}" if path else "an empty name"
                 raise UserError(f'key "{name}": expected a file, found {found}{hint}')
 
 
-def hint_of(files: Files | None, otherwise: str) -> str:
-    """What writes the file, if it is one of the public data or of those for the configs of an hour."""
-    if isinstance(files, str) and files.startswith("data/hour/"):
+def hint_of(files: Files, otherwise: str) -> str:
+    """What writes the file, of several the first that is missing, if it is one of the public data or of those for the
+    configs of an hour."""
+    if isinstance(files, list):
+        files = next((file for file in files if not os.path.exists(file)), "")
+    if files.startswith("data/hour/"):
         return f"{HOUR} writes it"
-    name = Path(files).name.partition(".")[0] if isinstance(files, str) else ""
-    if name in PREPARED_BY:
+    if (name := Path(files).name.partition(".")[0]) in PREPARED_BY:
         return f"{PREPARED_BY[name]} writes it"
-    return otherwise if isinstance(files, str) and Path(files).name in otherwise else ""  # not for a file of one's own
+    return otherwise if files and Path(files).name in otherwise else ""  # not for a file of one's own
 
 
 def check_given(name: str, files: Files, hint: str = "", expand_all: Callable = expand) -> None:

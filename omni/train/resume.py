@@ -233,9 +233,11 @@ class Checkpoints:
         except (FileNotFoundError, checkpoint.DamagedCheckpoint) as error:
             run.log(f"{path}: the best checkpoint cannot be read ({error}); keeping the last step's weights")
             return progress.step, progress.metrics
-        phase.module.load_state_dict(best["phases"][phase.name]["module"])
-        if phase.average is not None:
-            phase.average.load(best["phases"][phase.name].get("average"), path)
+        with checkpoint.understood(path):
+            saved = best["phases"][phase.name]
+            phase.module.load_state_dict(saved["module"])
+            if phase.average is not None:
+                phase.average.load(saved.get("average"), path)
         return progress.best_step, progress.best_metrics
 
     def _facts(self) -> dict:

@@ -29,7 +29,7 @@ class Phase:
     phases' modules; only this phase's parameters are updated. ``after_update`` moves what no gradient moves, such as
     averages; it gets 1.0 on the device, or 0.0 if the step's update was not made. Before ``first_step`` the phase does
     not run, so that not even weight decay touches the module; its learning rate begins there, with its own warm-up.
-    With an ``average``, that is what is validated and goes into the final file.
+    The last phase's module is what is validated and goes into the final file; with an ``average``, in its place.
     """
 
     name: str
