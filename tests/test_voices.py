@@ -228,7 +228,9 @@ def test_two_speakers_are_learned_from_their_references():
     talker.voice_codes.copy_(torch.stack([some(odd, VOICE_CODES) for odd in (0, 1)]))
     samples = [(one, 2 * (one.codes // 2) + odd, odd) for one in utterances() for odd in (0, 1)]
     optimizer = torch.optim.AdamW(talker.parameters(), lr=5e-3, weight_decay=0.0)
-    for _ in range(150):
+    for step in range(150):
+        # falling in the second half: at a constant rate a step may forget a code, on some processors the last one does
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, 2 * (1 - step / 150))
         spoken = [
             Utterance(one.text, one.symbols, codes, one.durations, "", some(odd, 20)) for one, codes, odd in samples
         ]
