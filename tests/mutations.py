@@ -252,16 +252,22 @@ MUTATIONS = [
     ),
     Mutation(
         "the running mean of the weights", "a resumed run begins it anew", "omni/train/resume.py",
-        'phase.average.load(saved.get("average"), path)', "pass", "tests/test_average.py -k killed",
+        '    phase.average.load(saved.get("average"), path)\n        training', "    pass\n        training",
+        "tests/test_average.py -k killed",
     ),
     Mutation(
         "the running mean of the weights", "the last step's is kept under the best step's number",
-        "omni/train/resume.py", 'phase.average.load(best["phases"][phase.name].get("average"), path)', "pass",
-        "tests/test_average.py -k best_step",
+        "omni/train/resume.py", 'phase.average.load(saved.get("average"), path)\n        return', "pass\n        return",
+        "tests/test_average.py -k mean_of_the_best_step_is_kept",
     ),
     Mutation(
         "the running mean of the weights", "a training is opened with its last weights", "omni/train/checkpoint.py",
-        ' | phase.get("average", {})', "", "tests/test_average.py -k opened",
+        ' = phase["module"] | mean', ' = phase["module"]', "tests/test_average.py -k opened",
+    ),
+    Mutation(
+        "the running mean of the weights", "a damaged one of the best step is a traceback", "omni/train/resume.py",
+        "        with checkpoint.understood(path):\n            saved = best", "        if True:\n            saved = best",
+        "tests/test_average.py -k damaged_mean_of_the_best",
     ),
     Mutation(
         "the running mean of the weights", "it keeps a part of the first weights", "omni/train/average.py",
@@ -1319,8 +1325,13 @@ MUTATIONS = [
         "tests/test_prepare_data.py::test_all_conversations_about_a_picture_are_on_one_side",
     ),
     Mutation(
+        "downloads", "of several files no command is named", "omni/train/config.py",
+        'files = next((file for file in files if not os.path.exists(file)), "")', 'files = ""',
+        "tests/test_config.py -k of_several_files",
+    ),
+    Mutation(
         "downloads", "no public data are named where a file is missing", "omni/train/config.py",
-        "    if name in PREPARED_BY:", "    if False:",
+        "    if (name := Path(files).name.partition(\".\")[0]) in PREPARED_BY:", "    if False:",
         "tests/test_config.py::test_a_missing_file_of_a_config_is_named_with_the_command_that_makes_it",
     ),
     Mutation(
@@ -1507,6 +1518,15 @@ MUTATIONS = [
         "scripts/make_synthetic_datasets.py",
         "[text for text in usable if text not in held_out]", "usable",
         "tests/test_open_vocabulary.py -k never_trained_on",
+    ),
+    Mutation(
+        "built-in data", "what another size alone made stays", "scripts/make_synthetic_datasets.py",
+        "for name in former - names_in(stamp):", "for name in ():", "tests/test_synthetic_data.py -k another_size",
+    ),
+    Mutation(
+        "built-in data", "a stamp names files outside its folder", "scripts/make_synthetic_datasets.py",
+        "for name in listed if Path(name).name == name", "for name in listed",
+        "tests/test_synthetic_data.py -k another_size",
     ),
     Mutation(
         "built-in data", "an unusable voice is a traceback", "scripts/make_synthetic_datasets.py",
