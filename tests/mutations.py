@@ -257,7 +257,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the running mean of the weights", "the last step's is kept under the best step's number",
-        "omni/train/resume.py", 'phase.average.load(saved.get("average"), path)\n        return', "pass\n        return",
+        "omni/train/resume.py",
+        'phase.average.load(saved.get("average"), path)\n        return', "pass\n        return",
         "tests/test_average.py -k mean_of_the_best_step_is_kept",
     ),
     Mutation(
@@ -266,7 +267,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the running mean of the weights", "a damaged one of the best step is a traceback", "omni/train/resume.py",
-        "        with checkpoint.understood(path):\n            saved = best", "        if True:\n            saved = best",
+        "        with checkpoint.understood(path):\n            saved = best",
+        "        if True:\n            saved = best",
         "tests/test_average.py -k damaged_mean_of_the_best",
     ),
     Mutation(
