@@ -371,7 +371,7 @@ def read_stamp(path: Path) -> dict | None:
 
 
 def names_in(stamp: dict | None) -> set[str]:
-    """The files and folders that a stamp lists, all of which stand beside it."""
+    """The names of the files and folders that a stamp lists; none that leads out of its folder."""
     listed = [] if stamp is None else [*stamp["files"], *stamp.get("folders", ())]
     return {name for name in listed if Path(name).name == name}
 

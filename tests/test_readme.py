@@ -23,7 +23,7 @@ FIGURES = {
     "WER, new sentences": ("audio_enc/wer", "{:.2%}", "audio_enc"),
     "WER, new sentences and new voices": ("audio_enc/wer_unseen_voices", "{:.2%}", None),
     "WER, new words and new voices": ("audio_enc/wer_unseen_words", "{:.1%}", None),
-    "WER, recorded people (Asterisk's prompts)": ("audio_enc/wer_people", "{:.1%}", None),  # not in the demo
+    "WER, recorded people (Asterisk's prompts)": ("audio_enc/wer_people", "{:.1%}", None),
     "top-1 among 64 captions": ("vision/top1_of_64", "{:.1%}", "vision"),
     "zero-shot colour, shape and count": ("vision/zero_shot", "{:.1%}", None),
     "reconstruction error": ("talker/reconstruction_mse", "{:.3f}", "talker"),
@@ -82,7 +82,9 @@ def test_the_targets_are_those_of_the_demo():
     rows, of_task = rows_of_the_results(), {f"sft/by_task/{task}": f"accuracy_{task}" for task in TASKS}
     metrics = {f"{stage.name}/{name}": target for stage in STAGES for name, target in stage.metrics.items()}
     for name, (path, *_) in FIGURES.items():
-        target = metrics.get(f"sft/{of_task[path]}" if path in of_task else path) or ""
+        if path == "audio_enc/wer_people":
+            continue  # the demo does not have these recordings
+        target = metrics[f"sft/{of_task[path]}" if path in of_task else path]
         if re.fullmatch(r"[<>] [\d.]+", target) and path != "ocr/cer":  # others depend on another figure
             sign, bound = rows[name][1].removesuffix(", missed").split(maxsplit=1)
             assert (sign, number(bound.replace(" ", ""))) == (target[0], float(target[2:])), name
