@@ -6,7 +6,7 @@
 # make golden  40 steps of each demo config, and what the models say: the same bits as before?
 # make rooms   draw docs/rooms.svg from the imports
 # make mutations  switch off what keeps each promise and see a test fail; the list goes to docs/mutations.md
-# make smoke  every stage on a few steps, and one question: about a minute
+# make smoke  every stage on a few steps, and one question: one to two minutes
 # make lint   check the style; make format mends it
 # make bench  speed, as ratios, also in checkpoints/bench.json and docs/speed.md
 # make web    install what scripts/web_demo.py needs
