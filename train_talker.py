@@ -103,6 +103,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             val_texts = SpokenTexts(val_manifest, val_rows, config.aligner.architecture, **val_keys)
             with run.sub_stage(config.aligner, ALIGNER):
                 figures = figures | train_aligner(run, codec, texts, val_texts, text_data)
+        if config.parts_only:
+            run.log("parts_only: codec and aligner are finished. Without it the same line trains the talker")
+            return figures
         aligner = load(ALIGNER, run.save_dir, run.device).model
 
         # --- Codes and durations of all recordings, computed once --------------------------------------------------

@@ -3,9 +3,8 @@
     python scripts/demo.py            the demo configs, to their targets
     python scripts/demo.py --smoke    a few steps of each stage in a temporary folder, as a test
 
-Without a GPU, two stages train side by side on half of the cores each, as models of this size cannot use more. Stage E,
-the longest, needs the others and trains alone at the end. After an interruption the same command continues. All results
-are on held-out data and go to checkpoints/demo_results.json.
+Without a GPU, two stages train side by side on half of the cores each, as models of this size cannot use more. After an
+interruption the same command continues. All results are on held-out data and go to checkpoints/demo_results.json.
 """
 
 import argparse
@@ -52,7 +51,9 @@ class DemoStage:
     held_out: str | None = None  # data; a few of its items are printed beside the model's output
     needs: dict[str, str] = field(default_factory=dict)  # option of evaluate.py -> stage whose folder it takes
     bases: dict[str, str] = field(default_factory=dict)  # config key -> stage whose folder it names
-    alone: bool = False  # trains alone, on all cores
+    part: tuple[str, ...] = ()  # overrides with which the script trains some of a stage's models
+    last: str | None = None  # then: the file that it writes last
+    after: str | None = None  # stage that trains such models in the same folder
 
     @property
     def config(self) -> str:
@@ -64,9 +65,10 @@ class DemoStage:
 
     @property
     def waits_for(self) -> set[str]:
-        """The stages whose folders the config names."""
+        """The stages whose models it needs."""
         config = json.loads((ROOT / self.config).read_text())
-        return {base for key, base in self.bases.items() if config.get(key)} | set(self.needs.values())
+        named = {base for key, base in self.bases.items() if config.get(key)}
+        return named | set(self.needs.values()) | ({self.after} if self.after else set())
 
 
 TASKS = (  # of stage E
@@ -75,6 +77,12 @@ TASKS = (  # of stage E
 
 VOICES = ("heart", "high", "joe", "low")  # of the talker
 NEW_VOICES = ("new-espeak", "new-hibari", "new-pico")  # that the talker speaks in after hearing a recording
+
+TALKER_DATA = {"tts_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"}
+TALKER_SMOKE = (
+    "codec_steps=4", "aligner_steps=4", "max_steps=4", "codec_batch_size=4", "batch_size=4", "codec_layers=1",
+    "n_layers=1", "val_sentences=4", "audio_ckpt=null",
+)  # fmt: skip
 
 STAGES = [  # by priority: first the stages that others need, then the longest
     DemoStage(
@@ -91,37 +99,36 @@ STAGES = [  # by priority: first the stages that others need, then the longest
         held_out="audio/asr.val_voices.csv",
     ),
     DemoStage(
-        name="thinker",
-        stage=TABLE["text"],
-        metrics={"perplexity": "< 10", "bits_per_byte": None},
-        data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
-        smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
+        name="codec",
+        stage=TABLE["codec"],
+        metrics={"reconstruction_mse": "< 0.05"},
+        data=TALKER_DATA,
+        smoke=TALKER_SMOKE,
+        part=("parts_only=true",),
+        last=TABLE["aligner"].final,
     ),
     DemoStage(
         name="talker",
         stage=TABLE["talker"],
         metrics={
-            "reconstruction_mse": "< 0.05",
             "code_perplexity": "< 15",
             "wer_recordings": None,
             "wer_vocoded": None,
             "wer_codec": None,
             "wer_talker": "< wer_recordings + 0.1",
         },
-        data={"tts_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
-        smoke=(
-            "codec_steps=4",
-            "aligner_steps=4",
-            "max_steps=4",
-            "codec_batch_size=4",
-            "batch_size=4",
-            "codec_layers=1",
-            "n_layers=1",
-            "val_sentences=4",
-            "audio_ckpt=null",
-        ),
+        data=TALKER_DATA,
+        smoke=TALKER_SMOKE,
         held_out="audio/tts.val.csv",
         needs={"--audio_ckpt": "audio_enc"},
+        after="codec",
+    ),
+    DemoStage(
+        name="thinker",
+        stage=TABLE["text"],
+        metrics={"perplexity": "< 10", "bits_per_byte": None},
+        data={"train_text": "text/tiny_corpus.txt", "val_text": "text/tiny_corpus.val.txt"},
+        smoke=("max_steps=20", "d_model=48", "n_layers=2", "n_heads=2", "d_ff=96", "ctx_len=64", "vocab_size=512"),
     ),
     DemoStage(
         name="vision",
@@ -130,21 +137,6 @@ STAGES = [  # by priority: first the stages that others need, then the longest
         data={"train_manifest": "images/annotations.json", "val_manifest": "images/annotations.val.json"},
         smoke=("max_steps=6", "d_model=32", "n_layers=1", "n_heads=2", "d_ff=64", "batch_size=8"),
         held_out="images/annotations.val.json",
-    ),
-    DemoStage(
-        name="ocr",
-        stage=TABLE["ocr"],
-        metrics={"cer": "< 0.1", "exact": None},
-        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
-        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
-        held_out="ocr/ocr.val.csv",
-    ),
-    DemoStage(
-        name="vocoder",
-        stage=TABLE["vocoder"],
-        metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
-        data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
-        smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
     DemoStage(
         name="sft",
@@ -167,7 +159,21 @@ STAGES = [  # by priority: first the stages that others need, then the longest
         },
         smoke=("max_steps=4", "batch_size=4", "val_items=2"),
         bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
-        alone=True,
+    ),
+    DemoStage(
+        name="ocr",
+        stage=TABLE["ocr"],
+        metrics={"cer": "< 0.1", "exact": None},
+        data={"train_csv": "ocr/ocr.csv", "val_csv": "ocr/ocr.val.csv"},
+        smoke=("max_steps=6", "vision_layers=1", "decoder_layers=1", "batch_size=4"),
+        held_out="ocr/ocr.val.csv",
+    ),
+    DemoStage(
+        name="vocoder",
+        stage=TABLE["vocoder"],
+        metrics={"mel_l1": "< mel_l1_griffin_lim", "mel_l1_griffin_lim": None},
+        data={"train_csv": "audio/tts.csv", "val_csv": "audio/tts.val.csv"},
+        smoke=("max_steps=4", "batch_size=2", "val_clips=2"),
     ),
 ]
 
@@ -231,7 +237,7 @@ def demo() -> int:
     run("scripts/make_synthetic_datasets.py")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     minutes = results.setdefault("minutes", {})
-    finished = {stage.name for stage in STAGES if (stage.folder / stage.stage.final).exists()}
+    finished = {stage.name for stage in STAGES if (stage.folder / (stage.last or stage.stage.final)).exists()}
 
     def note_time() -> None:  # of a demo in several parts it is their sum; of one that is finished it stays, if known
         nonlocal started
@@ -248,7 +254,7 @@ def demo() -> int:
         note_time()
         write_json(RESULTS, results, indent=2)
 
-    train({stage.name: [stage.stage.script, "--config", stage.config] for stage in STAGES}, ended)
+    train({stage.name: command(stage, stage.part) for stage in STAGES}, ended)
     ask("checkpoints/thinker_demo", QUESTIONS)
     folders = {stage.name: stage.folder for stage in STAGES}
     for stage in STAGES:
@@ -280,6 +286,12 @@ def demo() -> int:
     return 0
 
 
+def command(stage: DemoStage, overrides: Iterable[str]) -> list[str]:
+    """Its script and arguments."""
+    options = (word for override in overrides for word in ("--set", override))
+    return [stage.stage.script, "--config", stage.config, *options]
+
+
 def by_task(figures: dict[str, float]) -> dict:
     """Move stage E's accuracies of single tasks into an object of their own."""
     tasks = {name.removeprefix("accuracy_"): value for name, value in figures.items() if name.startswith("accuracy_")}
@@ -291,19 +303,18 @@ def smoke(folder: Path) -> int:
     started = time.monotonic()
     run("scripts/make_synthetic_datasets.py", "--out", str(folder / "data"), "--size", "smoke")
     commands = {}
+    folders = {stage.name: folder / stage.folder.name for stage in STAGES}
     for stage in STAGES:
         data = {key: str(folder / "data" / name) for key, name in stage.data.items()}
-        overrides = [f"save_dir={folder / stage.name}", *stage.smoke]
-        overrides += [f"{key}={folder / base}" for key, base in stage.bases.items() if base in stage.waits_for]
+        overrides = [f"save_dir={folders[stage.name]}", *stage.smoke, *stage.part]
+        overrides += [f"{key}={folders[base]}" for key, base in stage.bases.items() if base in stage.waits_for]
         if stage.name == "sft":  # the one stage that names its data in one key
             overrides.append(f"sft_mix={json.dumps(data)}")
         else:
             overrides += [f"{key}={name}" for key, name in data.items()]
-        options = (word for key in overrides for word in ("--set", key))
-        commands[stage.name] = [stage.stage.script, "--config", stage.config, *options]
+        commands[stage.name] = command(stage, overrides)
     train(commands, lambda *_: None)
-    ask(str(folder / "thinker"), QUESTIONS[:1])
-    folders = {stage.name: folder / stage.name for stage in STAGES}
+    ask(str(folders["thinker"]), QUESTIONS[:1])
     for stage in STAGES:
         if stage.held_out:
             show(stage, folders, folder / "data" / stage.held_out, items=1)
@@ -388,10 +399,9 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
         ends.put((stage, time.monotonic() - since, process.wait()))
 
     while running or (waiting and not _asked.is_set()):
-        turn = [] if _asked.is_set() else whose_turn(waiting, running, finished, together)
-        for stage in turn:
-            threads = cores if stage.alone else cores // together
-            environment = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | os.environ
+        ready = [stage for stage in waiting if stage.waits_for <= finished and not _asked.is_set()]
+        for stage in ready[: together - len(running)]:
+            environment = {"OMP_NUM_THREADS": str(cores // together), "PYTHONUNBUFFERED": "1"} | os.environ
             waiting.remove(stage)
             tell(f"\n=== {stage.name}: python {' '.join(commands[stage.name])}")
             output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} if together > 1 else {}
@@ -412,16 +422,6 @@ def train(commands: dict[str, list[str]], ended: Callable[[DemoStage, float, int
             waiting.clear()
     if failed or _asked.is_set():
         give_up(failed or EXIT_INTERRUPTED)
-
-
-def whose_turn(waiting: list[DemoStage], running: Iterable[str], finished: set[str], together: int) -> list[DemoStage]:
-    """The stages to start now. A stage that trains alone waits for all others, and they wait for it."""
-    busy = [stage for stage in STAGES if stage.name in running]
-    ready = [stage for stage in waiting if stage.waits_for <= finished]
-    if any(stage.alone for stage in busy):
-        return []
-    beside = [stage for stage in ready if not stage.alone]
-    return beside[: together - len(busy)] if busy or beside else ready[:1]
 
 
 # --- Questions to the trained models ----------------------------------------------------------------------------------

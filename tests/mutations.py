@@ -1389,8 +1389,13 @@ MUTATIONS = [
         "tests/test_vocoder.py -k adv_start_step",
     ),
     Mutation(
-        "the demo", "stage E trains beside others, on half of the cores", "scripts/demo.py",
-        "beside = [stage for stage in ready if not stage.alone]", "beside = ready", "tests/test_demo.py -k alone",
+        "the demo", "two trainings have all cores each", "scripts/demo.py",
+        'str(cores // together)', "str(cores)", "tests/test_demo.py -k half_of_the_cores",
+    ),
+    Mutation(
+        "the demo", "codec and aligner wait for stage B", "omni/stages/talker.py",
+        'None if key == "audio_ckpt" and self.parts_only else getattr', "getattr",
+        "tests/test_talker.py -k need_no_stage_b",
     ),
     Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",

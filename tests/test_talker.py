@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from harness import Process, Training, kill_at_step, run_script
+from harness import Process, Training, differences, kill_at_step, run_script, trained_weights
 from stages import AUDIO_ENC, TALKER, VOCODER
 from test_config import only_error
 
@@ -550,6 +550,20 @@ def test_a_part_that_others_were_made_of_takes_no_more_steps(tmp_path):
         assert path.name.startswith("rvq_codec")
     alone.changed(codec_steps=6).finish()
     assert torch.load(alone.save_dir / "rvq_codec.pt", weights_only=True)["metrics"]["trained_steps"] == 6
+
+
+def test_codec_and_aligner_need_no_stage_b_and_the_same_line_goes_on_to_the_same_talker(tmp_path):
+    few = {"codec_ckpt": None, "codec_steps": 4, "aligner_steps": 4, "max_steps": 4, "max_epochs": None}
+    whole = TALKER.training(tmp_path, save_dir="whole", **few)
+    whole.finish()
+    parts = TALKER.training(tmp_path, save_dir="parts", audio_ckpt=str(tmp_path), parts_only=True, **few)
+    process = parts.run()
+    assert process.returncode == 0 and "Without it the same line trains the talker" in process.stdout, process.stderr
+    assert (parts.save_dir / "aligner.pt").exists() and not list(parts.save_dir.glob("talker*"))
+    only_error(parts.changed(parts_only=False).run(), '"audio_ckpt"', str(tmp_path), "found none")
+    talker = parts.changed(parts_only=False, audio_ckpt=None)
+    talker.finish()
+    assert not differences(trained_weights(talker), trained_weights(whole))
 
 
 @pytest.mark.parametrize("key", ["codec_ckpt", "audio_ckpt", "vocoder_ckpt"])

@@ -48,6 +48,9 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
     aligner_lr: float = resumable(2e-3, gt=0, description="peak learning rate of the aligner")
     aligner_warmup_steps: int = resumable(50, ge=0, description="warm-up steps of the aligner")
     aligner_batch_size: int = Field(16, ge=1, le=1_048_576)
+    parts_only: bool = resumable(
+        False, description="end after codec and aligner, for which audio_ckpt need not be there yet"
+    )
     frame_dropout: float = Field(0.25, ge=0, lt=1, description="share of the frames hidden from the talker in training")
     duration_weight: float = Field(0.3, ge=0, description="weight of the duration loss")
     audio_ckpt: str | None = resumable(
@@ -87,7 +90,7 @@ class TalkerConfig(TalkerArchitecture, CodecArchitecture, AlignerArchitecture, S
             ("audio_ckpt", "audio_enc.pt", "Train stage B first, or leave the key out: no word error rates then"),
             ("vocoder_ckpt", "hifigan.pt", "Train stage F first, or leave the key out: Griffin-Lim then"),
         ):
-            folder = getattr(self, key)
+            folder = None if key == "audio_ckpt" and self.parts_only else getattr(self, key)
             if folder is not None and not os.path.isfile(os.path.join(folder, file)):
                 raise UserError(f'key "{key}": expected a folder with {file}, found none at {folder}. {remedy}')
 
