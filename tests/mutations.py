@@ -1389,6 +1389,10 @@ MUTATIONS = [
         "tests/test_vocoder.py -k adv_start_step",
     ),
     Mutation(
+        "one clear line", "a compilation that fails is a traceback", "omni/train/loop.py",
+        "with run.compilation(), run", "with run", "tests/test_distributed.py -k compilation_that_fails",
+    ),
+    Mutation(
         "the demo", "two trainings have all cores each", "scripts/demo.py",
         'str(cores // together)', "str(cores)", "tests/test_demo.py -k half_of_the_cores",
     ),

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from harness import ROOT, SLOW, TRACE, Training, differences, kill_at_step, losses, trained_weights
-from stages import STAGES
+from stages import STAGES, TEXT
 
 
 def free_port() -> int:
@@ -167,6 +167,23 @@ def test_compiled_and_plain_checkpoints_interchange(stage, tmp_path):
     after = compiled.newest()["phases"]
     assert {n: list(p["module"]) for n, p in after.items()} == {n: list(p["module"]) for n, p in keys.items()}
     assert "resumed at step 12" in plain.changed(max_steps=14).finish().stdout
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["by itself", "by a Ctrl-C that ends the compiler, too"])
+def test_a_compilation_that_fails_is_one_line(tmp_path, asked):
+    """As without a C++ compiler."""
+    prelude = f"""
+import functools, os, signal, torch
+def fails(graph, inputs):
+    if {asked}:
+        os.kill(os.getpid(), signal.SIGINT)
+    raise RuntimeError("no compiler here")
+torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend=fails)
+"""
+    process = TEXT.training(tmp_path, use_compile=True).run(prelude=prelude)
+    expected = (75, "stopped while compiling") if asked else (2, 'error: key "use_compile": expected false')
+    assert (process.returncode, process.stderr.splitlines()[-1][: len(expected[1])]) == expected
+    assert "Traceback" not in process.stderr and ("no compiler here" in process.stderr) != asked
 
 
 @pytest.mark.loop

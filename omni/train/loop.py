@@ -189,7 +189,7 @@ class Loop:
                 self.stop()
             if world > 1:
                 model.require_backward_grad_sync = index == len(micro_batches) - 1
-            with run.deterministic_kernels():
+            with run.compilation(), run.deterministic_kernels():
                 with run.autocast():
                     loss, scalars = phase.loss(model, batch)
                 # DDP averages over processes; the shares are of the sum over all of them
