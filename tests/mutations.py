@@ -1389,6 +1389,16 @@ MUTATIONS = [
         "tests/test_vocoder.py -k adv_start_step",
     ),
     Mutation(
+        "computed once", "what another stage has is computed again", "omni/train/precompute.py",
+        "if problem and known and _copied(", "if False and _copied(", "tests/test_caches.py -k is_not_made_again",
+    ),
+    Mutation(
+        "computed once", "what another stage has of other files is taken", "omni/train/precompute.py",
+        "as in {known}{instead}\")\n                problem = _changed(path, belongs_to, files)",
+        "as in {known}{instead}\")\n                problem = \"\"",
+        "tests/test_caches.py -k of_other_files_is_not_taken",
+    ),
+    Mutation(
         "one clear line", "a compilation that fails is a traceback", "omni/train/loop.py",
         "with run.compilation(), run", "with run", "tests/test_distributed.py -k compilation_that_fails",
     ),

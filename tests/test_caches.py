@@ -122,15 +122,16 @@ class Made:
         self.calls += 1
         return [np.stack((sample.numpy(), -sample.numpy()), axis=1).astype(np.int16) for sample in batch["samples"]]
 
-    def __call__(self, stop_at: int | None = None) -> tuple[bytes, bytes, str]:
+    def __call__(
+        self, stop_at: int | None = None, save_dir: str = "run", known: Path | None = None
+    ) -> tuple[bytes, bytes, str]:
         """The bytes of values and spans, and the digest; ``calls`` counts the batches that were made."""
         self.calls, self.stop_at = 0, stop_at
-        with Run(
-            self.config.model_copy(update={"num_workers": 0}), Stage("text", "t", "t.pt", "", "loss"), [], "cpu"
-        ) as run:
+        keys = {"num_workers": 0, "save_dir": str(self.folder / save_dir)}
+        with Run(self.config.model_copy(update=keys), Stage("text", "t", "t.pt", "", "loss"), [], "cpu") as run:
             manifest = load_manifest(self.folder / "rows.csv", ("wav", "text"), "text", log=lambda line: None)
             rows = Bytes(manifest, np.arange(ROWS), training=False)
-            found = precompute(run, NAME, rows, "wav", {"model": 1}, self.make, note="making")
+            found = precompute(run, NAME, rows, "wav", {"model": 1}, self.make, note="making", known=known)
             assert not len(found[40]) and bytes(found[7][:, 0].astype(np.uint8)) == self.file(7).read_bytes()
             return np.array(found.values).tobytes(), np.array(found.spans).tobytes(), found.sha256
 
@@ -190,6 +191,31 @@ def test_what_a_kill_left_half_written_is_made_again(made):
         path = made.folder / "run/codes" / rng.choice(["made.npy", "made.progress"])
         rng.choice([cut(rng.random()), flip(rng.random()), DAMAGES["{}"], DAMAGES["empty"], Path.unlink])(path)
         assert made() == expected
+
+
+def test_what_another_stage_has_made_of_the_same_files_is_not_made_again(made, capsys):
+    expected, theirs = made(), made.folder / "run"
+    with pytest.raises(KeyboardInterrupt):
+        made(save_dir="own", stop_at=2)
+    assert made(save_dir="own", known=theirs) == expected and made.calls == 0
+    assert str(theirs) in capsys.readouterr().out
+    assert sorted(path.name for path in (made.folder / "own/codes").iterdir()) == sorted(FILES)
+    assert made(save_dir="own") == expected and made.calls == 0, "it is a copy of its own"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_what_another_stage_has_is_not_taken_if_it_is_damaged(made, name):
+    expected = made()
+    flip(0.5)(made.folder / "run/codes" / name)
+    assert made(save_dir="own", known=made.folder / "run") == expected
+    assert made.calls == BATCHES
+
+
+def test_what_another_stage_has_of_other_files_is_not_taken(made):
+    made()
+    made.file(7).write_bytes(b"another")
+    assert made(save_dir="own") == made(save_dir="taken", known=made.folder / "run")
+    assert made.calls == BATCHES
 
 
 def test_a_kill_then_other_files_then_a_resume(made):

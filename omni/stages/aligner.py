@@ -95,11 +95,12 @@ class SpokenTexts(SpeechClips):
         }
 
 
-def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str) -> RaggedArray:
+def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str, known: str | None) -> RaggedArray:
     """The ``likeliest_durations`` of all texts, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
         texts: texts to align, ordered by length; ``training`` is false.
+        known: another ``save_dir`` that may have them.
     """
 
     @torch.no_grad()
@@ -111,13 +112,17 @@ def prepare_durations(run: Host, aligner: Aligner, texts: SpokenTexts, name: str
         return likeliest_durations(scores, aligner.alignment_frames(lengths), text_lengths)
 
     belongs_to = {"aligner": weights_sha256(aligner)} | spoken_version(aligner.architecture.text_language)
-    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning")
+    return precompute(run, f"{name}.durations", texts, "wav", belongs_to, make, note="aligning", known=known)
 
 
 def prepare_speech(
-    run: Host, manifest: Manifest, codec: Codec, aligner: Aligner, max_codes: int, name: str
+    run: Host, manifest: Manifest, codec: Codec, aligner: Aligner, max_codes: int, name: str, known: str | None = None
 ) -> tuple[ManifestWithColumns, np.ndarray]:
     """Code and align all recordings of at most ``max_codes`` codes.
+
+    Args:
+        name: of the files in ``save_dir``.
+        known: another ``save_dir``, which may have coded and aligned the same ones by the same models.
 
     Returns:
         The manifest with the columns ``codes`` and ``durations``; (rows,) the lengths in codes, by the headers.
@@ -127,7 +132,8 @@ def prepare_speech(
     rows = order[lengths[order] <= max_codes]
     clips = SpeechClips(manifest, rows, codec.architecture, max_codes, training=False)
     texts = SpokenTexts(manifest, rows, aligner.architecture, max_codes, training=False)
-    codes, durations = prepare_codes(run, codec, clips, name), prepare_durations(run, aligner, texts, name)
+    codes = prepare_codes(run, codec, clips, name, known)
+    durations = prepare_durations(run, aligner, texts, name, known)
     return ManifestWithColumns(manifest, {"codes": codes, "durations": durations}), lengths
 
 

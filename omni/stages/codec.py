@@ -189,11 +189,12 @@ def mel_statistics_of(
     return run.cached_json("mel_statistics.json", belongs_to | {"files": files_digest(manifest, some, "wav")}, make)
 
 
-def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str) -> RaggedArray:
+def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str, known: str | None) -> RaggedArray:
     """The codes (N, Q) uint16 of all recordings, computed once and kept in ``save_dir`` under ``name``.
 
     Args:
         clips: recordings to code, ordered by length; ``training`` is false.
+        known: another ``save_dir`` that may have them.
     """
 
     def make(batch: dict) -> list[np.ndarray]:
@@ -201,7 +202,8 @@ def prepare_codes(run: Host, codec: Codec, clips: SpeechClips, name: str) -> Rag
         lengths = -(-batch["lengths"].numpy() // codec.architecture.frames_per_code)
         return [one[:length].astype(np.uint16) for length, one in zip(lengths, codes, strict=True)]
 
-    return precompute(run, f"{name}.codes", clips, "wav", {"codec": weights_sha256(codec)}, make, note="coding")
+    belongs_to = {"codec": weights_sha256(codec)}
+    return precompute(run, f"{name}.codes", clips, "wav", belongs_to, make, note="coding", known=known)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def precompute(
     *,
     root: str | None = None,
     note: str,
+    known: str | None = None,
 ) -> RaggedArray:
     """The arrays of all ``rows``, kept as ``save_dir/codes/name``; ``make(batch)`` gives one for each row of a batch.
 
@@ -77,6 +78,7 @@ def precompute(
         column: column with the files' names, relative to ``root``.
         belongs_to: other inputs of the result, as plain data.
         note: name of the computation, for the log.
+        known: another ``save_dir``. What it has of the same inputs is copied.
     """
     path, numbers = run.save_dir / "codes" / name, rows.row_numbers
     order = hashlib.sha256(np.asarray(numbers, np.int64).tobytes()).hexdigest()  # neighbours are padded alike
@@ -89,6 +91,10 @@ def precompute(
             remove_temporary(path.parent)  # this process holds the lock of save_dir
             files = Files(run, rows.manifest, column, root, numbers)
             problem = arrays_problem(path, belongs_to) or _changed(path, belongs_to, files)
+            if problem and known and _copied(Path(known, "codes", name), path, belongs_to):
+                instead = "" if problem == ABSENT else f" in the place of {problem}"
+                run.log(f"{note}: {len(rows):,} rows of {rows.manifest.path} as in {known}{instead}")
+                problem = _changed(path, belongs_to, files)
             if problem:
                 if problem != ABSENT:
                     run.log(f"{problem}: made again")
@@ -117,6 +123,23 @@ class Files:
         pairs = [(int(self.numbers[index]), int(self.facts[index])) for index in indices]
         with ThreadPoolExecutor(_THREADS) as pool:  # digests are computed without the interpreter's lock
             return list(pool.map(lambda p: content_of_row(self.manifest, p[0], self.column, self.root, p[1]), pairs))
+
+
+def _copied(source: Path, path: Path, belongs_to: dict) -> bool:
+    """Whether ``source`` has whole arrays of ``belongs_to``, which then are at ``path``, too."""
+    for theirs, ours in (
+        (source, path),
+        (source.with_name(f"{source.name}.facts"), path.with_name(f"{path.name}.facts")),
+    ):
+        if arrays_problem(theirs, belongs_to):
+            return False
+        arrays, sha256 = open_arrays(theirs)
+        write_arrays(ours, belongs_to, **arrays)
+        if open_arrays(ours)[1] != sha256:  # they were being written meanwhile
+            unseal(ours)
+            return False
+    path.with_name(f"{path.name}.progress").unlink(missing_ok=True)
+    return True
 
 
 def _changed(path: Path, belongs_to: dict, files: Files) -> str:

@@ -41,12 +41,12 @@ class SpokenAnswers(SftTask):
 
     @classmethod
     def select(cls, side: Side, manifest: Manifest, rows: np.ndarray) -> tuple[Any, np.ndarray, dict[str, Any]]:
-        """The manifest with the codes and durations that stage D's codec and aligner compute; ``rows`` without
+        """The manifest with the codes and durations of stage D's codec and aligner, which it may have; ``rows`` without
         recordings that are too long."""
         run, max_codes = side.run, side.processor.architecture.max_codes
         codec, aligner = (load(stage, side.config.talker_ckpt, run.device).model for stage in (CODEC, ALIGNER))
         name = "train" if side.training or not side.config.val_speech_csv else "validation"
-        coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name)
+        coded, lengths = prepare_speech(run, manifest, codec, aligner, max_codes, name, side.config.talker_ckpt)
         rows = leave_out_long(run, manifest, rows, lengths, max_codes)
         if side.processor.talker.voice_layers:
             voices = Voices.of(load(TALKER, side.config.talker_ckpt).model)
