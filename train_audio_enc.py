@@ -2,7 +2,7 @@
 
     python train_audio_enc.py --config configs/audio_enc_tiny.json
 
-The data are a manifest with the columns wav and text: recordings of any rate and format that libsndfile reads, named
+The data are a manifest with the columns wav and text: recordings of any rate, in a format of docs/data.md, named
 relative to the manifest. The first run trains a small tokenizer on the texts and measures the recordings by their
 headers. scripts/check_mel_lengths.py counts the rows that max_mel_length will leave out.
 """

@@ -2,7 +2,7 @@
 
     python train_vocoder.py --config configs/vocoder_tiny.json
 
-The data are a manifest with the column wav: recordings of any rate and format that libsndfile reads. Every step
+The data are a manifest with the column wav: recordings of any rate, in a format of docs/data.md. Every step
 trains the discriminators (from adv_start_step on), then the generator, on random segments. Validation writes generated
 held-out clips to save_dir/samples, beside those of Griffin-Lim. The stage needs no other one. codec_ckpt
 trains on the log-mels of stage D's codec; with a larger max_steps it fine-tunes a finished training.

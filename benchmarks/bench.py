@@ -526,12 +526,24 @@ def cpu_facts() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def earlier_figures(path: Path) -> dict[str, dict]:
+    """The figures in ``path`` if they are of this machine and these versions; {} if there is no such file.
+
+    Raises:
+        UserError: it is another file, which would be lost.
+    """
+    if not path.exists():
+        return {}
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return written["figures"] if written["machine"] == machine() else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--json {path}: expected a new file, or one of this script") from error
+
+
 def write_figures(path: Path, figures: dict[str, dict]) -> None:
     """Add to the figures in ``path``, if they are of this machine and these versions; else replace them."""
-    facts, kept = machine(), {}
-    if path.exists():
-        written = json.loads(path.read_text())
-        kept = written["figures"] if written["machine"] == facts else {}
+    facts, kept = machine(), earlier_figures(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     date = time.strftime("%Y-%m-%d %H:%M")
     write_json(path, {"machine": facts, "date": date, "figures": kept | figures})
@@ -584,6 +596,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts:
         if name not in PARTS:
             raise UserError(f"{name}: expected one of {', '.join(PARTS)}")
+    earlier_figures(args.json)  # raises for another file, before minutes of measuring
+    if not list(args.configs.glob("*_demo.json")):
+        raise UserError(f"--configs {args.configs}: expected a folder of the *_demo.json, found none")
     transformers.utils.logging.disable_progress_bar()
     bench = Bench(SMOKE if args.smoke else Sizes(), args.configs, args.talker_ckpt, args.vocoder_ckpt)
     for name in args.parts or PARTS:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.common.errors import UserError
+from omni.common.errors import EXIT_FAILED, UserError
 from omni.stages import STAGES
 from omni.train.checkpoint import load
 from omni.train.cli import OneLineErrors, launch, output_file
@@ -46,7 +46,8 @@ def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple
     config = f"configs/{stage.config_name}_demo.json"
     given = [f"{key}={value}" for key, value in (keys | {"save_dir": folder.resolve()}).items()] + overrides
     options = [word for key in given for word in ("--set", key)]
-    subprocess.run([sys.executable, stage.script, "--config", config, *options], check=True, cwd=ROOT)
+    if code := subprocess.run([sys.executable, stage.script, "--config", config, *options], cwd=ROOT).returncode:
+        sys.exit(code if code > 0 else EXIT_FAILED)  # it has said why
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row["samples_per_s"] for row in rows if "samples_per_s" in row}
     final = load(folder / stage.final)

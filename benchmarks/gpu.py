@@ -33,7 +33,7 @@ from omni.common.errors import UserError
 from omni.common.files import write_json
 from omni.data.order import training_set
 from omni.train.cli import OneLineErrors, launch
-from omni.train.device import peak_memory_gb
+from omni.train.device import peak_memory_gb, pick_device
 from omni.train.loop import Loop
 from omni.train.optim import build_optimizer
 from omni.train.run import Run
@@ -304,11 +304,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in args.names:
         if name not in STEPS:
             raise UserError(f"{name}: expected one of {', '.join(STEPS)}")
+    if args.steps < 2 or not args.seconds > 0:
+        raise UserError(
+            f"expected --steps of at least 2 and --seconds above 0, found {args.steps} and {args.seconds:g}"
+        )
+    if args.json.is_dir():
+        raise UserError(f"--json {args.json}: expected the name of a file, found a folder")
     if args.child == "counts":
         write_json(args.json, operations(args))
         return
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("expected a CUDA device, found none: nothing to measure. A trial: --device cpu --steps 2")
+    pick_device(args.device)  # raises for one that is not there
     if args.child:
         child(args)
         return

@@ -1,7 +1,7 @@
 """Make μOmni's built-in data: no download, the same files for the same settings.
 
     python scripts/make_synthetic_datasets.py                  # the data of the demo configs, about eight minutes
-    python scripts/make_synthetic_datasets.py --size smoke     # a few MB, to try things out
+    python scripts/make_synthetic_datasets.py --size smoke     # 20 MB, to try things out
     python scripts/make_synthetic_datasets.py --only audio     # one part
     python scripts/make_synthetic_datasets.py --size hour --only audio --out data/hour   # for configs/*_hour.json
     python scripts/make_synthetic_datasets.py --read_questions data/images/production_vqa.json \\
@@ -58,7 +58,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from PIL import Image
 from tqdm import tqdm
 
-from omni.common.errors import BadRow, Interrupted, RunError, UserError, reading_row
+from omni.common.errors import BadRow, Interrupted, OneLineErrors, RunError, UserError, reading_row
 from omni.common.files import read_text
 from omni.common.spoken import spoken_version
 from omni.synthetic import facts, open_vocabulary, pictures, signs, speech, writing
@@ -684,7 +684,7 @@ def positive(text: str) -> int:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Files that are there already, made with the same settings, are left alone.\n"

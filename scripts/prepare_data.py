@@ -32,7 +32,7 @@ from xml.etree import ElementTree
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.common.errors import Interrupted, RunError, UserError
+from omni.common.errors import Interrupted, OneLineErrors, RunError, UserError
 from omni.common.files import write_sealed_json
 from omni.common.media import quoted
 from omni.data.archives import USUAL_BYTES_PER_S, Archive, replacing
@@ -865,7 +865,7 @@ def seconds(text: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="datasets (tinystories and wikitext write the same files, and so do coco and flickr8k: one of each):\n"

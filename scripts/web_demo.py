@@ -39,7 +39,7 @@ from omni.train.device import pick_device
 CONNECTIONS = 512  # a visitor has about three
 EXAMPLES = Path("data/examples/examples.json")  # part of the built-in data
 
-INSTALL = "pip install --no-deps -r requirements-web.txt"
+INSTALL = "make web"
 try:
     import gradio as gr
     import uvicorn
@@ -156,7 +156,7 @@ def clean_up(kept: Folder, ended: threading.Event) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     if gr is None:
-        raise UserError(f"scripts/web_demo.py needs Gradio ({missing}). Install it with: {INSTALL}")
+        raise UserError(f"scripts/web_demo.py needs Gradio ({missing}). To have it: {INSTALL}")
     device, folder = pick_device(args.device), args.ckpt_dir
     assistant = Assistant.load(folder, device)
     given = (folder, args.talker_ckpt, args.vocoder_ckpt, device, assistant)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import start
+from harness import Process, start
 from stages import AUDIO_ENC, OCR, OMNI, TEXT, VISION, VOCODER, VOICES
 
 from omni.common.errors import UserError
@@ -137,9 +137,17 @@ def test_a_stage_without_data_is_left_out_and_says_so(configs, tmp_path, monkeyp
     assert "not measured" in capsys.readouterr().out
 
 
-def test_an_unknown_part_is_refused():
-    with pytest.raises(UserError, match="trian: expected one of train, loop"):
+def test_an_unknown_part_and_files_of_another_kind_are_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "PARTS", {"train": None})
+    with pytest.raises(UserError, match="trian: expected one of train"):
         bench.main(["trian"])
+    for content in ("# not JSON", '{"lr": 1}', "[]"):
+        (tmp_path / "mine").write_text(content)
+        with pytest.raises(UserError, match="mine: expected a new file, or one of this script"):
+            bench.main(["train", "--json", str(tmp_path / "mine")])
+        assert (tmp_path / "mine").read_text() == content
+    with pytest.raises(UserError, match="expected a folder of"):
+        bench.main(["train", "--configs", str(tmp_path), "--json", str(tmp_path / "new")])
 
 
 def test_the_dial_of_size_is_the_demo_at_four():
@@ -155,9 +163,10 @@ def test_the_dial_of_size_is_the_demo_at_four():
 def quick_starts(tmp_path, monkeypatch):
     """What runs a command gets a process that has PyTorch imported."""
 
-    def run(command: list, check: bool, cwd: Path = tmp_path, stdout: int | None = None) -> None:
+    def run(command: list, check: bool = False, cwd: Path = tmp_path, stdout: int | None = None) -> Process:
         process = start(*command[1:], cwd=cwd, output=tmp_path / "process").wait()
-        assert process.returncode == 0, process.stderr
+        assert process.returncode == 0 or not check, process.stderr
+        return process
 
     monkeypatch.setattr(subprocess, "run", run)
 
@@ -175,6 +184,9 @@ def test_the_dial_trains_and_draws_a_curve(tmp_path, quick_starts):
     assert len(rows) == 2 and sizes == sorted(sizes) and (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="at least 1, found 0"):
         depth.main(["--depth", "0"])
+    with pytest.raises(SystemExit) as ended:  # a stage's code is passed on
+        depth.main(["--depth", "1", "--out", str(tmp_path / "other"), "--set", "nokey=1"])
+    assert ended.value.code == 2
 
 
 def test_nanogpt_has_as_long_and_is_judged_on_the_same_text(tmp_path, monkeypatch, quick_starts):

@@ -1,6 +1,7 @@
 """Bad configs are refused in one line before anything is written; a changed config never mixes two trainings."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -290,3 +291,15 @@ def test_a_byte_order_mark_is_no_part_of_a_config(tmp_path, bom):
         f'{bom}{{"save_dir": "x", "train_text": {json.dumps(str(path))}, "max_steps": 1}}', encoding="utf-8"
     )
     assert load_config(TextConfig, str(path))[0].max_steps == 1
+
+
+def test_a_key_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"save_dir": "x", "train_text": str(path), "max_steps": 1, "wd": "a"}))
+    for overrides, message in (
+        (["wd=0", "foo=1"], '--set: unknown key "foo"'),
+        (["wd=0", "lr=b"], '--set: key "lr": expected number'),
+        (["lr=1"], f'{path}: key "wd": expected number'),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_config(TextConfig, str(path), overrides)

@@ -67,6 +67,7 @@ def test_an_extension_that_is_killed_at_its_end_still_renews_the_final_file(stag
     assert "finished:" in longer.finish().stdout
     assert longer.final_file()["metrics"]["trained_steps"] == 14
     assert "already finished at step 14" in longer.finish().stdout
+    assert "max_steps is 10" in training.finish().stdout, "it has taken more than are asked for"
 
 
 WORKERS_FAIL = """

@@ -15,7 +15,7 @@ from harness import ROOT
 from omni.common.errors import RunError, UserError
 from omni.common.files import remove_temporary, replace_file
 from omni.common.lock import FolderInUse, FolderLock
-from omni.stages.evaluation import save_speech
+from omni.stages.evaluation import forget_speech, save_speech
 from omni.train import checkpoint
 
 KINDS = ("link to a file", "link into nowhere", "link to a folder", "second name", "folder", "pipe", "words")
@@ -151,3 +151,13 @@ def test_speech_on_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch, fu
     assert len(found) == full_at
     for path in found:
         assert path.read_bytes() == (tmp_path / "whole" / path.relative_to(tmp_path / "full")).read_bytes()
+
+
+def test_speech_of_an_earlier_run_is_forgotten_and_what_is_of_somebody_else_spared(tmp_path):
+    sounds = {kind: [torch.zeros(800), torch.ones(400)] for kind in ("talker", "griffin_lim")}
+    save_speech(tmp_path, sounds, ["a", "b"], 0, 16_000)
+    (tmp_path / "griffin_lim/mine.wav").write_bytes(b"mine")
+    (tmp_path / "sampled.csv").write_text("wav,text\nmine.wav,a\n")
+    forget_speech(tmp_path, ["griffin_lim", "sampled", "absent"])
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"talker.csv", "talker/000000.wav", "talker/000001.wav", "griffin_lim/mine.wav", "sampled.csv"}

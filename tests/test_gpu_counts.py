@@ -191,6 +191,9 @@ def test_targets_are_found_after_positions_have_moved():
 def test_without_a_gpu_it_says_so():
     with pytest.raises(UserError, match="expected a CUDA device, found none"):
         gpu.main([])
+    for wrong in (["--steps", "1"], ["--seconds", "0"], ["--device", "foo"]):
+        with pytest.raises(UserError, match=wrong[0]):
+            gpu.main(["--device", "cpu", *wrong])
 
 
 def test_a_table_has_a_row_for_each_step():

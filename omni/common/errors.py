@@ -4,6 +4,7 @@ A message is one line: what is wrong, where, what was expected, what to do next.
 """
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +41,13 @@ def check_compatible(
     ]
     if found:
         raise UserError(f"{one}: {what} not fit to {other}: {', '.join(found)}")
+
+
+class OneLineErrors(ArgumentParser):
+    """A parser that raises ``UserError`` for a wrong command line."""
+
+    def error(self, message: str) -> None:
+        raise UserError(message)
 
 
 class RunError(Exception):

@@ -9,7 +9,7 @@ import csv
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +56,7 @@ from omni.train.stage import Loaded, load
 # tasks that need neither a second file nor the folder of another stage
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if task.standalone)
 SHORTEST_S = 0.1  # of a saved sound
+SOMETIMES_SAVED = {"griffin_lim", "sampled"}  # kinds of speech
 SHOWN_CHARACTERS = 300  # of the accepted answers of an item
 
 
@@ -274,6 +275,8 @@ def evaluate_talker(args: argparse.Namespace, opened: Loaded, device: torch.devi
             if vocoder is not None:  # what it is compared with
                 saved["griffin_lim"] = [griffin_lim(log_mel(one, speaker.spec), speaker.spec) for one in recordings]
             where = (texts, result.rows - len(texts), speaker.spec.sample_rate)
+            if result.rows == len(texts):
+                forget_speech(args.save_speech, SOMETIMES_SAVED - saved.keys())
             spoken = {way: saved.pop(way) for way in ways}
             save_speech(args.save_speech, saved, *where, speakers=names)
             voices = names if voice is None else [args.voice or ""] * len(names)
@@ -340,6 +343,15 @@ def save_speech(
         for number in earlier:
             if number >= len(texts):
                 (folder / kind / f"{number:06d}.wav").unlink(missing_ok=True)
+
+
+def forget_speech(folder: Path, kinds: Iterable[str]) -> None:
+    """Remove what ``save_speech`` wrote of ``kinds`` earlier: perhaps of other sentences."""
+    for kind in kinds:
+        if numbers := sounds_of(folder, kind):
+            (folder / f"{kind}.csv").unlink()
+        for number in numbers:
+            (folder / kind / f"{number:06d}.wav").unlink(missing_ok=True)
 
 
 def sounds_of(folder: Path, kind: str) -> list[int]:

@@ -17,7 +17,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from omni.common import allocator, streams
-from omni.common.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, BadRow, Interrupted, RunError, UserError
+from omni.common.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    BadRow,
+    Interrupted,
+    OneLineErrors,
+    RunError,
+    UserError,
+)
 from omni.common.media import quoted, visible
 from omni.train.config import StageConfig, load_config
 
@@ -143,13 +152,6 @@ def raise_open_file_limit() -> None:
                 f"num_workers: expected 0 where a process may have {soft} open files, or a limit of at least "
                 f"{_WORKERS_FILES} (ulimit -n)"
             )
-
-
-class OneLineErrors(argparse.ArgumentParser):
-    """A parser that raises ``UserError`` for a wrong command line."""
-
-    def error(self, message: str) -> None:
-        raise UserError(message)
 
 
 def output_file(text: str) -> Path:

@@ -269,11 +269,12 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
     Raises:
         UserError: one line with file, key, expected and found.
     """
-    raw = read_keys(path)
+    raw, given = read_keys(path), set()
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"--set {override}: expected key=value")
+        given.add(key)
         field = cls.model_fields.get(key)
         try:  # a text key takes the value unparsed: save_dir=5 is a folder
             raw[key] = value if field and field.annotation is str else json.loads(value)
@@ -289,9 +290,10 @@ def load_config(cls: type[ConfigType], path: str, overrides: list[str] = ()) -> 
         config = cls.model_validate({k: v for k, v in raw.items() if k not in cls.OBSOLETE})
         config.check_files()
     except ValidationError as error:
-        lines = [_describe(cls, detail) for detail in error.errors()]
-        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-        raise UserError(f"{path}: {lines[0]}{more}") from error
+        details = error.errors()
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        where = "--set" if details[0]["loc"][:1] and details[0]["loc"][0] in given else path
+        raise UserError(f"{where}: {_describe(cls, details[0])}{more}") from error
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return config, notices + on_both_sides(config)

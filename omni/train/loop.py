@@ -80,7 +80,8 @@ class Loop:
             seed_everything(config.seed + run.rank)  # all processes have the same weights, but other dropout
         harmless = self.checkpoints.resume()
         if progress.step >= training.total_steps and (metrics := run.from_main(self.checkpoints.finished_metrics)):
-            run.log(f"already finished at step {progress.step}: {self.checkpoints.final_path}")
+            fewer = f"; max_steps is {training.total_steps}" if training.total_steps < progress.step else ""
+            run.log(f"already finished at step {progress.step}: {self.checkpoints.final_path}{fewer}")
             return metrics
         self.checkpoints.refuse_to_extend()
         run.open_logs(progress.step, validated=progress.validated_step == progress.step)

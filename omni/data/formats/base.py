@@ -153,7 +153,8 @@ class Format:
                 return
             except BadRow as error:
                 reasons.append(error)
-        raise UserError(f"{path}: row 1: {reasons[0]}. Nor can one of the first {len(records)} rows be used")
+        others = f". Nor can one of the first {len(records)} rows be used" if len(records) > 1 else ""
+        raise UserError(f"{path}: row 1: {reasons[0]}{others}")
 
     def _key(self, path: Path, record: Record, key: str) -> int:
         try:
