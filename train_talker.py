@@ -161,10 +161,7 @@ def train_codec(run: Run, clips: SpeechClips, val_clips: SpeechClips, data: dict
     codec.mel_mean.copy_(torch.tensor(statistics["mean"]))
     codec.mel_std.copy_(torch.tensor(statistics["std"]))
     loss = partial(codec_loss, commitment_weight=run.config.commitment_weight)
-
-    def move_codebooks(ok: Tensor) -> None:
-        codec.quantizer.update(ok, run.sum_over_ranks, run.is_main)
-
+    move_codebooks = partial(codec.quantizer.update, sum_over_ranks=run.sum_over_ranks, is_main=run.is_main)
     return train_part(run, codec, loss, (codec_sums, codec_metrics), (clips, val_clips), data, move_codebooks)
 
 

@@ -1400,7 +1400,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one clear line", "a compilation that fails is a traceback", "omni/train/loop.py",
-        "with run.compilation(), run", "with run", "tests/test_distributed.py -k compilation_that_fails",
+        "with compilation(run), run", "with run", "tests/test_distributed.py -k compilation_that_fails",
     ),
     Mutation(
         "the demo", "two trainings have all cores each", "scripts/demo.py",

@@ -716,7 +716,7 @@ def test_what_cannot_be_served_ends_with_code_2(folders, tmp_path):
 
 def test_without_gradio_one_line_says_how_to_install_it(folders, tmp_path):
     process = start(tmp_path, folders["thinker"], prelude='import sys\nsys.modules["gradio"] = None\n')
-    only_error(process.wait(), "pip install --no-deps -r requirements-web.txt")
+    only_error(process.wait(), "needs Gradio", "make web")
 
 
 @needs_gradio

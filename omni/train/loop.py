@@ -10,6 +10,7 @@ whose loss or gradient is not finite is skipped there.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import torch
@@ -190,7 +191,7 @@ class Loop:
                 self.stop()
             if world > 1:
                 model.require_backward_grad_sync = index == len(micro_batches) - 1
-            with run.compilation(), run.deterministic_kernels():
+            with compilation(run), run.deterministic_kernels():
                 with run.autocast():
                     loss, scalars = phase.loss(model, batch)
                 # DDP averages over processes; the shares are of the sum over all of them
@@ -264,3 +265,23 @@ class Loop:
                 "same command to go on"
             )
         raise Interrupted(f"stopped at step {step}, {saved}. Run the same command to go on")
+
+
+@contextmanager
+def compilation(run: Run) -> Iterator[None]:
+    """Around calls of what ``run.prepare`` has compiled, which is compiled when it is called.
+
+    Raises:
+        UserError: it cannot be compiled, as where there is no C++ compiler.
+        Interrupted: the run was asked to stop. Ctrl-C in a terminal ends the compiler, too.
+    """
+    if not run.config.use_compile:
+        yield
+        return
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        if run.stop_requested:
+            raise Interrupted("stopped while compiling; the last saved checkpoint stands") from error
+        reason = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the backend, and what it says
+        raise UserError(f'key "use_compile": expected false, as torch.compile fails: {reason}') from error

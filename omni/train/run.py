@@ -268,25 +268,6 @@ class Run(processes.Processes):
         finally:
             torch.use_deterministic_algorithms(True, warn_only=True)
 
-    @contextlib.contextmanager
-    def compilation(self):
-        """Around calls of what ``prepare`` has compiled, which is compiled when it is called.
-
-        Raises:
-            UserError: it cannot be compiled, as where there is no C++ compiler.
-            Interrupted: the run was asked to stop. Ctrl-C in a terminal ends the compiler, too.
-        """
-        if not self.config.use_compile:
-            yield
-            return
-        try:
-            yield
-        except torch._dynamo.exc.TorchDynamoException as error:
-            if self.stop_requested:
-                raise Interrupted("stopped while compiling; the last saved checkpoint stands") from error
-            reason = " ".join(" ".join(str(error).splitlines()[:2]).split())  # the backend, and what it says
-            raise UserError(f'key "use_compile": expected false, as torch.compile fails: {reason}') from error
-
     def prepare(self, module: nn.Module) -> nn.Module:
         """Move to the device and compile in place, so that the state dict's keys stay plain."""
         module.to(self.device)
