@@ -914,6 +914,8 @@ def check(store: Store, args: argparse.Namespace) -> None:
     Raises:
         UserError: the arguments contradict each other, --from lacks something, or a file is not ours to overwrite.
     """
+    if Path(args.out).is_file():
+        raise UserError(f"--out {args.out}: expected a folder, found a file")
     datasets = {name: DATASETS[name] for name in args.datasets}
     subsets = {archive.subset for dataset in datasets.values() for archive in dataset.archives} - {""}
     for subset in args.subset or ():

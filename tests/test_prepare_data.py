@@ -1409,6 +1409,8 @@ def test_a_file_of_the_user_is_not_overwritten(preparation):
         (("ljspeech", "--from", "nowhere"), "expected a folder"),
         (("ljspeech", "--checksums", "nowhere"), "nowhere"),
         (("ljspeech", "--mirror", "mirror.example.org"), "http://"),
+        (("ljspeech", "--plan", "--out", __file__), "expected a folder, found a file"),
+        (("nothing",), "invalid choice"),
     ],
 )
 def test_bad_arguments(preparation, args, words):
