@@ -12,16 +12,15 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from omni.common.errors import EXIT_FAILED, UserError
+from omni.common.errors import UserError
 from omni.stages import STAGES
 from omni.train.checkpoint import load
-from omni.train.cli import OneLineErrors, launch, output_file
+from omni.train.cli import OneLineErrors, launch, output_file, run_script
 from omni.train.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +45,7 @@ def train(stage: Stage, folder: Path, keys: dict, overrides: list[str]) -> tuple
     config = f"configs/{stage.config_name}_demo.json"
     given = [f"{key}={value}" for key, value in (keys | {"save_dir": folder.resolve()}).items()] + overrides
     options = [word for key in given for word in ("--set", key)]
-    if code := subprocess.run([sys.executable, stage.script, "--config", config, *options], cwd=ROOT).returncode:
-        sys.exit(code if code > 0 else EXIT_FAILED)  # it has said why
+    run_script([sys.executable, stage.script, "--config", config, *options], cwd=ROOT)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = {row["step"]: row["samples_per_s"] for row in rows if "samples_per_s" in row}
     final = load(folder / stage.final)

@@ -41,7 +41,7 @@ from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
 from omni.stages import STAGES
 from omni.stages.text import TextConfig
 from omni.train.checkpoint import load
-from omni.train.cli import OneLineErrors, launch, output_file
+from omni.train.cli import OneLineErrors, launch, output_file, run_script
 from omni.train.config import load_config
 from omni.train.device import computes_in_bf16
 
@@ -97,7 +97,7 @@ def train_ours(config: TextConfig, path: Path, folder: Path, steps: int) -> tupl
     keys = {"save_dir": run, "max_steps": steps, "context_weight": 1.0, "val_freq": steps, "checkpoint_freq": steps}
     options = [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, ROOT / "train_text.py", "--config", path, "--device", "cpu", *options]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    run_script(command, stdout=subprocess.DEVNULL)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rates = [row["samples_per_s"] for row in rows if "samples_per_s" in row]
     seconds = steps * samples_per_step(config.model_dump()) / statistics.harmonic_mean(rates)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -152,6 +153,12 @@ def raise_open_file_limit() -> None:
                 f"num_workers: expected 0 where a process may have {soft} open files, or a limit of at least "
                 f"{_WORKERS_FILES} (ulimit -n)"
             )
+
+
+def run_script(command: list, **options) -> None:
+    """Run another script; if it fails, exit with its code, since it has said why."""
+    if code := subprocess.run(command, **options).returncode:
+        sys.exit(code if code > 0 else EXIT_FAILED)
 
 
 def output_file(text: str) -> Path:
