@@ -505,6 +505,25 @@ def test_texts_without_words_are_no_words():
     assert word_error_rates({"a": (1, 2), "b": (0, 0)}) == {"wer_a": 0.5}
 
 
+def test_saved_speech_is_that_of_this_run_alone(trained, tmp_path):
+    evaluate = (
+        "scripts/evaluate.py",
+        "talker",
+        "--data",
+        trained.config["tts_csv"],
+        "--save_speech",
+        str(tmp_path / "said"),
+    )
+    for options, kinds in (
+        (("--limit", "2", "--temperature", "0.5"), {"codec", "recordings", "sampled", "talker", "vocoded"}),
+        (("--limit", "1"), {"codec", "recordings", "talker", "vocoded"}),
+    ):
+        process = run_script(trained, *evaluate, *options)
+        assert process.returncode == 0, process.stderr
+        assert {path.stem for path in (tmp_path / "said").glob("*.csv")} == kinds
+    assert {path.name for path in (tmp_path / "said").rglob("*.wav")} == {"000000.wav"}
+
+
 def test_another_stages_file_is_refused(trained, tmp_path):
     (trained.save_dir / "talker.pt").write_bytes((trained.save_dir / "rvq_codec.pt").read_bytes())
     process = run_script(trained, "infer_chat.py", "--say", "one", "--audio_out", "said.wav")
