@@ -1380,6 +1380,15 @@ MUTATIONS = [
         "tests/test_optim.py -k 'kernels_and_embeddings and vision'",
     ),
     Mutation(
+        "numerics", "a packed row attends to the row before it", "omni/models/layers.py",
+        "groups = packing.split(heads)", "groups = [heads]", "tests/test_packing.py -k padded_ones",
+    ),
+    Mutation(
+        "numerics", "the order of packed rows is lost", "omni/models/packing.py",
+        "self.source = order[rows] * longest + steps", "self.source = rows * longest + steps",
+        "tests/test_packing.py -k padded_ones",
+    ),
+    Mutation(
         "numerics", "near distances are compared in TF32", "omni/common/numerics.py",
         'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
     ),
@@ -1766,7 +1775,15 @@ MUTATIONS = [
     ),
     Mutation(
         "few kernels on a GPU", "logits at all positions", "omni/models/thinker.py",
-        "elif target_at is not None:", "elif False:", f"{COUNTS} -k logits_at_targets_only",
+        "if target_at is not None:", "if False:", f"{COUNTS} -k logits_and_the_last_mlp",
+    ),
+    Mutation(
+        "speed", "the last MLP computes at all positions", "omni/models/thinker.py",
+        "at if early and block is self.layers[-1] else None", "None", "tests/test_thinker.py -k last_mlp_are",
+    ),
+    Mutation(
+        "speed", "oneDNN builds kernels that it has had", "omni/train/device.py",
+        "os.environ.setdefault(*KERNELS_KEPT)", "pass", "tests/test_environment.py -k kernels",
     ),
     Mutation(
         "few kernels on a GPU", "stage E does not name its targets", "omni/models/omni_model.py",

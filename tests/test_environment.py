@@ -245,3 +245,13 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_once(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err.count("NVIDIA driver") == 1
     device.pick_device("cpu")
     assert capsys.readouterr().err == ""
+
+
+def test_a_processor_keeps_its_kernels_unless_the_user_says_how_many(monkeypatch):
+    name, count = device.KERNELS_KEPT
+    monkeypatch.delenv(name, raising=False)
+    device.pick_device("cpu")
+    assert os.environ[name] == count
+    monkeypatch.setenv(name, "7")
+    device.pick_device("cpu")
+    assert os.environ[name] == "7"

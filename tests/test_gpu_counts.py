@@ -158,7 +158,7 @@ def test_logits_at_targets_give_the_loss_of_all_positions():
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
-def test_a_gpu_computes_logits_at_targets_only():
+def test_a_gpu_computes_logits_and_the_last_mlp_at_targets_only():
     with fake_cuda(), torch.device("cuda"):
         thinker, tokens = Thinker(THINKER), torch.zeros(2, 8, dtype=torch.int64)
         flops = []
@@ -166,13 +166,13 @@ def test_a_gpu_computes_logits_at_targets_only():
             with Counting() as counting:
                 thinker(tokens, targets=tokens, target_at=target_at)
             flops.append(counting.counts.flops)
-    assert flops[0] - flops[1] == 2 * 10 * THINKER.d_model * THINKER.vocab_size
+    assert flops[0] - flops[1] == 2 * 10 * THINKER.d_model * (THINKER.vocab_size + 3 * THINKER.d_ff)
 
 
 def test_stage_e_names_its_targets_on_a_gpu():
-    with mock.patch.object(Thinker, "_cross_entropy", autospec=True, side_effect=Thinker._cross_entropy) as losses:
+    with mock.patch.object(Thinker, "forward", autospec=True, side_effect=Thinker.forward) as losses:
         small("E")
-    assert losses.call_count == 2 and all(call.args[5] is not None for call in losses.call_args_list)
+    assert losses.call_count == 2 and all(call.kwargs["target_at"] is not None for call in losses.call_args_list)
 
 
 def test_targets_are_found_after_positions_have_moved():

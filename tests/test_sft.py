@@ -20,7 +20,7 @@ import omni.stages.tasks
 from omni.common.errors import BadRow, UserError
 from omni.data.order import ResumableDataset
 from omni.data.tokenizer import IGNORE_INDEX, Tokenizer
-from omni.models import omni_model
+from omni.models import packing
 from omni.models.aligner import text_symbols
 from omni.models.answering import greedy_answers
 from omni.models.ctc import CtcTokenizer
@@ -264,7 +264,7 @@ def test_only_answers_have_a_loss(folder, monkeypatch):
         embeds, targets, *_ = model.embed(batch)
         logits = model.thinker(inputs_embeds=embeds)
         nats, *_ = model(batch)
-        monkeypatch.setattr(omni_model, "ROWS_TOGETHER", 2)
+        monkeypatch.setattr(packing, "ROWS_TOGETHER", 2)
         torch.testing.assert_close(model(batch)[0], nats)
     counted = targets != IGNORE_INDEX
     expected = F.cross_entropy(logits[counted], targets[counted])

@@ -275,6 +275,20 @@ def test_loss_weighs_its_targets():
     )
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_logits_and_the_last_mlp_are_of_the_targets_only(experts):
+    """Experts are balanced over all positions, so the last ones see all."""
+    sizes = {"vocab_size": 300, "ctx_len": 64, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 64}
+    model = Thinker(ThinkerArchitecture(**sizes, use_moe=experts))
+    x, targets, rows = torch.randint(0, 97, (4, 64)), torch.full((4, 64), -100), []
+    targets[1, 60:], targets[3, :9] = 5, 7
+    for layer in model.layers:
+        layer.mlp.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[:-1].numel()))
+    model.norm.register_forward_hook(lambda module, given, out: rows.append(given[0].shape[:-1].numel()))
+    model(x, targets=targets)
+    assert rows == [4 * 64, 4 * 64 if experts else 64, 64]
+
+
 def test_loss_in_chunks_is_the_same(monkeypatch):
     model, x, results = build("gqa-untied"), tokens(4, 21), []
     for chunk in (thinker.LOSS_CHUNK, 33):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omni.models.architectures import ThinkerArchitecture
 from omni.models.ops import attention, linear, matmul_dtype, norm_and_rotate, rms_norm, silu_gate
+from omni.models.packing import Packing
 
 
 class RMSNorm(nn.Module):
@@ -99,11 +100,30 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.d_head)
         self.k_norm = RMSNorm(arch.d_head)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
-        """``mask`` (T, S), true where a query may attend: only for several new tokens after a filled cache."""
-        B, T, _ = x.shape
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """``mask`` (T, S), true where a query may attend: only for several new tokens after a filled cache. With
+        ``packing`` x is (1, N, D), and each row attends to itself."""
+        heads = linear(x, self.q_proj, self.k_proj, self.v_proj)
+        if packing is None:
+            y = self._mix(heads, cos, sin, cache, mask)
+        else:
+            groups = packing.split(heads)
+            y = packing.join([self._mix(h, cos[: h.shape[1]], sin[: h.shape[1]], None, None) for h in groups])
+        return self.o_proj(y)
+
+    def _mix(self, heads: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None) -> Tensor:
+        """Queries, keys and values (B, T, (H + 2G) K) -> the heads' outputs (B, T, H K)."""
+        B, T, _ = heads.shape
         n_heads, n_keys = self.n_heads, self.n_kv_heads
-        heads = linear(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, n_heads + 2 * n_keys, self.d_head)
+        heads = heads.view(B, T, n_heads + 2 * n_keys, self.d_head)
         qk, v = heads.split((n_heads + n_keys, n_keys), dim=2)
         q, k = norm_and_rotate(qk, self.q_norm.weight, self.k_norm.weight, cos, sin, n_heads)
         v = v.transpose(1, 2)  # (B, G, T, K)
@@ -113,7 +133,7 @@ class Attention(nn.Module):
         # a filled cache, where one new token attends to all keys, and several need the mask.
         is_causal = mask is None and T > 1
         y = attention(q, k, v, causal=is_causal, mask=mask, use_flash=self.use_flash)  # (B, H, T, K)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return y.transpose(1, 2).reshape(B, T, -1)
 
 
 class SwiGLU(nn.Module):

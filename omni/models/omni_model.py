@@ -20,13 +20,13 @@ from omni.models.audio_encoder import AudioEncoder, frame_mask
 from omni.models.ctc import ctc_nll
 from omni.models.omni_architecture import OmniArchitecture
 from omni.models.ops import round_up, rows_at
+from omni.models.packing import Packing
 from omni.models.picture_text import noisy_or_log_absent
 from omni.models.projector import Projection
 from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker
 from omni.models.vision_encoder import ViT
 
-ROWS_TOGETHER = 8  # sequences padded to one length on a CPU
 COSINE_SCALE = 20.0  # cosine -> logit: one of thousands of tokens can still have a probability near 1
 
 
@@ -138,17 +138,13 @@ class OmniModel(nn.Module):
     def _answer_losses(
         self, embeds: Tensor, targets: Tensor, target_at: Tensor | None, lengths: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The first two losses of ``forward``. A dialogue is several times as long as a recording, so rows of similar
-        length go through the Thinker in groups, each padded to its own longest row."""
+        """The first two losses of ``forward``. A dialogue is several times as long as a recording, so the rows go
+        through the Thinker packed."""
         if not self.ragged:
             return self.thinker(inputs_embeds=embeds, targets=targets, target_at=target_at)
-        nats, balance = [], []
-        for rows in lengths.argsort(stable=True).split(ROWS_TOGETHER):
-            T = min(round_up(int(lengths[rows].max())), embeds.shape[1])
-            sums = self.thinker(inputs_embeds=embeds[rows, :T], targets=targets[rows, :T], reduction="sum")
-            nats.append(sums[0])
-            balance.append(sums[1] * len(rows) / len(lengths))
-        return sum(nats) / (targets != IGNORE_INDEX).sum().clamp(min=1), sum(balance)
+        packing = Packing(lengths, embeds.shape[1])
+        embeds, targets = packing.pack(embeds), packing.pack(targets, padding=IGNORE_INDEX)
+        return self.thinker(inputs_embeds=embeds, targets=targets, packing=packing)
 
     @property
     def ragged(self) -> bool:

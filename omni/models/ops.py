@@ -33,7 +33,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def round_up(length: int, step: int = 16) -> int:
     """``length`` rounded up to a multiple of ``step``. On a CPU, oneDNN builds a kernel for each new shape of product,
-    which takes as long as several products, and caches a thousand. So there should be few lengths."""
+    which takes as long as several products, and keeps some thousand. So there should be few lengths."""
     return -(-length // step) * step
 
 
@@ -186,18 +186,19 @@ def silu_gate(gate_up: Tensor) -> Tensor:
 class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        opened = F.silu(gate)  # kept, since an exponential takes as long as six passes over its numbers
+        ctx.save_for_backward(gate_up, opened)
+        return opened * up
 
     @staticmethod
     @first_derivative_only
     def backward(ctx, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        gate_up, opened = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         both = torch.empty_like(gate_up)
         gate_grad, up_grad = both.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=up_grad)
+        torch.mul(grad, opened, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
         return both
 

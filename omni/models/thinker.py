@@ -14,6 +14,7 @@ from omni.models.architectures import ThinkerArchitecture
 from omni.models.decoding import ReadsOneByOne, decode_step
 from omni.models.layers import Attention, KVCache, MoE, RMSNorm, SwiGLU, load_balancing_loss, rope_tables
 from omni.models.ops import RMS_EPS, round_up
+from omni.models.packing import Packing
 
 INIT_STD = 0.02
 LOSS_CHUNK = 8192  # tokens whose logits are in memory at a time
@@ -31,10 +32,20 @@ class Block(nn.Module):
         self.mlp = MoE(arch) if arch.use_moe else SwiGLU(arch.d_model, arch.d_ff)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: KVCache | None,
+        mask: Tensor | None,
+        packing: Packing | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Returns the new residual stream, and the router's statistics (2, E), None without experts."""
-        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask)
+        """Returns the new residual stream, with ``at`` (N,) at these of its B * T positions only, (1, N, D); and the
+        router's statistics (2, E), None without experts."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, cache, mask, packing)
+        if at is not None:
+            x, y = _only(x, at), _only(y, at)
         x = x + F.dropout(y, self.dropout, self.training)
         y, router_stats = self.post_attention_layernorm(x), None
         if isinstance(self.mlp, MoE):
@@ -86,6 +97,7 @@ class Thinker(ReadsOneByOne):
         target_at: Tensor | None = None,
         reduction: str = "mean",
         cache: KVCache | None = None,
+        packing: Packing | None = None,
         return_hidden: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits of the token after each position; with ``targets`` the training losses instead.
@@ -98,19 +110,29 @@ class Thinker(ReadsOneByOne):
             targets: (B, T), and ``reduction``: see ``loss``, whose pair of results is then returned.
             weights: (B, T), weight of each target; default: 1.
             target_at: (N,) indices among the B * T positions of all that have a target, filled up with -1: only there
-                are logits computed; default: at all positions.
+                are logits and the last block's MLP computed. Default: found on a CPU; all positions on a GPU, which
+                would have to wait for them.
             cache: cache of the tokens before; the new tokens are added.
+            packing: rows of several lengths, of which the tokens or embeddings, (1, N, ...), and the targets consist.
             return_hidden: also return the head's input.
 
         Returns:
             logits (B, T, V), in autocast's dtype under autocast; with ``return_hidden`` a pair with hidden (B, T, D).
         """
-        hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache)
-        if targets is not None:
-            aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
-            return self._cross_entropy(hidden, targets, reduction, weights, target_at), aux
-        logits = self.head(hidden)
-        return (logits, hidden) if return_hidden else logits
+        if targets is None:
+            hidden, _ = self._hidden(token_ids, inputs_embeds, cache, packing=packing)
+            logits = self.head(hidden)
+            return (logits, hidden) if return_hidden else logits
+        weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
+        targets, weights, at = targets.flatten(), weights.flatten(), None
+        if target_at is None and targets.device.type == "cpu" and not torch.compiler.is_compiling():
+            target_at = _target_at(targets)
+        if target_at is not None:
+            at = target_at.clamp(min=0)
+            targets, weights = targets.index_select(0, at), weights.index_select(0, at) * (target_at >= 0)
+        hidden, router_stats = self._hidden(token_ids, inputs_embeds, cache, packing=packing, at=at)
+        aux = load_balancing_loss(router_stats) if router_stats else hidden.new_zeros((), dtype=torch.float32)
+        return self._cross_entropy(hidden.flatten(0, 1), targets, weights, reduction), aux
 
     def hidden_states(
         self,
@@ -137,25 +159,32 @@ class Thinker(ReadsOneByOne):
         inputs_embeds: Tensor | None,
         cache: KVCache | None,
         mask: Tensor | None = None,
+        packing: Packing | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
+        """The last, normalised hidden states (B, T, D), with ``at`` (N,) only these of them, (1, N, D); and each
+        block's router statistics."""
         if (token_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either token_ids or inputs_embeds")
         x = self.embed_tokens(token_ids) if inputs_embeds is None else inputs_embeds  # (B, T, D)
-        T = x.shape[1]
+        T = x.shape[1] if packing is None else packing.longest
         start = 0 if cache is None else cache.position
         if start + T > self.architecture.ctx_len:
             raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.architecture.ctx_len}")
-        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
+        end = start + T if packing is None else None  # a packing's groups have lengths of their own
+        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
         if mask is None and start > 0 and T > 1:
             positions = torch.arange(start + T, device=x.device)
             mask = positions <= positions[start:, None]  # (T, start + T)
-        router_stats = []
+        router_stats, early = [], at is not None and not self.architecture.use_moe
         for block in self.layers:
-            x, stats = block(x, cos, sin, cache, mask)
+            x, stats = block(x, cos, sin, cache, mask, packing, at if early and block is self.layers[-1] else None)
             if stats is not None:
                 router_stats.append(stats)
         if cache is not None:
             cache.advance(T)
+        if at is not None and not early:  # experts are balanced over all positions
+            x = _only(x, at)
         return self.norm(x), router_stats
 
     def loss(
@@ -179,23 +208,10 @@ class Thinker(ReadsOneByOne):
         # through __call__, so that a model compiled in place also compiles the loss
         return self(token_ids, inputs_embeds=inputs_embeds, targets=targets, reduction=reduction)
 
-    def _cross_entropy(
-        self, hidden: Tensor, targets: Tensor, reduction: str, weights: Tensor | None, target_at: Tensor | None
-    ) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor, weights: Tensor, reduction: str) -> Tensor:
+        """Of ``targets`` (N,) with ``weights`` (N,), given ``hidden`` (N, D)."""
         if reduction not in ("mean", "sum"):
             raise ValueError(f'expected reduction "mean" or "sum", found {reduction!r}')
-        weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
-        hidden, targets, weights = hidden.flatten(0, 1), targets.flatten(), weights.flatten()
-        if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
-            counted = (targets != IGNORE_INDEX).nonzero().flatten()
-            missing = round_up(len(counted), 64) - len(counted)  # padding, without weight
-            weights = F.pad(weights[counted], (0, missing))
-            counted = F.pad(counted, (0, missing))
-            hidden, targets = hidden[counted], targets[counted]
-        elif target_at is not None:
-            at = target_at.clamp(min=0)
-            hidden, targets, weights = (tensor.index_select(0, at) for tensor in (hidden, targets, weights))
-            weights = weights * (target_at >= 0)
         nats = 0.0
         for part in zip(*(tensor.split(LOSS_CHUNK) for tensor in (hidden, targets, weights)), strict=True):
             if len(part[0]) < len(hidden) and torch.is_grad_enabled():
@@ -274,6 +290,17 @@ class Thinker(ReadsOneByOne):
             return int(logits.argmax())
         probabilities = _probabilities(logits / temperature, top_k, top_p)
         return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def _only(x: Tensor, at: Tensor) -> Tensor:
+    """x (B, T, D) at ``at`` (N,) of its B * T positions: (1, N, D)."""
+    return x.flatten(0, 1).index_select(0, at)[None]
+
+
+def _target_at(targets: Tensor) -> Tensor:
+    """The indices of all ``targets`` (N,) that are not ignored, filled up with -1."""
+    counted = (targets != IGNORE_INDEX).nonzero().flatten()
+    return F.pad(counted, (0, round_up(len(counted), 64) - len(counted)), value=-1)
 
 
 def _probabilities(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

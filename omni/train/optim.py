@@ -130,16 +130,20 @@ class OrthogonalUpdates(torch.optim.Optimizer):
 
     def _update(self, kernels: list[nn.Parameter], lr: float, decay: float) -> None:
         averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in kernels]
-        gradients = torch.stack([p.grad.flatten(1) for p in kernels])
-        average, keep = torch.stack([average.flatten(1) for average in averages]), torch.ones_like(gradients[0, 0, 0])
+        gradients, keep = [p.grad for p in kernels], torch.ones((), device=kernels[0].device)
         if self.found_inf is not None:
             keep = 1.0 - self.found_inf
-            gradients = torch.where(keep > 0, gradients, 0.0)  # what is not finite stays so when multiplied by 0
-        average = average.lerp(gradients, (1 - self.MOMENTUM) * keep)
-        directions = orthogonalise(gradients.lerp(average, self.MOMENTUM), self.STEPS, self.COEFFICIENTS)
-        torch._foreach_copy_(averages, [new.view_as(p) for p, new in zip(kernels, average, strict=True)])
+            if keep.is_cpu:  # there is no device to wait for
+                if not keep:
+                    return
+            else:  # an average that is drawn towards itself stays as it is
+                gradients = [torch.where(keep > 0, new, old) for new, old in zip(gradients, averages, strict=True)]
+        torch._foreach_lerp_(averages, gradients, 1 - self.MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, averages, self.MOMENTUM)
+        directions = torch.stack([one.flatten(1) for one in ahead])
+        updates = orthogonalise(directions, self.STEPS, self.COEFFICIENTS).mul_(lr * keep)
         torch._foreach_mul_(kernels, 1 - decay * keep)
-        torch._foreach_sub_(kernels, [new.view_as(p) for p, new in zip(kernels, lr * keep * directions, strict=True)])
+        torch._foreach_sub_(kernels, [update.view_as(p) for p, update in zip(kernels, updates, strict=True)])
 
 
 def orthogonalise(matrices: Tensor, steps: int, coefficients: tuple[float, float, float]) -> Tensor:
