@@ -50,7 +50,7 @@ from omni.models.vocoder import Generator, fold_weight_norm
 from omni.train import checkpoint
 from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import StageConfig
-from omni.train.device import pick_amp_dtype
+from omni.train.device import keep_kernels, pick_amp_dtype
 from omni.train.optim import build_adamw
 from omni.train.training import Training
 
@@ -600,6 +600,7 @@ def main(argv: list[str] | None = None) -> None:
     if not list(args.configs.glob("*_demo.json")):
         raise UserError(f"--configs {args.configs}: expected a folder of the *_demo.json, found none")
     transformers.utils.logging.disable_progress_bar()
+    keep_kernels()
     bench = Bench(SMOKE if args.smoke else Sizes(), args.configs, args.talker_ckpt, args.vocoder_ckpt)
     for name in args.parts or PARTS:
         PARTS[name](bench)

@@ -1778,12 +1778,20 @@ MUTATIONS = [
         "if target_at is not None:", "if False:", f"{COUNTS} -k logits_and_the_last_mlp",
     ),
     Mutation(
+        "numerics", "a skipped update of Muon's moves its average on a GPU", "omni/train/optim.py",
+        "torch.where(keep > 0, new, old)", "new", "tests/test_optim.py -k changes_nothing",
+    ),
+    Mutation(
+        "numerics", "a skipped update of Muon's moves its average", "omni/train/optim.py",
+        "                if not keep:\n", "                if False:\n", "tests/test_optim.py -k changes_nothing",
+    ),
+    Mutation(
         "speed", "the last MLP computes at all positions", "omni/models/thinker.py",
         "at if early and block is self.layers[-1] else None", "None", "tests/test_thinker.py -k last_mlp_are",
     ),
     Mutation(
-        "speed", "oneDNN builds kernels that it has had", "omni/train/device.py",
-        "os.environ.setdefault(*KERNELS_KEPT)", "pass", "tests/test_environment.py -k kernels",
+        "speed", "oneDNN builds kernels that it has had", "omni/train/run.py",
+        "            keep_kernels()", "            pass", "tests/test_environment.py -k kernels",
     ),
     Mutation(
         "few kernels on a GPU", "stage E does not name its targets", "omni/models/omni_model.py",

@@ -247,11 +247,10 @@ def test_a_gpu_that_pytorch_cannot_use_is_said_once(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_a_processor_keeps_its_kernels_unless_the_user_says_how_many(monkeypatch):
-    name, count = device.KERNELS_KEPT
-    monkeypatch.delenv(name, raising=False)
-    device.pick_device("cpu")
-    assert os.environ[name] == count
-    monkeypatch.setenv(name, "7")
-    device.pick_device("cpu")
-    assert os.environ[name] == "7"
+@pytest.mark.parametrize("wanted", [{}, {device.KERNELS_KEPT: "7"}])
+def test_a_training_on_a_cpu_keeps_its_kernels_unless_the_user_says_how_many(tmp_path, wanted):
+    show = f"print('kept', os.environ[{device.KERNELS_KEPT!r}])"
+    code = f"import os; from omni.train import loop; os.environ.pop({device.KERNELS_KEPT!r}, None)\n"
+    code += f"os.environ.update({wanted}); loop.START_HOOKS.append(lambda _: {show})"
+    output = TEXT.training(tmp_path).finish(prelude=code).stdout
+    assert f"kept {wanted.get(device.KERNELS_KEPT, 4096)}" in output

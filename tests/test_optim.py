@@ -141,8 +141,15 @@ def test_a_convolution_counts_as_a_matrix():
     assert torch.equal(kernel.flatten(1), matrix)
 
 
+class OnDevice(torch.Tensor):
+    """A number that the host would have to wait for."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, OnDevice])
 @pytest.mark.parametrize("gradient", [float("nan"), float("inf"), 1.0])
-def test_a_step_that_is_to_change_nothing_changes_nothing(gradient):
+def test_a_step_that_is_to_change_nothing_changes_nothing(gradient, kind):
     net = new_net()
     optimizer = Muon(net, lr=1e-2, wd=0.1)
     train(net, optimizer, range(3))
@@ -150,7 +157,7 @@ def test_a_step_that_is_to_change_nothing_changes_nothing(gradient):
     for parameter in net.parameters():
         if parameter.grad is not None:
             parameter.grad.fill_(gradient)
-    optimizer.found_inf = torch.ones(())
+    optimizer.found_inf = torch.ones(()).as_subclass(kind)
     optimizer.step()
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
     torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)

@@ -19,11 +19,16 @@ def rows_and_targets() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(len(LENGTHS), CTX_LEN, 32), targets
 
 
-@pytest.mark.parametrize("experts", [False, True])
-def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(experts):
+def new_thinker(experts: bool, use_flash: bool = False) -> Thinker:
     torch.manual_seed(0)
     sizes = {"vocab_size": 300, "ctx_len": CTX_LEN, "n_layers": 2, "d_model": 32, "n_heads": 4, "d_ff": 64}
-    thinker = Thinker(ThinkerArchitecture(**sizes, use_gqa=True, use_moe=experts), use_flash=False)
+    return Thinker(ThinkerArchitecture(**sizes, use_gqa=True, use_moe=experts), use_flash=use_flash)
+
+
+@pytest.mark.parametrize("use_flash", [False, True])
+@pytest.mark.parametrize("experts", [False, True])
+def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(experts, use_flash):
+    thinker = new_thinker(experts, use_flash)
     rows, targets = rows_and_targets()
     found = []
     for packing in (None, Packing(LENGTHS, CTX_LEN)):
@@ -34,6 +39,18 @@ def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(experts):
         nats.backward()
         found.append([nats.detach(), x.grad, *(p.grad for p in thinker.parameters() if p.grad is not None)])
     torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_without_a_target_each_parameter_has_a_gradient(experts):
+    """Distributed training waits for all of them."""
+    thinker, packing = new_thinker(experts), Packing(LENGTHS, CTX_LEN)
+    packed = packing.pack(rows_and_targets()[0])
+    targets = torch.full(packed.shape[:2], IGNORE_INDEX)
+    nats, balance = thinker(inputs_embeds=packed, targets=targets, packing=packing)
+    (nats + balance).backward()
+    used = [p for name, p in thinker.named_parameters() if name != "embed_tokens.weight" or thinker.lm_head is None]
+    assert nats.item() == 0 and all(p.grad is not None and torch.isfinite(p.grad).all() for p in used)
 
 
 def test_split_and_join_are_inverse_and_no_row_is_lost():

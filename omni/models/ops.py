@@ -33,7 +33,7 @@ def matmul_dtype(x: Tensor) -> torch.dtype:
 
 def round_up(length: int, step: int = 16) -> int:
     """``length`` rounded up to a multiple of ``step``. On a CPU, oneDNN builds a kernel for each new shape of product,
-    which takes as long as several products, and keeps some thousand. So there should be few lengths."""
+    which takes as long as several products, and keeps a few thousand. So there should be few lengths."""
     return -(-length // step) * step
 
 
@@ -187,7 +187,7 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        opened = F.silu(gate)  # kept, since an exponential takes as long as six passes over its numbers
+        opened = F.silu(gate)  # kept: computed again, its exponential would take as long as six passes
         ctx.save_for_backward(gate_up, opened)
         return opened * up
 

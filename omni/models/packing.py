@@ -16,37 +16,40 @@ class Packing:
 
     The rows follow each other from the shortest to the longest, so that those of similar length attend together, padded
     to the longest of their group. Positions after the last row are padding, too: N is rounded up, see ``round_up``.
+    Experts, which are balanced over all positions, see that padding as well.
 
     On a GPU the host would have to wait for the lengths.
     """
 
-    def __init__(self, lengths: Tensor, longest: int):
+    def __init__(self, lengths: Tensor, width: int):
+        """``width``: positions of each padded row, at least the longest's."""
         order = lengths.argsort(stable=True)
         self.lengths = lengths[order]
         ends = self.lengths.cumsum(dim=0)
-        self.n_used, self.longest = int(ends[-1]), int(self.lengths[-1])
+        self.n_used = int(ends[-1])
         self.n = round_up(self.n_used, STEP)
         rows = torch.repeat_interleave(self.lengths)  # (n_used,) of each position
         steps = torch.arange(self.n_used) - (ends - self.lengths)[rows]
-        self.source = order[rows] * longest + steps  # (n_used,) in the padded rows (R, longest) before packing
+        self.source = order[rows] * width + steps  # (n_used,) in the padded rows (R, width) before packing
         self.groups, padded, start = [], [], 0  # [(rows, T)]
         for group in self.lengths.split(ROWS_TOGETHER):
-            T = min(round_up(int(group[-1])), longest)
+            T = min(round_up(int(group[-1])), width)
             self.groups.append((len(group), T))
             padded.append(start + torch.arange(len(group)).repeat_interleave(group) * T)
             start += len(group) * T
         self.places = torch.cat(padded) + steps  # (n_used,) in the groups, one after the other (P,)
-        self.n_padded = start
+        self.n_padded, self.longest = start, self.groups[-1][1]
 
     def pack(self, rows: Tensor, padding: float = 0) -> Tensor:
-        """(R, longest, ...) -> (1, N, ...)."""
+        """(R, width, ...) -> (1, N, ...)."""
         packed = rows.flatten(0, 1).index_select(0, self.source)
         rest = packed.new_full((self.n - self.n_used, *packed.shape[1:]), padding)
         return torch.cat((packed, rest))[None]
 
     def split(self, packed: Tensor) -> list[Tensor]:
         """(1, N, W) -> (rows, T, W) of each group, with zeros where a row has ended."""
-        padded = _Spread.apply(packed[0, : self.n_used], self.places, self.n_padded)
+        padded = packed.new_zeros(self.n_padded, packed.shape[2])
+        padded = padded.index_copy(0, self.places, packed[0, : self.n_used])
         parts = padded.split([rows * T for rows, T in self.groups])
         return [part.view(rows, T, -1) for part, (rows, T) in zip(parts, self.groups, strict=True)]
 
@@ -56,22 +59,8 @@ class Packing:
         return torch.cat((packed, packed.new_zeros(self.n - self.n_used, packed.shape[1])))[None]
 
 
-class _Spread(torch.autograd.Function):
-    """Rows (n, W) to the ``places`` (n,), all different, of ``size`` rows; the others are zero."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 class _Collect(torch.autograd.Function):
-    """The rows (n, W) that stand in the ``places`` (n,), all different."""
+    """The rows (n, W) that stand in the ``places`` (n,), all different: their gradients are copied, not added up."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, places: Tensor) -> Tensor:

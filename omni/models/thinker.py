@@ -113,14 +113,14 @@ class Thinker(ReadsOneByOne):
                 are logits and the last block's MLP computed. Default: found on a CPU; all positions on a GPU, which
                 would have to wait for them.
             cache: cache of the tokens before; the new tokens are added.
-            packing: rows of several lengths, of which the tokens or embeddings, (1, N, ...), and the targets consist.
+            packing: with ``targets``: rows of several lengths, of which the embeddings (1, N, D) and targets consist.
             return_hidden: also return the head's input.
 
         Returns:
             logits (B, T, V), in autocast's dtype under autocast; with ``return_hidden`` a pair with hidden (B, T, D).
         """
         if targets is None:
-            hidden, _ = self._hidden(token_ids, inputs_embeds, cache, packing=packing)
+            hidden, _ = self._hidden(token_ids, inputs_embeds, cache)
             logits = self.head(hidden)
             return (logits, hidden) if return_hidden else logits
         weights = (targets != IGNORE_INDEX).float() * (1.0 if weights is None else weights)
@@ -171,8 +171,7 @@ class Thinker(ReadsOneByOne):
         start = 0 if cache is None else cache.position
         if start + T > self.architecture.ctx_len:
             raise ValueError(f"{start + T} tokens do not fit into ctx_len {self.architecture.ctx_len}")
-        end = start + T if packing is None else None  # a packing's groups have lengths of their own
-        cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
+        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]
         if mask is None and start > 0 and T > 1:
             positions = torch.arange(start + T, device=x.device)
             mask = positions <= positions[start:, None]  # (T, start + T)

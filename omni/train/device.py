@@ -13,9 +13,7 @@ import torch
 
 from omni.common.errors import UserError
 
-# oneDNN builds a kernel for each shape of product, in about a millisecond, and keeps 1,024 of them by default, fewer
-# than stage E has shapes. Each takes some 200 kB.
-KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "4096"
+KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 NVIDIA = Path("/proc/driver/nvidia/version")  # there if the driver is
 
 
@@ -32,8 +30,6 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError(f"--device {name}: expected cpu, cuda or mps")
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         raise UserError(f"--device {name}: expected a device of this machine: {str(error).splitlines()[0]}") from error
-    if device.type == "cpu":  # read at the process's first product
-        os.environ.setdefault(*KERNELS_KEPT)
     return device
 
 
@@ -66,6 +62,15 @@ def computes_in_bf16(device: torch.device) -> bool:
     if device.type == "cuda" and torch.cuda.is_available():  # else a fake device, of benchmarks/gpu_counts.py
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return True
+
+
+def keep_kernels() -> None:
+    """Let a training on a CPU keep its oneDNN kernels, unless the user says how many. Call before the first product.
+
+    There is one for each shape of a product, built in about a millisecond, of some 200 kB. By default 1,024 are kept,
+    fewer than the lengths of utterances and answers give.
+    """
+    os.environ.setdefault(KERNELS_KEPT, "4096")
 
 
 def seed_everything(seed: int) -> None:

@@ -129,7 +129,10 @@ class OrthogonalUpdates(torch.optim.Optimizer):
                 self._update(kernels, group["lr"] * scale, group["lr"] * group["weight_decay"])
 
     def _update(self, kernels: list[nn.Parameter], lr: float, decay: float) -> None:
-        averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in kernels]
+        for p in kernels:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        averages = [self.state[p]["momentum_buffer"] for p in kernels]
         gradients, keep = [p.grad for p in kernels], torch.ones((), device=kernels[0].device)
         if self.found_inf is not None:
             keep = 1.0 - self.found_inf

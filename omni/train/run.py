@@ -22,7 +22,7 @@ from omni.common.lock import FolderLock
 from omni.train import checkpoint, processes
 from omni.train.cli import raise_open_file_limit
 from omni.train.config import StageConfig
-from omni.train.device import pick_amp_dtype, pick_device, seed_everything
+from omni.train.device import keep_kernels, pick_amp_dtype, pick_device, seed_everything
 from omni.train.logs import Logs
 from omni.train.stage import Stage
 
@@ -41,6 +41,8 @@ class Run(processes.Processes):
         super().__init__()
         self.config, self.stage, self.save_dir = config, stage, Path(config.save_dir)
         self.device = pick_device(device)
+        if self.device.type == "cpu":
+            keep_kernels()
         self.amp_dtype = pick_amp_dtype(config.use_amp, self.device)
         self.stop_requested = self._asked_to_stop = False
         self.lock: FolderLock | None = None
