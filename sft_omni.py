@@ -33,6 +33,7 @@ AUXILIARY = ("ctc_alignment_loss", "talker_loss")  # see omni_model.Losses
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(SftConfig, __doc__, argv)
+    config = config.without_talker() if config.features_only else config
     with Run(config, STAGE, notices, device) as run:
         # --- Model: those of the stages before, joined -------------------------------------------------------------
         # on a GPU, fused attention sums the gradient of the audio encoder's relative positions in a random order
@@ -58,6 +59,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         saved_tokenizer = save_tokenizer(run, tokenizer)  # here, so that unusable data leave no file behind
         if config.cache_features:
             cache_features(run, model, processor, [*tasks.values(), *val_tasks.values()])
+        if config.features_only:
+            run.log("features_only: the features are cached. Without it the same line trains")
+            return {}
         mix = TaskMixture(tasks, config.task_weights, processor, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
             run.log(f"task {name}: {len(task):,} rows, {count / len(mix):.1%} of the samples")

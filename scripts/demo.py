@@ -84,6 +84,20 @@ TALKER_SMOKE = (
     "n_layers=1", "val_sentences=4", "audio_ckpt=null",
 )  # fmt: skip
 
+MIX = {
+    "text_path": "text/tiny_corpus.txt",
+    "val_text_path": "text/tiny_corpus.val.txt",
+    "image_manifest": "images/annotations.json",
+    "val_image_manifest": "images/annotations.val.json",
+    "asr_csv": "audio/asr.csv",
+    "val_asr_csv": "audio/asr.val.csv",
+    "question_csv": "audio/asr.csv",
+    "val_question_csv": "audio/tts.csv",
+    "speech_csv": "audio/tts.csv",
+    "val_speech_csv": "audio/tts.val.csv",
+}
+ENCODERS = {"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision"}
+
 STAGES = [  # by priority: first the stages that others need, then the longest
     DemoStage(
         name="audio_enc",
@@ -139,26 +153,24 @@ STAGES = [  # by priority: first the stages that others need, then the longest
         held_out="images/annotations.val.json",
     ),
     DemoStage(
+        name="features",
+        stage=TABLE["omni"],
+        metrics={},
+        data=MIX,
+        part=("features_only=true",),
+        bases=ENCODERS,
+    ),
+    DemoStage(
         name="sft",
         stage=TABLE["omni"],
         metrics={"accuracy": "> 0.6"}  # the mean of the tasks
         | {f"accuracy_{task}": "> 0.5" for task in TASKS}
         | {"accuracy_transcription": "> 0.8"}  # 1 - WER, as stage B; the others are exact answers
         | {"code_perplexity": None, "code_perplexity_of_text": None},
-        data={
-            "text_path": "text/tiny_corpus.txt",
-            "val_text_path": "text/tiny_corpus.val.txt",
-            "image_manifest": "images/annotations.json",
-            "val_image_manifest": "images/annotations.val.json",
-            "asr_csv": "audio/asr.csv",
-            "val_asr_csv": "audio/asr.val.csv",
-            "question_csv": "audio/asr.csv",
-            "val_question_csv": "audio/tts.csv",
-            "speech_csv": "audio/tts.csv",
-            "val_speech_csv": "audio/tts.val.csv",
-        },
+        data=MIX,
         smoke=("max_steps=4", "batch_size=4", "val_items=2"),
-        bases={"thinker_ckpt": "thinker", "audio_ckpt": "audio_enc", "vision_ckpt": "vision", "talker_ckpt": "talker"},
+        bases=ENCODERS | {"talker_ckpt": "talker"},
+        after="features",
     ),
     DemoStage(
         name="ocr",
@@ -249,7 +261,7 @@ def demo() -> int:
         if stage.name not in finished:  # the time of a run in several parts is their sum
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
         if not code:
-            metrics = load(stage.folder / stage.stage.final)["metrics"]
+            metrics = load(stage.folder / stage.stage.final)["metrics"] if stage.metrics else {}
             results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
         note_time()
         write_json(RESULTS, results, indent=2)
@@ -308,7 +320,7 @@ def smoke(folder: Path) -> int:
         data = {key: str(folder / "data" / name) for key, name in stage.data.items()}
         overrides = [f"save_dir={folders[stage.name]}", *stage.smoke, *stage.part]
         overrides += [f"{key}={folders[base]}" for key, base in stage.bases.items() if base in stage.waits_for]
-        if stage.name == "sft":  # the one stage that names its data in one key
+        if stage.data is MIX:  # the one stage that names its data in one key
             overrides.append(f"sft_mix={json.dumps(data)}")
         else:
             overrides += [f"{key}={name}" for key, name in data.items()]
@@ -541,9 +553,12 @@ def print_table(results: dict) -> None:
     for part, metrics in tables.items():
         figures = {f"accuracy_{task}": value for task, value in results[part].get("by_task", {}).items()}
         figures |= results[part]
+        minutes = f"{results['minutes'].get(part, 0.0):.1f}"
+        if not metrics:
+            print(f"{part:<80}{minutes:>8}")
         for row, (name, target) in enumerate(metrics.items()):
             value = figures[name]
-            minutes = f"{results['minutes'].get(part, 0.0):.1f}" if row == 0 else ""
+            minutes = minutes if row == 0 else ""
             label = part if row == 0 else ""
             cells = f"{label:<12}{name:<32}{value:>10.3f}  {target or '':<24}"
             print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")

@@ -1421,6 +1421,20 @@ MUTATIONS = [
         "tests/test_talker.py -k need_no_stage_b",
     ),
     Mutation(
+        "the demo", "features of encoders wait for stage D", "omni/stages/omni.py",
+        'None if key == "talker_ckpt" and self.features_only else getattr', "getattr",
+        "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
+        "the demo", "features of encoders are those of a task of the talker, too", "sft_omni.py",
+        "config.without_talker() if config.features_only else config", "config",
+        "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
+        "the demo", "a training follows the features that alone are asked for", "sft_omni.py",
+        "        if config.features_only:\n", "        if False:\n", "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),

@@ -173,7 +173,8 @@ def test_a_ctrl_c_in_the_terminal_reaches_the_stages_through_the_demo_only():
 
 def test_stages_of_the_demo_wait_for_what_their_configs_name():
     waits = {stage.name: stage.waits_for for stage in demo.STAGES}
-    assert waits["sft"] >= {"thinker", "audio_enc", "vision"} and waits["talker"] == {"audio_enc", "codec"}
+    assert waits["features"] == {"thinker", "audio_enc", "vision"} and waits["talker"] == {"audio_enc", "codec"}
+    assert waits["sft"] == waits["features"] | {"features", "talker"}
     assert not any(waits[name] for name in ("thinker", "audio_enc", "codec", "vision", "vocoder", "ocr"))
     names = [stage.name for stage in demo.STAGES]
     assert sorted(waits) == sorted(names) and all(wait <= set(names) for wait in waits.values())

@@ -1,8 +1,6 @@
 """Awkward folders, finished runs, losses that are not finite."""
 
 import os
-import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,14 +86,20 @@ def test_a_fault_in_a_data_worker_ends_the_run_with_its_traceback(stage, tmp_pat
     assert "a fault in a worker" in process.stderr.rstrip().splitlines()[-1], process.stderr
 
 
+# In the middle of an epoch, where each worker has batches to come.
+A_WORKER_DIES = """
+import multiprocessing, omni.train.loop
+def kill(run, step, rows):
+    if step == 3:
+        multiprocessing.active_children()[0].kill()
+omni.train.loop.STEP_HOOKS.append(kill)
+"""
+
+
 @pytest.mark.loop(phases=1)
 def test_a_dead_data_worker_ends_the_run_in_one_line(stage, tmp_path):
     training = stage.training(tmp_path, num_workers=2)
-    process = training.start(prelude=SLOW + TAKEN_APART)
-    process.wait_for("step 3/")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGKILL)
-    process.wait()
+    process = training.run(prelude=A_WORKER_DIES + SLOW + TAKEN_APART)
     assert process.returncode == 1 and process.stderr.count("\n") == 1, process.stderr
     assert "DataLoader worker" in process.stderr and "Run the same command" in process.stderr
     assert "waits for workers" not in process.stdout.partition("1 process(es)")[2]

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from harness import differences, trained_weights
 from stages import OMNI, write_csv
+from test_config import only_error
 from test_sft import small_config
 
 import sft_omni
@@ -121,3 +123,18 @@ def test_what_cannot_be_kept_is_refused(mix, tmp_path, capsys):
     for wrong in ({"freeze_encoders": False}, {"jsonl_path": str(tmp_path / "talks.jsonl")}):
         with pytest.raises(ValueError, match="cache_features"):
             small_config(tmp_path, **mix, cache_features=True, **wrong)
+    with pytest.raises(ValueError, match="features_only"):
+        small_config(tmp_path, **mix, features_only=True)
+
+
+def test_features_need_no_talker_and_the_same_line_goes_on_to_the_same_model(tmp_path):
+    few = {"max_epochs": None, "max_steps": 4, "cache_features": True}
+    whole = OMNI.training(tmp_path, save_dir="whole", **few)
+    assert "encoding recordings" in whole.finish().stdout
+    first = OMNI.training(tmp_path, save_dir="first", **few | {"features_only": True, "talker_ckpt": str(tmp_path)})
+    assert "Without it the same line trains" in first.finish().stdout
+    assert sorted(path.name for path in first.save_dir.glob("*.pt")) == []
+    only_error(first.changed(features_only=False).run(), '"talker_ckpt"', str(tmp_path), "found none")
+    training = first.changed(features_only=False, talker_ckpt=whole.config["talker_ckpt"])
+    assert "encoding" not in training.finish().stdout
+    assert not differences(trained_weights(training), trained_weights(whole))

@@ -111,6 +111,9 @@ class SftConfig(StageConfig):
         description="features of the frozen encoders computed once, at the start, and cached in save_dir; "
         "2 bytes a value: 16 kB for a picture and 3.6 kB for a second of speech with the demo's encoders",
     )
+    features_only: bool = resumable(
+        False, description="end once the features are cached, for which talker_ckpt need not be there yet"
+    )
     ctc_alignment_weight: float = Field(
         1.0, ge=0, description="weight of the CTC loss that aligns audio positions with their transcript"
     )
@@ -157,6 +160,8 @@ class SftConfig(StageConfig):
                     )
         if self.cache_features and not self.freeze_encoders:
             raise ValueError('key "cache_features": expected false beside "freeze_encoders": false')
+        if self.features_only and not self.cache_features:
+            raise ValueError('key "features_only": expected false beside "cache_features": false')
         for task in used.values():
             if self.cache_features and not task.cacheable:
                 raise ValueError(f'key "cache_features": expected false beside "{task.file_key}"')
@@ -166,6 +171,12 @@ class SftConfig(StageConfig):
         """The file that a task names by ``key``, which is a key of the config or of its ``task_files``."""
         return getattr(self, key) if key in type(self).model_fields else self.task_files.get(key)
 
+    def without_talker(self) -> Self:
+        """This config without the task that needs the talker, and reads no picture and no recording."""
+        weights = {task: weight for task, weight in self.task_weights.items() if task != "spoken_answer"}
+        keys = {"talker_ckpt": None, "speech_csv": None, "val_speech_csv": None, "task_weights": weights}
+        return self.model_copy(update=keys)
+
     def check_files(self) -> None:
         super().check_files()
         for key, path in self.task_files.items():
@@ -173,7 +184,7 @@ class SftConfig(StageConfig):
         if self.image_root is not None and not os.path.isdir(self.image_root):
             raise UserError(f'key "image_root": expected a folder, found none at {self.image_root}')
         for key, (stage, script, *files) in BASE_STAGES.items():
-            folder = getattr(self, key)
+            folder = None if key == "talker_ckpt" and self.features_only else getattr(self, key)
             for file in files if folder is not None else ():
                 if not os.path.isfile(os.path.join(folder, file)):
                     raise UserError(
