@@ -76,7 +76,7 @@ CLIPS = {  # collection -> clips; a clip lasts about 2.5 s
 PICTURES = {"smoke": (96, 32), "demo": (18_000, 1_000), "hour": (18_000, 1_000), "large": (100_000, 1_000)}
 SIGNS = {"smoke": (96, 32), "demo": (64_000, 1_000), "hour": (64_000, 1_000), "large": (150_000, 1_000)}
 HELD_OUT_QUESTIONS = 0.01  # share of the written questions that are read, val_split of configs/omni_sft_tiny.json
-IMAGE_GROUP = 32  # images that one process draws: starting it costs about as much as drawing one or two
+IMAGE_GROUP = 256  # images that one process draws: starting it costs about as much as drawing ten
 
 # --- parts: what can be made ----------------------------------------------------------------------------------------
 
@@ -586,7 +586,8 @@ class Journal:
         """Whether the group is finished and its files are still there."""
         rows = self.groups.get((output.folder, start), [])
         sizes = [(work / row["file"], row["bytes"]) for row in rows]
-        return bool(sizes) and all(path.is_file() and path.stat().st_size == size for path, size in sizes)
+        whole = len(sizes) == stop - start  # another version may have made smaller groups
+        return whole and all(path.is_file() and path.stat().st_size == size for path, size in sizes)
 
 
 class Interrupt:

@@ -1435,6 +1435,11 @@ MUTATIONS = [
         "        if config.features_only:\n", "        if False:\n", "tests/test_features.py -k need_no_talker",
     ),
     Mutation(
+        "the demo", "a smaller group of made files counts as a larger one", "scripts/make_synthetic_datasets.py",
+        "whole = len(sizes) == stop - start", "whole = bool(sizes)",
+        "tests/test_synthetic_data.py -k all_its_files",
+    ),
+    Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),

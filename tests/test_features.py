@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from harness import differences, trained_weights
+from PIL import Image
 from stages import OMNI, write_csv
 from test_config import only_error
 from test_sft import small_config

@@ -441,6 +441,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_files(made_quickly, tmp_pat
     assert {name: (tmp_path / "audio" / name).stat().st_mtime_ns for name in times} == times
 
 
+def test_a_group_counts_as_made_only_if_all_its_files_are_there(tmp_path):
+    """Another version may have made smaller groups."""
+    (output,) = make_synthetic_datasets.sign_collections({"seed": 0, "train": 3, "held_out": 1})[:1]
+    with make_synthetic_datasets.Journal(tmp_path, {}) as journal:  # a new one empties its folder
+        (tmp_path / output.folder).mkdir()
+        journal.add(output, 0, make_synthetic_datasets.make_group(tmp_path, output, 0, 2))
+        assert journal.has(tmp_path, output, 0, 2)
+        assert not journal.has(tmp_path, output, 0, 3)
+
+
 def test_sigterm_ends_with_code_75_and_other_settings_start_anew(made_quickly, tmp_path):
     _, code, errors = interrupted(tmp_path, signal.SIGTERM)
     assert code == 75 and len(errors.splitlines()) == 1, errors
