@@ -26,6 +26,7 @@ from omni.train.cli import launch, parse_stage_args
 from omni.train.loop import Phase, Validation, train
 from omni.train.optim import build_optimizer
 from omni.train.precompute import computed_digests
+from omni.train.resume import refuse_another_training
 from omni.train.run import Run
 
 AUXILIARY = ("ctc_alignment_loss", "talker_loss")  # see omni_model.Losses
@@ -33,12 +34,14 @@ AUXILIARY = ("ctc_alignment_loss", "talker_loss")  # see omni_model.Losses
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
     config, notices, device = parse_stage_args(SftConfig, __doc__, argv)
-    config = config.without_talker() if config.features_only else config
     with Run(config, STAGE, notices, device) as run:
         # --- Model: those of the stages before, joined -------------------------------------------------------------
         # on a GPU, fused attention sums the gradient of the audio encoder's relative positions in a random order
         in_any_order = config.deterministic and not config.freeze_encoders and run.device.type == "cuda"
+        asked, config = config, config.without_talker() if config.features_only else config
         config, model, tokenizer = assemble(config, use_flash=config.use_flash, audio_flash=not in_any_order)
+        parts = {"tokenizer": tokenizer.fingerprint} | config.origins
+        refuse_another_training(run, asked, parts)  # before codes and features are made of other parts
         run.config = config  # checkpoints contain the origins of the parts
         model.to(run.device)
         if config.use_compile:  # the number of pictures differs between batches
@@ -50,8 +53,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             found = model(batch)
             total = found.nats + found.balance * balance_weight
             total = total + config.ctc_alignment_weight * found.ctc_alignment_loss + found.talker_loss
-            parts = {"cross_entropy": found.nats} | {name: getattr(found, name) for name in AUXILIARY}
-            return total, parts
+            return total, {"cross_entropy": found.nats} | {name: getattr(found, name) for name in AUXILIARY}
 
         # --- Data: rows of several tasks -> conversations -> sequences ---------------------------------------------
         processor = processor_of(tokenizer, model.architecture, config)
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if config.cache_features:
             cache_features(run, model, processor, [*tasks.values(), *val_tasks.values()])
         if config.features_only:
-            run.log("features_only: the features are cached. Without it the same line trains")
+            run.log("features_only: the features are cached. Without it the same line goes on")
             return {}
         mix = TaskMixture(tasks, config.task_weights, processor, config.seed)
         for name, task, count in zip(mix.names, mix.tasks, mix.counts, strict=True):
@@ -82,10 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             run,
             [Phase("omni", model, build_optimizer(model, config), loss, peak_lr=config.lr)],
             train_set,
-            fingerprint=data
-            | computed_digests(tasks, val_tasks)
-            | {"tokenizer": tokenizer.fingerprint}
-            | config.origins,
+            fingerprint=data | computed_digests(tasks, val_tasks) | parts,
             files={"tokenizer.json": saved_tokenizer.sha256},
             validation=validation,
         )

@@ -260,8 +260,8 @@ def demo() -> int:
     def ended(stage: DemoStage, seconds: float, code: int) -> None:
         if stage.name not in finished:  # the time of a run in several parts is their sum
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
-        if not code:
-            metrics = load(stage.folder / stage.stage.final)["metrics"] if stage.metrics else {}
+        if not code and stage.metrics:
+            metrics = load(stage.folder / stage.stage.final)["metrics"]
             results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
         note_time()
         write_json(RESULTS, results, indent=2)
@@ -551,17 +551,17 @@ def print_table(results: dict) -> None:
     if "cer_tesseract" in results["ocr"]:
         tables["ocr"] = tables["ocr"] | BESIDE_TESSERACT
     for part, metrics in tables.items():
-        figures = {f"accuracy_{task}": value for task, value in results[part].get("by_task", {}).items()}
-        figures |= results[part]
         minutes = f"{results['minutes'].get(part, 0.0):.1f}"
         if not metrics:
-            print(f"{part:<80}{minutes:>8}")
+            print(f"{part:<98}{minutes:>8}")
+            continue
+        figures = {f"accuracy_{task}": value for task, value in results[part].get("by_task", {}).items()}
+        figures |= results[part]
         for row, (name, target) in enumerate(metrics.items()):
             value = figures[name]
-            minutes = minutes if row == 0 else ""
-            label = part if row == 0 else ""
+            label, shown = (part, minutes) if row == 0 else ("", "")
             cells = f"{label:<12}{name:<32}{value:>10.3f}  {target or '':<24}"
-            print(f"{cells}{verdict(value, target, figures):<18}{minutes:>8}")
+            print(f"{cells}{verdict(value, target, figures):<18}{shown:>8}")
     print(f"in all {results['minutes']['all']:.0f} minutes; written to {RESULTS.relative_to(ROOT)}")
 
 

@@ -1440,6 +1440,19 @@ MUTATIONS = [
         "tests/test_synthetic_data.py -k all_its_files",
     ),
     Mutation(
+        "resume", "features of another training are replaced before it is refused", "sft_omni.py",
+        "        refuse_another_training(run, asked, parts)", "        pass", "tests/test_features.py -k another_training",
+    ),
+    Mutation(
+        "resume", "features_only compares the config without the talker", "sft_omni.py",
+        "refuse_another_training(run, asked, parts)", "refuse_another_training(run, config, parts)",
+        "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
+        "data", "rows that the training will use are told as left out", "omni/stages/tasks/prepare.py",
+        "if not config.features_only:", "if True:", "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),

@@ -19,6 +19,7 @@ from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import assemble, processor_of
 from omni.stages.tasks.features import cache_features
 from omni.stages.tasks.prepare import prepare_tasks
+from omni.train import checkpoint
 from omni.train.run import Run
 from omni.train.stage import Stage
 
@@ -125,6 +126,9 @@ def test_what_cannot_be_kept_is_refused(mix, tmp_path, capsys):
             small_config(tmp_path, **mix, cache_features=True, **wrong)
     with pytest.raises(ValueError, match="features_only"):
         small_config(tmp_path, **mix, features_only=True)
+    with pytest.raises(ValueError, match="features_only.*no pictures"):
+        keys = {"thinker_ckpt": "-", "text_path": "-", "cache_features": True, "features_only": True}
+        SftConfig(save_dir="-", max_steps=1, **keys)
 
 
 def test_features_need_no_talker_and_the_same_line_goes_on_to_the_same_model(tmp_path):
@@ -132,9 +136,35 @@ def test_features_need_no_talker_and_the_same_line_goes_on_to_the_same_model(tmp
     whole = OMNI.training(tmp_path, save_dir="whole", **few)
     assert "encoding recordings" in whole.finish().stdout
     first = OMNI.training(tmp_path, save_dir="first", **few | {"features_only": True, "talker_ckpt": str(tmp_path)})
-    assert "Without it the same line trains" in first.finish().stdout
+    said = first.finish().stdout
+    assert "Without it the same line goes on" in said and "left out" not in said
+    assert first.changed(talker_ckpt=None).run().returncode == 0
     assert sorted(path.name for path in first.save_dir.glob("*.pt")) == []
     only_error(first.changed(features_only=False).run(), '"talker_ckpt"', str(tmp_path), "found none")
     training = first.changed(features_only=False, talker_ckpt=whole.config["talker_ckpt"])
     assert "encoding" not in training.finish().stdout
     assert not differences(trained_weights(training), trained_weights(whole))
+    assert "encoding" not in training.changed(features_only=True).finish().stdout, "afterwards, too, it does no harm"
+
+
+def test_features_of_another_training_stay_as_they_are(tmp_path):
+    training = OMNI.training(tmp_path, max_epochs=None, max_steps=4, cache_features=True)
+    training.finish()
+    path = tmp_path / "vision" / "vision.pt"
+    before = contents(training.save_dir / "codes")
+
+    def refused(what: str, **keys) -> None:
+        for only in (False, True):
+            process = training.changed(features_only=only, **keys).run()
+            only_error(process, "is of another training", what)
+            assert "encoding" not in process.stdout and contents(training.save_dir / "codes") == before
+
+    refused("seed: 42 -> 5", seed=5)
+    saved = checkpoint.load(path)
+    weight = next(name for name in saved["model"] if name.startswith("vit."))
+    checkpoint.save(path, saved | {"model": saved["model"] | {weight: saved["model"][weight] + 1}})
+    refused("data (vision_encoder)")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -153,7 +153,7 @@ class SftConfig(StageConfig):
                 raise ValueError(f'key "task_weights": expected at least 0, found {weight} for {task}')
         for task in used.values():
             for key in task.needs:
-                if getattr(self, key) is None:
+                if getattr(self, key) is None and not (key == "talker_ckpt" and self.features_only):
                     stage, *_ = BASE_STAGES[key]
                     raise ValueError(
                         f'key "{key}": expected the folder of stage {stage} for {task.file_key}, found none'
@@ -162,6 +162,8 @@ class SftConfig(StageConfig):
             raise ValueError('key "cache_features": expected false beside "freeze_encoders": false')
         if self.features_only and not self.cache_features:
             raise ValueError('key "features_only": expected false beside "cache_features": false')
+        if self.features_only and not any(task.reads for task in used.values()):
+            raise ValueError('key "features_only": expected false where the mix has no pictures and no recordings')
         for task in used.values():
             if self.cache_features and not task.cacheable:
                 raise ValueError(f'key "cache_features": expected false beside "{task.file_key}"')
@@ -172,8 +174,9 @@ class SftConfig(StageConfig):
         return getattr(self, key) if key in type(self).model_fields else self.task_files.get(key)
 
     def without_talker(self) -> Self:
-        """This config without the task that needs the talker, and reads no picture and no recording."""
-        weights = {task: weight for task, weight in self.task_weights.items() if task != "spoken_answer"}
+        """This config without the tasks that need the talker."""
+        theirs = [name for name, task in registered_tasks().items() if "talker_ckpt" in task.needs]
+        weights = self.task_weights | dict.fromkeys(theirs, 0.0)
         keys = {"talker_ckpt": None, "speech_csv": None, "val_speech_csv": None, "task_weights": weights}
         return self.model_copy(update=keys)
 

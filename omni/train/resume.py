@@ -7,11 +7,14 @@ from torch import nn
 
 from omni.common.errors import RunError, UserError
 from omni.train import checkpoint
-from omni.train.config import config_diff
+from omni.train.config import StageConfig, config_diff
 from omni.train.device import rng_state, set_rng_state
 from omni.train.optim import load_optimizer
 from omni.train.progress import read_validated
+from omni.train.run import Run
 from omni.train.training import Training
+
+_DEALT = ("batch_size:", "gradient_accumulation_steps:")  # may change where a step keeps its samples
 
 
 class Checkpoints:
@@ -157,21 +160,15 @@ class Checkpoints:
             if training.files.get(name) != digest:
                 raise UserError(f"{run.save_dir / name}: {checkpoint.not_sealed(path)}")
         refused, harmless = config_diff(type(config), payload["config"], config.model_dump())
+        refused += _changed_data(payload.get("data", {}), training.fingerprint)
         per_step, now = payload.get("samples_per_step"), training.dataset.samples_per_step
         if per_step not in (None, now):  # None: a final file
             refused.append(f"samples per step: {per_step} -> {now}")
         elif per_step and (payload["world"] != run.world or payload["config"]["batch_size"] == config.batch_size):
             # the same samples per step, dealt out to other processes, or given by another key
-            dealt = ("batch_size:", "gradient_accumulation_steps:")
-            harmless += [line for line in refused if line.startswith(dealt)]
-            refused = [line for line in refused if not line.startswith(dealt)]
-        for key, value in payload.get("data", training.fingerprint).items():
-            if training.fingerprint.get(key) != value:
-                refused.append(f"data ({key}): {_shown(value)} -> {_shown(training.fingerprint.get(key, 'absent'))}")
-        if refused:
-            raise UserError(
-                f"{path} is of another training: {'; '.join(refused)}. Use a new save_dir, or put these back"
-            )
+            harmless += [line for line in refused if line.startswith(_DEALT)]
+            refused = [line for line in refused if not line.startswith(_DEALT)]
+        _refuse(path, refused)
         return harmless
 
     def refuse_to_extend(self) -> None:
@@ -249,6 +246,38 @@ class Checkpoints:
             "architecture": _architecture(self.training.phases[-1].module),
             "files": self.training.files,
         }
+
+
+def refuse_another_training(run: Run, config: StageConfig, known: dict[str, str]) -> None:
+    """Refuse a folder of another training before what is kept there is made anew, and not only when it resumes.
+
+    Args:
+        known: the fingerprint of the data, as far as it is known by now.
+
+    Raises:
+        UserError: as ``Checkpoints.resume``.
+    """
+
+    def look() -> None:
+        payload = checkpoint.newest(run.save_dir, run.stage.prefix, run.log)
+        if payload is not None and payload["stage"] == run.stage.name:
+            refused, _ = config_diff(type(config), payload["config"], config.model_dump())
+            refused = [line for line in refused if not line.startswith(_DEALT)]
+            refused += _changed_data({key: payload["data"][key] for key in known if key in payload["data"]}, known)
+            _refuse(checkpoint.step_path(run.save_dir, run.stage.prefix, payload["step"]), refused)
+
+    run.from_main(look)
+
+
+def _changed_data(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    changed = {key: (value, now.get(key, "absent")) for key, value in saved.items() if now.get(key) != value}
+    return [f"data ({key}): {_shown(before)} -> {_shown(after)}" for key, (before, after) in changed.items()]
+
+
+def _refuse(path: Path, changes: list[str]) -> None:
+    """Raises UserError if there are ``changes``."""
+    if changes:
+        raise UserError(f"{path} is of another training: {'; '.join(changes)}. Use a new save_dir, or put these back")
 
 
 def _architecture(module: nn.Module) -> dict:

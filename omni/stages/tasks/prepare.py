@@ -62,7 +62,8 @@ def prepare_tasks(
             run.log(f'key "task_weights": no file of the mix has rows for the task {name}, so it has no share')
     files = {cls.file_key for name, cls in TASKS.items() if config.task_weights.get(name, 1.0) > 0}
     opened = [side.rows[key][0] for side in sides for key in side.rows if key in files]
-    account_for_tasks(run, opened, tasks)
+    if not config.features_only:  # else the training does, which has all tasks
+        account_for_tasks(run, opened, tasks)
     # one digest each, however many files there are
     joined = [hashlib.sha256(" ".join(found).encode()).hexdigest() for found in digests]
     return *tasks, dict(zip(("train", "validation"), joined, strict=True))
