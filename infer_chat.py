@@ -25,7 +25,7 @@ from pathlib import Path
 
 from omni.chat.assistant import Assistant
 from omni.chat.ocr import load_reader, read_picture
-from omni.chat.speech import MAX_SPOKEN_BYTES, load_speaker, wav_target, write_speech
+from omni.chat.speech import load_speaker, refuse_unspeakable, wav_target, write_speech
 from omni.chat.terminal import Conversation, converse
 from omni.chat.text import clean, media_named, without_controls
 from omni.common.errors import UserError
@@ -92,8 +92,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError("--say: expected no --text beside it: --say speaks a text verbatim, --text is answered")
         if args.audio_out is None:
             raise UserError("--say: expected --audio_out FILE.wav beside it")
-        if not args.say.strip() or len(args.say.encode(errors="replace")) > MAX_SPOKEN_BYTES:
-            raise UserError(f"--say: expected a text of 1 to {MAX_SPOKEN_BYTES:,} bytes")
+        refuse_unspeakable(args.say, "--say")
         without_effect(args, "--say", "image", "audio_in", "video", "system", "complete", "top_p", "ocr_ckpt")
     elif args.ocr:
         if not args.image:

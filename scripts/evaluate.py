@@ -81,6 +81,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         if getattr(args, name) not in (None, 0) and name not in STAGES[args.stage].options:
             others = [other for other in EVALUATED if name in STAGES[other].options]
             raise UserError(f"--{name}: has no effect on {args.stage}, only on {', '.join(others)}")
+    if args.show and args.json:
+        raise UserError("--show: has no effect beside --json, which prints one object and nothing else")
     if args.num_workers:
         raise_open_file_limit()
     expand(args.data)  # found before a model is loaded

@@ -1,6 +1,6 @@
 """Make μOmni's built-in data: no download, the same files for the same settings.
 
-    python scripts/make_synthetic_datasets.py                  # the data of the demo configs, about eight minutes
+    python scripts/make_synthetic_datasets.py                  # the data of the demo configs, eight to twelve minutes
     python scripts/make_synthetic_datasets.py --size smoke     # 20 MB, to try things out
     python scripts/make_synthetic_datasets.py --only audio     # one part
     python scripts/make_synthetic_datasets.py --size hour --only audio --out data/hour   # for configs/*_hour.json

@@ -1441,7 +1441,8 @@ MUTATIONS = [
     ),
     Mutation(
         "resume", "features of another training are replaced before it is refused", "sft_omni.py",
-        "        refuse_another_training(run, asked, parts)", "        pass", "tests/test_features.py -k another_training",
+        "        refuse_another_training(run, asked, parts)", "        pass",
+        "tests/test_features.py -k another_training",
     ),
     Mutation(
         "resume", "features_only compares the config without the talker", "sft_omni.py",
@@ -1451,6 +1452,24 @@ MUTATIONS = [
     Mutation(
         "data", "rows that the training will use are told as left out", "omni/stages/tasks/prepare.py",
         "if not config.features_only:", "if True:", "tests/test_features.py -k need_no_talker",
+    ),
+    Mutation(
+        "conversation", "one attachment makes up for all that failed", "omni/chat/terminal.py",
+        "[failed for failed in self.missing if failed != corrected]", "[]",
+        "tests/test_infer_omni.py::test_a_question_about_what_was_not_attached_waits",
+    ),
+    Mutation(
+        "one clear line", "an address is looked for as a file", "omni/data/named_files.py",
+        "if _ADDRESS.match(name):", "if False:", "tests/test_rows.py -k what_is_no_file",
+    ),
+    Mutation(
+        "one clear line", "--show is silently nothing beside --json", "scripts/evaluate.py",
+        "if args.show and args.json:", "if False:", "tests/test_evaluate.py -k one_json_object",
+    ),
+    Mutation(
+        "one clear line", "what has no word is spoken", "omni/chat/speech.py",
+        "if not any(character.isalnum() for character in text):", "if False:",
+        "tests/test_speaking.py -k too_long_is_one_line",
     ),
     Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",

@@ -152,6 +152,11 @@ def test_the_joint_model_task_by_task(task, tmp_path):
     only_error(evaluate(training, "omni", "--data", data[key]), "--task", "expected one of text, transcription")
 
 
+def test_items_are_not_shown_beside_one_json_object():
+    with pytest.raises(UserError, match="--show: has no effect beside --json"):
+        evaluate_script.parse_args(["ocr", "--ckpt_dir", "x", "--data", "a.csv", "--show", "2", "--json"])
+
+
 def test_texts_of_others_move_no_cursor(tmp_path, monkeypatch, capsys):
     text, controls = "a\x1b[2Jb\x9bc\rd\te", "".join(map(chr, (*range(32), *range(127, 160))))
     judgement = EvalResult({}, 1, {f"a.csv: row 1: {controls}": controls}, [(text, controls)])

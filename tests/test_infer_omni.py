@@ -181,6 +181,9 @@ def test_a_question_about_what_was_not_attached_waits(merged, media, chat):
         ([bad, "red", "red", "cat"], [0, 0], 1),
         ([good, bad, "red", "red"], [1], 1),
         ([bad, "red", good, "red"], [1], 1),
+        ([bad, good, "red"], [1], 0),  # the name is corrected
+        ([bad, "/image lost.png", good, "red"], [], 1),
+        (["/audio absent.wav", good, "red"], [], 1),
         ([bad, "red", "/drop", "red"], [0], 1),
         ([good, bad, "/drop", "red"], [0], 0),
         ([good, "/drop", "red"], [0], 0),

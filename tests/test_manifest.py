@@ -100,6 +100,7 @@ def test_a_manifest_travels_to_another_process(tmp_path):
 BAD_FILES = {
     "no such file": (None, "expected a file, found none"),
     "missing column": (b"wav,remark\n1.wav,x\n", "text is missing"),
+    "capitals": (b"WAV,TEXT\n1.wav,x\n", 'wav is missing; "WAV" has capitals'),
     "no header": (b"1.wav,hello\n", 'found "1.wav,hello"'),
     "empty": (b"", "empty, expected rows"),
     "no rows": (b"wav,text\n", "expected rows"),

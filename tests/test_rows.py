@@ -304,6 +304,7 @@ def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
     (tmp_path / "Clips").mkdir()
     (tmp_path / "Clips" / "1.wav").touch()
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone.wav").symlink_to("elsewhere.wav")
     manifest = load(write(tmp_path, "wav,text\nx,y\n"))
     for name, message in {
         "Clips/1.WAV": 'there is "1.wav"',
@@ -311,6 +312,8 @@ def test_what_is_no_file_is_a_bad_row_and_says_what_is_there(tmp_path):
         "C:\\data\\1.wav": 'found none at "C:\\data\\1.wav"',
         "Clips": "found a folder",
         "loop": "symbolic links",
+        "gone.wav": "found a link to none",
+        "https://example.com/a.wav": 'found the address "https://example.com/a.wav": download it',
         "the transcript stands here " * 20: "File name too long",
         "a\x1b[31m.wav": "a\\x1b[31m.wav",
         "data:,": "",

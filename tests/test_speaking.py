@@ -56,6 +56,8 @@ def test_a_text_that_is_too_long_is_one_line_before_anything_is_loaded(say, spea
     for text in ("word " * MAX_SPOKEN_BYTES, "x" * (MAX_SPOKEN_BYTES + 1), "One. " * MAX_SPOKEN_BYTES):
         with pytest.raises(UserError, match=r"--say: expected a text of 1 to 32,768 bytes"):
             infer_chat.parse_args(["--ckpt_dir", "-", "--say", text, "--audio_out", "a.wav"])
+    with pytest.raises(UserError, match="--say: expected words, found"):
+        infer_chat.parse_args(["--ckpt_dir", "-", "--say", "… 🙂!", "--audio_out", "a.wav"])
         with pytest.raises(UserError, match="the answer: .* bytes are too long to be spoken, expected at most 32,768"):
             for piece in speak(speaker, [text], "the answer", on_cut=print):
                 assert piece in (text, ""), "nothing of it is spoken"

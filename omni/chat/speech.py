@@ -76,6 +76,17 @@ def load_speaker(
     return speaker, f"{opened.path.parent}: talker of step {opened.step}, {judged}{apart}"
 
 
+def refuse_unspeakable(text: str, what: str) -> None:
+    """
+    Raises:
+        UserError: the text is empty, longer than ``MAX_SPOKEN_BYTES``, or without a letter or digit; ``what`` names it.
+    """
+    if not text.strip() or len(text.encode(errors="replace")) > MAX_SPOKEN_BYTES:
+        raise UserError(f"{what}: expected a text of 1 to {MAX_SPOKEN_BYTES:,} bytes")
+    if not any(character.isalnum() for character in text):
+        raise UserError(f'{what}: expected words, found "{quoted(text)}"')
+
+
 def sentences(text: str) -> list[str]:
     """Split a text into what the talker speaks at a time: sentences, or pieces of one longer than ``UTTERANCE_BYTES``.
 

@@ -59,7 +59,8 @@ class Conversation:
             self.missing, self.waiting = [*self.missing, f"{command} {name}".strip()], None
             raise
         self.has_recording = self.has_recording or command == "/audio"
-        self.missing, self.waiting = [], None
+        corrected = next((failed for failed in self.missing if failed.split()[0] == command), None)
+        self.missing, self.waiting = [failed for failed in self.missing if failed != corrected], None
 
     def ask(self, text: str) -> tuple[Iterator[str], AnswerStates]:
         """Returns the pieces of the answer to ``text`` and the attachments, each printed and added to the conversation

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import re
 import stat
 import unicodedata
 from pathlib import Path, PureWindowsPath
@@ -13,6 +14,7 @@ from omni.common.media import Media, is_data_uri, parse_data_uri, quoted, split_
 # folders beside a data set's table, and endings that its rows may leave away
 _FOLDERS = ("wavs", "clips", "images", "audio", "data", "wav", "")
 _ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".jpg", ".jpeg", ".png")
+_ADDRESS = re.compile(r"[a-z][a-z0-9]+://", re.IGNORECASE)
 _LISTED = 50_000  # names of a folder that are compared with a missing file's name
 
 
@@ -79,6 +81,8 @@ def _plain(name: str) -> str:
 
 def _none_found(folder: Path, name: str) -> str:
     """The message that a file is missing, with the name of an existing file that differs little."""
+    if _ADDRESS.match(name):
+        return f'expected a file, found the address "{quoted(name)}": download it, and name the file'
     # a name with a drive is absolute, as one that begins with /
     shown = quoted(name) if PureWindowsPath(name).drive else folder / quoted(name)
     path = folder / _spellings(name)[-1]
@@ -86,6 +90,8 @@ def _none_found(folder: Path, name: str) -> str:
         path = path.parent
     if path.is_dir():
         return f'expected a file, found a folder at "{shown}"'
+    if path.is_symlink():
+        return f'expected a file, found a link to none at "{shown}"'
     near = _names_in(path.parent).get(_folded(path.name)) if path.parent.is_dir() else None
     return f'expected a file, found none at "{shown}"' + (f'; there is "{quoted(near)}"' if near else "")
 

@@ -65,9 +65,10 @@ class Csv(Format):
         if twice := [name for name in set(columns) if self.header.count(name) > 1]:
             raise UserError(f"{path}: expected each column once, found {twice[0]} twice")
         if missing := [name for name in columns if name not in self.header]:
+            near = next((f'; "{quoted(name)}" has capitals' for name in named if name.lower() == missing[0]), "")
             raise UserError(
                 f"{path}: expected a header with the columns {','.join(columns)}, "
-                f'found "{quoted(self.delimiter.join(named))}" ({missing[0]} is missing)'
+                f'found "{quoted(self.delimiter.join(named))}" ({missing[0]} is missing{near})'
             )
 
     def fields(self, text: str) -> dict:
