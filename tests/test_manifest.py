@@ -131,7 +131,7 @@ def test_a_bad_json_is_refused_in_one_line(tmp_path, content):
 def test_rows_that_all_lack_a_column_are_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"sound of": "1.wav", "text": "one"}\n' * 3)
-    expected = """a.jsonl: row 1: expected a file's name in "wav", found null. Nor .* first 3 rows"""
+    expected = """row 1: expected a file's name in "wav", found none beside "sound of", "text". Nor .* first 3 rows"""
     with pytest.raises(UserError, match=expected):
         load(path)
 
