@@ -37,6 +37,7 @@ from scripts.judges import JUDGES, installed
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "checkpoints" / "demo_results.json"
+DIGITS = 6  # of a figure that is kept; fewer are shown, and rounded once
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def demo() -> int:
             minutes[stage.name] = round(minutes.get(stage.name, 0.0) + seconds / 60, 2)
         if not code and stage.metrics:
             metrics = load(stage.folder / stage.stage.final)["metrics"]
-            results[stage.name] = by_task({name: round(metrics[name], 4) for name in stage.metrics})
+            results[stage.name] = by_task({name: round(metrics[name], DIGITS) for name in stage.metrics})
         note_time()
         write_json(RESULTS, results, indent=2)
 
@@ -500,7 +501,7 @@ def judged(figures: dict[str, dict[tuple[str, str, str], float | None]]) -> dict
         found[f"wer_unseen_words_{version}"] = unseen_words["whisper-base", version, "WER %"] / 100
     for voice in NEW_VOICES:
         found[f"own_voice_talker_{voice}"] = new["resemblyzer", f"talker, {voice}", "own voice %"] / 100
-    return {name: round(value, 4) for name, value in found.items()}
+    return {name: round(value, DIGITS) for name, value in found.items()}
 
 
 def read_by_tesseract(data: Path) -> float:
@@ -509,7 +510,7 @@ def read_by_tesseract(data: Path) -> float:
     with tempfile.TemporaryDirectory(prefix="omni_demo_") as folder:
         figures = Path(folder, "figures.json")
         run("scripts/tesseract.py", "--data", str(data), "--json", str(figures))
-        return round(json.loads(figures.read_text())["cer"], 4)
+        return round(json.loads(figures.read_text())["cer"], DIGITS)
 
 
 def export(folders: dict[str, Path], output: Path) -> None:

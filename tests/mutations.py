@@ -1472,6 +1472,10 @@ MUTATIONS = [
         "tests/test_speaking.py -k too_long_is_one_line",
     ),
     Mutation(
+        "the demo", "a stage without figures ends the table with an error", "scripts/demo.py",
+        "        if not metrics:\n", "        if False:\n", "tests/test_tesseract.py -k compares_the_two",
+    ),
+    Mutation(
         "speed", "scripts start without the allocator's settings", "omni/train/cli.py",
         "    if argv is None:  # run as a script, not by a test\n", "    if False:\n", "tests/test_allocator.py",
     ),

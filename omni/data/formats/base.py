@@ -115,7 +115,7 @@ class Format:
                 kind = "a file's name" if column in MEDIA_COLUMNS else "text"
                 found = json.dumps(value)
                 if column not in row:
-                    found = f"none beside {', '.join(json.dumps(name) for name in row)}" if row else "an empty row"
+                    found = 'none beside "{}"'.format('", "'.join(row)) if row else "an empty row"
                 raise BadRow(f"expected {kind} in {self._name(row, column)}, found {quoted(found)}")
             if not value.strip():
                 raise BadRow(row.get(NO_TEXT) or f"{self._name(row, column)} is empty")
