@@ -9,7 +9,8 @@
 With --omni_ckpt, Thinker, encoders and projectors come from stage E; the folders of stages A to C must match it, and
 add the metrics of their training. An export lacks the abilities of omitted stages. Transformers opens its sub-folders:
 thinker/ with AutoModelForCausalLM, vision_encoder/ with ViTModel, audio_encoder/ with ParakeetForCTC and vocoder/ with
-SpeechT5HifiGan. Two exports of the same checkpoints are the same bytes; a killed export leaves no partial one.
+SpeechT5HifiGan, unless it has a harmonic_source, which no other tool knows. Two exports of the same checkpoints are the
+same bytes; a killed export leaves no partial one.
 """
 
 import argparse
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(folder / "vision_encoder" / "preprocessor_config.json", image_processor(*vit.img_size), indent=2)
         if recogniser is not None:
             write_recogniser(folder / "audio_encoder", recogniser, dtype)
-        if "vocoder" in parts:
+        if "vocoder" in parts and not parts["vocoder"].module.architecture.harmonic_source:
             vocoder = parts["vocoder"].module
             config, statistics = speecht5_config(vocoder.architecture), buffers_of(vocoder)
             write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)

@@ -19,7 +19,8 @@ from omni.data.audio import log_mel
 from omni.data.manifest import Manifest, account_for_split, split_rows
 from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
-from omni.models.vocoder import Discriminators, Generator, frozen, mel_spec
+from omni.models.excitation import excitation, pitch_loss, pitch_of, pulses
+from omni.models.vocoder import Discriminators, build_generator, frozen, mel_spec
 from omni.stages.codec import mel_statistics_of
 from omni.stages.vocoder import (
     STAGE,
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train_set = training_set(run, clips)
 
         # --- Models ----------------------------------------------------------------------------------------------
-        generator, discriminators = Generator(config.architecture), Discriminators(config.discriminators)
+        generator, discriminators = build_generator(config.architecture), Discriminators(config.discriminators)
         statistics = prepare_statistics(run, manifest, train_rows)
         generator.mean.copy_(torch.tensor(statistics["mean"]))
         generator.scale.copy_(torch.tensor(statistics["std"]))
@@ -71,28 +72,40 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # under torchrun the wrapped generator must run in its own phase, and several micro-batches would keep
         # several graphs in memory
         generate_once = run.world == 1 and train_set.accumulation == 1
-        handed_over: list[Tensor] = []  # from the discriminators' phase to the generator's
+        handed_over: list[tuple[Tensor, Tensor | None]] = []  # from the discriminators' phase to the generator's
+
+        def generate(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
+            """Waveforms (B, S), and the loss of the pitch that the generator reads, if it reads one."""
+            if not config.harmonic_source:
+                return model(batch["log_mel"]), None
+            pitch, noise = pitch_of(batch["waveform"], spec), torch.randn_like(batch["waveform"])
+            source = excitation(batch["log_mel"], pitch, pulses(pitch, spec), noise, spec)
+            generated, logits = model(batch["log_mel"], source)
+            return generated, pitch_loss(logits, pitch)
 
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(generate_once):
-                generated = generator(batch["log_mel"])
+                generated, pitch = generate(generator, batch)
             if generate_once:
-                handed_over.append(generated)
+                handed_over.append((generated, pitch))
             both = torch.cat((batch["waveform"], generated.detach()))  # one pass is faster than two
             return discriminator_loss(*halves(model(both))), {}
 
         def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            real, generated = batch["waveform"], handed_over.pop() if handed_over else model(batch["log_mel"])
+            real, (generated, pitch) = batch["waveform"], handed_over.pop() if handed_over else generate(model, batch)
             mel = mel_loss(real, generated, specs)
+            loss, scalars = config.lambda_mel * mel, {"mel": mel}
+            if pitch is not None:
+                loss, scalars = loss + config.lambda_pitch * pitch, scalars | {"pitch": pitch}
             if batch["step"] < config.adv_start_step:
-                return config.lambda_mel * mel, {"mel": mel}
+                return loss, scalars
             with frozen(discriminators):
                 with torch.no_grad():
                     features_of_real = discriminators(real)
                 features = discriminators(generated)
             adversarial, feature = adversarial_loss(features), feature_loss(features_of_real, features)
-            loss = config.lambda_adv * adversarial + config.lambda_fm * feature + config.lambda_mel * mel
-            return loss, {"mel": mel, "adversarial": adversarial, "feature": feature}
+            loss = config.lambda_adv * adversarial + config.lambda_fm * feature + loss
+            return loss, scalars | {"adversarial": adversarial, "feature": feature}
 
         optimizer = partial(build_optimizer, config=config, betas=BETAS)
         phases = [

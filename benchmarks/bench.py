@@ -46,7 +46,7 @@ from omni.models.answering import greedy_answers
 from omni.models.codec import Codec
 from omni.models.speaker import Speaker
 from omni.models.talker import Talker
-from omni.models.vocoder import Generator, fold_weight_norm
+from omni.models.vocoder import build_generator, fold_weight_norm
 from omni.train import checkpoint
 from omni.train.cli import OneLineErrors, launch, output_file
 from omni.train.config import StageConfig
@@ -355,7 +355,7 @@ def bench_speak(bench: Bench) -> None:
     torch.manual_seed(0)
     talker, codec, origin = speaking_parts(bench)
     if bench.vocoder_ckpt is None:
-        vocoder = fold_weight_norm(Generator(read_config("F", bench.configs).architecture)).eval()
+        vocoder = fold_weight_norm(build_generator(read_config("F", bench.configs).architecture)).eval()
     else:
         vocoder = open_model("vocoder", bench.vocoder_ckpt).model
     kinds = {"hifigan": vocoder, "griffin_lim": None}

@@ -50,6 +50,7 @@ class Mutation:
 RESUME = "tests/test_resume.py::test_resume_is_exact_with_partial_steps_and_bf16[text]"
 SAVES = "tests/test_checkpoint.py"
 VOICES = "tests/test_voices.py"
+PITCH = "tests/test_excitation.py"
 COUNTS = "tests/test_gpu_counts.py"
 MUTATIONS = [
     Mutation(
@@ -1653,6 +1654,58 @@ MUTATIONS = [
         "built-in data", "a text of the user that has changed is not read again", "scripts/make_synthetic_datasets.py",
         ', "sha256": digest}', "}",
         "tests/test_open_vocabulary.py -k has_changed",
+    ),
+    Mutation(
+        "pitch", "pulses begin anew in each piece", "omni/models/vocoder.py",
+        "pulse = pulses(pitch, self.spec)[:, first * hop :]", "pulse = pulses(pitch[:, first:], self.spec)",
+        f"{PITCH}::test_pieces_are_slices_of_the_whole",
+    ),
+    Mutation(
+        "pitch", "noise begins anew in each piece", "omni/models/vocoder.py",
+        "torch.arange(first * hop, last * hop, device=log_mel.device)",
+        "torch.arange((last - first) * hop, device=log_mel.device)",
+        f"{PITCH}::test_pieces_are_slices_of_the_whole",
+    ),
+    Mutation(
+        "pitch", "the pitch's context is not waited for", "omni/models/vocoder.py",
+        "super().context_frames - 2 + of_source +", "super().context_frames - 2 +",
+        f"{PITCH}::test_a_frame_is_heard_no_earlier_than_the_context",
+    ),
+    Mutation(
+        "pitch", "the last bits of a pitch are kept", "omni/models/excitation.py",
+        "(LOWEST * torch.exp(place / _STEPS) / _FINEST).round() * _FINEST", "LOWEST * torch.exp(place / _STEPS)",
+        "tests/test_talker.py::test_streamed_sound_is_the_sound_of_the_whole",
+    ),
+    Mutation(
+        "pitch", "two periods are as good as one", "omni/models/excitation.py",
+        "_OCTAVE_COST = 0.02", "_OCTAVE_COST = -0.02",
+        f"{PITCH}::test_the_pitch_of_a_voice_is_found",
+    ),
+    Mutation(
+        "pitch", "noise has a pitch", "omni/models/excitation.py",
+        "_VOICED = 0.5", "_VOICED = 0.0",
+        f"{PITCH}::test_noise_and_silence_have_none",
+    ),
+    Mutation(
+        "pitch", "silence has a pitch", "omni/models/excitation.py",
+        "_SILENT = 1e-3", "_SILENT = 0.0",
+        f"{PITCH}::test_noise_and_silence_have_none",
+    ),
+    Mutation(
+        "pitch", "a voice has no noise", "omni/models/excitation.py",
+        "share = (pitch > 0)[..., None] * torch.sigmoid((HALF_VOICED - bins) / 500)",
+        "share = (pitch > 0)[..., None] * torch.ones_like(bins)",
+        f"{PITCH}::test_without_a_voice_it_is_noise_and_with_one_it_is_noise_at_the_top_only",
+    ),
+    Mutation(
+        "pitch", "the spectrum's window is made for listening only", "omni/data/audio.py",
+        "with torch.inference_mode(False):  # they are kept, for training too", "if True:",
+        f"{PITCH}::test_a_spectrum_made_for_listening_serves_training",
+    ),
+    Mutation(
+        "pitch", "a vocoder with pulses is exported as SpeechT5's", "export.py",
+        'if "vocoder" in parts and not parts["vocoder"].module.architecture.harmonic_source:', 'if "vocoder" in parts:',
+        "tests/test_export.py::test_a_vocoder_that_no_other_tool_knows_is_exported_for_this_one",
     ),
     Mutation(
         "several voices", "a clip is its own reference", "omni/stages/voices.py",

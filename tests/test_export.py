@@ -29,6 +29,8 @@ from omni.export.folder import info_sha256, is_export, is_own_file
 from omni.models.architectures import Architecture
 from omni.models.ctc import CtcTokenizer
 from omni.models.ocr import read_text
+from omni.models.speech_architectures import VocoderArchitecture
+from omni.models.vocoder import build_generator
 from omni.stages import STAGES as TABLE
 from omni.stages.omni import SftConfig
 from omni.stages.omni_parts import processor_of
@@ -200,6 +202,23 @@ def test_the_vocoder_opens_in_transformers(folders, merged):
     expected = open_model("vocoder", folders["vocoder"]).model(log_mels)
     assert expected.std() > 1e-3, "silence would be equal to silence"
     torch.testing.assert_close(theirs(log_mels), expected, atol=1e-5, rtol=0)
+
+
+def test_a_vocoder_that_no_other_tool_knows_is_exported_for_this_one(folders, tmp_path, capsys):
+    def hear_pulses(payload):
+        for keys in (payload["config"], payload["architecture"]):
+            keys["harmonic_source"] = True
+        torch.manual_seed(0)
+        payload["model"] = build_generator(VocoderArchitecture(**payload["architecture"])).state_dict()
+
+    harmonic = altered(folders["vocoder"], tmp_path / "harmonic", "hifigan.pt", hear_pulses)
+    merged = tmp_path / "merged"
+    export.main(options(folders | {"vocoder": harmonic}, merged))
+    assert "no other tool" in capsys.readouterr().err
+    assert not (merged / "vocoder").exists() and "SpeechT5HifiGan.from" not in (merged / "README.md").read_text()
+    theirs, ours = open_model("vocoder", harmonic).model, open_model("vocoder", merged).model
+    log_mels = torch.randn(2, 30, 80) - 4
+    assert torch.equal(theirs.vocode(log_mels), ours.vocode(log_mels)) and ours.vocode(log_mels).std() > 1e-3
 
 
 def test_the_chat_template_begins_as_every_conversation_of_stage_e_did(folders, tmp_path):

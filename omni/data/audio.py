@@ -168,6 +168,17 @@ def reflect(signal: Tensor, left: int, right: int) -> Tensor:
     return torch.cat([before.flip(-1), signal, after.flip(-1)], dim=-1)
 
 
+def frames_of(waveform: Tensor, width: int, spec: MelSpec) -> Tensor:
+    """(..., S) -> (..., T, width): the samples around the middle of each hop, reflected beyond the ends."""
+    frames = spec.frames(waveform.shape[-1])
+    if waveform.shape[-1] < width:  # too short to be reflected: padded with silence
+        waveform = F.pad(waveform, (0, width - waveform.shape[-1]))
+    left = (width - spec.hop_length) // 2
+    needed = (spec.frames(waveform.shape[-1]) - 1) * spec.hop_length + width
+    waveform = reflect(waveform, left, needed - left - waveform.shape[-1])
+    return waveform.unfold(-1, width, spec.hop_length)[..., :frames, :]
+
+
 def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
     """Natural logarithm of the mel-scaled amplitude spectrum.
 
@@ -183,17 +194,10 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
 
     Amplitude, Slaney's mel scale and area norm, and the floor are those of HiFi-GAN (Kong et al. 2020).
     """
-    window, filters = _transform(spec, waveform.device)
-    frames = spec.frames(waveform.shape[-1])
-    signal = waveform.float()
-    if signal.shape[-1] < spec.win_length:  # too short to be reflected: padded with silence
-        signal = F.pad(signal, (0, spec.win_length - signal.shape[-1]))
-    left = (spec.win_length - spec.hop_length) // 2
-    needed = (spec.frames(signal.shape[-1]) - 1) * spec.hop_length + spec.win_length
-    signal = reflect(signal, left, needed - left - signal.shape[-1])
+    window, filters = mel_transform(spec, waveform.device)
     with true_float32(waveform.device):
         # not torch.stft: it transforms the zeros around the window too, in a layout that costs five times as much
-        windows = signal.unfold(-1, spec.win_length, spec.hop_length)[..., :frames, :] * window  # (..., T, win_length)
+        windows = frames_of(waveform.float(), spec.win_length, spec) * window  # (..., T, win_length)
         real, imaginary = torch.view_as_real(torch.fft.rfft(windows, spec.n_fft)).unbind(-1)  # (..., T, n_fft / 2 + 1)
         # 1e-16 keeps the gradient of silence finite, and is far below the floor; abs() takes three times as long, and
         # allocating a tensor of this size almost as long as its arithmetic
@@ -203,9 +207,11 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
 
 
 @cache
-def _transform(spec: MelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    window = torch.hann_window(spec.win_length, device=device)
-    return window, torch.from_numpy(mel_filters(spec).T.copy()).to(device, torch.float32)
+def mel_transform(spec: MelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The window (win_length,) of ``log_mel``, and its filters (n_fft / 2 + 1, M)."""
+    with torch.inference_mode(False):  # they are kept, for training too
+        window = torch.hann_window(spec.win_length, device=device)
+        return window, torch.from_numpy(mel_filters(spec).T.copy()).to(device, torch.float32)
 
 
 def mel_filters(spec: MelSpec) -> np.ndarray:
@@ -247,7 +253,7 @@ def griffin_lim(log_mel: Tensor, spec: MelSpec, n_iter: int = 32) -> Tensor:
 
     Perraudin et al. 2013, "A Fast Griffin-Lim Algorithm", with torchaudio's momentum of 0.99.
     """
-    window, filters = _transform(spec, log_mel.device)
+    window, filters = mel_transform(spec, log_mel.device)
     frames = log_mel.shape[-2]
     # torchaudio centres frame t on sample t * hop_length, log_mel on a later one. So frames are added at both ends, as
     # copies of the outermost one, since log_mel reflects the signal there; ``start`` is then our first sample.

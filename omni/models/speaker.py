@@ -108,10 +108,13 @@ class Speaker:
         return self.vocode(self.codec.decode(codes[None])[0])
 
     @torch.no_grad()
-    def vocode(self, log_mels: Tensor) -> Tensor:
-        """The sound (S,) of log-mels (T, M), S = T * hop_length, on the CPU."""
+    def vocode(self, log_mels: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """The sound (S,) of log-mels (T, M), S = T * hop_length, on the CPU; with a vocoder, that of frames ``start``
+        to ``end``."""
         with torch.autocast(log_mels.device.type, enabled=False):
-            return (griffin_lim(log_mels, self.spec) if self.vocoder is None else self.vocoder.vocode(log_mels)).cpu()
+            if self.vocoder is None:
+                return griffin_lim(log_mels, self.spec).cpu()
+            return self.vocoder.vocode(log_mels, start, end).cpu()
 
     def encode(self, recording: Tensor) -> Tensor:
         """The codes (N, Q) of a recording (S,)."""
@@ -138,29 +141,33 @@ class Speaker:
         sampling.setdefault("max_frames", self.max_frames)
         sampling["references"] = self._references(1) if reference is None else [reference]
         codes: list[Tensor] = []
+        log_mels = torch.zeros(0, self.spec.n_mels, device=self.codec.mel_mean.device)  # of the first codes
         done, chunk = 0, FIRST_CHUNK
         for frame, _ in self.talker.generate([symbols], **sampling):
             codes.append(frame[0])
             if self.vocoder is not None and len(codes) >= done + chunk + self.context:
-                yield self._piece(codes, done, done + chunk)
+                log_mels = self._continued(log_mels, codes, len(codes) - self.codec.context)
+                yield self._piece(log_mels, done, done + chunk)
                 done, chunk = done + chunk, NEXT_CHUNKS
         if done < len(codes):
-            yield self._piece(codes, done, len(codes))
+            yield self._piece(self._continued(log_mels, codes, len(codes)), done, len(codes))
 
     @property
     def context(self) -> int:
-        """Codes on either side that a piece of sound depends on."""
+        """Codes that must follow a piece of sound before it can be computed."""
         return self.codec.context + -(-self.vocoder.context_frames // self.codec.architecture.frames_per_code)
 
-    def _piece(self, codes: list[Tensor], start: int, end: int) -> np.ndarray:
-        """The sound of codes ``start`` to ``end``, computed from these codes and their context alone."""
+    def _continued(self, log_mels: Tensor, codes: list[Tensor], end: int) -> Tensor:
+        """The log-mels (T, M) of codes 0 to ``end``, of which ``log_mels`` has the first."""
+        per_code, context = self.codec.architecture.frames_per_code, self.codec.context
+        start = len(log_mels) // per_code
+        first, last = max(0, start - context), min(len(codes), end + context)
+        more = self.codec.decode(torch.stack(codes[first:last])[None])[0]
+        return torch.cat((log_mels, more[(start - first) * per_code : (end - first) * per_code]))
+
+    def _piece(self, log_mels: Tensor, start: int, end: int) -> np.ndarray:
+        """The sound of codes ``start`` to ``end``, of the log-mels (T, M) of all codes so far."""
         if self.vocoder is None:
-            return self.waveform(torch.stack(codes)).numpy()
-        per_code, hop = self.codec.architecture.frames_per_code, self.spec.hop_length
-        first, last = max(0, start - self.context), min(len(codes), end + self.context)
-        log_mels = self.codec.decode(torch.stack(codes[first:last])[None])[0]
-        # at the ends of its window the codec is wrong, so these are cut off: the vocoder's context remains
-        near = self.context - self.codec.context
-        left, right = max(first, start - near), min(last, end + near)
-        waveform = self.vocode(log_mels[(left - first) * per_code : (right - first) * per_code])
-        return waveform[(start - left) * per_code * hop : (end - left) * per_code * hop].numpy()
+            return self.vocode(log_mels).numpy()
+        per_code = self.codec.architecture.frames_per_code
+        return self.vocode(log_mels, start * per_code, end * per_code).numpy()

@@ -156,6 +156,11 @@ class VocoderArchitecture(Architecture):
     upsample_initial_channel: int = Field(512, ge=2, le=65_536, description="channels, halved by every upsampling")
     resblock_kernel_sizes: list[ListedSize] = [3, 7, 11]
     resblock_dilation_sizes: list[list[ListedSize]] = [[1, 3, 5], [1, 3, 5], [1, 3, 5]]
+    harmonic_source: bool = Field(
+        False,
+        description="start from pulses at the pitch read in the log-mels, for voices: clear after minutes of training; "
+        "such a vocoder opens in no other tool",
+    )
 
     @property
     def kernel_sizes(self) -> list[int]:
@@ -191,6 +196,11 @@ class VocoderArchitecture(Architecture):
         if not hop <= self.win_length <= self.n_fft:
             raise ValueError(
                 f'key "win_length": expected hop_length {hop} to n_fft {self.n_fft}, found {self.win_length}'
+            )
+        if self.harmonic_source and self.win_length < 2 * hop:  # its frames are added up
+            raise ValueError(
+                f'key "win_length": expected at least {2 * hop}, twice hop_length, for harmonic_source, '
+                f"found {self.win_length}"
             )
         return self
 

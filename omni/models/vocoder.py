@@ -1,16 +1,17 @@
 """HiFi-GAN: a generator of waveforms from log-mels, and the discriminators that it is trained against.
 
 The generator's outputs equal those of ``transformers.SpeechT5HifiGan``. It reads the log-mels that the codec writes
-(``omni.data.audio.log_mel``), and turns each frame into ``hop_length`` samples.
+(``omni.data.audio.log_mel``), and turns each frame into ``hop_length`` samples. With ``harmonic_source`` it shapes a
+sound that has the pitch already, see ``omni.models.excitation``.
 """
 
 # B clips, T mel frames, M mel channels, S samples (T * hop_length), C channels, P period
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from omni.common.errors import check_compatible
 from omni.data.audio import MelSpec, reflect
+from omni.models.excitation import PitchReader, excitation, matched, pitch_from, pulses, reach
 from omni.models.ops import matmul_dtype
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
 
@@ -119,11 +121,20 @@ class Generator(nn.Module):
         self.register_buffer("scale", torch.ones(arch.n_mels))
 
     def forward(self, log_mel: Tensor) -> Tensor:
-        x = as_rows((log_mel - self.mean) / self.scale)  # (B, M, 1, T)
-        x = self.conv_pre(x)  # (B, C, 1, T)
+        return self.from_features(self.normalised(log_mel))
+
+    def normalised(self, log_mel: Tensor) -> Tensor:
+        return (log_mel - self.mean) / self.scale
+
+    def from_features(self, features: Tensor, heard: Sequence[Tensor] = ()) -> Tensor:
+        """Waveforms (B, S) of normalised log-mels (B, T, M); ``heard`` (B, C, 1, S / rates to come) is added to each
+        upsampling."""
+        x = self.conv_pre(as_rows(features))  # (B, C, 1, T)
         kinds = len(self.architecture.resblock_kernel_sizes)
         for stage, upsampling in enumerate(self.upsampler):
             x = upsampling(F.leaky_relu(x, SLOPE))  # half as many channels, rate times as many samples
+            if heard:
+                x = x + heard[stage]
             ways = [block(x) for block in self.resblocks[stage * kinds : (stage + 1) * kinds]]
             x = ways[0] if kinds == 1 else reduce(torch.add, ways) / kinds
         with torch.autocast(x.device.type, enabled=False):  # bf16's 8 bits would be audible as noise
@@ -156,10 +167,77 @@ class Generator(nn.Module):
         frames, hop = log_mel.shape[-2], self.architecture.hop_length
         end = frames if end is None else end
         first, last = max(0, start - self.context_frames), min(frames, end + self.context_frames)
-        # forward, not the module: that may be compiled, for one length only
-        waveform = self.forward(log_mel.reshape(-1, *log_mel.shape[-2:])[:, first:last])
+        waveform = self.sound(log_mel.reshape(-1, *log_mel.shape[-2:]), first, last)
         waveform = waveform[:, (start - first) * hop : (end - first) * hop]
         return waveform.reshape(*log_mel.shape[:-2], -1)
+
+    def sound(self, log_mel: Tensor, first: int, last: int) -> Tensor:
+        """(B, (last - first) * hop_length): that of frames ``first`` to ``last`` of (B, T, M), wrong at its ends."""
+        # forward, not the module: that may be compiled, for one length only
+        return self.forward(log_mel[:, first:last])
+
+
+class HarmonicGenerator(Generator):
+    """``harmonic_source``: log-mels (B, T, M) and an ``excitation`` (B, S) -> waveforms (B, S), and the logits
+    (B, T, P + 1) of the pitch in the log-mels.
+
+    As in Wang et al. 2019, "Neural source-filter waveform models", every upsampling hears the excitation at its own
+    rate; that it begins with the log-mels' amplitudes, and ends with ``MATCHINGS`` rounds towards them, is ours.
+    """
+
+    MATCHINGS = 2
+    NOISE = 1 << 17  # samples until it repeats itself
+
+    def __init__(self, architecture: VocoderArchitecture):
+        super().__init__(architecture)
+        arch, self.spec = architecture, mel_spec(architecture)
+        channels, samples = arch.upsample_initial_channel, arch.hop_length
+        self.sources = nn.ModuleList()
+        for rate in arch.upsample_rates:
+            channels, samples = channels // 2, samples // rate  # of the upsampling's output; per one of its samples
+            kernel_size = 2 * samples if samples > 1 else 7
+            padding = (kernel_size - samples + 1) // 2
+            self.sources.append(weight_norm(Conv1d(1, channels, kernel_size, samples, padding)))
+        self.pitch_reader = PitchReader(arch.n_mels)
+
+    def forward(self, log_mel: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.normalised(log_mel)
+        return self.from_features(features, self.hear(source)), self.pitch_reader(features)
+
+    def hear(self, source: Tensor) -> list[Tensor]:
+        """What each upsampling hears of an excitation (B, S): (B, C, 1, S / rates to come)."""
+        rows = as_rows(source[..., None])
+        return [conv(rows) for conv in self.sources]
+
+    @property
+    def context_frames(self) -> int:
+        of_source = 1 + PitchReader.context_frames + reach(self.spec)  # 1: between frames the pitch moves evenly
+        # instead of the 3 frames that conv_pre reads, the source's convolutions read 1
+        return super().context_frames - 2 + of_source + self.MATCHINGS * reach(self.spec)
+
+    def sound(self, log_mel: Tensor, first: int, last: int) -> Tensor:
+        """As ``Generator.sound``. The pulses are counted from frame 0 on, so pieces of sound fit together."""
+        hop = self.architecture.hop_length
+        features, wanted = self.normalised(log_mel[:, :last]), log_mel[:, first:last]
+        pitch = pitch_from(self.pitch_reader(features))
+        pulse = pulses(pitch, self.spec)[:, first * hop :]
+        noise = steady_noise(self.NOISE, log_mel.device)
+        noise = noise[torch.arange(first * hop, last * hop, device=log_mel.device) % self.NOISE].expand_as(pulse)
+        source = excitation(wanted, pitch[:, first:], pulse, noise, self.spec)
+        waveform = self.from_features(features[:, first:], self.hear(source))
+        for _ in range(self.MATCHINGS):
+            waveform = matched(waveform, wanted, self.spec)
+        return waveform.clamp(-1, 1)
+
+
+@cache
+def steady_noise(samples: int, device: torch.device) -> Tensor:
+    """The same normal noise (samples,) in every process."""
+    return torch.randn(samples, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def build_generator(architecture: VocoderArchitecture) -> Generator:
+    return (HarmonicGenerator if architecture.harmonic_source else Generator)(architecture)
 
 
 def fold_weight_norm(model: nn.Module) -> nn.Module:

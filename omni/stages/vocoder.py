@@ -18,7 +18,7 @@ from omni.data.manifest import Manifest, ManifestDataset
 from omni.models.codec import Codec
 from omni.models.codec import mel_spec as codec_mel_spec
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
-from omni.models.vocoder import Generator, fold_weight_norm, mel_spec, refuse_other_mels
+from omni.models.vocoder import Generator, build_generator, fold_weight_norm, mel_spec, refuse_other_mels
 from omni.stages.codec import STAGE as CODEC
 from omni.train.config import TTS_HINT, Files, StageConfig, input_files, resumable
 from omni.train.stage import ExportedPart, Stage, load
@@ -61,6 +61,9 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
         2.0, ge=0, description="weight of the feature loss, the difference in the discriminators' layers"
     )
     lambda_adv: float = resumable(1.0, ge=0, description="weight of the adversarial loss")
+    lambda_pitch: float = resumable(
+        1.0, ge=0, description="weight of the pitch loss, of the pitch read in the log-mels, under harmonic_source"
+    )
     adv_start_step: int = resumable(
         0, ge=0, description="first step of the discriminators; before it the mel loss trains alone"
     )
@@ -108,7 +111,7 @@ STAGE = Stage(
     config=VocoderConfig,
     config_name="vocoder",
     architecture=VocoderArchitecture,
-    model=Generator,
+    model=build_generator,
     prepare=fold_weight_norm,
     exports=(
         ExportedPart(
@@ -116,7 +119,7 @@ STAGE = Stage(
             "synthesises sound from log-mels",
             "--vocoder_ckpt",
             figures=("mel_l1", "mel_l1_griffin_lim"),
-            model=lambda architecture: fold_weight_norm(Generator(architecture)),
+            model=lambda architecture: fold_weight_norm(build_generator(architecture)),
         ),
     ),
     evaluate="omni.stages.evaluation:evaluate_vocoder",
@@ -299,8 +302,7 @@ class VocoderScore:
         ):
             mel, real = mel[:frames], real[: frames * hop]
             with torch.autocast(mel.device.type, enabled=False):
-                # not model(mel): compiled, it would be compiled again for every length
-                clips = {"real": real, "hifigan": model.forward(mel[None])[0]}
+                clips = {"real": real, "hifigan": model.vocode(mel)}
             shown = self.show is not None and number < self.shown
             if shown or not known:
                 clips["griffin_lim"] = griffin_lim(mel, self.spec)
