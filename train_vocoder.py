@@ -3,9 +3,10 @@
     python train_vocoder.py --config configs/vocoder_tiny.json
 
 The data are a manifest with the column wav: recordings of any rate, in a format of docs/data.md. Every step
-trains the discriminators (from adv_start_step on), then the generator, on random segments. Validation writes generated
-held-out clips to save_dir/samples, beside those of Griffin-Lim. The stage needs no other one. codec_ckpt
-trains on the log-mels of stage D's codec; with a larger max_steps it fine-tunes a finished training.
+trains the discriminators (from adv_start_step on), then the generator, on random segments. With harmonic_source the
+generator shapes pulses at the pitch of a voice, and a part of it learns to read that pitch from the log-mels.
+Validation writes generated held-out clips to save_dir/samples, beside those of Griffin-Lim. The stage needs no other
+one. codec_ckpt trains on the log-mels of stage D's codec; with a larger max_steps it fine-tunes a finished training.
 """
 
 from functools import partial
@@ -19,7 +20,6 @@ from omni.data.audio import log_mel
 from omni.data.manifest import Manifest, account_for_split, split_rows
 from omni.data.open_manifest import prepare_manifest
 from omni.data.order import held_out_set, training_set
-from omni.models.excitation import excitation, pitch_loss, pitch_of, pulses
 from omni.models.vocoder import Discriminators, build_generator, frozen, mel_spec
 from omni.stages.codec import mel_statistics_of
 from omni.stages.vocoder import (
@@ -30,6 +30,7 @@ from omni.stages.vocoder import (
     adversarial_loss,
     discriminator_loss,
     feature_loss,
+    generate,
     load_codec_of,
     loss_specs,
     mel_loss,
@@ -74,26 +75,17 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         generate_once = run.world == 1 and train_set.accumulation == 1
         handed_over: list[tuple[Tensor, Tensor | None]] = []  # from the discriminators' phase to the generator's
 
-        def generate(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor | None]:
-            """Waveforms (B, S), and the loss of the pitch that the generator reads, if it reads one."""
-            if not config.harmonic_source:
-                return model(batch["log_mel"]), None
-            pitch, noise = pitch_of(batch["waveform"], spec), torch.randn_like(batch["waveform"])
-            source = excitation(batch["log_mel"], pitch, pulses(pitch, spec), noise, spec)
-            generated, logits = model(batch["log_mel"], source)
-            return generated, pitch_loss(logits, pitch)
-
         def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(generate_once):
-                generated, pitch = generate(generator, batch)
+                generated, pitch = generate(generator, batch, spec)
             if generate_once:
                 handed_over.append((generated, pitch))
             both = torch.cat((batch["waveform"], generated.detach()))  # one pass is faster than two
             return discriminator_loss(*halves(model(both))), {}
 
         def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-            real, (generated, pitch) = batch["waveform"], handed_over.pop() if handed_over else generate(model, batch)
-            mel = mel_loss(real, generated, specs)
+            generated, pitch = handed_over.pop() if handed_over else generate(model, batch, spec)
+            real, mel = batch["waveform"], mel_loss(batch["waveform"], generated, specs)
             loss, scalars = config.lambda_mel * mel, {"mel": mel}
             if pitch is not None:
                 loss, scalars = loss + config.lambda_pitch * pitch, scalars | {"pitch": pitch}

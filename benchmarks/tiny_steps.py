@@ -27,7 +27,7 @@ from omni.models.omni_model import OmniModel
 from omni.models.picture_text import PictureTextModel
 from omni.models.talker import Talker, talker_loss
 from omni.models.thinker import Thinker
-from omni.models.vocoder import Discriminators, Generator, frozen
+from omni.models.vocoder import Discriminators, build_generator, frozen, mel_spec
 from omni.stages import STAGES
 from omni.stages.aligner import STAGE as ALIGNER
 from omni.stages.aligner import SpokenTexts, aligner_loss
@@ -39,7 +39,15 @@ from omni.stages.ocr import OcrRows, ocr_loss
 from omni.stages.talker import CodedSpeech
 from omni.stages.talker import Utterance as SpokenUtterance
 from omni.stages.tasks.collator import Collator, Encoded
-from omni.stages.vocoder import Clips, adversarial_loss, discriminator_loss, feature_loss, loss_specs, mel_loss
+from omni.stages.vocoder import (
+    Clips,
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+    generate,
+    loss_specs,
+    mel_loss,
+)
 from omni.stages.voices import REFERENCE_CODES
 from omni.train.config import StageConfig
 from omni.train.run import Run
@@ -309,29 +317,31 @@ def omni_sample(kind: str, config: StageConfig, architecture: OmniArchitecture, 
 def vocoder_step(place: Place, size: str, **keys) -> Step:
     config = config_of("vocoder", size, **keys)
     frames = config.segment_samples // config.hop_length
+    pitch = {"pitch": torch.full((frames,), 150.0)} if config.harmonic_source else {}
     samples = [
-        (torch.randn(frames, config.n_mels), 0.1 * torch.randn(config.segment_samples))
+        {"log_mel": torch.randn(frames, config.n_mels), "waveform": 0.1 * torch.randn(config.segment_samples)} | pitch
         for _ in range(config.batch_size)
     ]
     batch = Clips(None, (), config, training=True).collate(samples)
     with place.here():
-        generator, discriminators = Generator(config.architecture), Discriminators(config.discriminators)
-    specs, handed_over = loss_specs(config), []
+        generator, discriminators = build_generator(config.architecture), Discriminators(config.discriminators)
+    spec, specs, handed_over = mel_spec(config), loss_specs(config), []
 
     def loss_of_discriminators(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        generated = generator(batch["log_mel"])
-        handed_over.append(generated)
+        generated, pitch = generate(generator, batch, spec)
+        handed_over.append((generated, pitch))
         return discriminator_loss(*halves(model(torch.cat((batch["waveform"], generated.detach()))))), {}
 
     def loss_of_generator(model: nn.Module, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
-        real, generated = batch["waveform"], handed_over.pop()
+        real, (generated, pitch) = batch["waveform"], handed_over.pop()
         mel = mel_loss(real, generated, specs)
         with frozen(discriminators):
             with torch.no_grad():
                 features_of_real = discriminators(real)
             features = discriminators(generated)
         adversarial, feature = adversarial_loss(features), feature_loss(features_of_real, features)
-        return config.lambda_adv * adversarial + config.lambda_fm * feature + config.lambda_mel * mel, {}
+        of_pitch = 0.0 if pitch is None else config.lambda_pitch * pitch
+        return config.lambda_adv * adversarial + config.lambda_fm * feature + config.lambda_mel * mel + of_pitch, {}
 
     phases = (
         Phase("discriminator", "discriminators", loss_of_discriminators),

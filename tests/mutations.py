@@ -1391,7 +1391,7 @@ MUTATIONS = [
     ),
     Mutation(
         "numerics", "near distances are compared in TF32", "omni/common/numerics.py",
-        'settings.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
+        'setting.fp32_precision = "ieee"', "pass", "tests/test_ops.py -k coarse",
     ),
     Mutation(
         "numerics", "a phase that begins late has the schedule of the first", "omni/train/training.py",
@@ -1690,6 +1690,22 @@ MUTATIONS = [
         "pitch", "silence has a pitch", "omni/models/excitation.py",
         "_SILENT = 1e-3", "_SILENT = 0.0",
         f"{PITCH}::test_noise_and_silence_have_none",
+    ),
+    Mutation(
+        "pitch", "brightness counts", "omni/models/excitation.py",
+        "torch.sigmoid((BRIGHTEST - hertz) / 200)", "torch.ones_like(hertz)",
+        f"{PITCH}::test_a_bright_sound_has_its_own_pitch_and_not_half_of_it",
+    ),
+    Mutation(
+        "pitch", "a hum has the highest pitch", "omni/models/excitation.py",
+        "is_peak & (here > _VOICED)", "(here > _VOICED)",
+        f"{PITCH}::test_a_hum_below_the_lowest_pitch_has_none",
+    ),
+    Mutation(
+        "pitch", "a segment ends in its reflection", "omni/stages/vocoder.py",
+        "piece, first = _with_context(waveform, start, frames, pitch_window(spec), spec)",
+        "piece, first = waveform[start * spec.hop_length :][: frames * spec.hop_length], start",
+        f"{PITCH}::test_a_segment_has_the_pitch_of_the_whole_clip",
     ),
     Mutation(
         "pitch", "a voice has no noise", "omni/models/excitation.py",

@@ -23,7 +23,7 @@ from omni.models.excitation import (
     pulses,
 )
 from omni.models.vocoder import HarmonicGenerator, build_generator, mel_spec
-from omni.stages.vocoder import VocoderConfig
+from omni.stages.vocoder import VocoderConfig, segment_pitch
 from omni.train.config import load_config
 
 SPEC = MelSpec(16_000, 1024, 1024, 256, 40)
@@ -76,6 +76,29 @@ def test_noise_and_silence_have_none(spec):
     assert pitch_of(0.1 * noise(7), spec).shape == (1, 1)
 
 
+@pytest.mark.parametrize("spec", SPECS, ids=["wide", "narrow", "48 kHz"])
+def test_a_bright_sound_has_its_own_pitch_and_not_half_of_it(spec):
+    for hertz in torch.linspace(62, 498, 23).tolist():
+        found = pitch_of(0.1 * pulses(torch.full((1, 40), hertz), spec), spec)[0, 5:-5]
+        assert (found / hertz - 1).abs().max() < 0.02, hertz
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["wide", "narrow", "48 kHz"])
+def test_a_hum_below_the_lowest_pitch_has_none(spec):
+    times = torch.arange(60 * spec.hop_length) / spec.sample_rate
+    for hertz in (20.0, 35.0, 50.0):
+        assert not pitch_of(0.3 * torch.sin(2 * math.pi * hertz * times)[None], spec).any(), hertz
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=["wide", "narrow", "48 kHz"])
+def test_a_segment_has_the_pitch_of_the_whole_clip(spec):
+    hertz = torch.linspace(90, 220, 80)
+    clip = 0.1 * pulses(hertz[None], spec)[0]
+    whole = pitch_of(clip[None], spec)[0]
+    for start, frames in ((0, 13), (1, 5), (30, 13), (67, 13), (0, 80)):
+        assert torch.allclose(segment_pitch(clip, start, frames, spec), whole[start : start + frames], atol=1e-2)
+
+
 def test_what_is_learnt_is_what_is_read():
     pitch = torch.tensor([[LOWEST, 97.0, 0.0, 211.0, HIGHEST]])
     logits = torch.zeros(1, 5, PITCHES + 1, requires_grad=True)
@@ -84,6 +107,7 @@ def test_what_is_learnt_is_what_is_read():
         optimizer.zero_grad()
         pitch_loss(logits, pitch).backward()
         optimizer.step()
+    assert pitch_loss(logits, pitch) < 0.01, "none is left once all is learnt"
     read = pitch_from(logits.detach())
     assert read[0, 2] == 0
     assert (1200 * torch.log2(read / pitch)[pitch > 0]).abs().max() < 30, (
@@ -174,7 +198,17 @@ def test_a_frame_is_heard_no_earlier_than_the_context():
     changed = mel.clone()
     changed[60:] = torch.randn(T - 60, 20) - 1  # another pitch, too
     first = (model.vocode(mel) != model.vocode(changed)).nonzero().min().item() / 160
-    assert 0 <= first - (60 - model.context_frames) < 9
+    assert 0 <= first - (60 - model.context_frames) < 11
+
+
+def test_pulses_look_two_frames_ahead_where_there_is_no_voice_and_one_elsewhere():
+    for beside, ahead in ((0.0, 2), (100.0, 1)):
+        pitch = torch.full((1, 20), 100.0)
+        pitch[0, 9] = beside
+        changed = pitch.clone()
+        changed[0, 10:] = 200.0
+        first = (pulses(pitch, SPEC) != pulses(changed, SPEC)).nonzero()[:, 1].min().item() // SPEC.hop_length
+        assert first == 10 - ahead
 
 
 def test_equal_log_mels_are_equal_sound_and_draw_no_random_numbers():

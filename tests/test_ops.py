@@ -11,6 +11,8 @@ from omni.models import ops
 from omni.models.layers import rope_tables
 from omni.models.picture_text import similarities
 from omni.models.quantizer import nearest
+from omni.models.speech_architectures import VocoderArchitecture
+from omni.models.vocoder import HarmonicGenerator
 
 T, K = 300, 16  # T: more than the queries that are computed together
 COS, SIN = rope_tables(7, K, 1e4)
@@ -125,8 +127,8 @@ def test_causal_attention_is_of_the_same_tokens_and_without_a_mask(use_flash):
         ops.attention(q[:, :, :2], k, v, causal=True, use_flash=use_flash)
 
 
-class MatrixProducts(TorchDispatchMode):
-    """Notes of each product of matrices what the GPU's would be made in."""
+class Products(TorchDispatchMode):
+    """Notes of each product of matrices and each convolution what the GPU's would be made in."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,24 +137,30 @@ class MatrixProducts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
             self.made_in.append((args[-1].dtype, torch.backends.cuda.matmul.fp32_precision))
+        if function.overloadpacket is torch.ops.aten.convolution:
+            self.made_in.append((args[0].dtype, torch.backends.cudnn.conv.fp32_precision))
         return function(*args, **(kwargs or {}))
 
 
+VOCODER = HarmonicGenerator(VocoderArchitecture(harmonic_source=True))
 COMPARED = {
     "the nearest row of a codebook": lambda x: nearest(x, torch.randn(9, 8)),
     "cosines of pictures and captions": lambda x: similarities(x, torch.randn(7, 8)),
     "log-mels": lambda x: log_mel(x.flatten().repeat(200), MelSpec()),
+    "the pitch that is read": lambda x: VOCODER.read_pitch(x.flatten().repeat(20).view(1, -1, 80)),
 }
 
 
 @pytest.mark.parametrize("compute", COMPARED.values(), ids=COMPARED)
 def test_what_is_compared_is_made_in_float32_however_coarse_training_is(compute):
-    before = torch.get_float32_matmul_precision()
+    before, of_convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.conv.fp32_precision
+    assert of_convolutions != "ieee"
     torch.set_float32_matmul_precision("high")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16), MatrixProducts() as products:
+        with torch.autocast("cpu", dtype=torch.bfloat16), Products() as products:
             compute(torch.randn(5, 8))
         assert set(products.made_in) == {(torch.float32, "ieee")}
         assert torch.backends.cuda.matmul.fp32_precision == "tf32", "and afterwards as before"
+        assert torch.backends.cudnn.conv.fp32_precision == of_convolutions
     finally:
         torch.set_float32_matmul_precision(before)

@@ -55,8 +55,8 @@ def readers(folder: Path) -> dict:
     return {
         "B": lambda: utterances.read(row, None).features,
         "D": lambda: clips.read(row, None),
-        "F": lambda: whole.read(row, None)[0],
-        "F, a segment": lambda: segments.read(row, rng(0))[0],
+        "F": lambda: whole.read(row, None)["log_mel"],
+        "F, a segment": lambda: segments.read(row, rng(0))["log_mel"],
         "E": lambda: Processor.log_mels(inputs, folder / "a.wav"),
     }
 

@@ -253,8 +253,8 @@ def test_the_codec_sees_whole_clips(tmp_path):
     rows = clips(tmp_path, training=True, segment_samples=800)
     rows.codec = Codec()
     plain = clips(tmp_path, training=False)
-    mel, waveform = rows.read(rows.manifest[5], np.random.default_rng(0))
-    whole, sound = plain.read(rows.manifest[5], None)
+    mel, waveform = rows.read(rows.manifest[5], np.random.default_rng(0)).values()
+    whole, sound = plain.read(rows.manifest[5], None).values()
     start = next(i for i in range(len(whole)) if torch.equal(sound[i * 160 :][:800], waveform))
     expected = whole + whole.mean(dim=0)
     assert rows.codec.frames == len(whole) and len(mel) == 5
@@ -263,7 +263,7 @@ def test_the_codec_sees_whole_clips(tmp_path):
 
 def test_statistics_are_those_of_the_usable_clips(tmp_path):
     rows = clips(tmp_path, training=False)
-    mels = torch.cat([rows.read(rows.manifest[row], None)[0] for row in (0, 2)])
+    mels = torch.cat([rows.read(rows.manifest[row], None)["log_mel"] for row in (0, 2)])
     (tmp_path / "clip1.wav").unlink()
     statistics = mel_statistics(mels.split([10, len(mels) - 10]))
     torch.testing.assert_close(torch.tensor(statistics["mean"]), mels.mean(dim=0))
@@ -296,7 +296,7 @@ def test_padding_and_company_change_no_figure(tmp_path):
     found = VocoderScore.metrics({name: value.item() for name, value in whole.items()})
     differences = []
     for row in range(4):
-        mel, real = rows.read(rows.manifest[row], None)
+        mel, real = rows.read(rows.manifest[row], None).values()
         target = log_mel(real, rows.spec)
         differences += [(log_mel(griffin_lim(mel, rows.spec), rows.spec) - target).abs().flatten()]
     assert found["mel_l1_griffin_lim"] == pytest.approx(torch.cat(differences).mean().item(), rel=1e-5)
@@ -316,7 +316,7 @@ def test_griffin_lim_is_judged_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("left_out", [{0}, {1}, {0, 2}, {3}])
 def test_clips_keep_their_numbers_when_rows_are_left_out(tmp_path, left_out):
     model, rows = build(), clips(tmp_path, training=False)
-    expected = {row: rows.read(rows.manifest[row], None)[1] for row in range(4) if row not in left_out}
+    expected = {row: rows.read(rows.manifest[row], None)["waveform"] for row in range(4) if row not in left_out}
     for row in left_out:
         (tmp_path / rows.manifest[row]["wav"]).unlink()
     shown = {}

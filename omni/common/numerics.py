@@ -10,19 +10,21 @@ from torch import nn
 
 @contextmanager
 def true_float32(device: torch.device) -> Iterator[None]:
-    """Compute products of float32 matrices in full float32, regardless of autocast and TF32.
+    """Compute products and convolutions of float32 tensors in full float32, regardless of autocast and TF32.
 
     On a GPU "float32" products in training are TF32, whose 10 bits of mantissa make close distances or cosines equal: a
     GPU would choose another nearest codebook row than a CPU. Use it where values are compared or stored.
     """
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        settings.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def weights_sha256(module: nn.Module) -> str:

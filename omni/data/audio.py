@@ -169,7 +169,8 @@ def reflect(signal: Tensor, left: int, right: int) -> Tensor:
 
 
 def frames_of(waveform: Tensor, width: int, spec: MelSpec) -> Tensor:
-    """(..., S) -> (..., T, width): the samples around the middle of each hop, reflected beyond the ends."""
+    """(..., S) -> (..., T, width): the samples around the middle of each hop, reflected beyond the ends; of a signal
+    shorter than ``width``, silence after it first."""
     frames = spec.frames(waveform.shape[-1])
     if waveform.shape[-1] < width:  # too short to be reflected: padded with silence
         waveform = F.pad(waveform, (0, width - waveform.shape[-1]))

@@ -15,18 +15,29 @@ from omni.models.thinker import Thinker
 ANSWER_TOKENS = 32  # per question, to measure --dtype bfloat16
 QUESTIONS = ("What is your name?", "What is the opposite of big?", "Three red circles and two blue stars.")
 
-OPENS_WITH = {  # a sub-folder
+OPENS_WITH = {  # a sub-folder: the classes of transformers, and the lines that use them
     "thinker": (
+        "AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("merged_model/thinker")\n'
         'tokenizer = AutoTokenizer.from_pretrained("merged_model/thinker")\n'
         'chat = [{"role": "user", "content": "What is your name?"}]\n'
         'how = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_tensors": "pt"}\n'
         "prompt = tokenizer.apply_chat_template(chat, return_dict=True, **how)\n"
-        'print(tokenizer.decode(model.generate(**prompt)[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))'
+        'answer = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]\n'
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ),
-    "vision_encoder": 'vit = ViTModel.from_pretrained("merged_model/vision_encoder", add_pooling_layer=False)',
-    "audio_encoder": 'recogniser = ParakeetForCTC.from_pretrained("merged_model/audio_encoder")',
-    "vocoder": 'vocoder = SpeechT5HifiGan.from_pretrained("merged_model/vocoder")',
+    "vision_encoder": (
+        "ViTModel",
+        'vit = ViTModel.from_pretrained("merged_model/vision_encoder", add_pooling_layer=False)',
+    ),
+    "audio_encoder": (
+        "ParakeetForCTC",
+        'recogniser = ParakeetForCTC.from_pretrained("merged_model/audio_encoder")',
+    ),
+    "vocoder": (
+        "SpeechT5HifiGan",
+        'vocoder = SpeechT5HifiGan.from_pretrained("merged_model/vocoder")',
+    ),
 }
 
 
@@ -130,11 +141,10 @@ def model_card(info: dict, subfolders: set[str]) -> str:
     lines += ["", *notes] if notes else []
     lines += ["", "## Run it", "", "In μOmni's repository:", "", "```bash"]
     lines += [part.command for part in PARTS.values() if part.command and part.name in components]
+    opened = [OPENS_WITH[part] for part in OPENS_WITH if part in subfolders]
     lines += ["```", "", "## Other tools", "", "In Python, with `transformers`:", "", "```python"]
-    lines.append(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer, ParakeetForCTC, SpeechT5HifiGan, ViTModel\n"
-    )
-    lines += [line for part, line in OPENS_WITH.items() if part in subfolders]
+    lines.append(f"from transformers import {', '.join(classes for classes, _ in opened)}\n")
+    lines += [line for _, line in opened]
     lines += [
         "```",
         "",

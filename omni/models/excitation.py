@@ -21,10 +21,12 @@ from omni.data.audio import MelSpec, frames_of, mel_transform
 LOWEST, HIGHEST, PITCHES = 60.0, 500.0, 72  # Hz; pitches evenly spaced on a logarithmic scale, half a semitone apart
 PERIODS = 3  # of the lowest pitch, in the window in which a pitch is measured
 HALF_VOICED = 4500.0  # Hz at which a voice is half pulses and half noise; from pulses to noise within 2 kHz
+BRIGHTEST = 1500.0  # Hz; above it, nothing tells of the pitch
 _VOICED = 0.5  # share of the energy that repeats itself after a period
 _SILENT = 1e-3  # amplitude
 _FINEST = 1 / 16  # Hz, at most 2 cents
 _OCTAVE_COST = 0.02  # a period repeats itself after two periods as well: the shorter is preferred
+_STEPS = (PITCHES - 1) / math.log(HIGHEST / LOWEST)  # pitches for each e-fold of the frequency
 _CYCLE = 1 << 40  # steps of the phase in a cycle: sums of integers are exact, so pieces of sound fit together
 
 # --- the pitch of a recording -----------------------------------------------------------------------------------------
@@ -46,6 +48,8 @@ def pitch_of(waveform: Tensor, spec: MelSpec) -> Tensor:
 
     Boersma 1993, "Accurate short-term analysis of the fundamental frequency": the autocorrelation of a windowed frame
     over that of the window. The best period of each frame is taken, without his search for a path through all frames.
+    Only frequencies up to about BRIGHTEST count: of a brighter sound the autocorrelation's peaks are so narrow that
+    they fall between two lags, and twice the period may seem to fit better.
     """
     width = pitch_window(spec)
     window = torch.hann_window(width, device=waveform.device)
@@ -53,7 +57,9 @@ def pitch_of(waveform: Tensor, spec: MelSpec) -> Tensor:
     frames = (frames - frames.mean(dim=-1, keepdim=True)) * window
     energy = frames.square().mean(dim=-1)  # (B, T)
     shortest, longest = int(spec.sample_rate / HIGHEST), math.ceil(spec.sample_rate / LOWEST)
-    repeats = _autocorrelation(frames) / _autocorrelation(window).clamp(min=1e-3)  # (B, T, width), 1 at lag 0
+    hertz = torch.fft.rfftfreq(2 * width, 1 / spec.sample_rate, device=waveform.device)
+    repeats = _autocorrelation(frames, torch.sigmoid((BRIGHTEST - hertz) / 200))  # (B, T, width), 1 at lag 0
+    repeats = repeats / _autocorrelation(window).clamp(min=1e-3)
     before, here, after = (repeats[..., shortest + by : longest + 1 + by] for by in (-1, 0, 1))
     lags = torch.arange(shortest, longest + 1, device=waveform.device)
     peaks = torch.where((here >= before) & (here >= after), here - _OCTAVE_COST * torch.log2(lags / shortest), -1.0)
@@ -62,13 +68,15 @@ def pitch_of(waveform: Tensor, spec: MelSpec) -> Tensor:
     bend = before - 2 * here + after  # of the parabola through the three
     aside = torch.where(bend < -1e-9, 0.5 * (before - after) / bend, 0.0).clamp(-1, 1)
     pitch = (spec.sample_rate / (lags[best[..., 0]] + aside)).clamp(LOWEST, HIGHEST)
-    return torch.where((here > _VOICED) & (energy.sqrt() > _SILENT), pitch, 0.0)
+    is_peak = peaks.amax(dim=-1) > -1  # a lower hum has none in this range
+    return torch.where(is_peak & (here > _VOICED) & (energy.sqrt() > _SILENT), pitch, 0.0)
 
 
-def _autocorrelation(frames: Tensor) -> Tensor:
-    """(..., N) -> (..., N): by lag, over that at lag 0."""
+def _autocorrelation(frames: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+    """(..., N) -> (..., N): by lag, over that at lag 0; ``weights`` (N + 1,) of the frequencies' power."""
     length = frames.shape[-1]
-    products = torch.fft.irfft(torch.fft.rfft(frames, 2 * length).abs().square(), 2 * length)[..., :length]
+    power = torch.fft.rfft(frames, 2 * length).abs().square() * weights
+    products = torch.fft.irfft(power, 2 * length)[..., :length]
     return products / (products[..., :1] + 1e-9)
 
 
@@ -97,15 +105,15 @@ class PitchReader(nn.Module):
 
 
 def pitch_loss(logits: Tensor, pitch: Tensor) -> Tensor:
-    """Mean cross-entropy, in nats, of ``PitchReader``'s logits (B, T, P + 1) and ``pitch_of``'s pitches (B, T).
+    """Mean divergence, in nats, of ``PitchReader``'s logits (B, T, P + 1) from ``pitch_of``'s pitches (B, T).
 
-    As in Kim et al. 2018, "CREPE", the target is a pitch and, less, its neighbours.
+    As in Kim et al. 2018, "CREPE", the target is a pitch and, less, its neighbours; here 0 is reached by equal shares.
     """
     place = _STEPS * torch.log(pitch.clamp(min=LOWEST) / LOWEST)
     near = torch.exp(-(torch.arange(PITCHES, device=pitch.device) - place[..., None]).square() / 2)
     voiced = (pitch > 0)[..., None].float()
     target = torch.cat((voiced * near / near.sum(dim=-1, keepdim=True), 1 - voiced), dim=-1)
-    return -(target * logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
+    return (torch.xlogy(target, target) - target * logits.float().log_softmax(dim=-1)).sum(dim=-1).mean()
 
 
 def pitch_from(logits: Tensor) -> Tensor:
@@ -121,8 +129,6 @@ def pitch_from(logits: Tensor) -> Tensor:
     pitch = (LOWEST * torch.exp(place / _STEPS) / _FINEST).round() * _FINEST
     return torch.where(voiced, pitch, 0.0)
 
-
-_STEPS = (PITCHES - 1) / math.log(HIGHEST / LOWEST)
 
 # --- sound with that pitch and with these log-mels --------------------------------------------------------------------
 
@@ -174,7 +180,7 @@ def matched(waveform: Tensor, log_mel: Tensor, spec: MelSpec) -> Tensor:
 
 
 def reach(spec: MelSpec) -> int:
-    """Frames on either side that a frame of ``excitation`` or ``matched`` depends on."""
+    """Frames on either side that a frame of ``matched`` depends on, and one of ``excitation`` beside its pulses."""
     return 2 * math.ceil(spec.win_length / 2 / spec.hop_length)
 
 

@@ -139,7 +139,8 @@ class TalkerArchitecture(ReadTexts, SpeechCodes):
 
 
 class VocoderArchitecture(Architecture):
-    """The sizes of the vocoder, the generator of HiFi-GAN, and of the log-mels that it reads."""
+    """The sizes of the vocoder, HiFi-GAN's generator with or without pulses to begin with, and of the log-mels that it
+    reads."""
 
     # Log-mels: those of the codec
     sample_rate: int = Field(16000, ge=8000, le=192_000, description="Hz; recordings of other rates are resampled")

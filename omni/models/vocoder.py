@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 from omni.common.errors import check_compatible
+from omni.common.numerics import true_float32
 from omni.data.audio import MelSpec, reflect
 from omni.models.excitation import PitchReader, excitation, matched, pitch_from, pulses, reach
 from omni.models.ops import matmul_dtype
@@ -209,9 +210,15 @@ class HarmonicGenerator(Generator):
         rows = as_rows(source[..., None])
         return [conv(rows) for conv in self.sources]
 
+    def read_pitch(self, features: Tensor) -> Tensor:
+        """The pitch (B, T) in Hz, 0 for no voice, of normalised log-mels (B, T, M)."""
+        with true_float32(features.device):  # phases add up what pitches differ by
+            return pitch_from(self.pitch_reader(features.float()))
+
     @property
     def context_frames(self) -> int:
-        of_source = 1 + PitchReader.context_frames + reach(self.spec)  # 1: between frames the pitch moves evenly
+        # a pulse lies between two frames' pitches, and a frame without a voice takes that of the frame after it
+        of_source = 2 + PitchReader.context_frames + reach(self.spec)
         # instead of the 3 frames that conv_pre reads, the source's convolutions read 1
         return super().context_frames - 2 + of_source + self.MATCHINGS * reach(self.spec)
 
@@ -219,7 +226,7 @@ class HarmonicGenerator(Generator):
         """As ``Generator.sound``. The pulses are counted from frame 0 on, so pieces of sound fit together."""
         hop = self.architecture.hop_length
         features, wanted = self.normalised(log_mel[:, :last]), log_mel[:, first:last]
-        pitch = pitch_from(self.pitch_reader(features))
+        pitch = self.read_pitch(features)
         pulse = pulses(pitch, self.spec)[:, first * hop :]
         noise = steady_noise(self.NOISE, log_mel.device)
         noise = noise[torch.arange(first * hop, last * hop, device=log_mel.device) % self.NOISE].expand_as(pulse)

@@ -17,6 +17,7 @@ from omni.data.audio import MelSpec, griffin_lim, load_audio, log_mel
 from omni.data.manifest import Manifest, ManifestDataset
 from omni.models.codec import Codec
 from omni.models.codec import mel_spec as codec_mel_spec
+from omni.models.excitation import excitation, pitch_loss, pitch_of, pitch_window, pulses
 from omni.models.speech_architectures import DiscriminatorArchitecture, VocoderArchitecture
 from omni.models.vocoder import Generator, build_generator, fold_weight_norm, mel_spec, refuse_other_mels
 from omni.stages.codec import STAGE as CODEC
@@ -25,7 +26,8 @@ from omni.train.stage import ExportedPart, Stage, load
 
 
 class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig):
-    """Stage F, ``train_vocoder.py``: HiFi-GAN's generator and discriminators."""
+    """Stage F, ``train_vocoder.py``: HiFi-GAN's generator and discriminators, and a reader of the pitch under
+    ``harmonic_source``."""
 
     OBSOLETE: ClassVar[dict[str, str]] = StageConfig.OBSOLETE | {
         "lr": "lr_g and lr_d are the peak learning rates",
@@ -62,10 +64,12 @@ class VocoderConfig(VocoderArchitecture, DiscriminatorArchitecture, StageConfig)
     )
     lambda_adv: float = resumable(1.0, ge=0, description="weight of the adversarial loss")
     lambda_pitch: float = resumable(
-        1.0, ge=0, description="weight of the pitch loss, of the pitch read in the log-mels, under harmonic_source"
+        1.0,
+        ge=0,
+        description="weight of the pitch loss, by which the pitch is learnt from the log-mels, under harmonic_source",
     )
     adv_start_step: int = resumable(
-        0, ge=0, description="first step of the discriminators; before it the mel loss trains alone"
+        0, ge=0, description="first step of the discriminators; before it mel and pitch loss train alone"
     )
 
     @model_validator(mode="after")
@@ -173,14 +177,26 @@ def segment_log_mel(waveform: Tensor, start: int, frames: int, spec: MelSpec) ->
     Returns:
         (frames, M)
     """
-    context = -(-spec.win_length // spec.hop_length)  # frames: beyond every window, and never too short to be reflected
-    first = max(0, start - context)
-    piece = waveform[first * spec.hop_length : (start + frames + context) * spec.hop_length]
+    piece, first = _with_context(waveform, start, frames, spec.win_length, spec)
     return log_mel(piece, spec)[start - first : start - first + frames]
 
 
+def segment_pitch(waveform: Tensor, start: int, frames: int, spec: MelSpec) -> Tensor:
+    """As ``segment_log_mel``, of the pitch: (frames,) in Hz, see ``pitch_of``."""
+    piece, first = _with_context(waveform, start, frames, pitch_window(spec), spec)
+    return pitch_of(piece[None], spec)[0, start - first : start - first + frames]
+
+
+def _with_context(waveform: Tensor, start: int, frames: int, width: int, spec: MelSpec) -> tuple[Tensor, int]:
+    """The samples that windows of ``width`` around these frames of a clip (S,) reach, and their first frame."""
+    context = -(-width // spec.hop_length)  # frames: beyond every window, and never too short to be reflected
+    first = max(0, start - context)
+    return waveform[first * spec.hop_length : (start + frames + context) * spec.hop_length], first
+
+
 class Clips(ManifestDataset):
-    """Recordings with their log-mels, see ``ManifestDataset``: random segments in training, else whole clips.
+    """Recordings with their log-mels, see ``ManifestDataset``: random segments in training, with their pitch if the
+    vocoder has a ``harmonic_source``, else whole clips.
 
     Args:
         codec: resynthesises the log-mels; None: the recordings' own log-mels.
@@ -192,7 +208,7 @@ class Clips(ManifestDataset):
         super().__init__(manifest, rows, **keys)
         self.config, self.spec, self.codec = config, mel_spec(config), codec
 
-    def read(self, row: dict, rng: np.random.Generator | None) -> tuple[Tensor, Tensor]:
+    def read(self, row: dict, rng: np.random.Generator | None) -> dict[str, Tensor]:
         waveform, hop = read_clip(self.manifest, row, self.config), self.config.hop_length
         start, frames = 0, len(waveform) // hop
         if rng is not None:
@@ -204,22 +220,35 @@ class Clips(ManifestDataset):
         else:  # the codec codes whole clips, as it does when the talker speaks
             with torch.no_grad():
                 mel = self.codec.resynthesise(log_mel(waveform, self.spec)[None])[0, start : start + frames].clone()
-        return mel, waveform[start * hop : (start + frames) * hop].clone()
+        sample = {"log_mel": mel, "waveform": waveform[start * hop : (start + frames) * hop].clone()}
+        if rng is not None and self.config.harmonic_source:
+            sample["pitch"] = segment_pitch(waveform, start, frames, self.spec)
+        return sample
 
-    def collate(self, samples: list[tuple[Tensor, Tensor]]) -> dict:
-        """``log_mel`` (B, T, M), ``waveform`` (B, T * hop_length), padded with 0; ``frames`` (B,) of each."""
-        mels, waveforms = zip(*samples, strict=True)
-        frames = torch.tensor([len(mel) for mel in mels])
+    def collate(self, samples: list[dict[str, Tensor]]) -> dict:
+        """``log_mel`` (B, T, M), ``waveform`` (B, T * hop_length) and, in training with a ``harmonic_source``,
+        ``pitch`` (B, T) in Hz, padded with 0; ``frames`` (B,) of each."""
+        frames = torch.tensor([len(sample["log_mel"]) for sample in samples])
         batch = {
-            "log_mel": nn.utils.rnn.pad_sequence(mels, batch_first=True),
-            "waveform": nn.utils.rnn.pad_sequence(waveforms, batch_first=True),
-            "frames": frames,
+            name: nn.utils.rnn.pad_sequence([sample[name] for sample in samples], batch_first=True)
+            for name in samples[0]
         }
-        return batch | {"n_targets": int(frames.sum()) * self.config.hop_length}
+        return batch | {"frames": frames, "n_targets": int(frames.sum()) * self.config.hop_length}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Losses: of a batch of equally long segments, each a mean over the batch
+
+
+def generate(model: nn.Module, batch: dict, spec: MelSpec) -> tuple[Tensor, Tensor | None]:
+    """Waveforms (B, S) from a batch of ``Clips``, and the loss of the pitch that a generator with a ``harmonic_source``
+    reads; it hears pulses at the recordings' own pitch until it is trained."""
+    if "pitch" not in batch:
+        return model(batch["log_mel"]), None
+    pitch, noise = batch["pitch"], torch.randn_like(batch["waveform"])
+    source = excitation(batch["log_mel"], pitch, pulses(pitch, spec), noise, spec)
+    waveforms, logits = model(batch["log_mel"], source)
+    return waveforms, pitch_loss(logits, pitch)
 
 
 def discriminator_loss(real: list[list[Tensor]], generated: list[list[Tensor]]) -> Tensor:
