@@ -210,12 +210,12 @@ MUTATIONS = [
     ),
     Mutation(
         "config config_diff", "another training's checkpoint is taken", "omni/train/resume.py",
-        "        if refused:\n", "        if False:\n",
+        "    if changes:\n", "    if False:\n",
         "tests/test_config.py::test_another_training_is_refused_with_the_differences -k text",
     ),
     Mutation(
         "config config_diff", "other data are taken for the same", "omni/train/resume.py",
-        "if training.fingerprint.get(key) != value:", "if False:",
+        "if now.get(key) != value}", "if False}",
         "tests/test_config.py::test_changed_data_are_refused -k text",
     ),
     Mutation(
@@ -1386,7 +1386,7 @@ MUTATIONS = [
     ),
     Mutation(
         "numerics", "the order of packed rows is lost", "omni/models/packing.py",
-        "self.source = order[rows] * longest + steps", "self.source = rows * longest + steps",
+        "self.source = order[rows] * width + steps", "self.source = rows * width + steps",
         "tests/test_packing.py -k padded_ones",
     ),
     Mutation(

@@ -1,6 +1,9 @@
-"""The page of counts that `make torture` writes."""
+"""The page of counts that `make torture` writes, and the list of `make mutations`."""
 
-from reliability import page, write
+import re
+
+from mutations import MUTATIONS
+from reliability import ROOT, page, write
 
 
 class Report:
@@ -29,3 +32,11 @@ def test_the_page_says_when_of_what_and_where(tmp_path):
     text = path.read_text()
     assert "| test_resume.py | 1 | 0 | 0 | 1 |" in text
     assert ", commit " in text and " cores, " in text and "torch " in text
+
+
+def test_what_is_switched_off_stands_once_and_so_do_the_tests_that_notice():
+    for mutation in MUTATIONS:
+        assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation
+        for path, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", mutation.tests):
+            tests = (ROOT / path).read_text(encoding="utf-8")
+            assert not name or re.search(rf"^def {name}\(", tests, re.MULTILINE), mutation
