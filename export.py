@@ -9,8 +9,8 @@
 With --omni_ckpt, Thinker, encoders and projectors come from stage E; the folders of stages A to C must match it, and
 add the metrics of their training. An export lacks the abilities of omitted stages. Transformers opens its sub-folders:
 thinker/ with AutoModelForCausalLM, vision_encoder/ with ViTModel, audio_encoder/ with ParakeetForCTC and vocoder/ with
-SpeechT5HifiGan, unless it has a harmonic_source, which no other tool knows. Two exports of the same checkpoints are the
-same bytes; a killed export leaves no partial one.
+SpeechT5HifiGan; a vocoder with harmonic_source, which transformers does not know, is a program of torch.export there.
+Two exports of the same checkpoints are the same bytes; a killed export leaves no partial one.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from omni.export.folder import (
 from omni.export.hf import image_processor, preprocessing, write_language, write_model, write_recogniser
 from omni.export.model_card import describe, loss_of_quality, model_card
 from omni.export.parts import add_audio_encoder, add_speech, add_vision_encoder, answering_parts, load_part
+from omni.export.program import write_program
 from omni.models.thinker import qwen3_config, to_qwen3_state_dict
 from omni.models.vision_encoder import to_vit_state_dict, vit_config
 from omni.models.vocoder import speecht5_config, to_speecht5_state_dict
@@ -118,17 +119,22 @@ def main(argv: list[str] | None = None) -> None:
             write_json(folder / "vision_encoder" / "preprocessor_config.json", image_processor(*vit.img_size), indent=2)
         if recogniser is not None:
             write_recogniser(folder / "audio_encoder", recogniser, dtype)
-        if "vocoder" in parts and not parts["vocoder"].module.architecture.harmonic_source:
+        if "vocoder" in parts:
             vocoder = parts["vocoder"].module
-            config, statistics = speecht5_config(vocoder.architecture), buffers_of(vocoder)
-            write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)
+            statistics = buffers_of(vocoder)
+            if vocoder.architecture.harmonic_source:
+                vocoder.load_state_dict(rounded(vocoder.state_dict(), dtype, statistics))
+                write_program(folder / "vocoder", vocoder)
+            else:
+                config = speecht5_config(vocoder.architecture)
+                write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)
 
         # --- Model card, and the digest of every file ----------------------------------------------------------------
         info = about | {"components": {name: describe(name, part) for name, part in parts.items()}}
         if dtype != torch.float32:
             info["loss_of_quality"] = loss_of_quality(thinker, tokenizer, dtype)
-        subfolders = {path.name for path in folder.iterdir() if path.is_dir()}
-        (folder / "README.md").write_text(model_card(info, subfolders), encoding="utf-8")
+        names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        (folder / "README.md").write_text(model_card(info, names), encoding="utf-8")
         files = sorted(path for path in folder.rglob("*") if is_own_file(path.relative_to(folder).as_posix()))
         info["files"] = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
         info["sha256"] = info_sha256(info)

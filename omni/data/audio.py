@@ -211,7 +211,7 @@ def log_mel(waveform: Tensor, spec: MelSpec) -> Tensor:
 def mel_transform(spec: MelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
     """The window (win_length,) of ``log_mel``, and its filters (n_fft / 2 + 1, M)."""
     with torch.inference_mode(False):  # they are kept, for training too
-        window = torch.hann_window(spec.win_length, device=device)
+        window = torch.hann_window(spec.win_length, device=device).clone()  # it is part of a longer one
         return window, torch.from_numpy(mel_filters(spec).T.copy()).to(device, torch.float32)
 
 

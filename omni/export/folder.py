@@ -18,12 +18,13 @@ from omni.common.media import quoted
 
 FORMAT = 2
 WEIGHTS, CONFIG, INFO, TOKENIZER = "model.safetensors", "config.json", "model_info.json", "tokenizer.json"
+PROGRAM = "model.pt2"
 PARTIAL = ".{name}.omni-partial"  # the folder of an unfinished export, beside its target
 REPLACED = ".{name}.omni-replaced"  # the earlier export, until the new one is in its place
 LOCK = ".lock"  # of ``FolderLock``, in the first of these
 SUBFOLDERS = ("thinker", "vision_encoder", "audio_encoder", "vocoder")  # parts in the formats of other tools
 FILES = (  # all files of an export, in its folder and its sub-folders
-    WEIGHTS, CONFIG, INFO, TOKENIZER, "README.md",
+    WEIGHTS, CONFIG, INFO, TOKENIZER, PROGRAM, "README.md",
     "tokenizer_config.json", "generation_config.json", "preprocessor_config.json",
 )  # fmt: skip
 

@@ -10,13 +10,15 @@ from torch import nn
 from omni.common.numerics import weights_sha256
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import PARTS, rounded
+from omni.export.folder import CONFIG, PROGRAM
+from omni.export.program import LEAST_FRAMES
 from omni.models.thinker import Thinker
 
 ANSWER_TOKENS = 32  # per question, to measure --dtype bfloat16
 QUESTIONS = ("What is your name?", "What is the opposite of big?", "Three red circles and two blue stars.")
 
-OPENS_WITH = {  # a sub-folder: the classes of transformers, and the lines that use them
-    "thinker": (
+OPENS_WITH = {  # a file: the classes of transformers that its folder is for, and the lines that open it
+    f"thinker/{CONFIG}": (
         "AutoModelForCausalLM, AutoTokenizer",
         'model = AutoModelForCausalLM.from_pretrained("merged_model/thinker")\n'
         'tokenizer = AutoTokenizer.from_pretrained("merged_model/thinker")\n'
@@ -26,17 +28,23 @@ OPENS_WITH = {  # a sub-folder: the classes of transformers, and the lines that 
         'answer = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]\n'
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
     ),
-    "vision_encoder": (
+    f"vision_encoder/{CONFIG}": (
         "ViTModel",
         'vit = ViTModel.from_pretrained("merged_model/vision_encoder", add_pooling_layer=False)',
     ),
-    "audio_encoder": (
+    f"audio_encoder/{CONFIG}": (
         "ParakeetForCTC",
         'recogniser = ParakeetForCTC.from_pretrained("merged_model/audio_encoder")',
     ),
-    "vocoder": (
+    f"vocoder/{CONFIG}": (
         "SpeechT5HifiGan",
         'vocoder = SpeechT5HifiGan.from_pretrained("merged_model/vocoder")',
+    ),
+    f"vocoder/{PROGRAM}": (
+        "",
+        "import torch\n\n"
+        f'vocoder = torch.export.load("merged_model/vocoder/{PROGRAM}").module()\n'
+        f"# vocoder(log_mel): log-mels (clips, at least {LEAST_FRAMES} frames, channels) to waveforms",
     ),
 }
 
@@ -109,12 +117,12 @@ def figures(name: str, metrics: dict[str, float]) -> str:
     return ", ".join(f"{key} {metrics[key]:.4g}" for key in wanted)
 
 
-def model_card(info: dict, subfolders: set[str]) -> str:
+def model_card(info: dict, files: set[str]) -> str:
     """README.md of the folder.
 
     Args:
         info: model_info.json.
-        subfolders: names of the sub-folders for other tools.
+        files: names of its files, from the folder on.
     """
     components = info["components"]
     total = sum(facts["parameters"] for facts in components.values())
@@ -141,9 +149,9 @@ def model_card(info: dict, subfolders: set[str]) -> str:
     lines += ["", *notes] if notes else []
     lines += ["", "## Run it", "", "In μOmni's repository:", "", "```bash"]
     lines += [part.command for part in PARTS.values() if part.command and part.name in components]
-    opened = [OPENS_WITH[part] for part in OPENS_WITH if part in subfolders]
-    lines += ["```", "", "## Other tools", "", "In Python, with `transformers`:", "", "```python"]
-    lines.append(f"from transformers import {', '.join(classes for classes, _ in opened)}\n")
+    opened = [OPENS_WITH[file] for file in OPENS_WITH if file in files]
+    lines += ["```", "", "## Other tools", "", "In Python:", "", "```python"]
+    lines.append(f"from transformers import {', '.join(filter(None, (classes for classes, _ in opened)))}\n")
     lines += [line for _, line in opened]
     lines += [
         "```",

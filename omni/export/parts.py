@@ -146,8 +146,6 @@ def add_speech(args: argparse.Namespace, parts: dict[str, Part], sft: SftConfig 
     parts["vocoder"] = load_part("vocoder", args.vocoder_ckpt)
     reads, writes = parts["vocoder"].module.architecture, codec_mel_spec(codec.module.architecture)
     refuse_other_mels(args.vocoder_ckpt, reads, args.talker_ckpt, writes)
-    if reads.harmonic_source:
-        notice(f"{args.vocoder_ckpt}: its harmonic_source is known to no other tool, so there is no folder vocoder/")
 
 
 def notice(text: str) -> None:

@@ -160,7 +160,7 @@ class VocoderArchitecture(Architecture):
     harmonic_source: bool = Field(
         False,
         description="start from pulses at the pitch read in the log-mels, for voices: clear after minutes of training; "
-        "such a vocoder opens in no other tool",
+        "transformers knows no such vocoder",
     )
 
     @property
