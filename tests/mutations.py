@@ -767,7 +767,7 @@ MUTATIONS = [
     Mutation(
         "the weights in use", "other weights at a freed address are taken for the former", "omni/models/decoding.py",
         "[parameter.detach() for parameter in model.parameters()]", "None",
-        "tests/test_decoding.py -k before_a_change",
+        "tests/test_decoding.py -k addresses",
     ),
     Mutation(
         "the weights in use", "a copy of a model reads with the weights of the first", "omni/models/decoding.py",

@@ -118,6 +118,18 @@ def test_kept_weights_are_never_those_of_before_a_change(change):
 
 
 @torch.no_grad()
+def test_no_other_weights_get_the_addresses_of_those_that_were_copied():
+    model = build("gqa-untied")
+    read_one_by_one(model, tokens(1, 24))
+    copied = {parameter.data_ptr() for parameter in model.parameters()}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.clone()))
+    others = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(20)]
+    assert copied.isdisjoint(weight.data_ptr() for weight in [*model.parameters(), *others])
+
+
+@torch.no_grad()
 def test_weights_that_have_not_changed_are_copied_once():
     model, x = build("gqa-untied"), tokens(1, 24)
     first = list(model.generate(x[0].tolist(), max_new_tokens=9))
