@@ -240,12 +240,24 @@ def states_of_children(pid: int) -> list[str]:
     return [Path(f"/proc/{child}/stat").read_text().rpartition(") ")[2][0] for child in children]
 
 
+WAITING_FOR_A_LOGOUT = (
+    WAITING
+    + """
+import omni.train.loop
+def wait_for_its_end(run, step, rows):
+    while step >= 3 and 15 not in _heard:
+        time.sleep(0.01)
+omni.train.loop.STEP_HOOKS.append(wait_for_its_end)
+"""
+)
+
+
 @pytest.mark.loop(phases=1)
 def test_a_hangup_saves_however_often_it_comes_and_nohup_ignores_it(stage, tmp_path):
     reference = stage.training(tmp_path, save_dir="reference", num_workers=1)
     reference.finish()
     stopped = reference.changed(save_dir="stopped")
-    process = stopped.start(prelude=WAITING_STEP)
+    process = stopped.start(prelude=WAITING_FOR_A_LOGOUT)
     process.wait_for("step 3/")
     group = os.getpgid(process.pid)
     os.killpg(group, signal.SIGHUP)  # the kernel's, to the workers too, and the shell's
