@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     thinker, tokenizer = parts["thinker"].module, parts["thinker"].tokenizer
     dtype, template = DTYPES[args.dtype], chat_template(sft.prompt if sft else "")
 
+    info = {"components": {name: describe(name, part) for name, part in parts.items()}}  # before they are rounded
+
     # --- One folder, whole or not at all -----------------------------------------------------------------------------
     with new_folder(args.output_dir, args.force) as folder:
         weights = {}
@@ -130,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_model(folder / "vocoder", config, to_speecht5_state_dict(vocoder), dtype, statistics)
 
         # --- Model card, and the digest of every file ----------------------------------------------------------------
-        info = about | {"components": {name: describe(name, part) for name, part in parts.items()}}
+        info = about | info
         if dtype != torch.float32:
             info["loss_of_quality"] = loss_of_quality(thinker, tokenizer, dtype)
         names = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}

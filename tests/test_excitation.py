@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from harness import TRACE, differences, kill_at_step
@@ -11,6 +12,7 @@ from stages import VOCODER, make_clips
 from torch import Tensor
 
 from omni.data.audio import MelSpec, log_mel, mel_transform
+from omni.data.open_manifest import load_manifest
 from omni.models.excitation import (
     HIGHEST,
     LOWEST,
@@ -23,7 +25,7 @@ from omni.models.excitation import (
     pulses,
 )
 from omni.models.vocoder import HarmonicGenerator, build_generator, mel_spec
-from omni.stages.vocoder import VocoderConfig, segment_pitch
+from omni.stages.vocoder import Clips, VocoderConfig, segment_pitch
 from omni.train.config import load_config
 
 SPEC = MelSpec(16_000, 1024, 1024, 256, 40)
@@ -97,6 +99,25 @@ def test_a_segment_has_the_pitch_of_the_whole_clip(spec):
     whole = pitch_of(clip[None], spec)[0]
     for start, frames in ((0, 13), (1, 5), (30, 13), (67, 13), (0, 80)):
         assert torch.allclose(segment_pitch(clip, start, frames, spec), whole[start : start + frames], atol=1e-2)
+
+
+def test_a_segment_is_learnt_with_its_own_pitch(tmp_path):
+    path = make_clips(tmp_path)["train_csv"]
+    keys = SIZES | {"save_dir": "x", "max_steps": 1, "train_csv": path, "segment_samples": 1600}
+    manifest, rows = load_manifest(path, ("wav",), "text"), np.arange(24)
+    training, whole = (Clips(manifest, rows, VocoderConfig(**keys), training=training) for training in (True, False))
+    for number in range(24):
+        segment, clip = (
+            training.read(manifest[number], np.random.default_rng(number)),
+            whole.read(manifest[number], None),
+        )
+        waveform, count = clip["waveform"], len(segment["pitch"])
+        frames = waveform.unfold(0, 1600, 160) if len(waveform) >= 1600 else waveform[None]
+        starts = [start for start, frame in enumerate(frames) if torch.equal(frame, segment["waveform"][: len(frame)])]
+        padded = torch.nn.functional.pad(waveform, (0, max(0, 1600 - len(waveform))))
+        expected = pitch_of(padded[None], training.spec)[0, starts[0] : starts[0] + count]
+        torch.testing.assert_close(segment["pitch"], expected, atol=1e-2, rtol=0)
+        assert "pitch" not in clip
 
 
 def test_what_is_learnt_is_what_is_read():

@@ -24,6 +24,7 @@ from omni.chat.ocr import load_reader
 from omni.chat.speech import load_speaker
 from omni.common.errors import RunError, UserError
 from omni.common.files import write_json
+from omni.common.numerics import weights_sha256
 from omni.data.images import load_image, normalise
 from omni.data.tokenizer import Tokenizer
 from omni.export.bundle import Export, open_model
@@ -218,8 +219,9 @@ assert not any(name.split(".")[0] == "omni" for name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_vocoder_that_transformers_does_not_know_opens_in_pytorch_alone(folders, tmp_path, dtype):
+def with_pulses(vocoder: Path, target: Path) -> Path:
+    """A copy of stage F's folder, its vocoder with a ``harmonic_source``."""
+
     def hear_pulses(payload):
         for keys in (payload["config"], payload["architecture"]):
             keys["harmonic_source"] = True
@@ -228,12 +230,19 @@ def test_a_vocoder_that_transformers_does_not_know_opens_in_pytorch_alone(folder
         model.pitch_reader.convs[-1].bias.data[:-1].fill_(3.0)  # it hears a voice
         payload["model"] = model.state_dict()
 
-    harmonic = altered(folders["vocoder"], tmp_path / "harmonic", "hifigan.pt", hear_pulses)
+    return altered(vocoder, target, "hifigan.pt", hear_pulses)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_vocoder_that_transformers_does_not_know_opens_in_pytorch_alone(folders, tmp_path, dtype):
+    harmonic = with_pulses(folders["vocoder"], tmp_path / "harmonic")
     merged = tmp_path / "merged"
     export.main([*options(folders | {"vocoder": harmonic}, merged), "--dtype", dtype])
     card = (merged / "README.md").read_text()
     assert "SpeechT5HifiGan" not in card and 'torch.export.load("merged_model/vocoder/model.pt2")' in card
     theirs, ours = open_model("vocoder", harmonic).model, open_model("vocoder", merged).model
+    made_of = json.loads((merged / "model_info.json").read_text())["components"]["vocoder"]["source_weights_sha256"]
+    assert made_of == weights_sha256(theirs), "not of the rounded ones"
     log_mels = [torch.randn(clips, frames, 80) - 4 for clips, frames in ((2, 30), (1, LEAST_FRAMES), (1, 400))]
     assert ours.vocode(log_mels[0]).std() > 1e-3
     assert torch.equal(theirs.vocode(log_mels[0]), ours.vocode(log_mels[0])) == (dtype == "float32")
@@ -618,9 +627,17 @@ def test_an_earlier_export_survives_a_rename_that_fails(folders, tmp_path, monke
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(folders, tmp_path):
     small = {"thinker": folders["thinker"], "ocr": folders["ocr"]}
-    for limit in (5_000, 40_000):
+    speaking = {"thinker": folders["thinker"], "talker": folders["talker"]}
+    speaking["vocoder"] = with_pulses(folders["vocoder"], tmp_path.parent / f"{tmp_path.name} harmonic")
+    export.main(options(speaking, tmp_path.parent / f"{tmp_path.name} merged"))
+    sizes = [
+        (tmp_path.parent / f"{tmp_path.name} merged" / name).stat().st_size
+        for name in ("model.safetensors", "vocoder/model.pt2")
+    ]
+    assert sizes[0] < sizes[1]
+    for parts, limit in ((small, 5_000), (small, 40_000), (speaking, sizes[1] - 1)):
         prelude = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-        process = run(tmp_path, "export.py", *options(small, tmp_path / "merged"), prelude=prelude)
+        process = run(tmp_path, "export.py", *options(parts, tmp_path / "merged"), prelude=prelude)
         assert process.returncode == 1 and "could not write the export" in process.stderr.splitlines()[-1]
         assert "Traceback" not in process.stderr
         assert not [path for path in tmp_path.iterdir() if path.is_dir()]

@@ -34,7 +34,7 @@ def test_the_page_says_when_of_what_and_where(tmp_path):
     assert ", commit " in text and " cores, " in text and "torch " in text
 
 
-def test_what_is_switched_off_stands_once_and_so_do_the_tests_that_notice():
+def test_what_is_switched_off_stands_once_and_so_do_the_tests_that_are_named():
     for mutation in MUTATIONS:
         assert (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation
         for path, name in re.findall(r"(tests/\w+\.py)(?:::(\w+))?", mutation.tests):

@@ -15,7 +15,8 @@ def true_float32(device: torch.device) -> Iterator[None]:
     On a GPU "float32" products in training are TF32, whose 10 bits of mantissa make close distances or cosines equal: a
     GPU would choose another nearest codebook row than a CPU. Use it where values are compared or stored.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    # of cuDNN both, as its setting for the two together can be read only while they agree
+    settings = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
     before = [setting.fp32_precision for setting in settings]
     for setting in settings:
         setting.fp32_precision = "ieee"

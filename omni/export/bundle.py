@@ -2,7 +2,8 @@
 
 All weights stand in one ``model.safetensors``, each part's under its prefix; ``config.json`` has the parts' sizes;
 ``model_info.json`` has their origins and the SHA-256 of every other file, which is compared before a file is used.
-Nothing in the folder can run code when it is opened.
+Nothing that μOmni opens in the folder can run code. ``vocoder/model.pt2``, which it does not open, is unpickled by
+``torch.export.load``.
 """
 
 from collections.abc import Callable, Container

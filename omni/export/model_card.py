@@ -42,8 +42,7 @@ OPENS_WITH = {  # a file: the classes of transformers that its folder is for, an
     ),
     f"vocoder/{PROGRAM}": (
         "",
-        "import torch\n\n"
-        f'vocoder = torch.export.load("merged_model/vocoder/{PROGRAM}").module()\n'
+        f'vocoder = torch.export.load("merged_model/vocoder/{PROGRAM}").module()  # on the CPU, in float32\n'
         f"# vocoder(log_mel): log-mels (clips, at least {LEAST_FRAMES} frames, channels) to waveforms",
     ),
 }
@@ -152,6 +151,8 @@ def model_card(info: dict, files: set[str]) -> str:
     opened = [OPENS_WITH[file] for file in OPENS_WITH if file in files]
     lines += ["```", "", "## Other tools", "", "In Python:", "", "```python"]
     lines.append(f"from transformers import {', '.join(filter(None, (classes for classes, _ in opened)))}\n")
+    if f"vocoder/{PROGRAM}" in files:
+        lines.insert(-1, "import torch")
     lines += [line for _, line in opened]
     lines += [
         "```",
@@ -161,4 +162,6 @@ def model_card(info: dict, files: set[str]) -> str:
         "text can pass for a role.",
         "",
     ]
+    if f"vocoder/{PROGRAM}" in files:
+        lines += [f"`torch.export.load` unpickles: open a `{PROGRAM}` only if you trust where it comes from.", ""]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """A vocoder with ``harmonic_source`` as a program of ``torch.export``, which PyTorch runs without this repository."""
 
+import io
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from omni.export.folder import PROGRAM
 from omni.models.vocoder import HarmonicGenerator
 
-LEAST_FRAMES, MOST_FRAMES = 4, 1 << 20
+LEAST_FRAMES, MOST_FRAMES = 3, 1 << 20  # for torch.export a size of 0 or 1 is special, also that of frames less one
 
 
 class Vocode(nn.Module):
@@ -23,7 +24,8 @@ class Vocode(nn.Module):
 
 
 def write_program(folder: Path, vocoder: HarmonicGenerator) -> None:
-    """``torch.export.load(folder / PROGRAM).module()`` is then ``Vocode``, in float32, for any clips and frames.
+    """``torch.export.load(folder / PROGRAM).module()`` is then ``Vocode``, on the CPU in float32, for any clips and
+    frames; ``torch.export.passes.move_to_device_pass`` moves it.
 
     Args:
         vocoder: folded, on the CPU. The same weights give the same bytes.
@@ -31,10 +33,12 @@ def write_program(folder: Path, vocoder: HarmonicGenerator) -> None:
     whole, example = Vocode(vocoder.eval()), torch.zeros(2, 32, vocoder.architecture.n_mels)
     sizes = {0: torch.export.Dim("clips"), 1: torch.export.Dim("frames", min=LEAST_FRAMES, max=MOST_FRAMES)}
     with torch.no_grad():
-        whole(example)  # noise and windows, made once, are constants of the program
+        whole(example)  # makes noise and windows, which are constants of the program: it cannot draw noise itself
         program = torch.export.export(whole, (example,), dynamic_shapes={"log_mel": sizes})
     for module in program.graph_module.modules():  # a part without autocast is one of its own
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # names folders of this machine
+    file = io.BytesIO()
+    torch.export.save(program, file)
     folder.mkdir()
-    torch.export.save(program, folder / PROGRAM)
+    (folder / PROGRAM).write_bytes(file.getbuffer())  # on a full disk torch's own writer would end the process
