@@ -219,11 +219,12 @@ def test_answers_are_those_of_infer_chat_piece_by_piece(site, merged, media, cap
         assert answer == answered(capsys, merged, *arguments)
         assert asked == [Path(file).name for file in files] + [text] * bool(text)
         stages = [shown(outputs)[-1] for outputs in job.outputs()[1:]]
+        assert len(stages) > 2 or len(answer) < 3  # which an untrained model may write at once
         assert all(b.startswith(a) for a, b in zip(stages[:-1], stages[1:], strict=True))
         answers.append(answer)
         counts.append(len(stages))
     assert len(set(answers)) == 4, "else equality would say little"
-    assert max(counts) > 2, "a model that has learnt nothing may end an answer at once, but not all"
+    assert max(counts) > 2
 
 
 @needs_gradio
